@@ -1,0 +1,87 @@
+"""A memory bank on disk: opened by its manifest, read a block at a time, checked on demand.
+
+Opening reads bank.json and maps the tree; a block file is opened when that block is asked for, never before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+from collections.abc import Iterator
+from functools import cached_property
+
+from mlx_hiermem.bank.block import MemoryBlock, block_name, read_block
+from mlx_hiermem.bank.manifest import BankManifest
+from mlx_hiermem.config import MemoryConfig, Path
+from mlx_hiermem.errors import BankError
+from mlx_hiermem.tree import ClusterTree
+
+MANIFEST, TREE, GENERIC = "bank.json", "tree.safetensors", "generic.safetensors"
+
+
+class MemoryBank:
+    def __init__(self, root: pathlib.Path, manifest: BankManifest) -> None:
+        self.root, self.manifest = root, manifest
+
+    @classmethod
+    def open(cls, root: pathlib.Path | str) -> MemoryBank:
+        """Reads the manifest; no block is touched."""
+        root = pathlib.Path(root)
+        if not root.is_dir():
+            raise BankError(f"there is no bank at {root}")
+        return cls(root, BankManifest.read(root / MANIFEST))
+
+    @property
+    def config(self) -> MemoryConfig:
+        return self.manifest.memory
+
+    @cached_property
+    def tree(self) -> ClusterTree:
+        tree = ClusterTree.load(self.root / TREE)
+        if (tree.branching, tree.depth) != (self.config.branching, self.config.depth):
+            raise BankError(
+                f"the tree in {self.root} has branching {tree.branching} and depth {tree.depth}, "
+                f"the manifest says {self.config.branching} and {self.config.depth}"
+            )
+        return tree
+
+    def nodes_on(self, path: Path) -> list[Path]:
+        """The nodes of a path that have a block, level 1 first. A path may lead below them, or be ragged."""
+        return [node for node in path.prefixes() if node in self.manifest.blocks]
+
+    def read(self, node: Path) -> MemoryBlock:
+        """Reads one node's block from disk."""
+        if node not in self.manifest.blocks:
+            raise BankError(f"the bank has no block {node}", "`hiermem route` shows the paths of a text.")
+        return read_block(self.root / block_name(node), self.config, self.config.block_sizes[len(node) - 1])
+
+    def read_generic(self) -> MemoryBlock:
+        """Reads the control block of the fetched size."""
+        if self.manifest.generic is None:
+            raise BankError(f"the bank {self.root} has no generic block", "Use memory none or fetched.")
+        return read_block(self.root / GENERIC, self.config)
+
+    def files(self) -> Iterator[tuple[str, int, str]]:
+        """(name, bytes, sha256) of every file that the manifest vouches for."""
+        yield TREE, self.manifest.tree.bytes, self.manifest.tree.sha256
+        if self.manifest.generic:
+            yield GENERIC, self.manifest.generic.bytes, self.manifest.generic.sha256
+        for path, entry in self.manifest.blocks.items():
+            yield block_name(path), entry.bytes, entry.sha256
+
+    def problems(self) -> Iterator[str]:
+        """Checks every file's size and digest; yields one line for each that differs."""
+        for name, size, digest in self.files():
+            file = self.root / name
+            if not file.is_file():
+                yield f"{name} is missing"
+            elif file.stat().st_size != size:
+                yield f"{name} has {file.stat().st_size} bytes, the manifest says {size}"
+            elif file_digest(file) != digest:
+                yield f"{name} has changed: its sha256 is not the manifest's"
+
+
+def file_digest(file: pathlib.Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

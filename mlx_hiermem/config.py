@@ -1,0 +1,175 @@
+"""What a memory is: its kind, its sizes, the layers that carry it, and the path that names a block.
+
+Frozen dataclasses, JSON in and out. Everything else in the project derives shapes and sizes from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mlx_hiermem.errors import BankError, HierMemError
+
+KINDS = ("ffn", "lora-qk", "lora-vo", "lora-ffn", "kv")
+DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}  # name -> bytes per value
+
+
+class Path(tuple[int, ...]):
+    """Child indices from the root to a node: `(10, 7, 15)`, in text `10.7.15`. Every prefix is a node."""
+
+    @classmethod
+    def parse(cls, text: str) -> Path:
+        """`"10.7.15"` -> Path; raises HierMemError for anything else."""
+        try:
+            path = cls(int(part) for part in text.strip().split("."))
+        except ValueError:
+            path = cls((-1,))
+        if any(child < 0 for child in path):
+            raise HierMemError(f"'{text}' is not a path", "Write child indices with dots between: 10.7.15")
+        return path
+
+    def __str__(self) -> str:
+        return ".".join(map(str, self))
+
+    def prefixes(self) -> list[Path]:
+        """The nodes on the way, level 1 first: 10.7 -> [10, 10.7]."""
+        return [Path(self[: level + 1]) for level in range(len(self))]
+
+    def row(self, branching: int) -> int:
+        """The path read as a base-k number: the row of its cluster in a dense per-level tensor."""
+        row = 0
+        for child in self:
+            row = row * branching + child
+        return row
+
+    @classmethod
+    def of_row(cls, row: int, level: int, branching: int) -> Path:
+        """The inverse of `row` for a node at `level` (1 is the level below the root)."""
+        children = []
+        for _ in range(level):
+            row, child = divmod(row, branching)
+            children.append(child)
+        return cls(reversed(children))
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """One memory design. `block_sizes` are r_1..r_p, the units (or ranks, or slots) a block has per layer.
+
+    `ffn_width` (d_f), `q_width` (heads x head dim) and `kv_width` (key/value heads x head dim) are needed
+    by the LoRA and KV kinds only; an FFN memory touches the residual width `hidden` alone.
+    """
+
+    kind: str
+    branching: int
+    block_sizes: tuple[int, ...]
+    layers: tuple[int, ...]
+    hidden: int
+    dtype: str = "float16"
+    ffn_width: int = 0
+    q_width: int = 0
+    kv_width: int = 0
+    alpha: float = 2.0  # LoRA only: W + (alpha / r) B A, each block with its own r
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "block_sizes", tuple(self.block_sizes))
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if self.kind not in KINDS:
+            raise HierMemError(f"unknown memory kind '{self.kind}'", f"Known kinds: {', '.join(KINDS)}.")
+        if self.dtype not in DTYPES:
+            raise HierMemError(f"unknown dtype '{self.dtype}'", f"Known dtypes: {', '.join(DTYPES)}.")
+        if self.branching < 2 or not self.block_sizes or min(self.block_sizes) < 0:
+            raise HierMemError(
+                f"a tree of branching {self.branching} with block sizes {self.block_sizes} is not possible",
+                "Branching is at least 2 and every block size at least 0.",
+            )
+        if not self.layers or len(set(self.layers)) != len(self.layers) or min(self.layers) < 0:
+            raise HierMemError(f"memory layers {self.layers} are not distinct layer indices")
+        missing = [name for name, width in self.widths.items() if width <= 0]
+        if missing:
+            raise HierMemError(
+                f"a {self.kind} memory needs the anchor's widths for {', '.join(missing)}",
+                "Give hidden, ffn_width, q_width and kv_width.",
+            )
+
+    @property
+    def depth(self) -> int:
+        return len(self.block_sizes)
+
+    @property
+    def fetched_size(self) -> int:
+        """R = sum of r_l: the units that a full path adds to a layer."""
+        return sum(self.block_sizes)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Tensor name -> width of its last axis. Every tensor of a block is [L, r, width]."""
+        d, f, q, kv = self.hidden, self.ffn_width, self.q_width, self.kv_width
+        return {
+            "ffn": {"gate": d, "up": d, "down": d},
+            "lora-qk": {"q.a": d, "q.b": q, "k.a": d, "k.b": kv},
+            "lora-vo": {"v.a": d, "v.b": kv, "o.a": q, "o.b": d},
+            "lora-ffn": {"gate.a": d, "gate.b": f, "up.a": d, "up.b": f, "down.a": f, "down.b": d},
+            "kv": {"k": q, "v": q},
+        }[self.kind]
+
+    def shapes(self, units: int) -> dict[str, tuple[int, int, int]]:
+        """Tensor name -> [L, units, width] of a block with that many units."""
+        return {name: (len(self.layers), units, width) for name, width in self.widths.items()}
+
+    def parameters(self, units: int) -> int:
+        """s_l = c0 * r_l (arXiv:2510.02375, §2.2)."""
+        return len(self.layers) * units * sum(self.widths.values())
+
+    @property
+    def fetched_parameters(self) -> int:
+        return self.parameters(self.fetched_size)
+
+    @property
+    def bank_parameters(self) -> int:
+        """Sum of s_l * k^l over a full tree."""
+        return sum(self.parameters(r) * self.branching**level for level, r in enumerate(self.block_sizes, 1))
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"block_sizes": list(self.block_sizes), "layers": list(self.layers)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> MemoryConfig:
+        """Unknown keys are refused: they would be settings that this version silently ignores."""
+        known = dict(data)
+        if known.pop("quantization", None):
+            raise BankError(
+                "the bank's blocks are quantised, which this version cannot read",
+                "Install a newer mlx-hiermem, or convert the bank again without quantisation.",
+            )
+        try:
+            return cls(**known)
+        except TypeError as error:
+            raise BankError(f"the memory config does not fit this version: {error}") from error
+
+
+@dataclass(frozen=True)
+class AnchorIdentity:
+    """Which anchor a bank belongs to. Digests: see `mlx_hiermem.anchor.identify`."""
+
+    name: str
+    config_digest: str
+    weights_digest: str
+    hidden: int
+    layers: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class EmbedderIdentity:
+    """The sentence embedder that a bank's tree was built with."""
+
+    name: str
+    digest: str
+    max_tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,47 @@
+"""Errors that speak to the user: what is wrong, where, and what to do next.
+
+The command line prints `str(error)` on one line and exits with 1; `--debug` shows the traceback.
+Everything the project raises on purpose is a `HierMemError`.
+"""
+
+from __future__ import annotations
+
+
+class HierMemError(Exception):
+    """Base of all errors of this project.
+
+    `what` says what is wrong and where; `hint` what to do next.
+    """
+
+    def __init__(self, what: str, hint: str = "") -> None:
+        self.what = what
+        self.hint = hint
+        super().__init__(f"{what.rstrip('.')}. {hint}" if hint else what)
+
+
+class CheckpointError(HierMemError):
+    """A source checkpoint is missing, damaged, of an unknown kind, or has keys left over or missing."""
+
+
+class AnchorError(HierMemError):
+    """An anchor cannot be loaded, or its architecture cannot carry memories."""
+
+
+class BankError(HierMemError):
+    """A bank on disk is missing, damaged, or of another format version."""
+
+
+class AnchorMismatchError(BankError):
+    """A bank was made for another anchor than the one it is to be attached to."""
+
+
+class OutputError(HierMemError):
+    """An output could not be written: it exists already, or the disk is full."""
+
+
+class MissingDependencyError(HierMemError):
+    """An optional package is needed; the hint names the extra that brings it."""
+
+
+class VerificationError(HierMemError):
+    """A converted model differs from its source by more than the stated bound."""
