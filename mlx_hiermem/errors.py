@@ -23,6 +23,10 @@ class CheckpointError(HierMemError):
     """A source checkpoint is missing, damaged, of an unknown kind, or has keys left over or missing."""
 
 
+class AssetError(HierMemError):
+    """Public weights that a command needs are neither in the cache nor to be had from any source."""
+
+
 class AnchorError(HierMemError):
     """An anchor cannot be loaded, or its architecture cannot carry memories."""
 

@@ -74,7 +74,8 @@ def read_block(file: pathlib.Path, config: MemoryConfig, units: int | None = Non
         nbytes = file.stat().st_size
     except (OSError, RuntimeError, ValueError) as error:
         raise BankError(
-            f"cannot read the block {file}: {error}", "Run `hiermem verify`; fetch or convert the block again."
+            f"cannot read the block {file}: {error}",
+            "Run `hiermem verify`; fetch or convert the block again.",
         ) from error
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     units = units if units is not None else next(iter(found.values()), (0, 0, 0))[1]

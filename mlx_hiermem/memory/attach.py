@@ -57,7 +57,9 @@ def attach(model: nn.Module, config: MemoryConfig) -> Attachment:
     """
     layers = model.layers
     if max(config.layers) >= len(layers):
-        raise AnchorError(f"the memory is for layer {max(config.layers)}, the anchor has {len(layers)} layers")
+        raise AnchorError(
+            f"the memory is for layer {max(config.layers)}, the anchor has {len(layers)} layers"
+        )
     carriers: list[list[tuple[nn.Module, Slot]]] = []
     try:
         gated = activation(feed_forward(layers[config.layers[0]])) if config.kind == "ffn" else None

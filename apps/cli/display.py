@@ -1,0 +1,58 @@
+"""What several commands print in the same way: byte counts, a selection in one line, progress bars."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from mlx_hiermem.model import Selection
+
+console = Console(highlight=False)
+notes = Console(stderr=True, highlight=False)  # beside the output, never in it
+
+Progress = Callable[[int, int], None]  # (done, total)
+
+
+def size(count: float) -> str:
+    """Bytes for people: 830 B, 36.1 MB, 9.2 GB."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def describe(selection: Selection) -> str:
+    """`10.7 · Noble gases › Helium, Neon · 2 blocks, 1.7 MB (read 0 B) · route 3.1 fetch 0.2 attach 1.0 ms`"""
+    if not selection.blocks:
+        where = str(selection.path) or "no memory"
+        return f"{where} · nothing attached" if selection.path else where
+    labels = " › ".join(label for label in selection.labels if label)
+    count = len(selection.blocks)
+    parts = [
+        str(selection.path) or selection.memory,
+        labels,
+        f"{count} block{'s' * (count > 1)}, {size(selection.memory_bytes)} (read {size(selection.bytes_read)})",
+        f"route {selection.route_ms:.1f} fetch {selection.fetch_ms:.1f} attach {selection.attach_ms:.1f} ms",
+    ]
+    return " · ".join(part for part in parts if part)
+
+
+@contextmanager
+def progress_bar(what: str, unit: str = "bytes", show: bool = True) -> Iterator[Progress | None]:
+    """A progress bar on stderr as a callback (done, total); None where nobody would see it."""
+    if not show or not sys.stderr.isatty():
+        yield None
+        return
+    from rich import progress as bars
+
+    amount = bars.DownloadColumn() if unit == "bytes" else bars.MofNCompleteColumn()
+    columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), amount, bars.TimeRemainingColumn())
+    with bars.Progress(*columns, console=notes, transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

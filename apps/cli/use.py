@@ -1,0 +1,105 @@
+"""`hiermem generate` and `hiermem route`: one answer, and why it came from where."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import typer
+
+from mlx_hiermem.apps.cli.display import console, describe, notes, size
+
+MODEL = typer.Argument(..., help="Folder of a memory model (anchor/ and bank/), or of a plain mlx-lm model.")
+
+
+def generate(
+    model: pathlib.Path = MODEL,
+    prompt: str = typer.Argument(..., help="The text to continue; `-` reads it from standard input."),
+    memory: str = typer.Option(
+        "", help="none, generic, fetched, or a path such as 10.7. Default: fetched where there is a bank."
+    ),
+    chat: bool = typer.Option(False, "--chat", help="Ask in the anchor's chat template."),
+    max_tokens: int = typer.Option(128, "--max-tokens", "-n", min=1, help="Stop after this many tokens."),
+    temperature: float = typer.Option(0.0, "--temperature", "-t", min=0.0, help="0 takes the likeliest token."),
+    seed: int = typer.Option(0, help="Seed of the sampler."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of text."),
+) -> None:
+    """Continue a prompt with the memory that it needs.
+
+    Example: `hiermem generate my-model "The atomic number of neon is" -n 8`
+    """
+    import sys
+
+    import mlx.core as mx
+
+    from mlx_hiermem.model import load
+
+    mx.random.seed(seed)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    loaded = load(model)
+    pieces = []
+    stream = loaded.stream(
+        text, memory=memory or None, chat=chat, max_tokens=max_tokens, temperature=temperature
+    )
+    for piece in stream:
+        pieces.append(piece)
+        if not as_json:
+            console.print(piece, end="", markup=False, soft_wrap=True)
+    last = loaded.last
+    figures = {
+        "prompt_tokens": last.prompt_tokens if last else 0,
+        "generated_tokens": last.generation_tokens if last else 0,
+        "tokens_per_second": round(last.generation_tps, 1) if last else 0.0,
+    }
+    if as_json:
+        result = {"text": "".join(pieces), "selection": loaded.selection.to_json(), **figures}
+        console.print_json(json.dumps(result, ensure_ascii=False))
+        return
+    console.print()
+    notes.print(f"{describe(loaded.selection)} · {figures['tokens_per_second']} tokens/s", style="dim", markup=False)
+
+
+def route(
+    model: pathlib.Path = MODEL,
+    text: str = typer.Argument(..., help="The text to route."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of a table."),
+) -> None:
+    """Show the path a text takes: distances, labels, blocks and bytes. The anchor is not loaded.
+
+    Example: `hiermem route my-model "Which gas glows red in signs?"`
+    """
+    from mlx_hiermem.bank.bank import MemoryBank
+    from mlx_hiermem.embedder import Embedder
+    from mlx_hiermem.errors import BankError
+    from mlx_hiermem.router import Router
+
+    folder = model / "bank" if (model / "bank").is_dir() else model
+    if not (folder / "bank.json").is_file():
+        raise BankError(f"there is no bank in {model}", "Only a model with a bank/ folder routes.")
+    bank = MemoryBank.open(folder)
+    routed = Router(bank.tree, Embedder.load()).route(text)
+    rows = []
+    for node, distance in zip(routed.path.prefixes(), routed.distances, strict=True):
+        entry = bank.manifest.blocks.get(node)
+        rows.append(
+            {
+                "node": str(node),
+                "label": bank.manifest.label(node),
+                "distance": round(distance, 4),
+                "bytes": entry.bytes if entry else 0,
+                "documents": entry.documents if entry else 0,
+            }
+        )
+    if as_json:
+        result = {"path": str(routed.path), "milliseconds": round(routed.milliseconds, 2), "nodes": rows}
+        console.print_json(json.dumps(result, ensure_ascii=False))
+        return
+    from rich.table import Table
+
+    table = Table("node", "distance", "label", "documents", "block", box=None, header_style="dim")
+    for row in rows:
+        block = size(row["bytes"]) if row["bytes"] else "none"
+        table.add_row(row["node"], f"{row['distance']:.3f}", row["label"], str(row["documents"]), block)
+    console.print(table)
+    total = sum(row["bytes"] for row in rows)
+    console.print(f"path {routed.path} · {size(total)} to fetch · {routed.milliseconds:.1f} ms", style="dim")

@@ -1,0 +1,119 @@
+"""The anchor: a plain mlx-lm model folder, opened for this machine, and the identity a bank knows it by."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+from mlx_hiermem.config import AnchorIdentity
+from mlx_hiermem.errors import AnchorError
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    import mlx.nn as nn
+
+SAMPLE = 1 << 16  # bytes of each tensor that enter the weights digest
+VOLATILE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "eos_token_id"}
+
+
+def read_config(folder: pathlib.Path) -> dict[str, Any]:
+    """The folder's config.json; AnchorError where there is none or it is not JSON."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise AnchorError(
+            f"no config.json in {folder}", "Give the folder of a converted anchor (see `hiermem convert`)."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise AnchorError(f"cannot read {folder / 'config.json'}: {error}") from error
+    if not isinstance(config, dict):
+        raise AnchorError(f"{folder / 'config.json'} is not a model configuration")
+    return config
+
+
+def identify(folder: pathlib.Path, name: str = "") -> AnchorIdentity:
+    """Which anchor this is, in milliseconds whatever its size.
+
+    The config digest covers config.json without what no result depends on. The weights digest covers every
+    tensor's name, dtype, shape and first 64 KiB: any training or other quantisation changes it. The digest of
+    whole files is `hiermem verify`'s business.
+    """
+    config = read_config(folder)
+    text = config.get("text_config", {})
+    stable = {key: value for key, value in config.items() if key not in VOLATILE}
+    config_digest = hashlib.sha256(json.dumps(stable, sort_keys=True).encode()).hexdigest()
+    return AnchorIdentity(
+        name=name or config.get("_name_or_path") or folder.resolve().name,
+        config_digest=config_digest,
+        weights_digest=_weights_digest(folder),
+        hidden=config.get("hidden_size") or text.get("hidden_size") or 0,
+        layers=config.get("num_hidden_layers") or text.get("num_hidden_layers") or 0,
+    )
+
+
+def _weights_digest(folder: pathlib.Path) -> str:
+    rows: list[tuple[str, bytes]] = []
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise AnchorError(f"no model*.safetensors in {folder}", "The anchor's folder is incomplete.")
+    for file in files:
+        try:
+            with file.open("rb") as stream:
+                size = int.from_bytes(stream.read(8), "little")
+                header = json.loads(stream.read(size))
+                for name, entry in header.items():
+                    if name == "__metadata__":
+                        continue
+                    begin, end = entry["data_offsets"]
+                    stream.seek(8 + size + begin)
+                    digest = hashlib.sha256(stream.read(min(end - begin, SAMPLE)))
+                    digest.update(f"{name} {entry['dtype']} {entry['shape']}".encode())
+                    rows.append((name, digest.digest()))
+        except (OSError, ValueError, KeyError, OverflowError, MemoryError) as error:
+            raise AnchorError(f"{file} is damaged: {error}", "Convert the anchor again.") from error
+    return hashlib.sha256(b"".join(digest for _, digest in sorted(rows))).hexdigest()
+
+
+def model_classes(config: dict[str, Any]) -> tuple[type, type]:
+    """mlx-lm's classes for this config; our own for OpenLM, so that no code from the folder is run."""
+    if config["model_type"] == "openlm":
+        from mlx_hiermem import openlm
+
+        return openlm.Model, openlm.ModelArgs
+    from mlx_lm.utils import _get_classes
+
+    return _get_classes(config)
+
+
+def load_anchor(folder: pathlib.Path, dtype: mx.Dtype | None = None) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """(model, tokenizer, config) of a model folder.
+
+    `dtype` None means what the machine is fast at: as stored on Metal and CUDA, float32 on a CPU, whose half
+    precision products are many times slower.
+    """
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    from mlx_lm.utils import load_model, load_tokenizer
+
+    config = read_config(folder)
+    try:
+        if "model_file" in config and config.get("model_type") == "openlm":
+            model, _ = load_model(
+                folder, lazy=True, get_model_classes=model_classes, model_config={"model_file": None}
+            )
+        else:
+            model, _ = load_model(folder, lazy=True, get_model_classes=model_classes)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise AnchorError(f"cannot load the anchor {folder}: {reason}") from error
+    if dtype is None and mx.default_device().type == mx.DeviceType.cpu:
+        dtype = mx.float32
+    if dtype is not None:
+        model.set_dtype(dtype)
+    try:
+        mx.eval([value for _, value in tree_flatten(model.parameters())])
+    except RuntimeError as error:
+        raise AnchorError(f"the weights of {folder} are damaged: {error}", "Convert it again.") from error
+    return model, load_tokenizer(folder), config

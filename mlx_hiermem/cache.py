@@ -1,0 +1,96 @@
+"""The block cache: blocks that were read stay in memory up to a byte budget, least recently used out first.
+
+Blocks of the pinned levels (level 1: few, and part of every path) leave only when nothing else is left to
+evict. A block is read from disk when a path first needs it and never before.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from mlx_hiermem.bank.bank import MemoryBank
+from mlx_hiermem.bank.block import FetchedMemory, MemoryBlock
+from mlx_hiermem.config import Path
+
+GENERIC = Path(())  # the control block's key: no cluster has the empty path
+
+
+@dataclass
+class CacheStats:
+    """Since the cache was made."""
+
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+    bytes_read: int = 0
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """A path's memory, and what getting it took. `memory` is None where no node on the path has a block."""
+
+    memory: FetchedMemory | None
+    nodes: tuple[Path, ...] = ()
+    bytes_read: int = 0  # from disk, by this fetch
+    hits: int = 0
+
+
+@dataclass
+class BlockCache:
+    bank: MemoryBank
+    budget: int = 512 << 20  # bytes
+    pinned_levels: frozenset[int] = frozenset({1})
+    stats: CacheStats = field(default_factory=CacheStats)
+
+    def __post_init__(self) -> None:
+        self._blocks: OrderedDict[Path, MemoryBlock] = OrderedDict()  # least recently used first
+        self._lock = threading.Lock()
+
+    @property
+    def bytes(self) -> int:
+        """Resident bytes of all cached blocks."""
+        return sum(block.nbytes for block in self._blocks.values())
+
+    def __contains__(self, node: Path) -> bool:
+        return node in self._blocks
+
+    def fetch(self, path: Path) -> Fetch:
+        """Joins the blocks of a path, reading those that are not cached."""
+        return self._fetch(tuple(self.bank.nodes_on(path)))
+
+    def fetch_generic(self) -> Fetch:
+        """The control block, through the same cache."""
+        return self._fetch((GENERIC,))
+
+    def _fetch(self, nodes: tuple[Path, ...]) -> Fetch:
+        with self._lock:
+            before = (self.stats.bytes_read, self.stats.hits)
+            blocks = [self._get(node) for node in nodes]
+            self._evict(keep=nodes)
+            bytes_read, hits = self.stats.bytes_read - before[0], self.stats.hits - before[1]
+        memory = FetchedMemory.join(self.bank.config, blocks) if blocks else None
+        return Fetch(memory, nodes, bytes_read, hits)
+
+    def _get(self, node: Path) -> MemoryBlock:
+        if node in self._blocks:
+            self.stats.hits += 1
+            self._blocks.move_to_end(node)
+            return self._blocks[node]
+        block = self.bank.read(node) if node != GENERIC else self.bank.read_generic()
+        self.stats.misses += 1
+        self.stats.bytes_read += block.nbytes
+        self._blocks[node] = block
+        return block
+
+    def _evict(self, keep: Iterable[Path]) -> None:
+        size, kept = self.bytes, set(keep)
+        candidates = [node for node in self._blocks if node not in kept]
+        candidates.sort(key=lambda node: len(node) in self.pinned_levels)  # stable: LRU order, pinned last
+        for node in candidates:
+            if size <= self.budget:
+                return
+            size -= self._blocks.pop(node).nbytes
+            self.stats.evictions += 1
