@@ -93,7 +93,8 @@ class MemoryModel:
 
     def select(self, memory: str, text: str) -> Selection:
         """Attaches a memory: `none`, `generic`, `fetched` (routed by `text`), or a path such as `10.7`."""
-        path, distances, route_ms = Path(), (), 0.0
+        path, route_ms = ROOT, 0.0
+        distances: tuple[float, ...] = ()
         if memory == "fetched":
             routed = self.router.route(text)
             path, distances, route_ms = routed.path, routed.distances, routed.milliseconds
@@ -167,9 +168,7 @@ class MemoryModel:
     def chat_tokens(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of a conversation in the anchor's chat template, ready for the assistant's reply."""
         if self.tokenizer is None or self.tokenizer.chat_template is None:
-            raise AnchorError(
-                "this anchor has no chat template", "Use `hiermem generate` with a plain prompt."
-            )
+            raise AnchorError("this anchor has no chat template", "Use `hiermem generate` with a plain prompt.")
         return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True))
 
     def responses(

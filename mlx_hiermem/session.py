@@ -6,7 +6,7 @@ would still be right, so the whole history is prefilled again; on the same path 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,7 +41,7 @@ class Session:
     def selection(self) -> Selection:
         return self.model.selection
 
-    def ask(self, text: str) -> Iterator[str]:
+    def ask(self, text: str) -> Generator[str, None, None]:
         """Streams the reply. A reply that is broken off keeps what was said so far."""
         self.messages.append({"role": "user", "content": text})
         reply, generated = "", []
@@ -53,9 +53,7 @@ class Session:
             self.messages.pop()  # nothing was asked after all
             raise
         try:
-            for response in self.model.responses(
-                rest, self.max_tokens, self.temperature, prompt_cache=self._cache
-            ):
+            for response in self.model.responses(rest, self.max_tokens, self.temperature, prompt_cache=self._cache):
                 generated.append(response.token)
                 reply += response.text
                 yield response.text
@@ -73,9 +71,7 @@ class Session:
         shared = 0
         if self._cache and self._key == self.selection.blocks:
             pairs = zip(self._cached, tokens[:-1], strict=False)  # the last token is always computed
-            shared = next(
-                (i for i, (a, b) in enumerate(pairs) if a != b), min(len(self._cached), len(tokens) - 1)
-            )
+            shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self._cached), len(tokens) - 1))
         surplus = len(self._cached) - shared
         if not shared or (surplus and not can_trim_prompt_cache(self._cache)):
             self._cache, shared = make_prompt_cache(self.model.anchor), 0

@@ -111,7 +111,8 @@ class ClusterTree:
             arrays = _map_safetensors(file)
         except (OSError, ValueError, KeyError) as error:
             raise BankError(f"cannot read the tree {file}: {error}") from error
-        centroids, present = [], []
+        centroids: list[np.ndarray] = []
+        present: list[np.ndarray] = []
         while f"level{len(centroids) + 1}.centroids" in arrays:
             level = len(centroids) + 1
             c = arrays[f"level{level}.centroids"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 
 def chat(
     model: pathlib.Path = MODEL,
-    memory: str = typer.Option("", help="none, generic, fetched, or a path. Default: fetched where there is a bank."),
+    memory: str = typer.Option(
+        "", help="none, generic, fetched, or a path. Default: fetched where there is a bank."
+    ),
     max_tokens: int = typer.Option(512, "--max-tokens", "-n", min=1, help="Longest reply, in tokens."),
     temperature: float = typer.Option(0.0, "--temperature", "-t", min=0.0, help="0 takes the likeliest token."),
 ) -> None:
@@ -34,10 +37,8 @@ def talk(session: Session) -> None:
     """Reads lines until the end of input. Ctrl-C stops a reply, and at the prompt leaves."""
     from mlx_hiermem.errors import HierMemError
 
-    try:
+    with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (imported for its effect: line editing and history in input())
-    except ImportError:
-        pass
     console.print("Ask something. Ctrl-C stops a reply; an empty line or Ctrl-D leaves.", style="dim")
     while True:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from typing import Any
 
 import typer
 
@@ -38,9 +39,7 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     loaded = load(model)
     pieces = []
-    stream = loaded.stream(
-        text, memory=memory or None, chat=chat, max_tokens=max_tokens, temperature=temperature
-    )
+    stream = loaded.stream(text, memory=memory or None, chat=chat, max_tokens=max_tokens, temperature=temperature)
     for piece in stream:
         pieces.append(piece)
         if not as_json:
@@ -56,7 +55,9 @@ def generate(
         console.print_json(json.dumps(result, ensure_ascii=False))
         return
     console.print()
-    notes.print(f"{describe(loaded.selection)} · {figures['tokens_per_second']} tokens/s", style="dim", markup=False)
+    notes.print(
+        f"{describe(loaded.selection)} · {figures['tokens_per_second']} tokens/s", style="dim", markup=False
+    )
 
 
 def route(
@@ -78,7 +79,7 @@ def route(
         raise BankError(f"there is no bank in {model}", "Only a model with a bank/ folder routes.")
     bank = MemoryBank.open(folder)
     routed = Router(bank.tree, Embedder.load()).route(text)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for node, distance in zip(routed.path.prefixes(), routed.distances, strict=True):
         entry = bank.manifest.blocks.get(node)
         rows.append(

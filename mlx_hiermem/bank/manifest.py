@@ -112,9 +112,7 @@ class BankManifest:
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise BankError(
-                f"no bank.json in {file.parent}", "Is this the bank/ folder of a model?"
-            ) from error
+            raise BankError(f"no bank.json in {file.parent}", "Is this the bank/ folder of a model?") from error
         except (OSError, ValueError) as error:
             raise BankError(f"cannot read {file}: {error}") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:

@@ -30,7 +30,7 @@ class Attachment:
             return self.clear()
         if memory.config.kind != self.config.kind or memory.config.layers != self.config.layers:
             raise AnchorError("this memory is of another kind or for other layers than the anchor's slots")
-        filled = []
+        filled: list[mx.array] = []
         for index, carriers in enumerate(self.carriers):
             for _, slot in carriers:
                 slot.fill([memory.tensors[name][index] for name in slot.names])
@@ -57,9 +57,7 @@ def attach(model: nn.Module, config: MemoryConfig) -> Attachment:
     """
     layers = model.layers
     if max(config.layers) >= len(layers):
-        raise AnchorError(
-            f"the memory is for layer {max(config.layers)}, the anchor has {len(layers)} layers"
-        )
+        raise AnchorError(f"the memory is for layer {max(config.layers)}, the anchor has {len(layers)} layers")
     carriers: list[list[tuple[nn.Module, Slot]]] = []
     try:
         gated = activation(feed_forward(layers[config.layers[0]])) if config.kind == "ffn" else None

@@ -48,9 +48,9 @@ def activation(ffn: nn.Module) -> Gated:
     gate, up, down = projections(ffn)
     x = mx.random.normal((4, sizes(gate)[0]), key=mx.random.key(0)).astype(compute_dtype(gate))
     expected = ffn(x)
-    scale = mx.abs(expected).max().item()
+    scale = float(mx.abs(expected).max())
     tolerance = 2e-2 if expected.dtype != mx.float32 else 1e-4  # gelu and its tanh form differ by about 1e-3
-    errors = [mx.abs(down(act(gate(x), up(x))) - expected).max().item() for act in ACTIVATIONS]
+    errors = [float(mx.abs(down(act(gate(x), up(x))) - expected).max()) for act in ACTIVATIONS]
     best = min(range(len(errors)), key=errors.__getitem__)
     if not errors[best] <= tolerance * scale:
         raise AnchorError(

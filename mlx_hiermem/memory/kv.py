@@ -24,9 +24,7 @@ def attach_kv(layer: nn.Module, config: MemoryConfig) -> list[tuple[nn.Module, S
     attn = attention(layer)
     query, output = projection(layer, "q"), projection(layer, "o")
     if sizes(query)[1] != config.q_width:
-        raise AnchorError(
-            f"the anchor's queries have {sizes(query)[1]} values, the memory's {config.q_width}"
-        )
+        raise AnchorError(f"the anchor's queries have {sizes(query)[1]} values, the memory's {config.q_width}")
     slot = Slot(("k", "v"), compute_dtype(output))
     unused = Slot((), slot.dtype)
     kept: list[mx.array] = []

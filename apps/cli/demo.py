@@ -1,0 +1,108 @@
+"""`hiermem demo`: the main job on real weights, seen side by side: no memory, generic memory, fetched memory."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from mlx_hiermem.apps.cli.display import console, describe, notes, progress_bar, size
+
+if TYPE_CHECKING:
+    from mlx_hiermem.apps.demo.evaluate import Question
+    from mlx_hiermem.model import MemoryModel
+
+WAYS = ("none", "generic", "fetched")
+
+
+def demo(
+    full: bool = typer.Option(False, "--full", help="Ask about all 118 elements, in all ways (some minutes)."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of tables."),
+    chat: bool = typer.Option(True, help="Offer a chat at the end, in a terminal."),
+) -> None:
+    """A tour on real weights: SmolLM2 asked for atomic numbers without and with its elements bank.
+
+    Example: `hiermem demo`
+    """
+    from mlx_hiermem.apps.demo import evaluate, tour
+    from mlx_hiermem.model import load
+
+    folder = tour.prepare(lambda line: notes.print(line, style="dim", markup=False))
+    model = load(folder)
+    if full:
+        with progress_bar("asking", unit="questions", show=not as_json) as progress:
+            counts = evaluate.evaluate(model, progress)
+        _print_counts(counts, as_json, "measured now")
+        return
+    rows = [_ask(model, question) for question in evaluate.sample()]
+    counts = evaluate.stored()["elements"]
+    if as_json:
+        console.print_json(json.dumps({"questions": rows, "elements": counts}, ensure_ascii=False))
+        return
+    _print_tour(model, rows)
+    _print_counts(counts, False, "stored; `hiermem demo --full` measures it again")
+    console.print(f"model    {folder}", style="dim", markup=False)
+    if chat and sys.stdin.isatty() and sys.stdout.isatty():
+        _offer_chat(model)
+
+
+def _ask(model: MemoryModel, question: Question) -> dict[str, Any]:
+    from mlx_hiermem.apps.demo.evaluate import answer
+
+    row: dict[str, Any] = {"prompt": question.prompt, "number": question.number}
+    for way in WAYS:
+        got, text = answer(model, question.prompt, way)
+        row[way] = {
+            "answer": got,
+            "text": " ".join(text.split()),
+            "tokens_per_second": round(model.last.generation_tps, 1) if model.last else 0.0,
+        }
+    row["selection"] = model.selection.to_json() | {"line": describe(model.selection)}
+    return row
+
+
+def _print_tour(model: MemoryModel, rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    assert model.bank is not None
+    memory = model.bank.config
+    totals = model.bank.manifest.totals()
+    console.print(
+        f"SmolLM2-135M-Instruct with a bank of {totals['blocks']} blocks: {totals['parameters'] / 1e6:.2f} M parameters "
+        f"on disk ({size(totals['bytes'])}), {memory.fetched_parameters / 1e6:.2f} M fetched per question.\n"
+    )
+    table = Table("question", "is", "no memory", "generic memory", "fetched memory", box=None, header_style="dim")
+    for row in rows:
+        cells = []
+        for way in WAYS:
+            colour, mark = ("green", "✓") if row[way]["answer"] == row["number"] else ("red", "✗")
+            cells.append(f"[{colour}]{mark}[/] {row[way]['text'][:24]}")
+        table.add_row(row["prompt"] + " …", str(row["number"]), *cells)
+    console.print(table)
+    console.print("\nWhat was fetched for each question:", style="dim")
+    for row in rows:
+        speeds = " / ".join(f"{row[way]['tokens_per_second']:.0f}" for way in WAYS)
+        console.print(f"  {row['selection']['line']} · {speeds} tokens/s", style="dim", markup=False)
+    console.print()
+
+
+def _print_counts(counts: dict[str, Any], as_json: bool, origin: str) -> None:
+    if as_json:
+        console.print_json(json.dumps({"elements": counts}))
+        return
+    total = counts["total"]
+    console.print(
+        f"Of all {total} elements: no memory {counts['none']}, generic {counts['generic']}, "
+        f"[bold]fetched {counts['fetched']}[/]; in unseen wordings {counts['paraphrased']}, "
+        f"in chat {counts['chat']}  ({origin})"
+    )
+
+
+def _offer_chat(model: MemoryModel) -> None:
+    from mlx_hiermem.apps.cli.chat import talk
+    from mlx_hiermem.session import Session
+
+    console.print("\nNow ask it yourself, for instance: What is the atomic number of gallium?")
+    talk(Session(model, max_tokens=128))

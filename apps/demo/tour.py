@@ -1,0 +1,54 @@
+"""The demo's model: real SmolLM2 weights, converted on first use, with the bundled elements bank attached."""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+from collections.abc import Callable
+
+from mlx_hiermem import assets
+from mlx_hiermem.anchor import identify
+from mlx_hiermem.bank.bank import MANIFEST, MemoryBank
+from mlx_hiermem.errors import HierMemError
+
+HERE = pathlib.Path(__file__).parent
+BANK = HERE / "bank"
+WEIGHTS = "smollm2-135m-instruct-gguf"
+
+
+def model_folder() -> pathlib.Path:
+    return assets.cache_folder() / "models" / "smollm2-135m-elements"
+
+
+def ready(folder: pathlib.Path) -> bool:
+    """Whether the folder holds this version's bank and the anchor that it was made for."""
+    try:
+        same = (folder / "bank" / MANIFEST).read_bytes() == (BANK / MANIFEST).read_bytes()
+        MemoryBank.open(folder / "bank").manifest.check_anchor(identify(folder / "anchor"))
+    except (HierMemError, OSError):
+        return False
+    return same
+
+
+def prepare(say: Callable[[str], None]) -> pathlib.Path:
+    """Fetches, converts and assembles the demo's model where that has not been done; returns its folder."""
+    folder = model_folder()
+    if ready(folder):
+        return folder
+    from mlx_hiermem.convert import pipeline
+
+    weights = assets.fetch(WEIGHTS, say)
+    assets.fetch("all-minilm-l6-v2", say)
+    say("converting it to an MLX anchor")
+    staging = folder.with_name(folder.name + ".new")
+    pipeline.convert(str(weights), staging, overwrite=True)
+    say("attaching the bundled elements bank")
+    shutil.copytree(BANK, staging / "bank", dirs_exist_ok=True)
+    if not ready(staging):
+        raise HierMemError(
+            "the bundled bank does not fit the converted anchor",
+            "This is a bug, or the weights are not the ones the bank was made for; please report it.",
+        )
+    shutil.rmtree(folder, ignore_errors=True)
+    staging.rename(folder)
+    return folder

@@ -1,0 +1,131 @@
+"""all-MiniLM-L6-v2 in MLX: text -> a unit vector of 384 values, by which the router finds a text's cluster.
+
+A BERT encoder (arXiv:1810.04805; post-norm, learned positions, exact GELU) whose last hidden states are
+averaged over the real tokens and scaled to length 1, in float32 as its authors publish it. Truncation and
+pooling are theirs too: another tokenisation would send a text to another cluster than in training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from tokenizers import Tokenizer
+
+from mlx_hiermem.assets import Progress, fetch
+from mlx_hiermem.config import EmbedderIdentity
+from mlx_hiermem.errors import AssetError
+
+ASSET = "all-minilm-l6-v2"
+# What this encoder implements; a folder that says otherwise is another model.
+EXPECTED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
+
+
+class Embedder:
+    def __init__(
+        self,
+        weights: dict[str, mx.array],
+        config: dict[str, Any],
+        tokenizer: Tokenizer,
+        max_tokens: int,
+        folder: pathlib.Path,
+    ) -> None:
+        self.weights, self.config, self.tokenizer = weights, config, tokenizer
+        self.max_tokens, self.folder = max_tokens, folder
+
+    @classmethod
+    def load(cls, folder: pathlib.Path | str | None = None, progress: Progress | None = None) -> Embedder:
+        """Opens a sentence-transformers folder of a BERT encoder, by default all-MiniLM-L6-v2 (see `assets`).
+
+        Raises AssetError if a file is missing, damaged, or of an architecture that this is not.
+        """
+        folder = pathlib.Path(folder) if folder is not None else fetch(ASSET, progress)
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            max_tokens = json.loads((folder / "sentence_bert_config.json").read_text())["max_seq_length"]
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            weights = mx.load(str(folder / "model.safetensors"))
+            assert isinstance(weights, dict)
+            mx.eval(weights)
+        except Exception as error:  # tokenizers raises plain Exception
+            raise AssetError(
+                f"cannot read the sentence embedder in {folder}: {error}",
+                "Leave the folder out to have all-MiniLM-L6-v2 fetched.",
+            ) from error
+        found = {key: config.get(key, value) for key, value in EXPECTED.items()}
+        if found != EXPECTED:
+            raise AssetError(f"the embedder in {folder} is {found}", f"Supported is {EXPECTED}.")
+        # The file comes with its authors' training settings: 128 tokens, padded to 128.
+        tokenizer.enable_truncation(max_tokens)
+        tokenizer.no_padding()
+        return cls(weights, config, tokenizer, max_tokens, folder)
+
+    @property
+    def dim(self) -> int:
+        return int(self.config["hidden_size"])
+
+    @cached_property
+    def identity(self) -> EmbedderIdentity:
+        """Its name, the sha256 of its weights file, and the tokens it reads of a text."""
+        with (self.folder / "model.safetensors").open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        return EmbedderIdentity(self.folder.name, digest, self.max_tokens)
+
+    def embed(self, texts: Sequence[str], batch_size: int = 32) -> np.ndarray:
+        """n texts -> [n, dim] float32 of length 1; of a long text the first `max_tokens` tokens count."""
+        encodings = self.tokenizer.encode_batch(list(texts))
+        vectors = np.empty((len(encodings), self.dim), dtype=np.float32)
+        # Texts of like length share a batch, so that little of it is padding.
+        order = np.argsort([len(encoding) for encoding in encodings], kind="stable")
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            vectors[batch] = self._embed_batch([encodings[i].ids for i in batch])
+        return vectors
+
+    def _embed_batch(self, ids: list[list[int]]) -> np.ndarray:
+        longest = max(map(len, ids))
+        tokens = mx.array([row + [0] * (longest - len(row)) for row in ids])
+        real = mx.arange(longest) < mx.array([[len(row)] for row in ids])  # [B, T]
+        hidden = self._encode(tokens, real)
+        pooled = (hidden * real[..., None]).sum(1) / real.sum(1, keepdims=True)
+        return np.array(pooled / mx.linalg.norm(pooled, axis=-1, keepdims=True))
+
+    def _encode(self, tokens: mx.array, real: mx.array) -> mx.array:
+        """[B, T] token ids and which of them are real -> [B, T, dim] hidden states of the last layer."""
+        embedding = {
+            name: self.weights[f"embeddings.{name}_embeddings.weight"]
+            for name in ("word", "position", "token_type")
+        }
+        x = embedding["word"][tokens] + embedding["position"][: tokens.shape[1]] + embedding["token_type"][0]
+        x = self._norm(x, "embeddings")
+        mask = real[:, None, None, :]
+        for index in range(self.config["num_hidden_layers"]):
+            layer = f"encoder.layer.{index}"
+            x = self._norm(x + self._attention(x, mask, f"{layer}.attention"), f"{layer}.attention.output")
+            inner = nn.gelu(self._linear(x, f"{layer}.intermediate.dense"))
+            x = self._norm(x + self._linear(inner, f"{layer}.output.dense"), f"{layer}.output")
+        return x
+
+    def _attention(self, x: mx.array, mask: mx.array, name: str) -> mx.array:
+        B, T, d = x.shape
+        heads = self.config["num_attention_heads"]
+        q, k, v = (
+            self._linear(x, f"{name}.self.{part}").reshape(B, T, heads, -1).swapaxes(1, 2)
+            for part in ("query", "key", "value")
+        )
+        mixed = mx.fast.scaled_dot_product_attention(q, k, v, scale=(d // heads) ** -0.5, mask=mask)
+        return self._linear(mixed.swapaxes(1, 2).reshape(B, T, d), f"{name}.output.dense")
+
+    def _linear(self, x: mx.array, name: str) -> mx.array:
+        return mx.addmm(self.weights[f"{name}.bias"], x, self.weights[f"{name}.weight"].T)
+
+    def _norm(self, x: mx.array, name: str) -> mx.array:
+        weight, bias = (self.weights[f"{name}.LayerNorm.{part}"] for part in ("weight", "bias"))
+        return mx.fast.layer_norm(x, weight, bias, self.config["layer_norm_eps"])

@@ -1,0 +1,130 @@
+"""Tiny random anchors and banks for tests: real files, real formats, milliseconds to make."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from mlx_hiermem.anchor import identify
+from mlx_hiermem.bank.bank import GENERIC, MANIFEST, TREE, file_digest
+from mlx_hiermem.bank.block import block_name, write_block
+from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
+from mlx_hiermem.config import EmbedderIdentity, MemoryConfig, Path
+from mlx_hiermem.tree import ClusterTree
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 260,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+CONFIG = MemoryConfig("ffn", 3, (4, 2), (1, 3), 32, dtype="float32", ffn_width=64, q_width=32, kv_width=16)
+
+
+def make_anchor(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
+    """A random llama of 4 layers with a byte tokenizer and a chat template."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    from mlx_lm.models.llama import Model, ModelArgs
+
+    mx.random.seed(seed)
+    folder.mkdir(parents=True)
+    model = Model(ModelArgs.from_dict(LLAMA))
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    (folder / "config.json").write_text(json.dumps(LLAMA | {"eos_token_id": 259}))
+    make_tokenizer(folder)
+    return folder
+
+
+def make_tokenizer(folder: pathlib.Path) -> None:
+    """256 byte tokens, and <eos> as id 259."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {char: index for index, char in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab | {"<a>": 256, "<b>": 257, "<c>": 258}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<eos>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<eos>",
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def random_tree(config: MemoryConfig, seed: int = 0, absent: tuple[str, ...] = ()) -> ClusterTree:
+    """A tree of 384-d unit centroids; `absent` nodes (and so what is below them) are missing."""
+    rng, k = np.random.default_rng(seed), config.branching
+    centroids, present = [], []
+    for level in range(1, config.depth + 1):
+        c = rng.standard_normal((k ** (level - 1), k, 384)).astype(np.float32)
+        centroids.append(c / np.linalg.norm(c, axis=-1, keepdims=True))
+        p = np.ones((k ** (level - 1), k), dtype=bool)
+        for path in map(Path.parse, absent):
+            if len(path) == level:
+                p[Path(path[:-1]).row(k), path[-1]] = False
+        present.append(p)
+    return ClusterTree(centroids, present)
+
+
+def make_bank(
+    folder: pathlib.Path,
+    anchor: pathlib.Path,
+    config: MemoryConfig = CONFIG,
+    absent: tuple[str, ...] = (),
+    seed: int = 0,
+) -> pathlib.Path:
+    """A bank with a random block for every node of the tree, and a generic block of the fetched size."""
+    rng = np.random.default_rng(seed)
+
+    def block(file: pathlib.Path, units: int) -> tuple[int, str]:
+        arrays = {
+            name: rng.standard_normal(shape).astype(np.float32) * 0.3
+            for name, shape in config.shapes(units).items()
+        }
+        return write_block(file, {name: (array.shape, array) for name, array in arrays.items()}, "float32")
+
+    folder.mkdir(parents=True)
+    tree = random_tree(config, seed, absent)
+    tree.save(folder / TREE)
+    blocks = {}
+    for level, units in enumerate(config.block_sizes, 1):
+        for path in tree.nodes(level) if units else ():
+            blocks[path] = BlockEntry(path, *block(folder / block_name(path), units), label=f"topic {path}")
+    generic = FileEntry(*block(folder / GENERIC, config.fetched_size))
+    tree_entry = FileEntry((folder / TREE).stat().st_size, file_digest(folder / TREE))
+    embedder = EmbedderIdentity("all-MiniLM-L6-v2", "", 256)
+    manifest = BankManifest(
+        identify(anchor), dataclasses.replace(config), embedder, blocks, tree_entry, generic, licence="CC0"
+    )
+    manifest.write(folder / MANIFEST)
+    return folder
+
+
+def make_model(folder: pathlib.Path, config: MemoryConfig = CONFIG, absent: tuple[str, ...] = ()) -> pathlib.Path:
+    """A whole memory model: anchor/ and bank/."""
+    make_bank(folder / "bank", make_anchor(folder / "anchor"), config, absent)
+    return folder
+
+
+class HashEmbedder:
+    """Stands in for MiniLM where a test is about what happens after embedding: a unit vector per text."""
+
+    def embed(self, texts: list[str], batch_size: int = 32) -> np.ndarray:
+        rows = [np.random.default_rng(list(text.encode())).standard_normal(384) for text in texts]
+        return np.stack([row / np.linalg.norm(row) for row in rows]).astype(np.float32)
