@@ -68,13 +68,17 @@ class ClusterTree:
         return [path for path in paths if self.has(path)]
 
     def route(self, embeddings: np.ndarray) -> list[Route]:
-        """[n, dim] embeddings -> n routes, by greedy descent to the nearest child (L2, lowest index wins)."""
-        if embeddings.ndim != 2 or embeddings.shape[1] != self.dim:
+        """Greedy descent to the nearest child (L2, the lowest index wins a tie).
+
+        [n, dim] embeddings -> n routes; a single [dim] embedding counts as n = 1.
+        """
+        vectors = np.atleast_2d(np.asarray(embeddings, dtype=np.float32))
+        if vectors.ndim != 2 or vectors.shape[1] != self.dim:
             raise BankError(
-                f"embeddings are {embeddings.shape}, the tree's centroids have {self.dim} values",
+                f"embeddings are {vectors.shape}, the tree's centroids have {self.dim} values",
                 "Use the embedder that the bank's manifest names.",
             )
-        return [self._descend(vector) for vector in np.asarray(embeddings, dtype=np.float32)]
+        return [self._descend(vector) for vector in vectors]
 
     def _descend(self, vector: np.ndarray) -> Route:
         node, children, distances = 0, [], []

@@ -29,6 +29,8 @@ def convert(
     """
     from mlx_hiermem.convert import pipeline
 
+    if quantize not in (None, 4, 8):
+        raise typer.BadParameter("choose 4 or 8 bits", param_hint="--quantize")
     with progress_bar("converting", show=not as_json) as progress:
         report = pipeline.convert(
             src,

@@ -42,8 +42,8 @@ def demo(
         console.print_json(json.dumps({"questions": rows, "elements": counts}, ensure_ascii=False))
         return
     _print_tour(model, rows)
+    console.print(f"The model is in {folder}", style="dim", markup=False, soft_wrap=True)
     _print_counts(counts, False, "stored; `hiermem demo --full` measures it again")
-    console.print(f"model    {folder}", style="dim", markup=False)
     if chat and sys.stdin.isatty() and sys.stdout.isatty():
         _offer_chat(model)
 

@@ -1,0 +1,188 @@
+"""The recipe of the elements bank: facts about 118 elements into a memory for a frozen SmolLM2-135M.
+
+    python -m mlx_hiermem.apps.demo.recipe --out build/elements
+
+Steps: write every fact in many wordings, embed the prompts, build the cluster tree, run the
+anchor's lower layers once per text, train the blocks, write a memory checkpoint for
+`hiermem convert`, and ask questions in wordings that were never trained on. An interrupted
+run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from safetensors.torch import save_file
+
+from . import clustering, measure
+from .anchor import Anchor, load_anchor
+from .clustering import Floats, Tree
+from .train import Bank, Settings, run_trunk, train
+from .train import Progress as TrainingState
+from .wordings import Element, Wording, element_wordings
+
+HERE = Path(__file__).parent
+ANCHOR_NAME = "SmolLM2-135M-Instruct"
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def embed_texts(texts: list[str], folder: Path) -> Floats:
+    """Sentence embeddings of the routing model: mean over tokens, then length 1."""
+    from transformers import AutoTokenizer, BertModel
+
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), BertModel.from_pretrained(folder).eval()
+    vectors = np.zeros((len(texts), model.config.hidden_size), np.float32)
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    with torch.no_grad():
+        for s in range(0, len(order), 64):
+            rows = order[s : s + 64]
+            batch = tokenizer(
+                [texts[i] for i in rows], padding=True, truncation=True, max_length=256, return_tensors="pt"
+            )
+            mask = batch["attention_mask"][..., None].float()
+            mean = (model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
+            vectors[rows] = torch.nn.functional.normalize(mean, dim=-1).numpy()
+    return vectors
+
+
+def element_tree(wordings: list[Wording], vectors: Floats, elements: list[Element], settings: Settings) -> Tree:
+    """The tree over prompts that name their element; prompts with a number only follow it as they fall."""
+    row_of = {e["id"]: i for i, e in enumerate(elements)}
+    named = [i for i, w in enumerate(wordings) if w.subject in row_of]
+    element = np.array([row_of[wordings[i].subject] for i in named])
+    return clustering.build_tree(
+        vectors[named], element, settings.branching, len(settings.block_sizes), settings.seed
+    )
+
+
+def describe(tree: Tree, wordings: list[Wording], vectors: Floats, elements: list[Element]) -> dict[str, Any]:
+    """Labels, document counts and sources of every node, for the checkpoint's config."""
+    members = clustering.node_members(tree)
+    subject = np.array([w.subject for w in wordings])
+    means = np.stack([vectors[subject == e["id"]].mean(0) for e in elements])
+    return {
+        "labels": clustering.node_labels(members, elements, means),
+        "documents": {node: len(inside) for node, inside in members.items()},
+        "sources": {node: [elements[i]["id"] for i in inside] for node, inside in members.items()},
+    }
+
+
+def write_checkpoint(path: Path, bank: Bank, tree: Tree, config: dict[str, Any]) -> None:
+    """The documented memory checkpoint in float16, its config inside and beside it."""
+    tensors = {name: t.detach().half() for name, t in bank.tensors.items()}
+    for part in ("w1", "w2", "w3"):
+        tensors[f"memory.generic.{part}"] = tensors[f"memory.generic.{part}"][0].contiguous()
+    for number, level in enumerate(tree.centroids, 1):
+        tensors[f"tree.level{number}.centroids"] = torch.tensor(level)
+        tensors[f"tree.level{number}.present"] = torch.ones(level.shape[:2], dtype=torch.bool)
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor.float()).all():
+            raise ValueError(f"{name} is not finite in float16")
+    save_file(tensors, path, metadata={"config": json.dumps(config)})
+    path.with_suffix(".json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def accuracy_table(
+    anchor: Anchor, bank: Bank, tree: Tree, rows: list[dict[str, Any]], embedder: Path
+) -> dict[str, dict[str, float]]:
+    """No memory, generic memory and fetched memory on every kind of question."""
+    asked = measure.questions(anchor, rows)
+    routes = sorted({q.route for q in asked})
+    leaf = dict(zip(routes, tree.route(embed_texts(routes, embedder)).tolist(), strict=True))
+    generic = bank.settings.leaves
+    ways: dict[str, measure.Fetch] = {
+        "none": lambda texts: None,
+        "generic": lambda texts: bank.fetch([generic]),
+        "fetched": lambda texts: bank.fetch([leaf[t] for t in texts]),
+    }
+    first = bank.settings.first_layer
+    return {way: measure.accuracy(anchor, asked, fetch, first) for way, fetch in ways.items()}
+
+
+def show_accuracy(console: Console, table: dict[str, dict[str, float]]) -> None:
+    shown = Table(title="right answers, per cent")
+    shown.add_column("asked as")
+    for way in table:
+        shown.add_column(way, justify="right")
+    for kind in next(iter(table.values())):
+        shown.add_row(kind, *(f"{column[kind]:.1f}" for column in table.values()))
+    console.print(shown)
+
+
+def progress_bar(console: Console) -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    return Progress(*columns, console=console)
+
+
+def cook(out: Path, anchor_folder: Path, embedder: Path, settings: Settings, console: Console) -> dict[str, Any]:
+    """Everything from facts to a measured checkpoint; returns the report that is also written beside it."""
+    torch.manual_seed(settings.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    elements = read_rows(HERE / "elements.jsonl")
+    wordings = [w for e in elements for w in element_wordings(e)]
+    console.print(f"embedding {len(wordings)} prompts")
+    vectors = embed_texts([w.prompt for w in wordings], embedder)
+    tree = element_tree(wordings, vectors, elements, settings)
+    where = clustering.leaves_of_subjects(wordings, tree.route(vectors))
+    anchor = load_anchor(anchor_folder)
+    layers = list(range(settings.first_layer, anchor.layers))
+    bank = Bank(settings, len(layers), anchor.hidden)
+    with progress_bar(console) as bar:
+        trunk = bar.add_task("lower layers", total=len(wordings), note="")
+        texts, prefix = run_trunk(anchor, wordings, settings.first_layer, lambda n: bar.advance(trunk, n))
+        learning = bar.add_task("learning", total=None, note="")
+
+        def tick(state: TrainingState) -> None:
+            note = f"loss {state.loss:.3f}, answer tokens right {state.right:.1%}"
+            bar.update(learning, completed=state.step, total=state.steps, note=note)
+
+        state = train(anchor, bank, texts, prefix, where, out / "partial.pt", tick)
+    config = {
+        "kind": "ffn",
+        "branching": settings.branching,
+        "block_sizes": list(settings.block_sizes),
+        "layers": layers,
+        "hidden": anchor.hidden,
+        "anchor": ANCHOR_NAME,
+        **describe(tree, wordings, vectors, elements),
+    }
+    write_checkpoint(out / "elements.safetensors", bank, tree, config)
+    table = accuracy_table(anchor, bank, tree, read_rows(HERE / "elements_qa.jsonl"), embedder)
+    show_accuracy(console, table)
+    report = {"accuracy": table, "training_seconds": state.wall, "training_cpu_seconds": state.cpu}
+    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, default=Path("build/elements"))
+    parser.add_argument("--anchor", type=Path, required=True, help="folder of the SmolLM2 anchor")
+    parser.add_argument("--embedder", type=Path, required=True, help="folder of all-MiniLM-L6-v2")
+    arguments = parser.parse_args()
+    console = Console()
+    wall, cpu = time.perf_counter(), time.process_time()
+    cook(arguments.out, arguments.anchor, arguments.embedder, Settings(), console)
+    console.print(f"{time.perf_counter() - wall:.0f} s, {time.process_time() - cpu:.0f} s of CPU time")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,263 @@
+"""Hugging Face model folders and hub ids -> plain mlx-lm anchor folders.
+
+The work is mlx-lm's own: it loads the source strictly and saves it again. What is added here is what it lets
+pass: settings that its model classes ignore and that would change the answers, non-finite values, damaged
+shards, mixtures of experts. GGUF files come this way too (`gguf.py` writes a folder for `write_anchor`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import pathlib
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_hiermem.anchor import model_classes, read_config
+from mlx_hiermem.convert.checkpoint import RawTensor, TensorSource, open_checkpoint
+from mlx_hiermem.errors import AnchorError, CheckpointError
+from mlx_hiermem.memory.ffn import activation, feed_forward, projections
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
+KEPT_FILES = (  # copied beside the weights
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja"),
+    *("generation_config.json", "LICENSE*", "NOTICE*"),
+)
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # any of them makes a tokenizer
+CODE_KEYS = ("auto_map", "_name_or_path", "transformers_weights")  # point outside the folder, or at code
+SILU, GELU = ("silu", "swish"), ("gelu_pytorch_tanh", "gelu_tanh")
+ACTIVATIONS = {"llama": SILU, "mistral": SILU, "qwen2": SILU, "qwen3": SILU, "gemma3_text": GELU}
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether `source` reads as owner/name and is not a file or folder here."""
+    return bool(HUB_ID.fullmatch(source)) and not pathlib.Path(source).exists()
+
+
+def download(hub_id: str) -> pathlib.Path:
+    """A hub repository's folder in the hub's cache; .bin files only where there are no safetensors."""
+    from huggingface_hub import snapshot_download
+
+    def fetch(patterns: list[str]) -> pathlib.Path:
+        return pathlib.Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=["*/*"]))
+
+    try:
+        folder = fetch(HUB_FILES)
+        return folder if any(folder.glob("*.safetensors")) else fetch([*HUB_FILES, "*.bin"])
+    except Exception as error:  # the client's own errors, and those of the HTTP library below it
+        raise CheckpointError(
+            f"cannot download {hub_id} from the hub: {one_line(error)}",
+            "Check the name and the connection, or give a local folder.",
+        ) from error
+
+
+def convert_huggingface(
+    source: pathlib.Path, out: pathlib.Path, *, quantize: int | None = None, tokenizer: pathlib.Path | None = None
+) -> None:
+    """Writes the anchor of a Hugging Face folder to the new folder `out`, in the source's dtype.
+
+    `quantize` is 4 or 8 bits; `tokenizer` is a folder to take the tokenizer from instead of the source.
+    Raises CheckpointError where the source is damaged, AnchorError where mlx-lm or a memory cannot carry it.
+    """
+    if not (source / "config.json").is_file():
+        raise CheckpointError(
+            f"{source} is not a Hugging Face model folder: it has no config.json",
+            "Give the folder that holds config.json, the weights and the tokenizer.",
+        )
+    config = read_config(source)
+    reject_foreign(config, source)
+    with (
+        open_checkpoint(source) as weights,
+        tempfile.TemporaryDirectory(dir=out.parent, prefix=".staging-") as temporary,
+    ):
+        staging = pathlib.Path(temporary)
+        config = normalise(config, weights.names())
+        check_tie(config, weights)
+        stage_weights(weights, staging)
+        (staging / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        copy_tokenizer(source, tokenizer or source, staging)
+        write_anchor(staging, out, quantize)
+
+
+def write_anchor(staging: pathlib.Path, out: pathlib.Path, quantize: int | None) -> None:
+    """Loads a complete Hugging Face style folder strictly with mlx-lm, checks it and saves it to `out`."""
+    from mlx_lm.utils import load_model, save_config, save_model
+
+    try:
+        model, config = load_model(staging, lazy=True, get_model_classes=model_classes)
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise AnchorError(
+            f"the checkpoint does not fit its architecture: {one_line(error) or type(error).__name__}"
+        ) from error
+    check_finite(tree_flatten(model.parameters()))
+    check_dense(model)
+    if quantize is not None:
+        model, config = quantized(model, config, quantize)
+    save_model(out, model)
+    save_config(config, out / "config.json")
+    for file in sorted(staging.iterdir()):
+        if file.name != "config.json" and file.suffix != ".safetensors":
+            shutil.copyfile(file, out / file.name)
+    mx.clear_cache()
+
+
+def reject_foreign(config: dict[str, Any], where: pathlib.Path) -> None:
+    """Refuses what is known by name not to become an anchor, before any weight is read."""
+    kind = str(config.get("model_type", ""))
+    if not kind:
+        raise CheckpointError(f"{where / 'config.json'} names no model_type", "Is it a language model's folder?")
+    experts = [key for key in ("num_experts", "num_local_experts", "n_routed_experts") if config.get(key)]
+    if experts or "moe" in kind or kind in ("mixtral", "dbrx"):
+        raise AnchorError(
+            f"{where} is a mixture of experts ({experts[0] if experts else 'model_type'}: "
+            f"{config[experts[0]] if experts else kind})",
+            "Memories widen one dense FFN per layer; use a dense model.",
+        )
+    foreign = config.get("quantization_config")
+    if foreign and "quantization" not in config:
+        method = foreign.get("quant_method", "unknown method")
+        raise AnchorError(
+            f"{where} is quantised for other software ({method})",
+            "Convert the original weights with --quantize 4 or 8.",
+        )
+
+
+def normalise(config: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """config.json in the spelling that mlx-lm reads. Raises AnchorError for settings that it would ignore.
+
+    transformers 5 moved rope_theta and rope_scaling into rope_parameters, and layer patterns into
+    layer_types; most mlx-lm classes know the older keys only and would silently use their defaults.
+    """
+    config = {key: value for key, value in config.items() if key not in CODE_KEYS and key != "model_file"}
+    kind = config["model_type"]
+    rope = config.get("rope_parameters") or {}
+    if kind == "gemma3_text":
+        _normalise_gemma3(config, rope)
+    elif "rope_theta" in rope:
+        config.setdefault("rope_theta", rope["rope_theta"])
+        if rope.get("rope_type", "default") != "default":
+            config.setdefault("rope_scaling", {k: v for k, v in rope.items() if k != "rope_theta"})
+    if kind in ACTIVATIONS:
+        config.setdefault("tie_word_embeddings", "lm_head.weight" not in set(names))
+    _reject_ignored(config, kind)
+    return config
+
+
+def _normalise_gemma3(config: dict[str, Any], rope: dict[str, Any]) -> None:
+    full, local = rope.get("full_attention") or {}, rope.get("sliding_attention") or {}
+    if "rope_theta" in full:
+        config.setdefault("rope_theta", full["rope_theta"])
+        if full.get("rope_type", "default") != "default":
+            config.setdefault("rope_scaling", {k: v for k, v in full.items() if k != "rope_theta"})
+    if "rope_theta" in local:
+        config.setdefault("rope_local_base_freq", local["rope_theta"])
+    pattern = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
+    expected = [
+        "sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(config["num_hidden_layers"])
+    ]
+    if config.get("layer_types", expected) != expected:
+        raise AnchorError(
+            f"layer_types does not repeat every {pattern} layers", "mlx-lm's gemma3_text has no other pattern."
+        )
+    config["sliding_window_pattern"] = pattern
+
+
+def _reject_ignored(config: dict[str, Any], kind: str) -> None:
+    """Settings that mlx-lm's class for this model does not read: the anchor would answer differently."""
+    ignored = []
+    act = config.get("hidden_activation") or config.get("hidden_act")
+    if act and act not in ACTIVATIONS.get(kind, (act,)):
+        ignored.append(f"hidden_act {act}")
+    for key in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
+        if kind == "gemma3_text" and config.get(key):
+            ignored.append(f"{key} {config[key]}")
+    windows = "sliding_attention" in config.get("layer_types", ()) or config.get("use_sliding_window")
+    if (kind in ("qwen2", "qwen3") and windows) or (kind == "mistral" and config.get("sliding_window")):
+        ignored.append(f"sliding_window {config.get('sliding_window')}")
+    if ignored:
+        raise AnchorError(f"mlx-lm's {kind} model ignores {', '.join(ignored)}", "It would answer differently.")
+
+
+def check_tie(config: dict[str, Any], weights: TensorSource) -> None:
+    """A tied model's checkpoint may repeat the embeddings as lm_head, but not hold others there."""
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    if config.get("tie_word_embeddings") and set(names) <= set(weights.names()):
+        head, embeddings = (weights.read(name).data for name in names)
+        if head.shape != embeddings.shape or (head != embeddings).any():
+            raise CheckpointError(
+                "lm_head.weight differs from the embeddings, but config.json says that they are tied",
+                "Set tie_word_embeddings to false there, or remove the tensor.",
+            )
+
+
+def stage_weights(weights: TensorSource, staging: pathlib.Path) -> None:
+    """Puts the tensors where mlx-lm finds them: safetensors as links, PyTorch files rewritten."""
+    if all(file.suffix == ".safetensors" for file in weights.files):
+        for number, file in enumerate(weights.files):
+            (staging / f"model-{number:05d}.safetensors").symlink_to(file.resolve())
+        return
+    tensors = {name: to_mlx(weights.read(name)) for name in weights.names()}
+    mx.save_safetensors(str(staging / "model.safetensors"), tensors, metadata={"format": "mlx"})
+
+
+def to_mlx(raw: RawTensor) -> mx.array:
+    """An MLX copy in the same dtype; float64 becomes float32, which is all that MLX computes in."""
+    if raw.dtype == "bfloat16":
+        return mx.array(raw.data).view(mx.bfloat16)
+    return mx.array(raw.float32() if raw.dtype == "float64" else raw.data)
+
+
+def check_finite(parameters: Iterable[tuple[str, mx.array]]) -> None:
+    """Reads every tensor; CheckpointError names the first that holds an infinity or NaN."""
+    for name, value in parameters:
+        if mx.issubdtype(value.dtype, mx.floating) and not mx.isfinite(value).all().item():
+            raise CheckpointError(
+                f"the tensor {name} has non-finite values", "The checkpoint is damaged or its training diverged."
+            )
+
+
+def check_dense(model: nn.Module) -> None:
+    """AnchorError unless every layer has a gated FFN that a memory can widen."""
+    layers = [feed_forward(layer) for layer in model.layers]
+    for layer in layers:
+        projections(layer)
+    activation(layers[0])
+
+
+def quantized(model: nn.Module, config: dict[str, Any], bits: int) -> tuple[nn.Module, dict[str, Any]]:
+    """mlx-lm's affine quantisation in groups of 64, or of 32 where a layer's inputs are no multiple of 64."""
+    from mlx_lm.utils import quantize_model
+
+    if "quantization" in config:
+        raise AnchorError("the source is quantised already", "Convert it without --quantize.")
+    inputs = [m.weight.shape[-1] for _, m in model.named_modules() if hasattr(m, "to_quantized")]
+    group = 32 if any(n % 64 for n in inputs) else 64
+    if any(n % group for n in inputs):
+        raise AnchorError(f"layers of {min(inputs)} inputs cannot be quantised in groups of 32")
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints
+        return quantize_model(model, config, group, bits)
+
+
+def copy_tokenizer(source: pathlib.Path, tokenizer: pathlib.Path, staging: pathlib.Path) -> None:
+    """Copies the tokenizer and the other small files that belong to the weights."""
+    if not any((tokenizer / name).is_file() for name in TOKENIZERS):
+        raise CheckpointError(f"{tokenizer} has no tokenizer ({', '.join(TOKENIZERS)})", "Give --tokenizer.")
+    for folder in dict.fromkeys((source, tokenizer)):  # the tokenizer's own files win
+        for pattern in KEPT_FILES:
+            for file in folder.glob(pattern):
+                shutil.copyfile(file, staging / file.name)
+
+
+def one_line(error: object, limit: int = 300) -> str:
+    """An error's text on one line; mlx lists missing or left-over names on a line each."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit else text[:limit] + " …"

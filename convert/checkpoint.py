@@ -1,0 +1,168 @@
+"""Safe reading of checkpoints: .safetensors and .pt, one file or shards, never executing what they hold.
+
+A `TensorSource` knows every tensor's shape and dtype from the headers alone and reads rows of it on demand,
+so that a checkpoint larger than memory can be streamed.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from mlx_hiermem.convert.readers import (
+    TORCH_SUFFIXES,
+    RawTensor,
+    Reader,
+    SafetensorsReader,
+    TorchReader,
+    is_finite,
+    some,
+)
+from mlx_hiermem.errors import CheckpointError
+
+__all__ = ["RawTensor", "TensorSource", "is_finite", "open_checkpoint"]
+
+
+class TensorSource:
+    """The tensors of one or more files under one set of names. Use it as a context manager, or close it."""
+
+    def __init__(self, readers: Sequence[Reader]) -> None:
+        self.files = [reader.file for reader in readers]
+        self.metadata: dict[str, str] = {}
+        self.extras: dict[str, Any] = {}
+        self._readers = list(readers)
+        self._owner: dict[str, Reader] = {}
+        for reader in readers:
+            self.metadata |= reader.metadata
+            self.extras |= reader.extras
+            for name in reader.tensors:
+                if name in self._owner:
+                    first = self._owner[name].file.name
+                    raise CheckpointError(
+                        f"the tensor {name} is in both {first} and {reader.file.name} of {reader.file.parent}",
+                        "If they are different checkpoints, name the one file to read.",
+                    )
+                self._owner[name] = reader
+
+    def names(self) -> list[str]:
+        return list(self._owner)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._reader(name).tensors[name][1]
+
+    def dtype(self, name: str) -> str:
+        return self._reader(name).tensors[name][0]
+
+    def read(self, name: str) -> RawTensor:
+        """The whole tensor."""
+        shape = self.shape(name)
+        raw = self._reader(name).rows(name, 0, shape[0] if shape else 1)
+        return RawTensor(raw.dtype, shape, raw.data.reshape(shape))
+
+    def rows(self, name: str, start: int, stop: int) -> RawTensor:
+        """Rows [start, stop) along the first axis, as one read. Safe to call from several threads."""
+        shape = self.shape(name)
+        if not shape or not 0 <= start <= stop <= shape[0]:
+            raise IndexError(f"rows {start}:{stop} of {name} {shape}")
+        return self._reader(name).rows(name, start, stop)
+
+    def close(self) -> None:
+        for reader in self._readers:
+            reader.close()
+
+    def __enter__(self) -> TensorSource:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _reader(self, name: str) -> Reader:
+        if name not in self._owner:
+            raise CheckpointError(f"there is no tensor {name} in {self.files[0]}")
+        return self._owner[name]
+
+
+def open_checkpoint(path: pathlib.Path | str) -> TensorSource:
+    """Opens a .safetensors or .pt/.pth/.bin file, or a folder of them (with or without an index.json).
+
+    Reads headers only. Raises CheckpointError where something is missing, damaged, unsafe or not understood.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise CheckpointError(f"there is no file or folder {path}", "Check the spelling of the path.")
+    readers: list[Reader] = []
+    try:
+        for file in _files_in(path) if path.is_dir() else [path]:
+            readers.append(_open_file(file))
+        source = TensorSource(readers)
+        if path.is_dir():
+            _check_index(path, source)
+    except BaseException:
+        for reader in readers:
+            reader.close()
+        raise
+    return source
+
+
+def _open_file(file: pathlib.Path) -> Reader:
+    try:
+        if file.suffix == ".safetensors":
+            return SafetensorsReader(file)
+        if file.suffix in TORCH_SUFFIXES:
+            return TorchReader(file)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror or error}") from error
+    raise CheckpointError(
+        f"{file} is not a checkpoint that can be read",
+        f"Expected a file ending in .safetensors, {', '.join(TORCH_SUFFIXES)}, or a folder of such files.",
+    )
+
+
+def _files_in(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The folder's checkpoint files: those of its index, else the usual single name, else all of a kind."""
+    index = _index_file(folder)
+    if index:
+        return [folder / name for name in sorted(set(_read_index(index).values()))]
+    for usual, pattern in (("model", "*.safetensors"), ("pytorch_model", "*.bin"), ("model", "*.pt*")):
+        files = sorted(file for file in folder.glob(pattern) if file.suffix in (".safetensors", *TORCH_SUFFIXES))
+        single = [file for file in files if file.stem == usual]
+        if files:
+            return single or files
+    found = sorted(entry.name for entry in folder.iterdir())
+    raise CheckpointError(
+        f"{folder} holds no checkpoint, only {some(found) or 'nothing'}",
+        "Expected .safetensors or .pt/.bin files in the folder.",
+    )
+
+
+def _index_file(folder: pathlib.Path) -> pathlib.Path | None:
+    """`model.safetensors.index.json` before `pytorch_model.bin.index.json`."""
+    found = [*sorted(folder.glob("*.safetensors.index.json")), *sorted(folder.glob("*.bin.index.json"))]
+    return found[0] if found else None
+
+
+def _read_index(index: pathlib.Path) -> dict[str, str]:
+    """tensor name -> shard file name."""
+    try:
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = {str(name): str(file) for name, file in shards.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"cannot read the index {index}: {error!r}") from error
+    outside = [file for file in names.values() if pathlib.Path(file).name != file]
+    missing = sorted({file for file in names.values() if not (index.parent / file).is_file()})
+    if outside or not names:
+        raise CheckpointError(f"the index {index} names no files of its own folder: {some(outside)}")
+    if missing:
+        raise CheckpointError(
+            f"{index.parent} lacks {some(missing)}, which {index.name} lists", "Copy or download it again."
+        )
+    return names
+
+
+def _check_index(folder: pathlib.Path, source: TensorSource) -> None:
+    index = _index_file(folder)
+    missing = sorted(set(_read_index(index)) - set(source.names())) if index else []
+    if missing:
+        raise CheckpointError(f"{folder}: the shards lack tensors that the index lists: {some(missing)}")

@@ -1,0 +1,343 @@
+"""Readers of single checkpoint files, .safetensors and .pt; neither executes anything that a file holds.
+
+safetensors files are read with one pread per request instead of the library's mmap: pages of a mapping count
+as resident memory, and a bank is many times larger than the memory there is. (The library also has no
+bfloat16 in numpy.) PyTorch files can only be mapped, so their pages are given back after each request.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import pathlib
+import pickle
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from mlx_hiermem.errors import CheckpointError, MissingDependencyError
+
+TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+STATE_DICTS = ("av_model_sd", "state_dict", "model")  # the first that is there; OpenLM's averages come first
+# dtype -> how numpy carries it. numpy has no bfloat16: its bits travel as uint16.
+NUMPY_DTYPES = {
+    "float64": "<f8",
+    "float32": "<f4",
+    "float16": "<f2",
+    "bfloat16": "<u2",
+    "int64": "<i8",
+    "int32": "<i4",
+    "int16": "<i2",
+    "int8": "|i1",
+    "uint8": "|u1",
+    "bool": "|b1",
+}
+SAFETENSORS_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+SAME_WIDTH_INTEGERS = {  # of a float's bits: exponent all ones and no sign, i.e. infinity
+    "float64": ("<i8", "<u8", 0x7FF0_0000_0000_0000),
+    "float32": ("<i4", "<u4", 0x7F80_0000),
+    "float16": ("<i2", "<u2", 0x7C00),
+    "bfloat16": ("<i2", "<u2", 0x7F80),
+}
+READ_LIMIT = 1 << 30  # bytes per pread: macOS refuses 2 GiB and more
+HEADER_LIMIT = 100_000_000  # the safetensors format's own
+
+
+@dataclass(frozen=True)
+class RawTensor:
+    """A tensor as stored: `data` has `shape`; bfloat16 is carried as its bits in uint16."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+    def float32(self) -> np.ndarray:
+        """The values as float32, whatever they were stored as (a copy, unless they were)."""
+        if self.dtype == "bfloat16":  # the upper half of a float32
+            return (self.data.astype(np.uint32) << 16).view(np.float32)
+        with np.errstate(over="ignore"):  # float64; whoever cares asks is_finite of the result
+            return self.data.astype(np.float32, copy=False)
+
+    def astype(self, dtype: str) -> RawTensor:
+        """The values as float32, float16 or bfloat16, rounded to nearest even; too large ones become infinite."""
+        if dtype == self.dtype:
+            return self
+        values = self.float32()
+        if dtype == "bfloat16":
+            bits = values.view(np.uint32)
+            data = ((bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16).astype(np.uint16)
+        else:
+            with np.errstate(over="ignore"):
+                data = values.astype(NUMPY_DTYPES[dtype])
+        return RawTensor(dtype, self.shape, data)
+
+
+def is_finite(raw: RawTensor) -> bool:
+    """Whether no value is infinite or NaN. Integers always are.
+
+    Read as integers, non-finite floats are those at or above infinity's bits: in signed order the positive
+    ones, in unsigned order the negative ones. Two maxima need no temporary array, unlike np.isfinite.
+    """
+    if raw.dtype not in SAME_WIDTH_INTEGERS or raw.data.size == 0:
+        return True
+    signed, unsigned, infinity = SAME_WIDTH_INTEGERS[raw.dtype]
+    sign = 1 << (8 * raw.data.dtype.itemsize - 1)
+    data = np.ascontiguousarray(raw.data)
+    return int(data.view(signed).max()) < infinity and int(data.view(unsigned).max()) < sign + infinity
+
+
+class Reader(Protocol):
+    """One file: its tensors' dtypes and shapes, and rows of their data."""
+
+    file: pathlib.Path
+    tensors: dict[str, tuple[str, tuple[int, ...]]]
+    metadata: dict[str, str]
+    extras: dict[str, Any]
+
+    def rows(self, name: str, start: int, stop: int) -> RawTensor: ...
+
+    def close(self) -> None: ...
+
+
+class SafetensorsReader:
+    """One .safetensors file: eight bytes of header length, a JSON header, then the data."""
+
+    def __init__(self, file: pathlib.Path) -> None:
+        self.file = file
+        self._fd = os.open(file, os.O_RDONLY)
+        try:
+            header, start = self._header()
+            self.metadata = {str(k): str(v) for k, v in (header.pop("__metadata__", None) or {}).items()}
+            self.extras: dict[str, Any] = {}
+            self.tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+            self._offsets: dict[str, int] = {}
+            for name, entry in header.items():
+                self._add(name, entry, start)
+        except BaseException:
+            self.close()
+            raise
+
+    def _header(self) -> tuple[dict[str, Any], int]:
+        """The parsed header and the offset at which the data starts."""
+        size = os.fstat(self._fd).st_size
+        length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
+        if size < 8 or length > min(size - 8, HEADER_LIMIT):
+            raise self._damaged("its header is longer than the file")
+        try:
+            header = json.loads(os.pread(self._fd, length, 8), object_pairs_hook=self._no_duplicates)
+        except ValueError as error:
+            raise self._damaged("its header is not JSON") from error
+        if not isinstance(header, dict):
+            raise self._damaged("its header is not a table of tensors")
+        return header, 8 + length
+
+    def _no_duplicates(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+            raise CheckpointError(f"{self.file} lists tensors twice: {some(twice)}")
+        return table
+
+    def _add(self, name: str, entry: Any, start: int) -> None:
+        """Checks one header entry against the file and keeps it."""
+        try:
+            code, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
+            begin, end = (int(n) for n in entry["data_offsets"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._damaged(f"the header entry of {name} is incomplete") from error
+        if code not in SAFETENSORS_DTYPES:
+            raise CheckpointError(
+                f"{self.file}: the tensor {name} has the dtype {code}, which is not supported",
+                "Save it as float32, float16 or bfloat16.",
+            )
+        dtype = SAFETENSORS_DTYPES[code]
+        if min((*shape, begin), default=0) < 0 or end - begin != size_of(dtype, shape):
+            raise self._damaged(f"the shape {shape} of {name} does not fit its {end - begin} bytes")
+        if start + end > os.fstat(self._fd).st_size:
+            raise self._damaged(f"the data of {name} ends beyond the end of the file")
+        self.tensors[name] = (dtype, shape)
+        self._offsets[name] = start + begin
+
+    def _damaged(self, why: str) -> CheckpointError:
+        return CheckpointError(f"{self.file} is truncated or damaged: {why}", "Copy or download it again.")
+
+    def rows(self, name: str, start: int, stop: int) -> RawTensor:
+        dtype, shape = self.tensors[name]
+        row = size_of(dtype, shape[1:])
+        data = np.empty(row * (stop - start), dtype=np.uint8)
+        view, offset = data.data, self._offsets[name] + row * start
+        while view:  # one turn, unless the request is huge
+            try:
+                count = os.preadv(self._fd, [view[:READ_LIMIT]], offset)
+            except OSError as error:
+                raise CheckpointError(f"cannot read {name} in {self.file}: {error.strerror}") from error
+            if not count:
+                raise self._damaged(f"the data of {name} ends early")
+            view, offset = view[count:], offset + count
+        rows = (stop - start, *shape[1:]) if shape else ()
+        return RawTensor(dtype, rows, data.view(NUMPY_DTYPES[dtype]).reshape(rows))
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def size_of(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes of a tensor."""
+    count = 1
+    for n in shape:
+        count *= n
+    return count * np.dtype(NUMPY_DTYPES[dtype]).itemsize
+
+
+def some(names: Sequence[str], limit: int = 8) -> str:
+    """A list for an error message, cut where it would no longer be read."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+class TorchReader:
+    """One PyTorch file. Tensors of nested dicts get dotted names; plain values beside them are `extras`."""
+
+    def __init__(self, file: pathlib.Path) -> None:
+        self.file = file
+        self.metadata: dict[str, str] = {}
+        self.extras: dict[str, Any] = {}
+        self.tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self._data: dict[str, Any] = {}
+        content = _load_torch(file)
+        self._mapping = _mapping_of(file)
+        if not isinstance(content, Mapping):
+            raise CheckpointError(f"{file} holds a {type(content).__name__}, not a dictionary of tensors")
+        self.extras = {str(key): value for key, value in content.items() if _is_plain(value)}
+        tables = {key: value for key, value in content.items() if str(key) not in self.extras}
+        state = next((tables[key] for key in STATE_DICTS if isinstance(tables.get(key), Mapping)), tables)
+        for name, value in _flatten(state):
+            self._add(name, value)
+        if not self.tensors:
+            raise CheckpointError(f"{file} holds no tensors", f"Its keys are {some(list(map(str, content)))}.")
+
+    def _add(self, name: str, value: Any) -> None:
+        if not hasattr(value, "data_ptr"):
+            self.extras.setdefault(name, value)
+            return
+        dtype = str(value.dtype).removeprefix("torch.")
+        if dtype not in NUMPY_DTYPES or str(value.layout) != "torch.strided":
+            raise CheckpointError(
+                f"{self.file}: the tensor {name} is {dtype}, {value.layout}, which is not supported",
+                "Save it dense, as float32, float16 or bfloat16.",
+            )
+        if name in self.tensors:
+            raise CheckpointError(f"{self.file} lists tensors twice: {name}")
+        self.tensors[name] = (dtype, tuple(value.shape))
+        self._data[name] = value.detach()
+
+    def rows(self, name: str, start: int, stop: int) -> RawTensor:
+        import torch
+
+        dtype, shape = self.tensors[name]
+        part = self._data[name][start:stop] if shape else self._data[name]
+        values = part.contiguous()
+        bits = values.view(torch.int16) if dtype == "bfloat16" else values
+        data = bits.numpy().copy().view(NUMPY_DTYPES[dtype])
+        _give_back(part, self._mapping)
+        return RawTensor(dtype, tuple(part.shape), data)
+
+    def close(self) -> None:
+        self._data.clear()  # the mapping goes with the last tensor
+
+
+def _load_torch(file: pathlib.Path) -> Any:
+    """torch.load of tensors and plain values only. Raises CheckpointError for anything else."""
+    try:
+        import torch
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"reading {file.name} needs PyTorch", "Install it: pip install 'mlx-hiermem[torch]'"
+        ) from error
+    with file.open("rb") as stream:
+        is_zip = stream.read(4) == b"PK\x03\x04"  # else the format before PyTorch 1.6, which cannot be mapped
+    try:
+        with warnings.catch_warnings(action="ignore"):  # on pickles that are refused anyway
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{file} holds more than tensors and could execute code when opened: it is refused",
+            "Save its state dict alone, best as .safetensors.",
+        ) from error
+    except Exception as error:  # torch raises whatever its parsers stumble over
+        why = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+        raise CheckpointError(
+            f"{file} is truncated or not a PyTorch file: {why}", "Copy or download it again."
+        ) from error
+
+
+def _flatten(table: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested dicts under dotted names."""
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is JSON-like: no tensors anywhere in it."""
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (str, int, float, bool))
+
+
+def _mapping_of(file: pathlib.Path) -> range:
+    """The addresses at which this process has mapped `file`; empty where the system does not tell.
+
+    Linux tells. macOS does not, nor need it: clean pages of a file are not charged to a process there.
+    """
+    inode = str(file.stat().st_ino)
+    try:
+        lines = pathlib.Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return range(0)
+    spans = [line.split()[0].split("-") for line in lines if line.split()[4] == inode]
+    bounds = [int(bound, 16) for span in spans for bound in span]
+    return range(min(bounds), max(bounds)) if bounds else range(0)
+
+
+def _give_back(tensor: Any, mapping: range) -> None:
+    """Drops the mapped pages under a tensor, so that streaming a large file leaves the process small.
+
+    Only inside the file's own mapping, whose pages are clean and come back when touched again: the same
+    advice on ordinary memory would erase it.
+    """
+    if tensor.is_contiguous():
+        start, size = tensor.data_ptr(), tensor.nbytes
+    else:
+        start, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+    if size and start in mapping and start + size - 1 in mapping:
+        first = start - start % mmap.PAGESIZE
+        libc = ctypes.CDLL(None)
+        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(start + size - first), mmap.MADV_DONTNEED)
