@@ -16,10 +16,10 @@ from mlx_hiermem.convert.readers import (
     RawTensor,
     Reader,
     SafetensorsReader,
-    TorchReader,
     is_finite,
     some,
 )
+from mlx_hiermem.convert.torch_reader import TorchReader
 from mlx_hiermem.errors import CheckpointError
 
 __all__ = ["RawTensor", "TensorSource", "is_finite", "open_checkpoint"]

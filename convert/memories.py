@@ -172,7 +172,7 @@ def _block(source: TensorSource, layout: MemoryLayout, job: Job) -> dict[str, tu
     """One cluster's tensors as they go to disk: name -> ([L, r, width], values)."""
     config, row = layout.config, job.path.row(layout.config.branching)
     shapes = config.shapes(layout.units[job.level])
-    tensors = {}
+    tensors: dict[str, tuple[Sequence[int], np.ndarray]] = {}
     for part, stored in layout.tensors[job.level].items():
         raw = source.rows(stored.name, row, row + 1) if job.level else source.read(stored.name)
         if not is_finite(raw):

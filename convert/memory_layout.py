@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlx_hiermem.config import DTYPES, KINDS, AnchorIdentity, MemoryConfig
-from mlx_hiermem.convert.checkpoint import RawTensor, TensorSource, is_finite, some
+from mlx_hiermem.convert.checkpoint import TensorSource
 from mlx_hiermem.convert.key_map import KeyMap
 from mlx_hiermem.convert.memory_settings import MINILM, MemorySettings
+from mlx_hiermem.convert.readers import RawTensor, is_finite, some
 from mlx_hiermem.errors import AnchorMismatchError, CheckpointError
 from mlx_hiermem.tree import ClusterTree
 
@@ -199,7 +200,8 @@ def _read_tree(source: TensorSource, settings: MemorySettings, trees: Mapping[tu
         raise CheckpointError(f"the settings say branching {settings.branching}, the tree's is {k}")
     if settings.embedder == MINILM and dim != 384:
         raise CheckpointError(f"the tree's centroids have {dim} values, those of {MINILM.name} have 384")
-    centroids, present = [], []
+    centroids: list[np.ndarray] = []
+    present: list[np.ndarray] = []
     for level in range(1, max(level for level, _ in trees) + 1):
         c = _read(source, trees[level, "centroids"], (k ** (level - 1), k, dim)).float32()
         p = np.ones(c.shape[:2], dtype=bool)

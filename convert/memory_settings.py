@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,7 +47,7 @@ class MemorySettings:
         licence, recipe = other.pop("license", ""), known.pop("recipe", {})
         if not isinstance(recipe, Mapping):
             recipe = {"description": recipe}
-        readers = {
+        readers: dict[str, Callable[[Any], Any]] = {
             "kind": lambda kind: str(kind).lower().replace("_", "-"),
             "branching": int,
             "block_sizes": lambda sizes: tuple(map(int, sizes)),
@@ -117,5 +117,5 @@ def _embedder(value: Any) -> EmbedderIdentity:
     )
 
 
-def _by_path(table: Mapping[str, Any], read: Any) -> dict[Path, Any]:
+def _by_path(table: Mapping[str, Any], read: Callable[[Any], Any]) -> dict[Path, Any]:
     return {Path.parse(path): read(value) for path, value in table.items()}

@@ -1,4 +1,4 @@
-"""`hiermem convert`: finds out what a source is, converts anchor and memories, and puts the result in place.
+"""`hiermem convert`: an anchor and its memories, from their checkpoints to a model folder.
 
 Everything is made in OUT.partial and renamed at the end, so OUT is never half a model. An interrupted run can
 be continued: a finished anchor is kept, and the bank goes on block by block.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib.metadata
 import json
 import pathlib
 import shutil
@@ -17,37 +16,21 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mlx_hiermem.anchor import identify, read_config
-from mlx_hiermem.bank.bank import MANIFEST, MemoryBank, file_digest
-from mlx_hiermem.bank.manifest import BankManifest
-from mlx_hiermem.config import AnchorIdentity
+from mlx_hiermem.bank.bank import MANIFEST, MemoryBank
 from mlx_hiermem.convert.anchors.gguf import convert_gguf
-from mlx_hiermem.convert.anchors.huggingface import convert_huggingface, download, is_hub_id
+from mlx_hiermem.convert.anchors.huggingface import convert_huggingface
 from mlx_hiermem.convert.anchors.openlm import convert_openlm
 from mlx_hiermem.convert.checkpoint import open_checkpoint
 from mlx_hiermem.convert.memories import AnchorDims, convert_memory
-from mlx_hiermem.convert.readers import TORCH_SUFFIXES
+from mlx_hiermem.convert.source import Source, digests, files_of, find_source, find_tokenizer, tool_versions
 from mlx_hiermem.errors import AnchorError, CheckpointError, HierMemError, OutputError
 
 Progress = Callable[[int, int], None]  # (done, total)
+Warn = Callable[[str], None]
 
 ANCHOR, BANK, SOURCE = "anchor", "bank", "source.json"
 # Anchor bytes at most, staging included, per byte of source: a 4-bit GGUF becomes float16, written twice.
 GROWTH = {"huggingface": 2.0, "openlm": 2.0, "gguf": 8.0}
-TOOLS = ("mlx-hiermem", "mlx", "mlx-lm", "numpy", "gguf")
-
-
-@dataclass(frozen=True)
-class Source:
-    """What SRC turned out to be. `name` is what a user would call it; `files` are the weights."""
-
-    kind: str  # huggingface, openlm or gguf
-    path: pathlib.Path
-    name: str
-    files: tuple[pathlib.Path, ...]
-
-    @property
-    def bytes(self) -> int:
-        return sum(file.stat().st_size for file in self.files)
 
 
 @dataclass(frozen=True)
@@ -88,13 +71,17 @@ def convert(
     """
     if quantize not in (None, 4, 8):
         raise HierMemError(f"cannot quantise to {quantize} bits", "Choose 4 or 8.")
+    for given in (memory, key_map, config):
+        if given and not given.exists():
+            raise CheckpointError(f"there is no file or folder {given}", "Check the spelling of the path.")
     _check_out(out, overwrite)
-    source = identify_source(src)
-    tokenizer_folder = _tokenizer_folder(tokenizer) if tokenizer else None
+    source = find_source(src)
+    tokenizer_folder = find_tokenizer(tokenizer) if tokenizer else None
     _reserve(source, memory, out)
     warnings: list[str] = []
     with _partial_folder(out, resume, overwrite) as partial:
-        _note_source(partial, describe(source, quantize, memory))
+        record = _record(source, quantize, memory)
+        _note_source(partial / SOURCE, record)
         anchor = partial / ANCHOR
         if not anchor.exists():
             _write_anchor(source, anchor, quantize, config, tokenizer_folder, warnings.append, progress)
@@ -108,70 +95,9 @@ def convert(
                 resume=resume,
                 progress=progress,
             )
+        _write_json(partial / SOURCE, record | {"anchor": digests(files_of(anchor))})
         _move(partial, out)
     return _report(out, source, warnings)
-
-
-def identify_source(src: str) -> Source:
-    """Which kind of checkpoint SRC is. Raises CheckpointError where it is none, or several."""
-    path, name = pathlib.Path(src), pathlib.Path(src).name
-    if is_hub_id(src):
-        path, name = download(src), src
-    if not path.exists():
-        raise CheckpointError(f"there is no file or folder {src}", "Hub ids have the form owner/name.")
-    if path.is_dir():
-        return _identify_folder(path, name)
-    if path.suffix == ".gguf":
-        return Source("gguf", path, path.stem, (path,))
-    if (path.parent / "config.json").is_file() and "model_type" in read_config(path.parent):
-        raise CheckpointError(f"{path} is a part of a Hugging Face model", f"Give its folder, {path.parent}.")
-    if path.suffix in (".safetensors", *TORCH_SUFFIXES):
-        return Source("openlm", path, path.stem, (path,))
-    raise CheckpointError(
-        f"{path} is not a checkpoint of a known kind",
-        "Give a Hugging Face folder or hub id, an OpenLM .pt file, or a .gguf file.",
-    )
-
-
-def _identify_folder(folder: pathlib.Path, name: str) -> Source:
-    ggufs = sorted(folder.glob("*.gguf"))
-    has_config = (folder / "config.json").is_file()
-    if has_config and ("model_type" in read_config(folder) or not list(folder.glob("*.pt"))):
-        with open_checkpoint(folder) as weights:
-            return Source("huggingface", folder, name, tuple(weights.files))
-    if any(file.suffix in (".pt", ".pth") for file in folder.iterdir()):
-        with open_checkpoint(folder) as weights:
-            return Source("openlm", folder, name, tuple(weights.files))
-    if len(ggufs) == 1:
-        return Source("gguf", ggufs[0], ggufs[0].stem, tuple(ggufs))
-    if ggufs:
-        raise CheckpointError(f"{folder} holds {len(ggufs)} GGUF files", "Name the one to convert.")
-    raise CheckpointError(
-        f"{folder} is no model: it has no config.json, no .pt and no .gguf file",
-        "Give the folder that holds config.json, the weights and the tokenizer.",
-    )
-
-
-def describe(source: Source, quantize: int | None, memory: pathlib.Path | None) -> dict[str, Any]:
-    """What source.json records: enough to know the source again, and what it was converted with.
-
-    The memory checkpoint is known by name and size only: reading it twice would double the time.
-    """
-    versions = {}
-    for tool in TOOLS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[tool] = importlib.metadata.version(tool)
-    record: dict[str, Any] = {"kind": source.kind, "name": source.name, "files": digests(source.files)}
-    record |= {"quantize": quantize, "memory": None, "versions": versions}
-    if memory and memory.exists():
-        files = sorted(f for f in memory.iterdir() if f.is_file()) if memory.is_dir() else [memory]
-        record["memory"] = [{"name": f.name, "bytes": f.stat().st_size} for f in files]
-    return record
-
-
-def digests(files: Sequence[pathlib.Path]) -> list[dict[str, Any]]:
-    """Name, size and sha256 of each file."""
-    return [{"name": f.name, "bytes": f.stat().st_size, "sha256": file_digest(f)} for f in files]
 
 
 def anchor_dims(config: dict[str, Any]) -> AnchorDims:
@@ -192,29 +118,22 @@ def _write_anchor(
     quantize: int | None,
     config: pathlib.Path | None,
     tokenizer: pathlib.Path | None,
-    warn: Callable[[str], None],
+    warn: Warn,
     progress: Progress | None,
 ) -> None:
     """Converts into a sibling first: a folder named anchor is a whole one."""
-    new = anchor.with_name("anchor.new")
-    shutil.rmtree(new, ignore_errors=True)
+    new = anchor.with_name(ANCHOR + ".new")
+    for left in (new, *anchor.parent.glob(".staging-*")):  # of a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
     if source.kind == "gguf":
         convert_gguf(source.path, new, quantize=quantize, tokenizer=tokenizer, warn=warn, progress=progress)
     elif source.kind == "openlm":
-        convert_openlm(source.path, new, config=config, tokenizer=tokenizer, quantize=quantize, warn=warn)
+        convert_openlm(
+            source.path, new, config=config, tokenizer=tokenizer, quantize=quantize, warn=warn, progress=progress
+        )
     else:
-        convert_huggingface(source.path, new, quantize=quantize, tokenizer=tokenizer)
+        convert_huggingface(source.path, new, quantize=quantize, tokenizer=tokenizer, progress=progress)
     new.rename(anchor)
-
-
-def _tokenizer_folder(tokenizer: str) -> pathlib.Path:
-    """The folder of a tokenizer given as a folder, a file in it, or a hub id."""
-    path = pathlib.Path(tokenizer)
-    if is_hub_id(tokenizer):
-        return download(tokenizer, weights=False)
-    if not path.exists():
-        raise CheckpointError(f"there is no tokenizer {tokenizer}", "Give a folder or a hub id (owner/name).")
-    return path if path.is_dir() else path.parent
 
 
 def _check_out(out: pathlib.Path, overwrite: bool) -> None:
@@ -229,8 +148,7 @@ def _check_out(out: pathlib.Path, overwrite: bool) -> None:
 def _reserve(source: Source, memory: pathlib.Path | None, out: pathlib.Path) -> None:
     """Raises OutputError where the disk has no room for the model at its largest."""
     need = source.bytes * GROWTH[source.kind]
-    if memory and memory.exists():
-        need += sum(f.stat().st_size for f in (memory.rglob("*") if memory.is_dir() else [memory]) if f.is_file())
+    need += sum(file.stat().st_size for file in (files_of(memory) if memory else ()))
     existing = next(folder for folder in out.absolute().parents if folder.exists())
     free = shutil.disk_usage(existing).free
     if need > free:
@@ -248,7 +166,7 @@ def _partial_folder(out: pathlib.Path, resume: bool, overwrite: bool) -> Iterato
         shutil.rmtree(partial)
     continued = partial.exists()
     if continued and not resume:
-        raise OutputError(f"an interrupted run left {partial}", "Continue it with --resume, or remove that folder.")
+        raise OutputError(f"an interrupted run left {partial}", "Continue with --resume, or remove that folder.")
     try:
         partial.mkdir(parents=True, exist_ok=True)
         yield partial
@@ -263,16 +181,28 @@ def _partial_folder(out: pathlib.Path, resume: bool, overwrite: bool) -> Iterato
         raise
 
 
-def _note_source(partial: pathlib.Path, record: dict[str, Any]) -> None:
-    """Writes source.json, or on resuming checks that it is the same source. Nothing in it varies with time."""
-    file = partial / SOURCE
-    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-    if file.exists() and file.read_text(encoding="utf-8") != text:
+def _record(source: Source, quantize: int | None, memory: pathlib.Path | None) -> dict[str, Any]:
+    """What source.json says of the source. Nothing in it varies with time or place.
+
+    A memory checkpoint is known by its files' names and sizes: reading it twice would double the time.
+    """
+    files = [{"name": file.name, "bytes": file.stat().st_size} for file in (files_of(memory) if memory else ())]
+    return source.describe() | {"quantize": quantize, "memory": files, "versions": tool_versions()}
+
+
+def _note_source(file: pathlib.Path, record: dict[str, Any]) -> None:
+    """Writes source.json, or on resuming checks that source and options are the same."""
+    noted = json.loads(file.read_text(encoding="utf-8")) if file.exists() else record
+    if {key: noted.get(key) for key in record} != record:
         raise OutputError(
-            f"the interrupted run in {partial} had another source or other options",
+            f"the interrupted run in {file.parent} had another source or other options",
             "Repeat it with the same, or remove that folder to start afresh.",
         )
-    file.write_text(text, encoding="utf-8")
+    _write_json(file, record)
+
+
+def _write_json(file: pathlib.Path, record: dict[str, Any]) -> None:
+    file.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _move(partial: pathlib.Path, out: pathlib.Path) -> None:
@@ -287,24 +217,20 @@ def _move(partial: pathlib.Path, out: pathlib.Path) -> None:
 
 def _report(out: pathlib.Path, source: Source, warnings: Sequence[str]) -> ConvertReport:
     config = read_config(out / ANCHOR)
-    parameters, dtype = _weights(out / ANCHOR)
+    index = json.loads((out / ANCHOR / "model.safetensors.index.json").read_text(encoding="utf-8"))
     if quantization := config.get("quantization"):
         dtype = f"{quantization['bits']} bits in groups of {quantization['group_size']}"
+    else:
+        with open_checkpoint(out / ANCHOR) as weights:
+            dtype = ", ".join(sorted({weights.dtype(name) for name in weights.names()}))
     bank = MemoryBank.open(out / BANK).manifest.totals() if (out / BANK).is_dir() else {}
     return ConvertReport(
         source=f"{source.kind}: {source.name}",
         architecture=config["model_type"],
-        parameters=parameters,
+        parameters=index["metadata"]["total_parameters"],
         dtype=dtype,
         anchor_bytes=sum(file.stat().st_size for file in (out / ANCHOR).iterdir()),
         blocks=bank.get("blocks", 0),
         bank_bytes=bank.get("bytes", 0),
         warnings=tuple(warnings),
     )
-
-
-def _weights(anchor: pathlib.Path) -> tuple[int, str]:
-    """(parameters, dtype of the embeddings), by the index that mlx-lm writes and the files' headers."""
-    index = json.loads((anchor / "model.safetensors.index.json").read_text(encoding="utf-8"))
-    with open_checkpoint(anchor) as weights:
-        return index["metadata"]["total_parameters"], weights.dtype("model.embed_tokens.weight")

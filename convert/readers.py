@@ -1,30 +1,24 @@
-"""Readers of single checkpoint files, .safetensors and .pt; neither executes anything that a file holds.
+"""Raw tensors, and the reader of a .safetensors file.
 
-safetensors files are read with one pread per request instead of the library's mmap: pages of a mapping count
-as resident memory, and a bank is many times larger than the memory there is. (The library also has no
-bfloat16 in numpy.) PyTorch files can only be mapped, so their pages are given back after each request.
+Read with one pread per request instead of the library's mmap: pages of a mapping count as resident memory,
+and a bank is many times larger than the memory there is. (The library also has no bfloat16 in numpy.)
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
-import mmap
 import os
 import pathlib
-import pickle
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from mlx_hiermem.errors import CheckpointError, MissingDependencyError
+from mlx_hiermem.errors import CheckpointError
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
-STATE_DICTS = ("av_model_sd", "state_dict", "model")  # the first that is there; OpenLM's averages come first
 # dtype -> how numpy carries it. numpy has no bfloat16: its bits travel as uint16.
 NUMPY_DTYPES = {
     "float64": "<f8",
@@ -216,128 +210,3 @@ def some(names: Sequence[str], limit: int = 8) -> str:
     """A list for an error message, cut where it would no longer be read."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
-
-
-class TorchReader:
-    """One PyTorch file. Tensors of nested dicts get dotted names; plain values beside them are `extras`."""
-
-    def __init__(self, file: pathlib.Path) -> None:
-        self.file = file
-        self.metadata: dict[str, str] = {}
-        self.extras: dict[str, Any] = {}
-        self.tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-        self._data: dict[str, Any] = {}
-        content = _load_torch(file)
-        self._mapping = _mapping_of(file)
-        if not isinstance(content, Mapping):
-            raise CheckpointError(f"{file} holds a {type(content).__name__}, not a dictionary of tensors")
-        self.extras = {str(key): value for key, value in content.items() if _is_plain(value)}
-        tables = {key: value for key, value in content.items() if str(key) not in self.extras}
-        state = next((tables[key] for key in STATE_DICTS if isinstance(tables.get(key), Mapping)), tables)
-        for name, value in _flatten(state):
-            self._add(name, value)
-        if not self.tensors:
-            raise CheckpointError(f"{file} holds no tensors", f"Its keys are {some(list(map(str, content)))}.")
-
-    def _add(self, name: str, value: Any) -> None:
-        if not hasattr(value, "data_ptr"):
-            self.extras.setdefault(name, value)
-            return
-        dtype = str(value.dtype).removeprefix("torch.")
-        if dtype not in NUMPY_DTYPES or str(value.layout) != "torch.strided":
-            raise CheckpointError(
-                f"{self.file}: the tensor {name} is {dtype}, {value.layout}, which is not supported",
-                "Save it dense, as float32, float16 or bfloat16.",
-            )
-        if name in self.tensors:
-            raise CheckpointError(f"{self.file} lists tensors twice: {name}")
-        self.tensors[name] = (dtype, tuple(value.shape))
-        self._data[name] = value.detach()
-
-    def rows(self, name: str, start: int, stop: int) -> RawTensor:
-        import torch
-
-        dtype, shape = self.tensors[name]
-        part = self._data[name][start:stop] if shape else self._data[name]
-        values = part.contiguous()
-        bits = values.view(torch.int16) if dtype == "bfloat16" else values
-        data = bits.numpy().copy().view(NUMPY_DTYPES[dtype])
-        _give_back(part, self._mapping)
-        return RawTensor(dtype, tuple(part.shape), data)
-
-    def close(self) -> None:
-        self._data.clear()  # the mapping goes with the last tensor
-
-
-def _load_torch(file: pathlib.Path) -> Any:
-    """torch.load of tensors and plain values only. Raises CheckpointError for anything else."""
-    try:
-        import torch
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"reading {file.name} needs PyTorch", "Install it: pip install 'mlx-hiermem[torch]'"
-        ) from error
-    with file.open("rb") as stream:
-        is_zip = stream.read(4) == b"PK\x03\x04"  # else the format before PyTorch 1.6, which cannot be mapped
-    try:
-        with warnings.catch_warnings(action="ignore"):  # on pickles that are refused anyway
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{file} holds more than tensors and could execute code when opened: it is refused",
-            "Save its state dict alone, best as .safetensors.",
-        ) from error
-    except Exception as error:  # torch raises whatever its parsers stumble over
-        why = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
-        raise CheckpointError(
-            f"{file} is truncated or not a PyTorch file: {why}", "Copy or download it again."
-        ) from error
-
-
-def _flatten(table: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of nested dicts under dotted names."""
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a value is JSON-like: no tensors anywhere in it."""
-    if isinstance(value, Mapping):
-        return all(map(_is_plain, value.values()))
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (str, int, float, bool))
-
-
-def _mapping_of(file: pathlib.Path) -> range:
-    """The addresses at which this process has mapped `file`; empty where the system does not tell.
-
-    Linux tells. macOS does not, nor need it: clean pages of a file are not charged to a process there.
-    """
-    inode = str(file.stat().st_ino)
-    try:
-        lines = pathlib.Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return range(0)
-    spans = [line.split()[0].split("-") for line in lines if line.split()[4] == inode]
-    bounds = [int(bound, 16) for span in spans for bound in span]
-    return range(min(bounds), max(bounds)) if bounds else range(0)
-
-
-def _give_back(tensor: Any, mapping: range) -> None:
-    """Drops the mapped pages under a tensor, so that streaming a large file leaves the process small.
-
-    Only inside the file's own mapping, whose pages are clean and come back when touched again: the same
-    advice on ordinary memory would erase it.
-    """
-    if tensor.is_contiguous():
-        start, size = tensor.data_ptr(), tensor.nbytes
-    else:
-        start, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
-    if size and start in mapping and start + size - 1 in mapping:
-        first = start - start % mmap.PAGESIZE
-        libc = ctypes.CDLL(None)
-        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(start + size - first), mmap.MADV_DONTNEED)

@@ -5,8 +5,8 @@ and keys may be normed over all heads at once. Imports nothing of this project: 
 each anchor folder that needs it, where `mlx_lm.load(path, trust_remote_code=True)` finds it.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: mlx-lm runs this file without registering it as a module, and
+# dataclasses look up annotations that are strings in the registered one.
 from dataclasses import dataclass
 from typing import Any
 

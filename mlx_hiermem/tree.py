@@ -113,7 +113,7 @@ class ClusterTree:
         """Opens a tree file; centroids stay memory-mapped."""
         try:
             arrays = _map_safetensors(file)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BankError(f"cannot read the tree {file}: {error}") from error
         centroids: list[np.ndarray] = []
         present: list[np.ndarray] = []

@@ -25,7 +25,13 @@ KINDS: dict[str, tuple[type, dict[str, Any]]] = {
     "gemma3_text": (
         transformers.Gemma3TextConfig,
         # an odd width: sqrt(hidden) is then no exact number, as in Gemma 3 270M
-        {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 6, "hidden_size": 96, "num_hidden_layers": 7},
+        {
+            "head_dim": 32,
+            "query_pre_attn_scalar": 32,
+            "sliding_window": 6,
+            "hidden_size": 96,
+            "num_hidden_layers": 7,
+        },
     ),
 }
 LLAMA3_ROPE = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -80,8 +82,9 @@ def test_openlm_equals_llama_where_they_are_the_same() -> None:
     c = ours.config
     llama = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-            vocab_size=c.vocab_size, hidden_size=c.hidden, intermediate_size=c.ffn_width, num_hidden_layers=c.layers,
-            num_attention_heads=c.heads, head_dim=c.head_dim, rms_norm_eps=c.eps, rope_theta=c.rope_base,
+            vocab_size=c.vocab_size, hidden_size=c.hidden, intermediate_size=c.ffn_width,
+            num_hidden_layers=c.layers, num_attention_heads=c.heads, head_dim=c.head_dim, rms_norm_eps=c.eps,
+            rope_theta=c.rope_base,
         )
     )  # fmt: skip
     state = {"model.embed_tokens.weight": ours.tok_embeddings.weight, "model.norm.weight": ours.norm.weight}
@@ -137,11 +140,12 @@ def test_no_effect_at_init(kind: str) -> None:
     zeros = [name for name, tensor in fresh.items() if not tensor.any()]
     assert zeros
     assert len(zeros) < len(fresh)
-    attachment.set({**fresh, **{name: torch.ones_like(fresh[name]) for name in zeros}})
+    random = random_memory(config, 4)
+    attachment.set({**fresh, **{name: random[name] for name in zeros}})
     assert (logits(model) - before).abs().max() > 1e-3
     attachment.clear()
     assert torch.equal(logits(model), before)
-    attachment.set(random_memory(config, 4))
+    attachment.set(random)
     attachment.detach()
     assert torch.equal(logits(model), before)
 
@@ -151,11 +155,8 @@ def test_no_effect_at_init(kind: str) -> None:
 def test_joined_blocks_are_the_sum_of_the_blocks(kind: str) -> None:
     """In the first layer that carries memory; a softmax over joined KV slots is no sum."""
     model, config = random_openlm(layers=1), openlm_memory(kind, layers=(0,))
-    ffn_in = {"ffn", "lora-ffn"} & {kind}
-    outputs: list[torch.Tensor] = []
-    site = model.layers[0].feed_forward if ffn_in else model.layers[0].attention.in_proj
-    if kind == "lora-ffn":
-        site = model.layers[0].feed_forward.w12
+    layer, outputs = model.layers[0], []
+    site = {"ffn": layer.feed_forward, "lora-ffn": layer.feed_forward.w12}.get(kind, layer.attention.in_proj)
     attachment = attach(model, config)
     site.register_forward_hook(lambda _, args, y: outputs.append(y))
     blocks = [random_memory(config, 3, seed=1), random_memory(config, 2, seed=2)]
@@ -173,7 +174,7 @@ def test_ffn_memory_equals_a_wider_ffn() -> None:
     model, config = random_openlm(), openlm_memory("ffn", layers=(0, 1, 2))
     memory = random_memory(config, 5)
     attach(model, config).set(memory)
-    wide = OpenLM(random_openlm(ffn_width=SIZES["ffn_width"] + 5).config)
+    wide = OpenLM(replace(model.config, ffn_width=model.config.ffn_width + 5))
     state = dict(model.state_dict())
     for i in range(3):
         gate, up = state[f"layers.{i}.feed_forward.w12.weight"].chunk(2)

@@ -146,7 +146,8 @@ def test_levels_that_do_not_belong_together() -> None:
 
 def test_embeddings_of_another_size() -> None:
     tree = ClusterTree([np.zeros((1, 2, 3), np.float32)], [np.ones((1, 2), bool)])
-    for shape in [(3,), (1, 4), (1, 1, 3)]:
+    for shape in [(4,), (1, 4), (1, 1, 3)]:
         with pytest.raises(BankError, match="3 values"):
             tree.route(np.zeros(shape))
     assert tree.route(np.zeros((0, 3))) == []
+    assert tree.route(np.zeros(3)) == tree.route(np.zeros((1, 3)))

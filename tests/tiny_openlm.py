@@ -11,6 +11,8 @@ import torch
 from mlx_hiermem.convert.anchors.openlm_config import OpenLMConfig
 from mlx_hiermem.convert.reference import OpenLM
 
+torch.set_num_threads(1)  # on tensors this small threads only wait for each other
+
 # heads x head dim is not the hidden size, as in the paper's 160M; the FFN width follows no formula
 SIZES = {"vocab_size": 288, "hidden": 48, "layers": 3, "heads": 4, "head_dim": 8, "ffn_width": 80}
 

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from mlx_hiermem.errors import AnchorError, CheckpointError
 
-NORMAL, CONTROL, USER_DEFINED, BYTE = 1, 3, 4, 6  # tokenizer.ggml.token_type
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
 SPACE = "▁"  # how SentencePiece spells a space
 
 _LLAMA3 = (
@@ -79,7 +79,7 @@ def _byte_level(ggml: Mapping[str, Any], architecture: str) -> Tokenizer:
             f"the file's tokenizer cuts words in a way that is not known ('{pre}')",
             f"Known: {', '.join(SPLITS)}. Give the original tokenizer with --tokenizer.",
         )
-    merges = [tuple(merge.split(" ")) for merge in ggml.get("merges", ())]
+    merges = [_pair(merge) for merge in ggml.get("merges", ())]
     tokenizer = _bpe(_vocabulary(ggml["tokens"]), merges, ignore_merges=pre in WHOLE_WORDS)
     steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if pre in DIGITS else []
     if (pattern := SPLITS[pre]) is not None:
@@ -129,8 +129,13 @@ def _vocabulary(tokens: Sequence[str]) -> dict[str, int]:
     return vocab
 
 
-def _bpe(vocab: dict[str, int], merges: list[tuple[str, ...]], **options: Any) -> Tokenizer:
-    unknown = [merge for merge in merges if len(merge) != 2 or any(part not in vocab for part in merge)]
+def _pair(merge: str) -> tuple[str, str]:
+    left, _, right = merge.partition(" ")
+    return left, right
+
+
+def _bpe(vocab: dict[str, int], merges: list[tuple[str, str]], **options: Any) -> Tokenizer:
+    unknown = [merge for merge in merges if "".join(merge) not in vocab or any(part not in vocab for part in merge)]
     if not merges or unknown:
         raise CheckpointError(f"the file's merges do not fit its vocabulary: {unknown[:3]}", "Give --tokenizer.")
     return Tokenizer(models.BPE(vocab=vocab, merges=merges, **options))
@@ -141,7 +146,7 @@ def _merges(
 ) -> list[tuple[str, str]]:
     """Every way to make a piece of two others, best score first: the order in which SentencePiece merges.
 
-    Ways to make the same piece are ordered by their parts' ids, which the text they meet in decides anyway.
+    Ways to make the same piece, which have the same score, are ordered by their parts' ids.
     """
     allowed = set(pieces)
     merges = []

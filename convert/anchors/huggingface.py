@@ -14,7 +14,7 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -26,8 +26,10 @@ from mlx_hiermem.convert.checkpoint import RawTensor, TensorSource, open_checkpo
 from mlx_hiermem.errors import AnchorError, CheckpointError
 from mlx_hiermem.memory.ffn import activation, feed_forward, projections
 
+Progress = Callable[[int, int], None]
+
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
+HUB_FILES = ["*.json", "tokenizer.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
 KEPT_FILES = (  # copied beside the weights
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja"),
     *("generation_config.json", "LICENSE*", "NOTICE*"),
@@ -43,7 +45,7 @@ def is_hub_id(source: str) -> bool:
     return bool(HUB_ID.fullmatch(source)) and not pathlib.Path(source).exists()
 
 
-def download(hub_id: str) -> pathlib.Path:
+def download(hub_id: str, weights: bool = True) -> pathlib.Path:
     """A hub repository's folder in the hub's cache; .bin files only where there are no safetensors."""
     from huggingface_hub import snapshot_download
 
@@ -51,8 +53,8 @@ def download(hub_id: str) -> pathlib.Path:
         return pathlib.Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=["*/*"]))
 
     try:
-        folder = fetch(HUB_FILES)
-        return folder if any(folder.glob("*.safetensors")) else fetch([*HUB_FILES, "*.bin"])
+        folder = fetch(HUB_FILES + ["*.safetensors"] * weights)
+        return fetch([*HUB_FILES, "*.bin"]) if weights and not any(folder.glob("*.safetensors")) else folder
     except Exception as error:  # the client's own errors, and those of the HTTP library below it
         raise CheckpointError(
             f"cannot download {hub_id} from the hub: {one_line(error)}",
@@ -61,11 +63,17 @@ def download(hub_id: str) -> pathlib.Path:
 
 
 def convert_huggingface(
-    source: pathlib.Path, out: pathlib.Path, *, quantize: int | None = None, tokenizer: pathlib.Path | None = None
+    source: pathlib.Path,
+    out: pathlib.Path,
+    *,
+    quantize: int | None = None,
+    tokenizer: pathlib.Path | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Writes the anchor of a Hugging Face folder to the new folder `out`, in the source's dtype.
 
-    `quantize` is 4 or 8 bits; `tokenizer` is a folder to take the tokenizer from instead of the source.
+    `quantize` is 4 or 8 bits; `tokenizer` is a folder to take the tokenizer from instead of the source;
+    `progress` is called with bytes done and in all.
     Raises CheckpointError where the source is damaged, AnchorError where mlx-lm or a memory cannot carry it.
     """
     if not (source / "config.json").is_file():
@@ -85,10 +93,12 @@ def convert_huggingface(
         stage_weights(weights, staging)
         (staging / "config.json").write_text(json.dumps(config), encoding="utf-8")
         copy_tokenizer(source, tokenizer or source, staging)
-        write_anchor(staging, out, quantize)
+        write_anchor(staging, out, quantize, progress)
 
 
-def write_anchor(staging: pathlib.Path, out: pathlib.Path, quantize: int | None) -> None:
+def write_anchor(
+    staging: pathlib.Path, out: pathlib.Path, quantize: int | None, progress: Progress | None = None
+) -> None:
     """Loads a complete Hugging Face style folder strictly with mlx-lm, checks it and saves it to `out`."""
     from mlx_lm.utils import load_model, save_config, save_model
 
@@ -98,7 +108,7 @@ def write_anchor(staging: pathlib.Path, out: pathlib.Path, quantize: int | None)
         raise AnchorError(
             f"the checkpoint does not fit its architecture: {one_line(error) or type(error).__name__}"
         ) from error
-    check_finite(tree_flatten(model.parameters()))
+    check_finite(tree_flatten(model.parameters()), progress)
     check_dense(model)
     if quantize is not None:
         model, config = quantized(model, config, quantize)
@@ -115,6 +125,8 @@ def reject_foreign(config: dict[str, Any], where: pathlib.Path) -> None:
     kind = str(config.get("model_type", ""))
     if not kind:
         raise CheckpointError(f"{where / 'config.json'} names no model_type", "Is it a language model's folder?")
+    if kind == "openlm":
+        raise AnchorError(f"{where} is a converted OpenLM anchor", "Convert the original checkpoint.")
     experts = [key for key in ("num_experts", "num_local_experts", "n_routed_experts") if config.get(key)]
     if experts or "moe" in kind or kind in ("mixtral", "dbrx"):
         raise AnchorError(
@@ -216,13 +228,17 @@ def to_mlx(raw: RawTensor) -> mx.array:
     return mx.array(raw.float32() if raw.dtype == "float64" else raw.data)
 
 
-def check_finite(parameters: Iterable[tuple[str, mx.array]]) -> None:
+def check_finite(parameters: Sequence[tuple[str, mx.array]], progress: Progress | None = None) -> None:
     """Reads every tensor; CheckpointError names the first that holds an infinity or NaN."""
+    total, done = sum(value.nbytes for _, value in parameters), 0
     for name, value in parameters:
         if mx.issubdtype(value.dtype, mx.floating) and not mx.isfinite(value).all().item():
             raise CheckpointError(
                 f"the tensor {name} has non-finite values", "The checkpoint is damaged or its training diverged."
             )
+        done += value.nbytes
+        if progress:
+            progress(done, total)
 
 
 def check_dense(model: nn.Module) -> None:

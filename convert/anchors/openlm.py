@@ -45,15 +45,20 @@ def convert_openlm(
     tokenizer: pathlib.Path | None = None,
     quantize: int | None = None,
     warn: Callable[[str], None] = print,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Writes the anchor of an OpenLM checkpoint to the new folder `out`, in the source's dtype.
 
     `config` is the model config JSON (or a params.txt) where it is not beside the checkpoint, `tokenizer` a
-    folder with tokenizer files, `quantize` 4 or 8 bits; `warn` is called with what the user should know.
+    folder with tokenizer files, `quantize` 4 or 8 bits; `warn` is called with what the user should know,
+    `progress` with bytes done and in all.
     Raises CheckpointError where the source is damaged or incomplete, AnchorError where it is no dense OpenLM.
     """
     beside = source if source.is_dir() else source.parent
-    with open_checkpoint(source) as tensors, tempfile.TemporaryDirectory(dir=out.parent) as temporary:
+    with (
+        open_checkpoint(source) as tensors,
+        tempfile.TemporaryDirectory(dir=out.parent, prefix=".staging-") as temporary,
+    ):
         staging = pathlib.Path(temporary)
         model, names = describe(tensors, read_settings(source, config))
         if tokenizer or any((beside / name).is_file() for name in TOKENIZERS):
@@ -65,7 +70,7 @@ def convert_openlm(
         weights = anchor_weights(tensors, names)
         mx.save_safetensors(str(staging / "model.safetensors"), weights, metadata={"format": "mlx"})
         del weights
-        write_anchor(staging, out, quantize)
+        write_anchor(staging, out, quantize, progress)
     if settings["model_type"] == "openlm":
         _add_model_file(out)
 

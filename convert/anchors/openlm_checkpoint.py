@@ -100,6 +100,11 @@ def _sizes(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any]) -
 
 def _kinds(model: OpenLMConfig, shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any]) -> OpenLMConfig:
     """Norm and position kinds by the settings, or OpenLM's own defaults where the tensors leave no doubt."""
+    if not settings:
+        raise CheckpointError(
+            "no model config (JSON) and no params.txt beside the checkpoint: its norms and positions are unknown",
+            "Name one by --config.",
+        )
     norm = settings.get("model_norm")
     if norm is None:
         if "norm.weight" in shapes and "norm.bias" not in shapes:
@@ -118,6 +123,7 @@ def _kinds(model: OpenLMConfig, shapes: Mapping[str, tuple[int, ...]], settings:
         model,
         norm=norm,
         position=position,
+        eps=float(settings.get("norm_eps") or model.eps),
         qk_norm=bool(given) if given is not None else "layers.0.attention.q_norm.weight" in shapes,
         post_embed_norm=bool(settings.get("post_embed_norm", "post_embed_norm.weight" in shapes)),
     )

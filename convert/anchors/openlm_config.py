@@ -45,6 +45,7 @@ ROPE_BASES = (  # stock OpenLM has no name for it; its forks have several
     *("rotary_base_frequency", "rotary_base", "rope_theta", "rope_base", "rope_freq", "rope_frequency"),
     *("rotary_frequency", "rotary_freq", "base_frequency", "rotary_theta"),
 )
+SIZE_KEYS = {"n_heads", "n_layers", "hidden_dim"}  # any of them makes a JSON file a model config
 ALIASES = {
     "hidden_dim": ("hidden_dim", "dim"),
     "model_norm": ("model_norm", "norm_type"),
@@ -132,7 +133,8 @@ def _find_config(folders: Sequence[pathlib.Path], model: str) -> pathlib.Path | 
         if model and (folder / name).is_file():
             return folder / name
     for folder in folders:
-        found = [file for file in sorted(folder.glob("*.json")) if "n_heads" in _read_json(file, strict=False)]
+        files = sorted(folder.glob("*.json"))
+        found = [file for file in files if SIZE_KEYS & _read_json(file, strict=False).keys()]
         if len(found) > 1:
             names = ", ".join(file.name for file in found)
             raise CheckpointError(f"{folder} holds several model configs: {names}", "Name one with --config.")

@@ -25,6 +25,7 @@ def attach_kv(layer: nn.Module, config: MemoryConfig) -> list[tuple[nn.Module, S
     query, output = projection(layer, "q"), projection(layer, "o")
     if sizes(query)[1] != config.q_width:
         raise AnchorError(f"the anchor's queries have {sizes(query)[1]} values, the memory's {config.q_width}")
+    head_dim = config.q_width // _heads(attn)
     slot = Slot(("k", "v"), compute_dtype(output))
     unused = Slot((), slot.dtype)
     kept: list[mx.array] = []
@@ -37,21 +38,31 @@ def attach_kv(layer: nn.Module, config: MemoryConfig) -> list[tuple[nn.Module, S
     def add(_: nn.Module, own: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
         if not slot.tensors:
             return own(x)
-        return own(x + attend(attn, kept.pop(), *slot.tensors))
+        return own(x + attend(attn, head_dim, kept.pop(), *slot.tensors))
 
     carry(query, keep)
     carry(output, add)
     return [(query, unused), (output, slot)]
 
 
-def attend(attn: nn.Module, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+def _heads(attn: nn.Module) -> int:
+    """Query heads; mlx-lm's attention classes have two names for them."""
+    for name in ("n_heads", "num_heads"):
+        if isinstance(heads := getattr(attn, name, None), int):
+            return heads
+    raise AnchorError(
+        f"{type(attn).__module__}.{type(attn).__name__} does not tell its number of heads",
+        "This architecture cannot carry KV memory; FFN memory needs no heads.",
+    )
+
+
+def attend(attn: nn.Module, head_dim: int, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
     """queries [B, L, H*D] attend to keys and values [R, H*D], head by head -> [B, L, H*D]."""
     B, L, width = queries.shape
-    D = attn.head_dim
-    queries = _normed(attn, queries, D).reshape(B, L, -1, D).transpose(0, 2, 1, 3)
+    H, D = width // head_dim, head_dim
+    queries = _normed(attn, queries, D).reshape(B, L, H, D).transpose(0, 2, 1, 3)
     keys, values = (
-        mx.broadcast_to(t.reshape(1, -1, width // D, D).transpose(0, 2, 1, 3), (B, width // D, len(t), D))
-        for t in (keys, values)
+        mx.broadcast_to(t.reshape(1, -1, H, D).transpose(0, 2, 1, 3), (B, H, len(t), D)) for t in (keys, values)
     )
     heads = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=attn.scale)
     return heads.transpose(0, 2, 1, 3).reshape(B, L, width)

@@ -1,0 +1,50 @@
+# Everything runs in .venv; `make demo` installs only what the demo needs, `make setup` all that developing needs.
+
+# The first of these that is new enough. Name another: make setup PYTHON=/path/to/python3
+NEW_ENOUGH = -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$python $(NEW_ENOUGH) 2>/dev/null && echo $$python && break; done)
+# From an index of CPU builds where pip has one: on Linux the ordinary wheel brings gigabytes of CUDA along.
+TORCH ?= torch==2.13.0
+
+BIN = .venv/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint elements bench
+
+help:  ## show this help
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: .venv/dev.stamp  ## make .venv with everything for developing
+
+demo: .venv/demo.stamp  ## the tour on real weights; works on a fresh clone
+	$(BIN)/hiermem demo
+
+test: setup  ## run the tests on tiny random models and on the real weights
+	$(BIN)/python -c 'from mlx_hiermem.assets import ASSETS, fetch; [fetch(name, print) for name in ASSETS]'
+	$(BIN)/python -m pytest
+
+lint: setup  ## check style, format and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+elements: setup  ## train the bundled elements bank again from its corpus (about 40 minutes, resumes)
+	$(BIN)/python -m mlx_hiermem.apps.demo.recipe
+
+bench: setup  ## measure
+	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+.venv/bin/python:
+	@$(or $(PYTHON),false) $(NEW_ENOUGH) || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/demo.stamp: pyproject.toml | .venv/bin/python
+	$(PIP) install -e '.[cpu,demo]'
+	@touch $@
+
+.venv/dev.stamp: pyproject.toml | .venv/bin/python
+	$(PIP) install '$(TORCH)'
+	$(PIP) install -e '.[cpu,dev]'
+	@touch $@ .venv/demo.stamp

@@ -1,0 +1,193 @@
+"""How fast and how small `convert_memory` is: a synthetic bank, against copying the same bytes on the same disk.
+
+    python benchmarks/convert_memory.py              # 5 GB of safetensors, 1 GB of .pt; needs three times that on disk
+
+The checkpoint has the paper's shape (arXiv:2510.02375: 35 layers of 512, branching 16, r = 16:4:1, bfloat16).
+Copying (one file, shutil.copyfile, fsync) and converting (thousands of files, hashed, checked, fsynced) take
+turns, each with the checkpoint in the page cache; the medians are compared. Every conversion is a process of
+its own, so that its peak resident memory is its alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+
+from mlx_hiermem.config import AnchorIdentity, MemoryConfig
+from mlx_hiermem.convert.memories import AnchorDims, convert_memory
+
+RESULTS = pathlib.Path(__file__).parent / "results" / "convert_memory.json"
+BRANCHING, LAYERS, HIDDEN = 16, 35, 512
+ANCHOR = AnchorIdentity("paper-160M", "", "", HIDDEN, LAYERS)
+DIMS = AnchorDims(HIDDEN, 2048, 384, 384)
+PIECE = 64 << 20
+
+
+def design(gb: float) -> MemoryConfig:
+    """r = 16:4:1, so that each level has a third of about `gb` GB."""
+    per_unit = 3 * BRANCHING**3 * 3 * LAYERS * HIDDEN * 2
+    r = max(1, round(gb * 1e9 / per_unit))
+    return MemoryConfig("ffn", BRANCHING, (16 * r, 4 * r, r), tuple(range(LAYERS)), HIDDEN, "bfloat16")
+
+
+def make_checkpoint(file: pathlib.Path, config: MemoryConfig) -> None:
+    """Random finite values in the documented layout, written in pieces."""
+    header: dict[str, Any] = {}
+    offset, k = 0, config.branching
+    for level, units in enumerate(config.block_sizes, 1):
+        tensors = {f"tree.level{level}.centroids": ("F32", (k ** (level - 1), k, 384), 4)}
+        for name, part in (("w1", "gate"), ("w2", "up"), ("w3", "down")):
+            tensors[f"memory.level{level}.{name}"] = ("BF16", (k**level, *config.shapes(units)[part]), 2)
+        for name, (dtype, shape, width) in tensors.items():
+            end = offset + int(np.prod(shape)) * width
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": (offset, end)}
+            offset = end
+    head = json.dumps(header).encode()
+    # 0x3FFF keeps both bfloat16 and float32 finite: the largest is just below 2
+    piece = (np.random.default_rng(0).integers(0, 1 << 16, PIECE // 2, dtype=np.uint16) & 0x3FFF).tobytes()
+    with file.open("wb") as stream:
+        stream.write(len(head).to_bytes(8, "little") + head)
+        for start in range(0, offset, PIECE):
+            stream.write(piece[: min(PIECE, offset - start)])
+        os.fsync(stream.fileno())
+
+
+def to_pytorch(file: pathlib.Path) -> pathlib.Path:
+    """The same tensors as .pt."""
+    import torch
+    from safetensors.torch import load_file
+
+    torch.save(load_file(file), file.with_suffix(".pt"))
+    file.unlink()
+    return file.with_suffix(".pt")
+
+
+def warm(file: pathlib.Path) -> None:
+    """Reads the file once, so that it is in the page cache."""
+    with file.open("rb", buffering=0) as stream:
+        while stream.read(PIECE):
+            pass
+
+
+def copy(file: pathlib.Path) -> float:
+    """Seconds to copy, to the disk and not only to the cache."""
+    target = file.with_suffix(".copy")
+    start = time.perf_counter()
+    shutil.copyfile(file, target)
+    with target.open("rb") as stream:
+        os.fsync(stream.fileno())
+    seconds = time.perf_counter() - start
+    target.unlink()
+    return seconds
+
+
+def convert(file: pathlib.Path) -> dict[str, Any]:
+    """One conversion in a process of its own."""
+    out = file.with_suffix(".bank")
+    command = [sys.executable, __file__, "--child", str(file), str(out)]
+    result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    result["files"] = sum(1 for entry in out.rglob("*") if entry.is_file())
+    shutil.rmtree(out)
+    return result
+
+
+def child(file: pathlib.Path, out: pathlib.Path) -> None:
+    """Converts and prints the seconds and the peak resident bytes."""
+    if file.suffix == ".pt":
+        import torch  # noqa: F401  (its import is no part of the conversion)
+    start = time.perf_counter()
+    convert_memory(file, out, anchor=ANCHOR, anchor_dims=DIMS)
+    print(json.dumps({"seconds": time.perf_counter() - start, "peak_rss": peak_rss()}))
+
+
+def peak_rss() -> int:
+    """Bytes. On Linux ru_maxrss also counts the parent at the moment of the fork, VmHWM does not."""
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) << 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def measure(file: pathlib.Path, config: MemoryConfig, runs: int) -> dict[str, Any]:
+    size, copies, conversions = file.stat().st_size, [], []
+    for run in range(runs):
+        warm(file)
+        copies.append(copy(file))
+        warm(file)
+        conversions.append(convert(file))
+        print(
+            f"  {file.name} run {run}: copy {copies[-1]:.1f} s, convert {conversions[-1]['seconds']:.1f} s",
+            flush=True,
+        )
+    copy_seconds = statistics.median(copies)
+    seconds = statistics.median(run["seconds"] for run in conversions)
+    return {
+        "form": file.suffix,
+        "bytes": size,
+        "block_sizes": list(config.block_sizes),
+        "largest_block": config.parameters(config.block_sizes[0]) * 2,
+        "copies": copies,
+        "conversions": conversions,
+        "copy_gb_per_s": size / copy_seconds / 1e9,
+        "convert_gb_per_s": size / seconds / 1e9,
+        "speed_ratio": copy_seconds / seconds,
+        "peak_rss": max(run["peak_rss"] for run in conversions),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--gb", type=float, default=5, help="size of the safetensors checkpoint")
+    parser.add_argument(
+        "--pt-gb", type=float, default=1, help="size of the .pt checkpoint, which is made in memory"
+    )
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument(
+        "--folder", type=pathlib.Path, help="where to write (default: the system's temporary folder)"
+    )
+    parser.add_argument("--child", nargs=2, type=pathlib.Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        return child(*options.child)
+    rows = []
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        need, free = 2.5e9 * max(options.gb, options.pt_gb), shutil.disk_usage(folder).free
+        if need > free:
+            raise SystemExit(
+                f"needs {need / 1e9:.0f} GB in {folder}, there are {free / 1e9:.0f}; see --folder and --gb"
+            )
+        for gb, pytorch in ((options.gb, False), (options.pt_gb, True)):
+            file, config = pathlib.Path(folder, "memory.safetensors"), design(gb)
+            make_checkpoint(file, config)
+            file = to_pytorch(file) if pytorch else file
+            rows.append(measure(file, config, options.runs))
+            file.unlink()
+    machine = {"system": platform.system(), "machine": platform.machine(), "cores": os.cpu_count()}
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps({"machine": machine, "load": os.getloadavg(), "rows": rows}, indent=1) + "\n")
+    print(
+        f"{'form':14}{'GB':>6}{'files':>7}{'copy GB/s':>11}{'convert GB/s':>14}{'ratio':>7}{'peak MB':>9}{'block MB':>10}"
+    )
+    for row in rows:
+        print(
+            f"{row['form']:14}{row['bytes'] / 1e9:6.2f}{row['conversions'][0]['files']:7}{row['copy_gb_per_s']:11.2f}"
+            f"{row['convert_gb_per_s']:14.2f}{row['speed_ratio']:7.2f}{row['peak_rss'] / 1e6:9.0f}"
+            f"{row['largest_block'] / 1e6:10.1f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""What SRC is: a Hugging Face folder or hub id, an OpenLM checkpoint, or a GGUF file; and the record of it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import pathlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mlx_hiermem.anchor import read_config
+from mlx_hiermem.bank.bank import file_digest
+from mlx_hiermem.convert.anchors.huggingface import download, is_hub_id
+from mlx_hiermem.convert.checkpoint import open_checkpoint
+from mlx_hiermem.convert.readers import TORCH_SUFFIXES
+from mlx_hiermem.errors import CheckpointError
+
+TOOLS = ("mlx-hiermem", "mlx", "mlx-lm", "numpy", "gguf", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class Source:
+    """`path` is what the converter of this `kind` reads, `name` what a user calls it, `files` the weights."""
+
+    kind: str  # huggingface, openlm or gguf
+    path: pathlib.Path
+    name: str
+    files: tuple[pathlib.Path, ...]
+    revision: str = ""  # of a hub repository
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.files)
+
+    def describe(self) -> dict[str, Any]:
+        """The part of source.json by which the source is known again."""
+        return {"kind": self.kind, "name": self.name, "revision": self.revision, "files": digests(self.files)}
+
+
+def find_source(src: str) -> Source:
+    """Finds out what SRC is, downloading it from the hub where it is a hub id.
+
+    Raises CheckpointError where it is no checkpoint of a known kind, or could be several.
+    """
+    if is_hub_id(src):
+        folder = download(src)
+        return replace(_in_folder(folder), name=src, revision=folder.name)
+    path = pathlib.Path(src)
+    if not path.exists():
+        raise CheckpointError(f"there is no file or folder {src}", "Hub ids have the form owner/name.")
+    if path.is_dir():
+        return _in_folder(path)
+    if path.suffix == ".gguf":
+        return Source("gguf", path, path.stem, (path,))
+    if (path.parent / "config.json").is_file() and "model_type" in read_config(path.parent):
+        raise CheckpointError(f"{path} is a part of a Hugging Face model", f"Give its folder, {path.parent}.")
+    if path.suffix in (".safetensors", *TORCH_SUFFIXES):
+        return Source("openlm", path, path.stem, (path,))
+    raise CheckpointError(
+        f"{path} is not a checkpoint of a known kind",
+        "Give a Hugging Face folder or hub id, an OpenLM .pt file, or a .gguf file.",
+    )
+
+
+def _in_folder(folder: pathlib.Path) -> Source:
+    name, config = folder.resolve().name, {}
+    if (folder / "config.json").is_file():
+        config = read_config(folder)
+    ggufs = tuple(sorted(folder.glob("*.gguf")))
+    has_pt = any(file.suffix in (".pt", ".pth") for file in folder.iterdir())
+    if _is_openlm(config) or (has_pt and "model_type" not in config):
+        return Source("openlm", folder, name, _weights(folder))
+    if config:
+        return Source("huggingface", folder, name, _weights(folder))
+    if len(ggufs) == 1:
+        return Source("gguf", ggufs[0], ggufs[0].stem, ggufs)
+    if ggufs:
+        raise CheckpointError(f"{folder} holds {len(ggufs)} GGUF files", "Name the one to convert.")
+    raise CheckpointError(
+        f"{folder} is no model: it has no config.json, no .pt and no .gguf file",
+        "Give the folder that holds config.json, the weights and the tokenizer.",
+    )
+
+
+def _is_openlm(config: dict[str, Any]) -> bool:
+    """Whether a config.json is OpenLM's own, also in its Hugging Face forms; a converted anchor's is not."""
+    own = "n_heads" in config or "params_args_dict" in config
+    return own and config.get("model_type", "openlm") == "openlm" and "hidden_size" not in config
+
+
+def _weights(folder: pathlib.Path) -> tuple[pathlib.Path, ...]:
+    with open_checkpoint(folder) as weights:
+        return tuple(weights.files)
+
+
+def find_tokenizer(tokenizer: str) -> pathlib.Path:
+    """The folder of a tokenizer given as a folder, a file in it, or a hub id."""
+    path = pathlib.Path(tokenizer)
+    if is_hub_id(tokenizer):
+        return download(tokenizer, weights=False)
+    if not path.exists():
+        raise CheckpointError(f"there is no tokenizer {tokenizer}", "Give a folder or a hub id (owner/name).")
+    return path if path.is_dir() else path.parent
+
+
+def files_of(path: pathlib.Path) -> list[pathlib.Path]:
+    """A file, or the files of a folder."""
+    return sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+
+
+def digests(files: Sequence[pathlib.Path]) -> list[dict[str, Any]]:
+    """Name, size and sha256 of each file."""
+    return [{"name": f.name, "bytes": f.stat().st_size, "sha256": file_digest(f)} for f in files]
+
+
+def tool_versions() -> dict[str, str]:
+    """The installed versions of what conversion and verification depend on."""
+    versions = {}
+    for tool in TOOLS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[tool] = importlib.metadata.version(tool)
+    return versions
