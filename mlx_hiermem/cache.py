@@ -26,6 +26,8 @@ class CacheStats:
     misses: int = 0
     evictions: int = 0
     bytes_read: int = 0
+    remote_fetches: int = 0  # blocks that had to come from the hub first
+    remote_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,11 @@ class BlockCache:
     def bytes(self) -> int:
         """Resident bytes of all cached blocks."""
         return sum(block.nbytes for block in self._blocks.values())
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks are cached."""
+        return len(self._blocks)
 
     def __contains__(self, node: Path) -> bool:
         return node in self._blocks
@@ -82,6 +89,8 @@ class BlockCache:
         block = self.bank.read(node) if node != GENERIC else self.bank.read_generic()
         self.stats.misses += 1
         self.stats.bytes_read += block.nbytes
+        if remote := self.bank.remote:
+            self.stats.remote_fetches, self.stats.remote_bytes = remote.fetches, remote.bytes
         self._blocks[node] = block
         return block
 

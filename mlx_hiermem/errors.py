@@ -39,6 +39,10 @@ class AnchorMismatchError(BankError):
     """A bank was made for another anchor than the one it is to be attached to."""
 
 
+class HubError(HierMemError):
+    """The model hub cannot be reached, does not have what was asked for, or refuses."""
+
+
 class OutputError(HierMemError):
     """An output could not be written: it exists already, or the disk is full."""
 

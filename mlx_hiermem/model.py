@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +24,12 @@ from mlx_hiermem.cache import BlockCache
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import AnchorError, BankError, HierMemError
 from mlx_hiermem.memory.attach import Attachment, attach
+from mlx_hiermem.share.resolve import resolve
 
 if TYPE_CHECKING:
     from mlx_lm.generate import GenerationResponse
 
-    from mlx_hiermem.router import Router
+    from mlx_hiermem.router import Routed, Router
 
 MODES = ("none", "generic", "fetched")
 ROOT = Path()
@@ -78,28 +79,26 @@ class MemoryModel:
         if self.bank is None:
             raise BankError("this model has no bank", "Use memory none, or convert or learn a bank for it.")
         if self._router is None:
-            from mlx_hiermem.embedder import Embedder
             from mlx_hiermem.router import Router
 
-            embedder = Embedder.load()
-            wanted = self.bank.manifest.embedder
-            if wanted.digest and embedder.identity.digest != wanted.digest:
-                raise BankError(
-                    f"the bank was routed with another embedder ({wanted.name}, {wanted.digest[:12]})",
-                    "Only all-MiniLM-L6-v2 is supported.",
-                )
-            self._router = Router(self.bank.tree, embedder)
+            self._router = Router.of_bank(self.bank)
         return self._router
 
-    def select(self, memory: str, text: str) -> Selection:
-        """Attaches a memory: `none`, `generic`, `fetched` (routed by `text`), or a path such as `10.7`."""
+    def select(
+        self, memory: str, text: str, blocked: Collection[Path] = (), routed: Routed | None = None
+    ) -> Selection:
+        """Attaches a memory: `none`, `generic`, `fetched` (routed by `text`), or a path such as `10.7`.
+
+        `blocked` nodes are closed beside those of the bank's policy; naming a path through one is a BankError.
+        With `routed`, fetched is the path that the caller has already found.
+        """
         path, route_ms = ROOT, 0.0
         distances: tuple[float, ...] = ()
         if memory == "fetched":
-            routed = self.router.route(text)
+            routed = routed or self.router.route(text, blocked)
             path, distances, route_ms = routed.path, routed.distances, routed.milliseconds
         elif memory not in MODES:
-            path = self._named_path(memory)
+            path = self._named_path(memory, blocked)
         start = time.perf_counter()
         if memory == "none":
             fetch = None
@@ -126,13 +125,16 @@ class MemoryModel:
         )
         return self.selection
 
-    def _named_path(self, memory: str) -> Path:
+    def _named_path(self, memory: str, blocked: Collection[Path]) -> Path:
         try:
             path = Path.parse(memory)
         except HierMemError as error:
             raise HierMemError(f"unknown memory '{memory}'", f"Use {', '.join(MODES)} or a path.") from error
-        if self.bank is not None and not self.bank.tree.has(path):
-            raise BankError(f"the bank's tree has no node {path}", "`hiermem route` shows a text's path.")
+        if self.bank is not None:
+            self.bank.tree.check([path])
+            closed = self.bank.policy.block(blocked).blocker(path)
+            if closed is not None:
+                raise BankError(f"the memory {path} is blocked (at {closed})", "Take another path, or unblock it.")
         return path
 
     def stream(
@@ -204,13 +206,11 @@ class MemoryModel:
 
 
 def load(folder: str | pathlib.Path, *, cache_bytes: int = 512 << 20) -> MemoryModel:
-    """Opens a memory model (`anchor/` and `bank/`), or a plain mlx-lm folder without memory.
+    """Opens a memory model (`anchor/` and `bank/`), or a plain mlx-lm folder without memory, by folder or hub id.
 
     Raises AnchorError, BankError, or AnchorMismatchError where the bank was made for another anchor.
     """
-    folder = pathlib.Path(folder)
-    if not folder.is_dir():
-        raise AnchorError(f"there is no model at {folder}", "`hiermem convert SRC OUT` makes one.")
+    folder = resolve(folder)
     anchor_folder = folder / "anchor" if (folder / "anchor").is_dir() else folder
     bank = MemoryBank.open(folder / "bank") if (folder / "bank").is_dir() else None
     if bank:

@@ -1,81 +1,222 @@
 """A conversation: its messages, the path it is on, and the KV cache that goes with that path.
 
-Each turn is routed by what the user just said. After a change of path only the first memory layer's inputs
-would still be right, so the whole history is prefilled again; on the same path the cache goes on.
+`turns` decides each turn's path. After a change of path only the first memory layer's inputs would still be
+right, so the whole prompt is prefilled again; on the same path the cache goes on. A conversation that outgrows
+the model's context loses its oldest turns, never its system message.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
+from mlx_hiermem.config import Path
+from mlx_hiermem.errors import AnchorError, BankError, HierMemError
 from mlx_hiermem.model import MemoryModel, Selection
+from mlx_hiermem.turns import Topic, Turn, route_turn
+
+if TYPE_CHECKING:
+    from mlx_lm.generate import GenerationResponse
 
 Message = dict[str, str]
+
+FORMAT, VERSION = "mlx-hiermem-chat", 1
+KEPT = 0.75  # of the prompt's room is filled after turns were dropped, so that not every turn drops another
 
 
 @dataclass
 class Session:
-    """`ask` streams a reply and remembers it.
+    """`ask` streams a reply and remembers it. It prints nothing; what happened is in the attributes.
 
-    `memory` is none, generic, fetched or a path; by default fetched where the model has a bank.
+    `memory` is none, generic, fetched or a path; by default fetched where the model has a bank. `blocked` nodes
+    are closed to this conversation.
     """
 
     model: MemoryModel
     memory: str = ""
+    system: str = ""
     max_tokens: int = 512
     temperature: float = 0.0
-    messages: list[Message] = field(default_factory=list)
-    prefilled: int = 0  # tokens of the last turn's prompt that had to be computed
+    blocked: Collection[Path] = ()
+    messages: list[Message] = field(default_factory=list)  # the user's and the assistant's
+    topic: Topic | None = None
+    turn: Turn | None = field(default=None, init=False)  # how the last question was routed, where it was
+    first: int = field(default=0, init=False)  # of the messages, the first that is still shown to the model
+    dropped: int = field(default=0, init=False)  # turns that the last question pushed out
+    prefilled: int = field(default=0, init=False)  # tokens of the last prompt that had to be computed
+    last: GenerationResponse | None = field(default=None, init=False)  # figures of the last reply
 
     def __post_init__(self) -> None:
         self.memory = self.memory or ("fetched" if self.model.bank else "none")
+        self.selection = Selection(self.memory)
         self._cache: list[Any] = []
-        self._cached: list[int] = []  # the tokens whose keys and values are in the cache
+        self._cached: list[int] = []  # the tokens whose keys and values are in the cache, as far as known
         self._key: tuple[str, ...] = ()  # the blocks that they were computed under
 
     @property
-    def selection(self) -> Selection:
-        return self.model.selection
+    def context(self) -> int | None:
+        """Tokens that the anchor was made for, question and answer together; None where it does not say."""
+        config = self.model.config
+        return config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens in the KV cache."""
+        return max((cache.offset for cache in self._cache if hasattr(cache, "offset")), default=0)
+
+    def use(self, memory: str) -> None:
+        """Changes the memory of the turns to come; the first that is routed again is routed alone.
+
+        Raises BankError or HierMemError where there is no such memory, and changes nothing.
+        """
+        if memory == "fetched" and self.model.bank is None:
+            raise BankError("this model has no bank", "Use memory none, or convert or learn a bank for it.")
+        routed = memory == "fetched"
+        self.selection = Selection(memory) if routed else self.model.select(memory, "", self.blocked)
+        self.memory, self.topic, self.turn = memory, None, None
 
     def ask(self, text: str) -> Generator[str, None, None]:
-        """Streams the reply. A reply that is broken off keeps what was said so far."""
+        """Streams the reply. A reply that is broken off keeps what was said so far; nothing said, nothing asked.
+
+        Raises HierMemError where the question alone is too long for the model.
+        """
         self.messages.append({"role": "user", "content": text})
-        reply, generated = "", []
+        self.last, reply, generated, complete = None, "", list[int](), False
         try:
-            self.model.select(self.memory, text)
-            tokens = self.model.chat_tokens(self.messages)
+            tokens = self._prepare(text)
             rest = self._reuse(tokens)
         except BaseException:
-            self.messages.pop()  # nothing was asked after all
+            self.messages.pop()
+            self._check_cache()
             raise
         try:
-            for response in self.model.responses(rest, self.max_tokens, self.temperature, prompt_cache=self._cache):
+            room, options = self._room(len(tokens)), {"prompt_cache": self._cache}
+            for response in self.model.responses(rest, room, self.temperature, **options):
+                self.last = response
                 generated.append(response.token)
                 reply += response.text
                 yield response.text
+            complete = True
         finally:
-            self._cached = (tokens + generated)[: self._cache[0].offset]
-            self.messages.append({"role": "assistant", "content": reply})
+            self._cached = tokens + generated
+            self._check_cache()
+            if reply or complete:
+                self.messages.append({"role": "assistant", "content": reply})
+            else:
+                self.messages.pop()
+
+    def route(self, text: str) -> Turn:
+        """Where a question would go now. Raises BankError where there is no bank."""
+        return route_turn(self.model.router, text, self.topic, self.blocked)
 
     def reset(self) -> None:
-        """Forgets the conversation."""
+        """Forgets the conversation; the system message and the memory stay."""
         self.messages.clear()
+        self.first, self.topic, self.turn = 0, None, None
         self._cache, self._cached = [], []
+
+    def _prepare(self, text: str) -> list[int]:
+        """Routes the question, attaches its memory and returns the prompt's tokens."""
+        turn = None
+        if self.memory == "fetched":
+            turn = self.route(text)
+        first, dropped, tokens = self._fit()
+        self.selection = self.model.select(self.memory, text, self.blocked, turn.routed if turn else None)
+        self.first, self.dropped, self.turn = first, dropped, turn
+        self.topic = turn.topic if turn else None
+        return tokens
+
+    def _tokens(self, first: int) -> list[int]:
+        """The prompt from a message on, behind the system message."""
+        if not self.system:
+            return self.model.chat_tokens(self.messages[first:])
+        from jinja2 import TemplateError
+
+        try:
+            return self.model.chat_tokens([{"role": "system", "content": self.system}, *self.messages[first:]])
+        except TemplateError as error:
+            raise AnchorError(f"the anchor's chat template takes no system message: {error}") from error
+
+    def _fit(self) -> tuple[int, int, list[int]]:
+        """(first message, turns dropped now, prompt): the newest turns that leave room for the reply."""
+        tokens = self._tokens(self.first)
+        if self.context is None or len(tokens) <= self.context - self._reserve:
+            return self.first, 0, tokens
+        # What is left must be prefilled again as a whole, so make room for more than this turn.
+        goal = KEPT * (self.context - self._reserve)
+        starts = [i for i, m in enumerate(self.messages) if m["role"] == "user" and i >= self.first]
+        start = next((i for i in starts[1:] if len(self._tokens(i)) <= goal), starts[-1])
+        tokens = self._tokens(start)
+        if len(tokens) > self.context - self._reserve:
+            raise HierMemError(
+                f"the question has {len(tokens)} tokens, system message included; the model has room for "
+                f"{self.context - self._reserve} beside a reply of {self._reserve}",
+                "Ask a shorter question, or allow a shorter reply with --max-tokens.",
+            )
+        return start, starts.index(start), tokens
+
+    @property
+    def _reserve(self) -> int:
+        """Tokens kept free for the reply: what was asked for, but not more than half of the context."""
+        return min(self.max_tokens, self.context // 2) if self.context else self.max_tokens
+
+    def _room(self, prompt: int) -> int:
+        """The longest possible reply to a prompt of so many tokens."""
+        return min(self.max_tokens, self.context - prompt) if self.context else self.max_tokens
 
     def _reuse(self, tokens: list[int]) -> list[int]:
         """Makes the cache a prefix of `tokens`, as long as it can be; returns the tokens still to compute."""
         shared = 0
         if self._cache and self._key == self.selection.blocks:
-            pairs = zip(self._cached, tokens[:-1], strict=False)  # the last token is always computed
-            shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self._cached), len(tokens) - 1))
-        surplus = len(self._cached) - shared
+            known = self._cached[: self.kv_tokens]
+            pairs = zip(known, tokens[:-1], strict=False)  # the last token is always computed
+            shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(known), len(tokens) - 1))
+        surplus = self.kv_tokens - shared
         if not shared or (surplus and not can_trim_prompt_cache(self._cache)):
             self._cache, shared = make_prompt_cache(self.model.anchor), 0
         elif surplus:
             trim_prompt_cache(self._cache, surplus)
         self._key, self.prefilled = self.selection.blocks, len(tokens) - shared
         return tokens[shared:]
+
+    def _check_cache(self) -> None:
+        """A cache whose layers are not equally far is of no use: Ctrl-C can strike between two layers."""
+        offsets = {getattr(cache, "offset", None) for cache in self._cache}
+        if len(offsets) != 1 or None in offsets:
+            self._cache, self._cached = [], []
+
+    def to_json(self) -> dict[str, Any]:
+        """What `restore` needs."""
+        topic = {"path": str(self.topic.path), "decided": self.topic.decided} if self.topic else None
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "memory": self.memory,
+            "system": self.system,
+            "topic": topic,
+            "messages": self.messages,
+        }
+
+    def restore(self, data: Any) -> None:
+        """Takes up a saved conversation. Raises HierMemError where it is not one, and changes nothing.
+
+        A topic that this model's bank does not have is forgotten: the next turn is routed alone.
+        """
+        try:
+            if (data["format"], data["version"]) != (FORMAT, VERSION):
+                raise ValueError(f"format {data['format']} {data['version']} is not {FORMAT} {VERSION}")
+            messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in data["messages"]]
+            if [m["role"] for m in messages] != ["user", "assistant"] * (len(messages) // 2):
+                raise ValueError("the user and the assistant do not take turns")
+            system, memory, saved = str(data["system"]), str(data["memory"]), data["topic"]
+            topic = Topic(Path.parse(saved["path"]), float(saved["decided"])) if saved else None
+        except (KeyError, TypeError, ValueError) as error:
+            raise HierMemError(f"this is not a saved conversation: {error}") from error
+        self.use(memory)
+        self.reset()
+        self.messages, self.system = messages, system
+        bank = self.model.bank
+        self.topic = topic if topic and bank and bank.tree.has(topic.path) else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,13 +18,19 @@ import numpy as np
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import BankError
 
+ON_BLOCKED = ("sibling", "parent")
+
 
 @dataclass(frozen=True)
 class Route:
-    """Where a text went: the path, and the distance to the chosen centroid at each level."""
+    """Where a text went: the path, and the distance to the chosen centroid at each level.
+
+    `avoided` are the blocked nodes that it would have entered.
+    """
 
     path: Path
     distances: tuple[float, ...]
+    avoided: tuple[Path, ...] = ()
 
 
 class ClusterTree:
@@ -67,10 +73,14 @@ class ClusterTree:
         paths = (Path.of_row(int(row), level, self.branching) for row in rows)
         return [path for path in paths if self.has(path)]
 
-    def route(self, embeddings: np.ndarray) -> list[Route]:
+    def route(
+        self, embeddings: np.ndarray, blocked: Collection[Path] = (), on_blocked: str = "sibling"
+    ) -> list[Route]:
         """Greedy descent to the nearest child (L2, the lowest index wins a tie).
 
-        [n, dim] embeddings -> n routes; a single [dim] embedding counts as n = 1.
+        [n, dim] embeddings -> n routes; a single [dim] embedding counts as n = 1. A blocked node is never
+        entered: with `sibling` the descent takes the nearest allowed child instead, with `parent` (and where
+        no child is allowed) it stops above. Raises BankError for a blocked node that the tree does not have.
         """
         vectors = np.atleast_2d(np.asarray(embeddings, dtype=np.float32))
         if vectors.ndim != 2 or vectors.shape[1] != self.dim:
@@ -78,25 +88,75 @@ class ClusterTree:
                 f"embeddings are {vectors.shape}, the tree's centroids have {self.dim} values",
                 "Use the embedder that the bank's manifest names.",
             )
-        return [self._descend(vector) for vector in vectors]
+        if on_blocked not in ON_BLOCKED:
+            raise BankError(f"on_blocked is '{on_blocked}'", f"Use {' or '.join(ON_BLOCKED)}.")
+        self.check(blocked)
+        barred = {(len(node), node.row(self.branching)) for node in blocked}
+        return [self._descend(vector, barred, on_blocked) for vector in vectors]
 
-    def _descend(self, vector: np.ndarray) -> Route:
-        node, children, distances = 0, [], []
-        for centroids, present in zip(self.centroids, self.present, strict=True):
-            if not present[node].any():
+    def check(self, nodes: Iterable[Path]) -> None:
+        """Raises BankError unless each is a node of this tree."""
+        for node in nodes:
+            if not self.has(node):
+                raise BankError(f"the bank's tree has no node {node}", "`hiermem bank ls` shows the nodes.")
+
+    def _descend(self, vector: np.ndarray, barred: Collection[tuple[int, int]], on_blocked: str) -> Route:
+        """`barred` holds (level, row) of the blocked nodes."""
+        row, children, distances, avoided = 0, list[int](), list[float](), list[Path]()
+        for level, (centroids, present) in enumerate(zip(self.centroids, self.present, strict=True), 1):
+            if not present[row].any():
                 break
-            distance = np.linalg.norm(centroids[node] - vector, axis=1)
-            child = int(np.where(present[node], distance, np.inf).argmin())
+            rows = range(row * self.branching, (row + 1) * self.branching)
+            distance = np.where(present[row], np.linalg.norm(centroids[row] - vector, axis=1), np.inf)
+            child = int(distance.argmin())
+            if (level, rows[child]) in barred:
+                avoided.append(Path((*children, child)))
+                allowed = present[row] & [(level, r) not in barred for r in rows]
+                if on_blocked == "parent" or not allowed.any():
+                    break
+                child = int(np.where(allowed, distance, np.inf).argmin())
             children.append(child)
             distances.append(float(distance[child]))
-            node = node * self.branching + child
-        return Route(Path(children), tuple(distances))
+            row = rows[child]
+        return Route(Path(children), tuple(distances), tuple(avoided))
 
     def distances(self, vector: np.ndarray, node: Path) -> np.ndarray:
         """[k] L2 distances from one embedding to the children of `node` (inf where there is none)."""
         row = node.row(self.branching)
         distance = np.linalg.norm(self.centroids[len(node)][row] - vector, axis=1)
         return np.where(self.present[len(node)][row], distance, np.inf)
+
+    def without(self, nodes: Iterable[Path]) -> ClusterTree:
+        """A copy that lacks these nodes and all below them. Their centroids are zero: they were made from data."""
+        centroids, present = [np.array(c) for c in self.centroids], [np.array(p) for p in self.present]
+        for node in nodes:
+            for level in range(len(node), self.depth + 1):
+                below = self.branching ** (level - len(node))
+                rows = slice(node.row(self.branching) * below, (node.row(self.branching) + 1) * below)
+                centroids[level - 1].reshape(-1, self.dim)[rows] = 0
+                present[level - 1].reshape(-1)[rows] = False
+        return ClusterTree(centroids, present)
+
+    def check_place(self, node: Path) -> None:
+        """Raises BankError unless `node` can be in this tree: within its branching and depth, below a node."""
+        if not 0 < len(node) <= self.depth or any(not 0 <= child < self.branching for child in node):
+            raise BankError(f"the tree ({self.depth} levels of {self.branching} children) has no place for {node}")
+        if node[:-1]:
+            self.check([Path(node[:-1])])
+
+    def with_node(self, node: Path, centroid: np.ndarray) -> ClusterTree:
+        """A copy in which `node` is present, with this [dim] centroid. Raises BankError where it cannot be."""
+        self.check_place(node)
+        vector = np.asarray(centroid)
+        if vector.shape != (self.dim,) or vector.dtype.kind != "f" or not np.isfinite(vector).all():
+            raise BankError(
+                f"a centroid is {self.dim} finite numbers, this is {vector.dtype} {vector.shape}",
+                "Embed an example text instead.",
+            )
+        copy = self.without([]) if self.has(node) else self.without([node])  # nothing stale below a new node
+        copy.centroids[len(node) - 1].reshape(-1, self.dim)[node.row(self.branching)] = vector
+        copy.present[len(node) - 1].reshape(-1)[node.row(self.branching)] = True
+        return copy
 
     def save(self, file: pathlib.Path) -> None:
         """Writes `level{l}.centroids` and `level{l}.present` as safetensors."""

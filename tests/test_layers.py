@@ -17,7 +17,7 @@ PACKAGE = "mlx_hiermem"
 
 # Each part may import the parts before it. A part is a module or a folder below mlx_hiermem/.
 ORDER = ["_blas", "errors", "config", "assets", "tree", "bank", "embedder", "cache", "router", "memory", "openlm"]
-ORDER += ["anchor", "model", "session", "batch", "learn", "evaluate", "convert", "apps"]
+ORDER += ["anchor", "share", "plan", "model", "turns", "session", "batch", "learn", "evaluate", "convert", "apps"]
 CONVERT_MAY_IMPORT = {"errors", "config", "assets", "tree", "bank", "memory", "openlm", "anchor", "convert"}
 # The PyTorch definition and its comparison, and the demo bank's training recipe.
 TORCH_MODULES = {

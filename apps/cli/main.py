@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import typer
 
-from mlx_hiermem.apps.cli import chat, convert, demo, use
+from mlx_hiermem.apps.cli import ask, bank, chat, convert, demo, plan, use
 from mlx_hiermem.errors import HierMemError
 
 app = typer.Typer(
@@ -23,8 +23,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
 )
-for command in (demo.demo, convert.convert, convert.verify, chat.chat, use.generate, use.route):
+for command in (demo.demo, convert.convert, convert.verify, chat.chat, ask.ask, use.generate, use.route, plan.plan):
     app.command()(command)
+app.add_typer(bank.app, name="bank")
 
 
 def _version(wanted: bool) -> None:
@@ -43,12 +44,19 @@ def options(
     pass
 
 
+def _ask_where_no_command(arguments: list[str]) -> list[str]:
+    """`hiermem "What is …?"` is short for `hiermem ask "What is …?"`."""
+    first = arguments[0] if arguments else ""
+    question = not first.startswith("-") and any(mark in first.strip() for mark in " ?\n")
+    return ["ask", *arguments] if question else arguments
+
+
 def main() -> None:
     """Entry point of the console script."""
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
-        app(args=arguments)
+        app(args=_ask_where_no_command(arguments))
     except HierMemError as error:
         if debug:
             raise

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import json
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from mlx_hiermem.apps.cli.display import console, describe, notes, size
 
+if TYPE_CHECKING:
+    from mlx_hiermem.bank.bank import MemoryBank
+
 MODEL = typer.Argument(..., help="Folder of a memory model (anchor/ and bank/), or of a plain mlx-lm model.")
+BANK = typer.Argument(..., metavar="MODEL", help="Folder of a memory model, or of a bank alone.")
+
+
+def open_bank(model: pathlib.Path) -> MemoryBank:
+    """The bank of a model folder, or the bank folder itself."""
+    from mlx_hiermem.bank.bank import MANIFEST, MemoryBank
+    from mlx_hiermem.errors import BankError
+
+    folder = model / "bank" if (model / "bank").is_dir() else model
+    if not (folder / MANIFEST).is_file():
+        raise BankError(f"there is no bank in {model}", "Give a model with a bank/ folder, or a bank's folder.")
+    return MemoryBank.open(folder)
 
 
 def generate(
@@ -69,16 +84,10 @@ def route(
 
     Example: `hiermem route my-model "Which gas glows red in signs?"`
     """
-    from mlx_hiermem.bank.bank import MemoryBank
-    from mlx_hiermem.embedder import Embedder
-    from mlx_hiermem.errors import BankError
     from mlx_hiermem.router import Router
 
-    folder = model / "bank" if (model / "bank").is_dir() else model
-    if not (folder / "bank.json").is_file():
-        raise BankError(f"there is no bank in {model}", "Only a model with a bank/ folder routes.")
-    bank = MemoryBank.open(folder)
-    routed = Router(bank.tree, Embedder.load()).route(text)
+    bank = open_bank(model)
+    routed = Router.of_bank(bank).route(text)
     rows: list[dict[str, Any]] = []
     for node, distance in zip(routed.path.prefixes(), routed.distances, strict=True):
         entry = bank.manifest.blocks.get(node)
@@ -92,15 +101,25 @@ def route(
             }
         )
     if as_json:
-        result = {"path": str(routed.path), "milliseconds": round(routed.milliseconds, 2), "nodes": rows}
+        result: dict[str, Any] = {
+            "path": str(routed.path),
+            "milliseconds": round(routed.milliseconds, 2),
+            "nodes": rows,
+            "avoided": [str(node) for node in routed.avoided],
+        }
         console.print_json(json.dumps(result, ensure_ascii=False))
         return
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("node", "distance", "label", "documents", "block", box=None, header_style="dim")
     for row in rows:
         block = size(row["bytes"]) if row["bytes"] else "none"
-        table.add_row(row["node"], f"{row['distance']:.3f}", row["label"], str(row["documents"]), block)
+        table.add_row(row["node"], f"{row['distance']:.3f}", Text(row["label"]), str(row["documents"]), block)
     console.print(table)
+    for node in routed.avoided:
+        console.print(
+            f"{node} {bank.manifest.label(node)} would be nearer, but is blocked", style="dim", markup=False
+        )
     total = sum(row["bytes"] for row in rows)
     console.print(f"path {routed.path} · {size(total)} to fetch · {routed.milliseconds:.1f} ms", style="dim")

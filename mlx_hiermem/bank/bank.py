@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 from mlx_hiermem.bank.block import MemoryBlock, block_name, read_block
 from mlx_hiermem.bank.manifest import BankManifest
+from mlx_hiermem.bank.policy import POLICY, BankPolicy
+from mlx_hiermem.bank.remote import Origin, RemoteTier
 from mlx_hiermem.config import MemoryConfig, Path
 from mlx_hiermem.errors import BankError
 from mlx_hiermem.tree import ClusterTree
 
 MANIFEST, TREE, GENERIC = "bank.json", "tree.safetensors", "generic.safetensors"
+EDIT = "edit"  # the folder of a change that is being made; see `commit`
 
 
 class MemoryBank:
@@ -45,20 +48,51 @@ class MemoryBank:
             )
         return tree
 
+    @cached_property
+    def policy(self) -> BankPolicy:
+        """What may not be used. Raises BankError where it names nodes that the tree does not have."""
+        policy = BankPolicy.read(self.root / POLICY)
+        unknown = {node for node in policy.blocked if not self.tree.has(node)}
+        # While nodes are being removed, the tree is a step ahead of the policy.
+        if unknown and not (self.root / EDIT).exists():
+            raise BankError(
+                f"{self.root / POLICY} blocks {min(unknown)}, which the bank's tree does not have",
+                "Correct it, or unblock that node.",
+            )
+        return BankPolicy(policy.blocked - unknown, policy.on_blocked)
+
+    def state(self, node: Path) -> str:
+        """Of a node's block: `blocked` (itself or above), `on disk`, `remote` (on the hub), or `missing`."""
+        if self.policy.blocker(node):
+            return "blocked"
+        if (self.root / block_name(node)).is_file():
+            return "on disk"
+        return "remote" if self.remote else "missing"
+
+    @cached_property
+    def remote(self) -> RemoteTier | None:
+        """Where blocks that are not here come from; None where the bank was not pulled from the hub."""
+        origin = Origin.read(self.root)
+        return RemoteTier(self.root, origin) if origin else None
+
     def nodes_on(self, path: Path) -> list[Path]:
         """The nodes of a path that have a block, level 1 first. A path may lead below them, or be ragged."""
         return [node for node in path.prefixes() if node in self.manifest.blocks]
 
     def read(self, node: Path) -> MemoryBlock:
-        """Reads one node's block from disk."""
+        """Reads one node's block, from the hub where it was left there."""
         if node not in self.manifest.blocks:
             raise BankError(f"the bank has no block {node}", "`hiermem route` shows the paths of a text.")
+        if self.remote:
+            self.remote.bring(node, block_name(node))
         return read_block(self.root / block_name(node), self.config, self.config.block_sizes[len(node) - 1])
 
     def read_generic(self) -> MemoryBlock:
         """Reads the control block of the fetched size."""
         if self.manifest.generic is None:
             raise BankError(f"the bank {self.root} has no generic block", "Use memory none or fetched.")
+        if self.remote:
+            self.remote.bring(Path(), GENERIC)
         return read_block(self.root / GENERIC, self.config)
 
     def files(self) -> Iterator[tuple[str, int, str]]:
@@ -69,16 +103,25 @@ class MemoryBank:
         for path, entry in self.manifest.blocks.items():
             yield block_name(path), entry.bytes, entry.sha256
 
-    def problems(self) -> Iterator[str]:
-        """Checks every file's size and digest; yields one line for each that differs."""
-        for name, size, digest in self.files():
+    def problems(self, progress: Callable[[int, int], None] | None = None) -> Iterator[str]:
+        """Checks every file's size and digest; yields one line for each that differs. What is on the hub is not.
+
+        `progress` is called with (bytes checked, bytes in all).
+        """
+        files = list(self.files())
+        done, total = 0, sum(size for _, size, _ in files)
+        for name, size, digest in files:
             file = self.root / name
             if not file.is_file():
-                yield f"{name} is missing"
+                if not self.remote:
+                    yield f"{name} is missing"
             elif file.stat().st_size != size:
                 yield f"{name} has {file.stat().st_size} bytes, the manifest says {size}"
             elif file_digest(file) != digest:
                 yield f"{name} has changed: its sha256 is not the manifest's"
+            done += size
+            if progress:
+                progress(done, total)
 
 
 def file_digest(file: pathlib.Path) -> str:

@@ -23,7 +23,7 @@ from typing import Any
 from mlx_hiermem.bank.bank import MANIFEST, TREE, file_digest
 from mlx_hiermem.bank.block import write_block
 from mlx_hiermem.bank.manifest import BankManifest, FileEntry
-from mlx_hiermem.errors import OutputError
+from mlx_hiermem.errors import BankError, OutputError
 from mlx_hiermem.tree import ClusterTree
 
 JOURNAL = "journal.jsonl"
@@ -115,6 +115,19 @@ class BankWriter:
             raise self._failed(error) from error
         return entry
 
+    def copy(self, name: str, source: pathlib.Path, entry: FileEntry) -> None:
+        """Copies a bank's file. Raises BankError where it is not what its manifest says."""
+        target = self.partial / name
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+            if file_digest(target) != entry.sha256:
+                raise BankError(
+                    f"{source} is not what its manifest says", "See `hiermem bank verify` of that bank."
+                )
+        except OSError as error:
+            raise self._failed(error) from error
+
     def write_tree(self, tree: ClusterTree) -> FileEntry:
         file = self.partial / TREE
         try:
@@ -128,9 +141,9 @@ class BankWriter:
         try:
             manifest.write(self.partial / MANIFEST)
             (self.partial / JOURNAL).unlink()
-            _to_disk(self.partial)
+            to_disk(self.partial)
             os.rename(self.partial, self.out)
-            _fsync(self.out.parent)
+            fsync(self.out.parent)
         except OSError as error:
             raise self._failed(error) from error
 
@@ -156,7 +169,7 @@ class BankWriter:
         os.close(self._folder)  # and with it the lock
 
 
-def _to_disk(root: pathlib.Path) -> None:
+def to_disk(root: pathlib.Path) -> None:
     """Returns once everything below `root` is on disk, names included.
 
     Linux waits in `sync`, which is one call: an fsync for each of many thousand small files would take longer
@@ -166,10 +179,10 @@ def _to_disk(root: pathlib.Path) -> None:
     if sys.platform != "linux":
         for folder, _, files in os.walk(root):
             for name in (*files, "."):
-                _fsync(pathlib.Path(folder, name))
+                fsync(pathlib.Path(folder, name))
 
 
-def _fsync(file: pathlib.Path) -> None:
+def fsync(file: pathlib.Path) -> None:
     """Works for folders too: their names are on disk only then."""
     descriptor = os.open(file, os.O_RDONLY)
     try:

@@ -1,0 +1,44 @@
+"""`hiermem ask`, in short `hiermem "question"`: one answer from the model that was used last."""
+
+from __future__ import annotations
+
+import json
+
+import typer
+
+from mlx_hiermem.apps.cli.display import console, describe, notes
+
+
+def ask(
+    question: str = typer.Argument(..., help="The question; `hiermem ask` may be left out before it."),
+    model: str = typer.Option(
+        "", "--model", help="Folder or hub id. Default: $HIERMEM_MODEL, else the last model used, else the demo's."
+    ),
+    memory: str = typer.Option(
+        "", help="none, generic, fetched, or a path. Default: fetched where there is a bank."
+    ),
+    max_tokens: int = typer.Option(256, "--max-tokens", "-n", min=1, help="Longest answer, in tokens."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of text."),
+) -> None:
+    """Answer one question and exit.
+
+    Example: `hiermem "What is the atomic number of neon?"`
+    """
+    from mlx_hiermem.apps.cli import recent
+    from mlx_hiermem.model import load
+
+    name = model or recent.preferred()
+    loaded = load(name)
+    recent.remember(name)
+    chat = loaded.tokenizer is not None and loaded.tokenizer.chat_template is not None
+    pieces = []
+    for piece in loaded.stream(question, memory=memory or None, chat=chat, max_tokens=max_tokens):
+        pieces.append(piece)
+        if not as_json:
+            console.out(piece, end="", highlight=False)
+    if as_json:
+        result = {"text": "".join(pieces), "model": name, "selection": loaded.selection.to_json()}
+        console.print_json(json.dumps(result, ensure_ascii=False))
+        return
+    console.print()
+    notes.print(describe(loaded.selection), style="dim", markup=False)

@@ -1,0 +1,196 @@
+"""`hiermem bank`: look at a bank, check it, draw it. What changes it is in `bank_edit`."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from mlx_hiermem.apps.cli import bank_edit, share, use
+from mlx_hiermem.apps.cli.display import console, progress_bar, size
+from mlx_hiermem.apps.cli.use import BANK, open_bank
+
+if TYPE_CHECKING:
+    from rich.text import Text
+    from rich.tree import Tree
+
+    from mlx_hiermem.bank.bank import MemoryBank
+    from mlx_hiermem.config import Path
+
+STYLES = {"blocked": "red", "missing": "yellow", "remote": "dim", "on disk": ""}
+
+
+def ls(
+    model: pathlib.Path = BANK,
+    path: str = typer.Argument("", help="Only this node and what is below it, such as 10 or 10.7."),
+    as_json: bool = typer.Option(False, "--json", help="Print a JSON list instead of a table."),
+) -> None:
+    """List the blocks: path, label, bytes, documents, and whether each is blocked or missing on disk.
+
+    Example: `hiermem bank ls my-model 10`
+    """
+    from mlx_hiermem.config import Path
+
+    bank = open_bank(model)
+    top = Path.parse(path) if path else Path()
+    if top:
+        bank.tree.check([top])
+    blocks = [(node, entry) for node, entry in bank.manifest.blocks.items() if node[: len(top)] == top]
+    if as_json:
+        rows: list[dict[str, Any]] = [entry.to_json() | {"state": bank.state(node)} for node, entry in blocks]
+        console.print_json(json.dumps(rows, ensure_ascii=False))
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("path", "label", box=None, header_style="dim")
+    for header in ("bytes", "documents"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for node, entry in blocks:
+        state = bank.state(node)
+        documents = str(entry.documents or "")
+        table.add_row(str(node), Text(entry.label), size(entry.bytes), documents, Text(state, STYLES[state]))
+    console.print(table)
+    console.print(_totals(bank, [node for node, _ in blocks]), style="dim", markup=False)
+
+
+def show(
+    model: pathlib.Path = BANK,
+    depth: int = typer.Option(0, min=0, help="Only so many levels. 0: all."),
+    png: pathlib.Path | None = typer.Option(None, help="Draw it into this PNG file (needs the extra `plots`)."),
+    html: pathlib.Path | None = typer.Option(None, help="Draw it into this HTML file, which needs nothing else."),
+) -> None:
+    """Show the bank as a tree, or draw it: every block a rectangle, its area its bytes, its colour its state.
+
+    Example: `hiermem bank show my-model --html bank.html`
+    """
+    bank = open_bank(model)
+    if not (png or html):
+        console.print(_tree(bank, depth))
+        console.print(_totals(bank, list(bank.manifest.blocks)), style="dim", markup=False)
+        return
+    from mlx_hiermem.apps.picture.icicle import icicle
+
+    picture = icicle(bank, model.resolve().name, depth)
+    if png:
+        from mlx_hiermem.apps.picture.png import png as draw
+
+        _save(png, draw(picture))
+    if html:
+        from mlx_hiermem.apps.picture.page import page
+
+        _save(html, page(picture).encode())
+
+
+def verify(
+    model: pathlib.Path = BANK,
+    as_json: bool = typer.Option(False, "--json", help="Print a JSON object instead of text."),
+) -> None:
+    """Check every file's size and digest, the policy, and that no change was interrupted. 1 where all is not well.
+
+    Example: `hiermem bank verify my-model`
+    """
+    from mlx_hiermem.bank.check import check
+    from mlx_hiermem.errors import BankError
+
+    bank = open_bank(model)
+    with progress_bar("checking", show=not as_json) as progress:
+        problems = list(check(bank, progress))
+    files = sum(1 for _ in bank.files())
+    if as_json:
+        console.print_json(json.dumps({"files": files, "problems": problems}, ensure_ascii=False))
+    else:
+        for problem in problems:
+            console.print(problem, style="red", markup=False, soft_wrap=True)
+    if problems:
+        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+        raise BankError(f"{count} in {bank.root}", "Pull or convert the bank again.")
+    if not as_json:
+        console.print(f"{files} files, all as the manifest says", markup=False)
+
+
+def _tree(bank: MemoryBank, depth: int) -> Tree:
+    """The nodes of the block table and those above them; below `depth` only their number and bytes."""
+    from rich.text import Text
+    from rich.tree import Tree
+
+    blocks = bank.manifest.blocks
+    nodes = sorted({node for path in blocks for node in path.prefixes()})
+    top = Tree(Text(bank.manifest.anchor.name, "bold"), guide_style="dim")
+    branches: dict[Path, Tree] = {}
+    for node in nodes:
+        if not depth or len(node) <= depth:
+            above = next((branches[up] for up in reversed(node.prefixes()[:-1])), top)
+            branches[node] = above.add(_line(bank, node))
+    return top
+
+
+def _line(bank: MemoryBank, node: Path) -> Text:
+    from rich.text import Text
+
+    entry = bank.manifest.blocks.get(node)
+    state = bank.state(node) if entry else "on disk"
+    line = Text.assemble(
+        (str(node), "dim"), " ", bank.manifest.label(node), "  ", (size(entry.bytes) if entry else "", "dim")
+    )
+    if state != "on disk":
+        line.append(f"  {state}", STYLES[state])
+    return line
+
+
+def _totals(bank: MemoryBank, nodes: list[Path]) -> str:
+    """`11 blocks · 74.5 kB · 2 blocked, whose texts go to the nearest sibling`"""
+    states = [bank.state(node) for node in nodes]
+    parts = [f"{len(nodes)} block{'s' * (len(nodes) != 1)}"]
+    parts.append(size(sum(bank.manifest.blocks[node].bytes for node in nodes)))
+    for state in ("remote", "missing", "blocked"):
+        if count := states.count(state):
+            parts.append(f"{count} {state}")
+    if "blocked" in states:
+        goes = {"sibling": "go to the nearest open sibling", "parent": "stop at the parent"}
+        parts[-1] += f": their texts {goes[bank.policy.on_blocked]}"
+    return " · ".join(parts)
+
+
+def _save(file: pathlib.Path, data: bytes) -> None:
+    """Writes beside the file and renames, so that there is a whole picture or none."""
+    from mlx_hiermem.errors import OutputError
+
+    beside = file.with_name(file.name + ".partial")
+    try:
+        beside.write_bytes(data)
+        os.replace(beside, file)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {file}: {error.strerror or error}") from error
+    console.print(f"written  {file}", markup=False, soft_wrap=True)
+
+
+app = typer.Typer(
+    help="Look at a bank, manage it (block, remove, add, merge), and share it.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="markdown",
+)
+for command in (
+    ls,
+    show,
+    verify,
+    bank_edit.block,
+    bank_edit.unblock,
+    bank_edit.remove,
+    bank_edit.add,
+    bank_edit.merge,
+    share.push,
+    share.pull,
+):
+    app.command()(command)
+PATH_HELP = """Show the path a text takes, as `hiermem route` does.
+
+Example: `hiermem bank path my-model "Which gas glows red in signs?"`
+"""
+app.command("path", help=PATH_HELP)(use.route)

@@ -1,0 +1,216 @@
+"""The commands of `hiermem bank` that change a bank: block, unblock, remove, add, merge."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+from typing import TYPE_CHECKING
+
+import typer
+
+from mlx_hiermem.apps.cli.display import console, progress_bar, size
+from mlx_hiermem.apps.cli.use import BANK, open_bank
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mlx_hiermem.apps.cli.probe import Question
+    from mlx_hiermem.bank.bank import MemoryBank
+    from mlx_hiermem.bank.policy import BankPolicy
+    from mlx_hiermem.config import Path
+
+PATHS = typer.Argument(..., help="Nodes, such as 10 or 10.7. Each stands for all that is below it.")
+RETAINED = (
+    "The blocks above, the generic block and the anchor may still hold something of it; only training "
+    "without those texts would take that away. A program that has the bank open keeps the blocks it has read until "
+    "it ends."
+)
+
+
+def block(
+    model: pathlib.Path = BANK,
+    paths: list[str] | None = typer.Argument(None, help="Nodes, such as 10 or 10.7, with all that is below."),
+    on_blocked: str | None = typer.Option(
+        None,
+        help="sibling or parent: a text whose nearest node is blocked goes to the nearest open one, or stops.",
+    ),
+) -> None:
+    """Close nodes to every question. The bytes stay; `unblock` opens them again.
+
+    Example: `hiermem bank block my-model 10 2.7`
+    """
+    from mlx_hiermem.bank import edit
+    from mlx_hiermem.tree import ON_BLOCKED
+
+    if on_blocked not in (None, *ON_BLOCKED):
+        raise typer.BadParameter("choose sibling or parent", param_hint="--on-blocked")
+    if not paths and on_blocked is None:
+        raise typer.BadParameter("name a node, or give --on-blocked", param_hint="PATHS")
+    root = open_bank(model).root
+    _print_policy(edit.block(root, _parse(paths or []), on_blocked))
+
+
+def unblock(model: pathlib.Path = BANK, paths: list[str] = PATHS) -> None:
+    """Open nodes that were blocked, with all that is below them.
+
+    Example: `hiermem bank unblock my-model 10`
+    """
+    from mlx_hiermem.bank import edit
+
+    root = open_bank(model).root
+    _print_policy(edit.unblock(root, _parse(paths)))
+
+
+def remove(
+    model: pathlib.Path = BANK,
+    paths: list[str] = PATHS,
+    probe: pathlib.Path | None = typer.Option(
+        None, help="Questions to ask before and after: a JSON line each, with prompt and answer."
+    ),
+    max_tokens: int = typer.Option(16, "--max-tokens", "-n", min=1, help="Longest answer of the probe, in tokens."),
+    yes: bool = typer.Option(False, "--yes", "-y", help="Do not ask for confirmation."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of text."),
+) -> None:
+    """Delete nodes for good: block files, rows of the table, and the centroids that lead to them.
+
+    Example: `hiermem bank remove my-model 10.7 --probe questions.jsonl`
+    """
+    from mlx_hiermem.apps.cli import probe as probing
+    from mlx_hiermem.bank import edit
+    from mlx_hiermem.bank.commit import interrupted
+
+    bank, nodes = open_bank(model), _parse(paths)
+    if interrupted(bank.root) is None:  # else repeating what was interrupted is fine
+        bank.tree.check(nodes)
+    questions = probing.read(probe) if probe else []
+    going = [node for node in bank.manifest.blocks if any(top in node.prefixes() for top in nodes)]
+    amount = size(sum(bank.manifest.blocks[node].bytes for node in going))
+    if not yes and sys.stdin.isatty():
+        typer.confirm(f"Delete {len(going)} blocks, {amount}, from {bank.root}?", abort=True)
+    before = probing.ask(model, questions, max_tokens, "before")
+    removed = edit.remove(bank.root, nodes)
+    after = probing.ask(model, questions, max_tokens, "after")
+    if as_json:
+        rows = [
+            {"prompt": q.prompt, "answer": q.answer, "before": b, "after": a}
+            for q, b, a in zip(questions, before, after, strict=True)
+        ]
+        result = {"removed": [str(node) for node in removed.nodes], "bytes": removed.bytes, "probe": rows}
+        console.print_json(json.dumps(result, ensure_ascii=False))
+        return
+    if questions:
+        _print_probe(questions, before, after)
+    console.print(f"removed  {len(removed.nodes)} blocks, {size(removed.bytes)}", markup=False)
+    copies = f" The copy in {bank.remote.origin.repo} stays." if bank.remote else ""
+    console.print(RETAINED + copies, style="dim", markup=False)
+
+
+def add(
+    model: pathlib.Path = BANK,
+    blockfile: pathlib.Path = typer.Argument(..., help="A block of this bank's shapes, as a .safetensors file."),
+    path: str = typer.Option(..., help="The node it is for, such as 10.7. A new node's parent must be there."),
+    label: str | None = typer.Option(None, help="What it is about."),
+    documents: int | None = typer.Option(None, min=0, help="How many documents it was made from."),
+    source: list[str] | None = typer.Option(None, help="Where they are from; may be repeated."),
+    centroid: pathlib.Path | None = typer.Option(None, help="A new node's centroid, as a .npy file."),
+    example: list[str] | None = typer.Option(None, help="A text that belongs there; may be repeated."),
+    replace: bool = typer.Option(False, "--replace", help="Take the place of the block that is there."),
+) -> None:
+    """Let a block join the bank, such as one that was removed, or trained elsewhere for the same anchor.
+
+    A node that the tree lacks needs a place on the map: a centroid, or example texts to make one from. A file out
+    of another bank brings its label and sources along.
+
+    Example: `hiermem bank add my-model gases.safetensors --path 10.7 --label Gases --example "What is neon?"`
+    """
+    from mlx_hiermem.bank import edit
+
+    if centroid and example:
+        raise typer.BadParameter("give a file or example texts, not both", param_hint="--centroid")
+    bank = open_bank(model)
+    (node,) = _parse([path])
+    place = _read_centroid(centroid) if centroid else _embed(bank, example) if example else None
+    entry = edit.add(
+        bank.root,
+        blockfile,
+        node,
+        centroid=place,
+        label=label,
+        documents=documents,
+        sources=source or None,
+        replacing=replace,
+    )
+    console.print(f"added    {node} {entry.label} · {size(entry.bytes)}", markup=False)
+
+
+def merge(
+    first: pathlib.Path = typer.Argument(..., help="A model folder, or a bank's folder."),
+    second: pathlib.Path = typer.Argument(..., help="Another, of the same anchor and tree."),
+    out: pathlib.Path = typer.Argument(..., help="The bank's folder to make."),
+    prefer: str = typer.Option("", help="first or second: whose blocks count where both have one."),
+) -> None:
+    """Make one bank of two that were trained for the same anchor, on different parts of the same tree.
+
+    Example: `hiermem bank merge model-a model-b merged-bank`
+    """
+    from mlx_hiermem.bank import merge as merging
+
+    if prefer not in ("", "first", "second"):
+        raise typer.BadParameter("choose first or second", param_hint="--prefer")
+    banks = open_bank(first), open_bank(second)
+    with progress_bar("merging") as progress:
+        merged = merging.merge(*banks, out, prefer, progress)
+    totals = merged.manifest.totals()
+    console.print(
+        f"written  {out}: {totals['blocks']} blocks, {size(totals['bytes'])}", markup=False, soft_wrap=True
+    )
+    console.print("To use it, make it the bank/ beside that anchor.", style="dim")
+
+
+def _parse(paths: list[str]) -> list[Path]:
+    from mlx_hiermem.config import Path
+
+    return [Path.parse(path) for path in paths]
+
+
+def _print_policy(policy: BankPolicy) -> None:
+    nodes = ", ".join(map(str, sorted(policy.blocked))) or "nothing"
+    goes = {"sibling": "go to the nearest open sibling", "parent": "stop at the parent"}
+    console.print(f"blocked  {nodes}", markup=False)
+    if policy.blocked:
+        console.print(f"Their texts {goes[policy.on_blocked]}.", style="dim")
+
+
+def _print_probe(questions: list[Question], before: list[str], after: list[str]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    def cell(question: Question, answer: str) -> Text:
+        right = question.is_right(answer)
+        return Text.assemble(("✓ ", "green") if right else ("✗ ", "red"), answer)
+
+    table = Table("question", "is", "before", "after", box=None, header_style="dim")
+    for question, was, now in zip(questions, before, after, strict=True):
+        table.add_row(Text(question.prompt), Text(question.answer), cell(question, was), cell(question, now))
+    console.print(table)
+    right = [sum(q.is_right(a) for q, a in zip(questions, replies, strict=True)) for replies in (before, after)]
+    console.print(f"right    {right[0]} of {len(questions)} before, {right[1]} after", markup=False)
+
+
+def _read_centroid(file: pathlib.Path) -> np.ndarray:
+    import numpy as np
+
+    from mlx_hiermem.errors import BankError
+
+    try:
+        return np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise BankError(f"{file} holds no centroid", "Save one vector with numpy.save, or give --example.") from error
+
+
+def _embed(bank: MemoryBank, texts: list[str]) -> np.ndarray:
+    """The mean of the texts' embeddings: what k-means makes of a cluster's documents."""
+    from mlx_hiermem.router import load_embedder
+
+    return load_embedder(bank.manifest.embedder).embed(texts).mean(0)

@@ -1,0 +1,93 @@
+"""What the user types: in a terminal with editing, history and a status line, elsewhere plain lines."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import History
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+Reader = Callable[[], str]  # raises EOFError at the end of input, KeyboardInterrupt at Ctrl-C
+
+PROMPT, CONTINUED = "› ", "  "
+
+
+def reader(status: Callable[[], str], commands: Sequence[str]) -> Reader:
+    """A terminal reader where there is a terminal, else one that reads lines from standard input."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return read_plain
+    session = terminal(status, commands)
+    return lambda: session.prompt(PROMPT)
+
+
+def read_plain() -> str:
+    """One message: a line, or several of which all but the last end in a backslash."""
+    lines = [input()]
+    while lines[-1].endswith("\\"):
+        lines[-1] = lines[-1][:-1]
+        try:
+            lines.append(input())
+        except EOFError:
+            break
+    return "\n".join(lines)
+
+
+def terminal(status: Callable[[], str], commands: Sequence[str]) -> PromptSession[str]:
+    """prompt_toolkit's reader: `status` is the bottom line, `commands` complete with Tab."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import WordCompleter
+    from prompt_toolkit.styles import Style
+
+    return PromptSession(
+        multiline=True,  # Enter is bound below; pasted lines stay together
+        key_bindings=_keys(),
+        history=_history(),
+        prompt_continuation=CONTINUED,
+        bottom_toolbar=status,
+        style=Style.from_dict({"bottom-toolbar": "noreverse ansibrightblack"}),
+        completer=WordCompleter(list(commands), sentence=True),
+        complete_while_typing=False,
+        reserve_space_for_menu=0,
+    )
+
+
+def _keys() -> KeyBindings:
+    """Enter sends; after a backslash, or with Esc or Alt, it starts a new line."""
+    from prompt_toolkit.key_binding import KeyBindings
+
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if buffer.document.char_before_cursor == "\\":
+            buffer.delete_before_cursor()
+            buffer.insert_text("\n")
+        else:
+            buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return keys
+
+
+def _history() -> History:
+    """What was asked before, in a file that only its owner can read; in memory where that cannot be."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    from mlx_hiermem.assets import cache_folder
+
+    file = cache_folder() / "chat-history"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+    except OSError:
+        return InMemoryHistory()
+    return FileHistory(str(file))

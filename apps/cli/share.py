@@ -1,0 +1,95 @@
+"""`hiermem bank push` and `hiermem bank pull`: a memory model to the hub and back, whole or in part."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+
+import typer
+
+from mlx_hiermem.apps.cli.display import console, progress_bar, size
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def push(
+    model: pathlib.Path = typer.Argument(..., help="Folder of a memory model (anchor/ and bank/)."),
+    repo: str = typer.Argument(..., help="Repository on the hub: organisation/name. Made where it is missing."),
+    branch: str = typer.Option(
+        "main", "--branch", "--revision", help="Branch to push to. Made where it is missing."
+    ),
+    private: bool = typer.Option(
+        False, "--private", help="Only for people with access; refuses a public repository."
+    ),
+    message: str = typer.Option("", "--message", "-m", help="The commit's message."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of text."),
+) -> None:
+    """Upload a model to the hub, with a model card. Digests are checked first; the commit is printed.
+
+    Example: `hiermem bank push my-model me/elements --private`
+    """
+    from mlx_hiermem.share.push import push as run
+
+    with progress_bar("checking", show=not as_json) as progress:
+        pushed = run(model, repo, branch=branch, private=private, message=message, progress=progress)
+    if as_json:
+        console.print_json(json.dumps(pushed.to_json()))
+        return
+    console.print(f"pushed   {pushed.blocks} blocks, {size(pushed.bytes)}, and the anchor", markup=False)
+    console.print(f"commit   {pushed.commit}", markup=False)
+    console.print(f"see      {pushed.url}", markup=False, soft_wrap=True)
+    console.print(f"use      hiermem chat {repo}", style="dim", markup=False)
+
+
+def pull(
+    repo: str = typer.Argument(..., help="Repository on the hub: organisation/name."),
+    out: pathlib.Path = typer.Argument(..., help="Folder to make, or to add to if it was pulled from there."),
+    revision: str | None = typer.Option(None, help="Branch, tag or commit. Default: main, or what OUT holds."),
+    only: list[str] | None = typer.Option(
+        None, help="A subtree: a path such as 2.1, or a word of a label. May be given several times."
+    ),
+    lazy: bool = typer.Option(False, "--lazy", help="Anchor, tree and level 1; the rest when it is first needed."),
+    tree_only: bool = typer.Option(
+        False, "--tree-only", help="Manifest and tree alone, enough for `hiermem route`."
+    ),
+    disk_budget: str = typer.Option("", help="Most that blocks fetched on first use may take on disk: 500M, 2G."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of text."),
+) -> None:
+    """Download a model, or a part of its memories, at a fixed commit. Goes on after an interruption.
+
+    Example: `hiermem bank pull me/elements my-model --only "noble gases" --lazy`
+    """
+    from mlx_hiermem.share.pull import pull as run
+
+    if tree_only and (only or lazy):
+        raise typer.BadParameter("goes without --only and --lazy", param_hint="--tree-only")
+    budget = parse_size(disk_budget) if disk_budget else None
+    with progress_bar("pulling", show=not as_json) as progress:
+        pulled = run(
+            repo,
+            out,
+            revision=revision,
+            only=only or (),
+            lazy=lazy,
+            tree_only=tree_only,
+            disk_budget=budget,
+            progress=progress,
+        )
+    if as_json:
+        console.print_json(json.dumps(pulled.to_json()))
+        return
+    console.print(f"pulled   {pulled.files} files, {size(pulled.bytes)}, {pulled.blocks} blocks", markup=False)
+    if pulled.remote_blocks:
+        left = f"{pulled.remote_blocks} blocks, {size(pulled.remote_bytes)}"
+        console.print(f"remote   {left}: fetched when first needed", markup=False)
+    console.print(f"commit   {pulled.revision}", markup=False)
+    console.print(f"written  {out}", markup=False)
+
+
+def parse_size(text: str) -> int:
+    """`500M`, `2 GB`, `1500000` -> bytes; a usage error for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    if not found:
+        raise typer.BadParameter(f"'{text}' is no size; write 500M or 2G", param_hint="--disk-budget")
+    return int(float(found[1]) * UNITS[found[2].upper()])

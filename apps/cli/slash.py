@@ -1,0 +1,246 @@
+"""The commands inside a chat: lines that begin with a slash."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from mlx_hiermem.apps.cli.display import console, size
+from mlx_hiermem.errors import HierMemError, OutputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mlx_hiermem.bank.bank import MemoryBank
+    from mlx_hiermem.config import Path
+    from mlx_hiermem.session import Session
+    from mlx_hiermem.turns import Turn
+
+SHOWN = 8  # sources of a block that `/why` lists; the rest is counted
+
+
+@dataclass(frozen=True)
+class Command:
+    usage: str
+    what: str
+    run: Callable[[Session, str], None]
+
+
+def run(session: Session, line: str) -> bool:
+    """Runs one line; whether the chat goes on. Raises HierMemError for an unknown command."""
+    name, _, argument = line.partition(" ")
+    if name in ("/quit", "/exit"):
+        return False
+    if name not in COMMANDS:
+        raise HierMemError(f"there is no command {name}", "/help lists them.")
+    COMMANDS[name].run(session, argument.strip())
+    return True
+
+
+def names() -> list[str]:
+    return [*COMMANDS, "/quit"]
+
+
+def _say(text: str) -> None:
+    console.print(text, style="dim", markup=False)
+
+
+def _help(session: Session, argument: str) -> None:
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    for command in COMMANDS.values():
+        table.add_row(command.usage, command.what)
+    table.add_row("/quit", "leave, as Ctrl-D does")
+    table.add_row("Esc Enter, or \\ Enter", "start a new line")
+    table.add_row("Ctrl-C", "stop a reply; what was said stays")
+    console.print(table, markup=False)
+
+
+def _route(session: Session, argument: str) -> None:
+    turn = session.turn
+    if argument:
+        turn = session.route(argument)
+    if turn is None:
+        raise HierMemError("nothing was routed yet", "Write a text behind /route.")
+    bank = session.model.bank
+    assert bank is not None  # the router has seen to it
+    _path_table(bank, turn.alone.path, dict(zip(turn.alone.path.prefixes(), turn.alone.distances, strict=True)))
+    _say(f"alone it takes {turn.alone.path or 'none'}; {_verdict(turn)}")
+
+
+def _verdict(turn: Turn) -> str:
+    """Why the conversation stays or moves, in numbers: see `turns`."""
+    figures = f"decided {turn.decided:.3f}"
+    if turn.needed:
+        figures += f", needed to leave the path before {turn.needed:.3f}"
+    if turn.stayed:
+        return f"the conversation stays on {turn.topic.path} ({figures})"
+    return f"the conversation takes it ({figures})"
+
+
+def _path_table(bank: MemoryBank, path: Path, distances: dict[Path, float], beside: tuple[Path, ...] = ()) -> None:
+    """The nodes of a path and those beside it, with what the manifest and the disk have on each."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("node", "distance", "label", "block", box=None, header_style="dim")
+    for node in sorted((*path.prefixes(), *beside), key=lambda node: (len(node), distances[node])):
+        entry = bank.manifest.blocks.get(node)
+        block = f"{size(entry.bytes)}, {bank.state(node)}" if entry else "none"
+        taken = node in path.prefixes()
+        row = (f"{node}", f"{distances[node]:.3f}", Text(bank.manifest.label(node)), block)
+        table.add_row(*row, style="" if taken else "dim")
+    console.print(table)
+
+
+def _why(session: Session, argument: str) -> None:
+    from mlx_hiermem.config import Path
+
+    bank, turn, path = session.model.bank, session.turn, session.selection.path
+    if bank is None or not session.selection.blocks:
+        raise HierMemError("no memory was used", "/memory on, and a question, bring one in.")
+    if turn is not None:
+        distances: dict[Path, float] = {}
+        for parent in (Path(), *path.prefixes()[:-1]):
+            for child, distance in enumerate(_distances(bank, turn.vector, parent)):
+                if distance != float("inf"):
+                    distances[Path((*parent, child))] = distance
+        beside = tuple(node for node in distances if node not in path.prefixes())
+        console.print(f"“{turn.text}” was answered on {path}", markup=False)
+        _path_table(bank, path, distances, beside)
+        _say(f"alone it takes {turn.alone.path or 'none'}; {_verdict(turn)}")
+    else:
+        console.print(f"the memory is {session.memory}; questions are not routed", markup=False)
+    _sources(bank, path)
+
+
+def _distances(bank: MemoryBank, vector: np.ndarray, node: Path) -> list[float]:
+    return [float(distance) for distance in bank.tree.distances(vector, node)]
+
+
+def _sources(bank: MemoryBank, path: Path) -> None:
+    """What the attached blocks were learnt from. This says nothing about where an answer came from."""
+    nodes = bank.nodes_on(path)
+    if not nodes:
+        return
+    console.print("\nprovenance: what these blocks were learnt from, whether or not it is in the answer")
+    for node in nodes:
+        entry = bank.manifest.blocks[node]
+        listed = ", ".join(entry.sources[:SHOWN]) or "no sources are recorded"
+        more = f" and {len(entry.sources) - SHOWN} more" if len(entry.sources) > SHOWN else ""
+        console.print(f"  {node}  {listed}{more}", markup=False)
+
+
+def _memory(session: Session, argument: str) -> None:
+    if argument:
+        session.use({"on": "fetched", "off": "none"}.get(argument, argument))
+    kinds = {"fetched": "on: each turn is routed", "none": "off", "generic": "generic: the same for every turn"}
+    _say(f"memory {kinds.get(session.memory, f'stays on {session.memory}')}")
+
+
+def _pin(session: Session, argument: str) -> None:
+    from mlx_hiermem.config import Path
+
+    routed = session.memory in ("fetched", "none", "generic")
+    if argument == "off":
+        if routed:
+            raise HierMemError("nothing is pinned", "/pin PATH stays on a path.")
+        session.use("fetched")
+    elif argument or session.selection.path:
+        session.use(str(Path.parse(argument) if argument else session.selection.path))
+    else:
+        raise HierMemError("there is no path to stay on yet", "Ask something, or name one: /pin 1.2")
+    _memory(session, "")
+
+
+def _stats(session: Session, argument: str) -> None:
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    if cache := session.model.cache:
+        table.add_row("blocks in memory", f"{cache.blocks}, {size(cache.bytes)} of {size(cache.budget)}")
+        for name, count in asdict(cache.stats).items():
+            if count or "remote" not in name:
+                table.add_row(name.replace("_", " "), size(count) if "bytes" in name else str(count))
+    context = f" of {session.context}" if session.context else ""
+    table.add_row("tokens in the KV cache", f"{session.kv_tokens}{context}")
+    turns = sum(message["role"] == "user" for message in session.messages)
+    left_out = f", the oldest {session.first // 2} left out" if session.first else ""
+    table.add_row("turns", f"{turns}{left_out}")
+    if last := session.last:
+        prompt, reply = session.prefilled, last.generation_tokens
+        table.add_row("last prompt", f"{prompt} tokens computed, {last.prompt_tps:.1f} tokens/s")
+        table.add_row("last reply", f"{reply} tokens, {last.generation_tps:.1f} tokens/s")
+        table.add_row("peak memory", size(last.peak_memory * 1e9))
+    console.print(table)
+
+
+def _system(session: Session, argument: str) -> None:
+    if argument:
+        session.system = "" if argument == "off" else argument
+    _say(f"system message: {session.system}" if session.system else "no system message; /system TEXT sets one")
+
+
+def _save(session: Session, argument: str) -> None:
+    file = _file(argument, "/save")
+    if file.exists() and not _is_saved_chat(file):
+        raise OutputError(f"{file} exists and is not a saved conversation", "Take another name.")
+    temp = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        temp.write_text(json.dumps(session.to_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temp.replace(file)
+    except OSError as error:
+        temp.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {file}: {error.strerror}") from error
+    _say(f"{len(session.messages)} messages saved in {file}")
+
+
+def _load(session: Session, argument: str) -> None:
+    file = _file(argument, "/load")
+    try:
+        session.restore(json.loads(file.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise HierMemError(f"cannot read {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise HierMemError(f"{file} is not a saved conversation: {error}") from error
+    where = f", on {session.topic.path}" if session.topic else ""
+    _say(f"{len(session.messages)} messages loaded{where}")
+
+
+def _file(argument: str, command: str) -> pathlib.Path:
+    if not argument:
+        raise HierMemError("which file?", f"{command} FILE")
+    return pathlib.Path(argument).expanduser()
+
+
+def _is_saved_chat(file: pathlib.Path) -> bool:
+    from mlx_hiermem.session import FORMAT
+
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, dict) and data.get("format") == FORMAT
+
+
+COMMANDS = {
+    command.usage.split()[0]: command
+    for command in (
+        Command("/route [TEXT]", "the path of a text, or of the last question", _route),
+        Command(
+            "/memory on|off|generic|PATH", "route each turn, or take no memory, the generic one, one path", _memory
+        ),
+        Command("/pin [PATH]", "stay on a path, or on the present one, until /pin off", _pin),
+        Command("/why", "the last answer's path, what else was near, and what its blocks were learnt from", _why),
+        Command("/stats", "figures of the block cache, the KV cache and the last reply", _stats),
+        Command("/save FILE", "write the conversation", _save),
+        Command("/load FILE", "go on with a saved conversation", _load),
+        Command("/system TEXT", "set the system message; /system off removes it", _system),
+        Command("/help", "this list", _help),
+    )
+}

@@ -1,0 +1,191 @@
+"""Editing a bank in place: blocks leave it, join it, are closed and opened. Each call is one edit (see `commit`).
+
+That a block of its own cluster holds what the cluster's texts taught is what makes this possible
+(arXiv:2510.02375, §1, §4). A removal takes the block, its row of the table and its centroid; what the same
+texts may have taught the blocks above it, the generic block or the anchor stays there.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_hiermem.bank.bank import MANIFEST, TREE, MemoryBank, file_digest
+from mlx_hiermem.bank.block import block_name, read_block
+from mlx_hiermem.bank.commit import Edit, editing
+from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
+from mlx_hiermem.bank.policy import POLICY, BankPolicy
+from mlx_hiermem.bank.remote import REMOTE, Origin
+from mlx_hiermem.config import Path
+from mlx_hiermem.errors import BankError
+from mlx_hiermem.tree import ClusterTree
+
+
+@dataclass(frozen=True)
+class Removed:
+    """What a removal took: the nodes with a block, and their files' bytes."""
+
+    nodes: tuple[Path, ...]
+    bytes: int
+
+
+def remove(root: pathlib.Path, paths: Iterable[Path]) -> Removed:
+    """Removes nodes and all below them. Raises BankError for a node that the bank does not have.
+
+    Repeating a removal that was interrupted is no error.
+    """
+    with editing(root) as edit:
+        bank = _open(root)
+        wanted = {path for path in paths if path not in edit.finished}
+        for node in wanted - bank.manifest.blocks.keys():
+            bank.tree.check([node])
+
+        def goes(path: Path) -> bool:
+            return not wanted.isdisjoint(path.prefixes())
+
+        blocks = bank.manifest.blocks
+        removed = Removed(tuple(filter(goes, blocks)), sum(row.bytes for path, row in blocks.items() if goes(path)))
+        manifest = replace(
+            bank.manifest,
+            blocks={path: row for path, row in blocks.items() if not goes(path)},
+            labels={path: label for path, label in bank.manifest.labels.items() if not goes(path)},
+        )
+        _write(edit, manifest, bank.tree.without(wanted))
+        policy = BankPolicy.read(root / POLICY)
+        if any(map(goes, policy.blocked)):
+            open_ = frozenset(path for path in policy.blocked if not goes(path))
+            replace(policy, blocked=open_).write(edit.file(POLICY))
+        for node in wanted:
+            edit.remove(node)
+    return removed
+
+
+def add(
+    root: pathlib.Path,
+    file: pathlib.Path,
+    path: Path,
+    *,
+    centroid: np.ndarray | None = None,
+    label: str | None = None,
+    documents: int | None = None,
+    sources: Sequence[str] | None = None,
+    replacing: bool = False,
+) -> BlockEntry:
+    """A block file becomes the block of `path`; returns its row of the table.
+
+    A node that the tree lacks needs a `centroid` [dim], by which texts are routed to it; its parent must be
+    there. A file from another bank brings its row along, of which label, documents and sources can be set.
+    Raises BankError where the block does not fit, or where there is one already and `replacing` is not set.
+    """
+    row = _provenance(root, file)
+    with editing(root) as edit:
+        bank = _open(root)
+        known = bank.tree.has(path)
+        tree = _with_node(bank.tree, path, centroid) if centroid is not None or not known else None
+        if not bank.config.block_sizes[len(path) - 1]:
+            raise BankError(f"this bank has no blocks at level {len(path)}")
+        if known and path in bank.manifest.blocks and not replacing:
+            raise BankError(f"the bank has a block {path} already", "Replace it with --replace.")
+        target = edit.file(block_name(path))
+        shutil.copyfile(file, target)  # first, so that what is checked is what joins
+        _check_block(target, file, bank, path)
+        entry = BlockEntry(
+            path,
+            target.stat().st_size,
+            file_digest(target),
+            label=(row.label or bank.manifest.label(path)) if label is None else label,
+            documents=row.documents if documents is None else documents,
+            tokens=row.tokens,
+            sources=row.sources if sources is None else tuple(sources),
+        )
+        if row.sha256 not in ("", entry.sha256):
+            raise BankError(
+                f"{file} is not what its bank's manifest says", "See `hiermem bank verify` of that bank."
+            )
+        blocks = dict(
+            sorted({**bank.manifest.blocks, path: entry}.items(), key=lambda item: (len(item[0]), item[0]))
+        )
+        labels = {node: text for node, text in bank.manifest.labels.items() if node != path}
+        _write(edit, replace(bank.manifest, blocks=blocks, labels=labels), tree)
+        if origin := Origin.read(root):  # the hub does not have this block: it is here to stay
+            replace(origin, subtrees=origin.subtrees | {path}).write(edit.file(REMOTE).parent)
+    return entry
+
+
+def block(root: pathlib.Path, paths: Sequence[Path], on_blocked: str | None = None) -> BankPolicy:
+    """Closes nodes and all below them, and says what becomes of their texts. Returns the new policy."""
+    with editing(root) as edit:
+        MemoryBank.open(root).tree.check(paths)
+        policy = BankPolicy.read(root / POLICY).block(paths)
+        policy = replace(policy, on_blocked=on_blocked or policy.on_blocked)
+        policy.write(edit.file(POLICY))
+    return policy
+
+
+def unblock(root: pathlib.Path, paths: Sequence[Path]) -> BankPolicy:
+    """Opens nodes and all below them. Returns the new policy."""
+    with editing(root) as edit:
+        policy = BankPolicy.read(root / POLICY).unblock(paths)
+        policy.write(edit.file(POLICY))
+    return policy
+
+
+def _open(root: pathlib.Path) -> MemoryBank:
+    """The bank as it is now. A tree that is not the manifest's must not get a new digest and pass for it."""
+    bank = MemoryBank.open(root)
+    if file_digest(root / TREE) != bank.manifest.tree.sha256:
+        raise BankError(
+            f"{root / TREE} is not the manifest's", "See `hiermem bank verify`; fetch or convert it again."
+        )
+    return bank
+
+
+def _write(edit: Edit, manifest: BankManifest, tree: ClusterTree | None) -> None:
+    """Stages a manifest, and where the tree changes the tree that it vouches for."""
+    if tree is not None:
+        file = edit.file(TREE)
+        tree.save(file)
+        manifest = replace(manifest, tree=FileEntry(file.stat().st_size, file_digest(file)))
+    manifest.write(edit.file(MANIFEST))
+
+
+def _with_node(tree: ClusterTree, path: Path, centroid: np.ndarray | None) -> ClusterTree:
+    if centroid is None:
+        tree.check_place(path)
+        raise BankError(
+            f"the bank's tree has no node {path}: texts find a new one by its centroid",
+            "Give --centroid, or --example and a text that belongs there.",
+        )
+    return tree.with_node(path, centroid)
+
+
+def _provenance(root: pathlib.Path, file: pathlib.Path) -> BlockEntry:
+    """The file's row of the table of the bank it lies in, or an empty one. That bank's anchor must be ours."""
+    if not file.is_file():
+        raise BankError(f"there is no block file {file}")
+    for folder in file.resolve().parents:
+        if (folder / MANIFEST).is_file():
+            manifest = BankManifest.read(folder / MANIFEST)
+            MemoryBank.open(root).manifest.check_anchor(manifest.anchor)
+            name = file.resolve().relative_to(folder).as_posix()
+            found = (row for path, row in manifest.blocks.items() if block_name(path) == name)
+            return next(found, BlockEntry(Path(), 0, ""))
+    return BlockEntry(Path(), 0, "")
+
+
+def _check_block(file: pathlib.Path, given: pathlib.Path, bank: MemoryBank, path: Path) -> None:
+    """Raises BankError unless the file is a block of this bank's shapes and dtype for that level, all finite."""
+    try:
+        tensors = read_block(file, bank.config, bank.config.block_sizes[len(path) - 1]).tensors
+    except BankError as error:
+        raise BankError(error.what.replace(str(file), str(given)), "See `hiermem bank add --help`.") from error
+    for name, tensor in tensors.items():
+        if tensor.dtype != getattr(mx, bank.config.dtype):
+            raise BankError(f"{name} in {given} is {tensor.dtype}, the bank's blocks are {bank.config.dtype}")
+        if not mx.isfinite(tensor).all().item():
+            raise BankError(f"{name} in {given} has values that are not finite numbers")

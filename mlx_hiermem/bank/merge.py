@@ -1,0 +1,134 @@
+"""Two banks of one anchor and one tree become one: level-1 subtrees train apart and are merged afterwards.
+
+Without a shared parameter between subtrees that costs nothing (arXiv:2510.02375, §3).
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from mlx_hiermem.bank.bank import GENERIC, MemoryBank
+from mlx_hiermem.bank.block import block_name
+from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
+from mlx_hiermem.bank.policy import POLICY, BankPolicy
+from mlx_hiermem.bank.writer import BankWriter
+from mlx_hiermem.config import Path
+from mlx_hiermem.errors import BankError
+from mlx_hiermem.tree import ClusterTree
+
+SHOWN = 8  # conflicts that an error names
+TOLERANCE = 1e-5  # of equal centroids: saved by other machines, or in another order of sums
+
+Progress = Callable[[int, int], None]
+
+
+def merge(
+    first: MemoryBank,
+    second: MemoryBank,
+    out: pathlib.Path,
+    prefer: str = "",
+    progress: Progress | None = None,
+) -> MemoryBank:
+    """Writes a bank with the blocks of both to `out`, a folder that is not there yet.
+
+    Blocks that differ for one node, and differing generic blocks, are conflicts: refused, or decided by
+    `prefer` (first or second). What either bank blocks stays blocked. Raises BankError for banks of different
+    anchors, designs, embedders or trees; `progress` gets (bytes copied, bytes in all).
+    """
+    first.manifest.check_anchor(second.manifest.anchor)
+    for what in ("memory", "embedder"):
+        if getattr(first.manifest, what) != getattr(second.manifest, what):
+            raise BankError(f"{first.root} and {second.root} are banks of different {what} settings")
+    tree = merge_trees(first.tree, second.tree)
+    clashes = conflicts(first.manifest, second.manifest)
+    if clashes and prefer not in ("first", "second"):
+        more = f" and {len(clashes) - SHOWN} more" if len(clashes) > SHOWN else ""
+        raise BankError(
+            f"both banks have a block of their own for {', '.join(clashes[:SHOWN])}{more}",
+            "Say whose count with --prefer first or --prefer second.",
+        )
+    above, below = (second, first) if prefer == "second" else (first, second)
+    with BankWriter(out, "merge") as writer:
+        files = _files(above, below)
+        writer.reserve({name: entry.bytes for name, (_, entry) in files.items()})
+        done, total = 0, sum(entry.bytes for _, entry in files.values())
+        for name, (bank, entry) in files.items():
+            writer.copy(name, bank.root / name, entry)
+            done += entry.bytes
+            if progress:
+                progress(done, total)
+        policy = merge_policies(first.policy, second.policy)
+        if policy.blocked:
+            policy.write(writer.partial / POLICY)
+        writer.finish(replace(merge_manifests(above.manifest, below.manifest), tree=writer.write_tree(tree)))
+    return MemoryBank.open(out)
+
+
+def conflicts(first: BankManifest, second: BankManifest) -> list[str]:
+    """Nodes, and `generic`, for which both have a block and not the same."""
+    shared = first.blocks.keys() & second.blocks.keys()
+    found = [str(node) for node in sorted(shared) if first.blocks[node].sha256 != second.blocks[node].sha256]
+    if first.generic and second.generic and first.generic.sha256 != second.generic.sha256:
+        found.append("generic")
+    return found
+
+
+def merge_trees(first: ClusterTree, second: ClusterTree) -> ClusterTree:
+    """The nodes of both. Raises BankError where a node of both has two centroids."""
+    sizes = {(tree.branching, tree.depth, tree.dim) for tree in (first, second)}
+    if len(sizes) > 1:
+        raise BankError("the banks' trees differ in branching, depth or dimension", "Only banks of one tree merge.")
+    centroids, present = [], []
+    pairs = zip(first.centroids, first.present, second.centroids, second.present, strict=True)
+    for level, (c1, p1, c2, p2) in enumerate(pairs, 1):
+        both = p1 & p2
+        same = np.isclose(c1, c2, rtol=TOLERANCE, atol=TOLERANCE).all(axis=-1)
+        if (both & ~same).any():
+            row = int(np.flatnonzero((both & ~same).reshape(-1))[0])
+            node = Path.of_row(row, level, first.branching)
+            raise BankError(f"the banks' trees have different centroids at {node}", "Only banks of one tree merge.")
+        centroids.append(np.where(p1[..., None], c1, c2))
+        present.append(p1 | p2)
+    return ClusterTree(centroids, present)
+
+
+def merge_policies(first: BankPolicy, second: BankPolicy) -> BankPolicy:
+    """What either blocks; `parent` where either says so, for it gives less away."""
+    on_blocked = "parent" if "parent" in (first.on_blocked, second.on_blocked) else "sibling"
+    return replace(first.block(second.blocked), on_blocked=on_blocked)
+
+
+def merge_manifests(above: BankManifest, below: BankManifest) -> BankManifest:
+    """The rows of both, those of `above` where both have one; of recipes and licences that differ, both."""
+    blocks: dict[Path, BlockEntry] = below.blocks | above.blocks
+    labels = {node: label for node, label in (below.labels | above.labels).items() if node not in blocks}
+    recipe = above.recipe if above.recipe == below.recipe else {"merged": [above.recipe, below.recipe]}
+    return replace(
+        above,
+        blocks=dict(sorted(blocks.items(), key=lambda item: (len(item[0]), item[0]))),
+        generic=above.generic or below.generic,
+        labels=labels,
+        recipe=recipe,
+        licence="; ".join(dict.fromkeys(filter(None, (above.licence, below.licence)))),
+    )
+
+
+def _files(above: MemoryBank, below: MemoryBank) -> dict[str, tuple[MemoryBank, FileEntry]]:
+    """File name -> the bank to copy it from, its size and digest there. Raises BankError where one is missing."""
+    files: dict[str, tuple[MemoryBank, FileEntry]] = {}
+    for bank in (below, above):
+        manifest = bank.manifest
+        rows = {block_name(node): FileEntry(row.bytes, row.sha256) for node, row in manifest.blocks.items()}
+        if manifest.generic:
+            rows[GENERIC] = manifest.generic
+        files |= {name: (bank, entry) for name, entry in rows.items()}
+    missing = [bank.root / name for name, (bank, _) in files.items() if not (bank.root / name).is_file()]
+    if missing:
+        raise BankError(
+            f"{len(missing)} blocks are not here, such as {missing[0]}", "Pull or convert that bank whole."
+        )
+    return files

@@ -1,0 +1,83 @@
+"""policy.json: which nodes of a bank are closed to everyone who asks, and what becomes of their questions.
+
+It lies beside the manifest and is no part of it: blocking changes neither a block nor a digest, and is undone
+in a moment. Blocking is no removal: whoever has the folder has the bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_hiermem.config import Path
+from mlx_hiermem.errors import BankError, HierMemError
+from mlx_hiermem.tree import ON_BLOCKED
+
+POLICY = "policy.json"
+
+
+@dataclass(frozen=True)
+class BankPolicy:
+    """Blocked nodes stand for all that is below them.
+
+    `on_blocked`: a text whose nearest child is blocked goes to the nearest allowed `sibling`, or stops at the
+    `parent` (see `ClusterTree.route`).
+    """
+
+    blocked: frozenset[Path] = frozenset()
+    on_blocked: str = "sibling"
+
+    def __post_init__(self) -> None:
+        if self.on_blocked not in ON_BLOCKED:
+            raise BankError(f"on_blocked is '{self.on_blocked}'", f"Use {' or '.join(ON_BLOCKED)}.")
+
+    def blocker(self, path: Path) -> Path | None:
+        """The node that closes this path: itself or the highest blocked node above; None where it is open."""
+        return next((node for node in path.prefixes() if node in self.blocked), None)
+
+    def block(self, nodes: Iterable[Path]) -> BankPolicy:
+        """Closes nodes and all below them. What a blocked node covers need not be listed any more."""
+        wanted = self.blocked.union(nodes)
+        tops = frozenset(node for node in wanted if not wanted.intersection(node.prefixes()[:-1]))
+        return BankPolicy(tops, self.on_blocked)
+
+    def unblock(self, nodes: Iterable[Path]) -> BankPolicy:
+        """Opens nodes and all below them. Raises BankError where one is open, or closed by a node above."""
+        kept = set(self.blocked)
+        for node in nodes:
+            above = self.blocker(node)
+            if above is not None and above != node:
+                raise BankError(f"{node} is blocked by {above}", f"Unblock {above}.")
+            opened = {other for other in self.blocked if node in other.prefixes()}
+            if not opened:
+                raise BankError(f"{node} is not blocked", "`hiermem bank ls` shows what is.")
+            kept -= opened
+        return BankPolicy(frozenset(kept), self.on_blocked)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"blocked": [str(node) for node in sorted(self.blocked)], "on_blocked": self.on_blocked}
+
+    def write(self, file: pathlib.Path) -> None:
+        file.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, file: pathlib.Path) -> BankPolicy:
+        """No file blocks nothing. Raises BankError for a damaged one: what it blocked must not come open."""
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(data["blocked"], list):
+                raise ValueError("blocked is not a list")
+            extra = data.keys() - {"blocked", "on_blocked"}
+            if extra:
+                raise ValueError(f"unknown settings {', '.join(sorted(extra))}")
+            return cls(frozenset(map(Path.parse, data["blocked"])), data.get("on_blocked", "sibling"))
+        except FileNotFoundError:
+            return cls()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, HierMemError) as error:
+            raise BankError(f"cannot read {file}: {error}", "Mend it, or remove it to block nothing.") from error
+
+
+OPEN = BankPolicy()  # blocks nothing

@@ -1,0 +1,257 @@
+"""What a model needs on a device: whether it fits, what stays in memory, and how long a fetch would take.
+
+Sizes come from the model's own files. Speeds come from devices.json, where each figure has its source; times
+are arithmetic with them, not measurements, and are as good as the figures.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+from mlx_hiermem.anchor import read_config
+from mlx_hiermem.bank.bank import MANIFEST
+from mlx_hiermem.bank.manifest import BankManifest
+from mlx_hiermem.errors import HierMemError
+
+GIB = 1 << 30
+EMBEDDER_BYTES = 90_868_376  # all-MiniLM-L6-v2 in float32
+PROGRAM_BYTES = 270_000_000  # Python, MLX and mlx-lm: resident after import, on Linux; a native app needs less
+FILE_MS = 0.1  # assumed: opening a file and the first answer of the storage
+CONTEXTS = (512, 2048, 4096, 8192, 32768)
+KV_TYPES = {"float32": 4}  # bytes per value; everything else runs in half precision
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A device's figure: `basis` is vendor, measured, reported or assumed."""
+
+    value: float
+    basis: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Device:
+    """Memory in GiB and the share of it that one program may use; storage in MB/s, memory bandwidth in GB/s."""
+
+    name: str
+    title: str
+    memory: Figure
+    share: Figure
+    storage: Figure
+    bandwidth: Figure
+
+    @property
+    def usable(self) -> int:
+        """Bytes that the model and its program may take."""
+        return int(self.memory.value * self.share.value * GIB)
+
+    def cold_ms(self, files: int, size: int) -> float:
+        """Reading blocks from storage."""
+        return files * FILE_MS + size / (self.storage.value * 1e3)
+
+    def warm_ms(self, size: int) -> float:
+        """Reading blocks that the system still has in memory: every byte is read once and written once."""
+        return 2 * size / (self.bandwidth.value * 1e6)
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of the bank: its blocks, the size of one (the largest), and of all together."""
+
+    level: int
+    blocks: int
+    block_bytes: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What a plan needs to know of a model."""
+
+    name: str
+    anchor_bytes: int
+    kv_bytes: int  # per token of context, at most: windows of sliding attention need less
+    max_context: int
+    levels: tuple[Level, ...] = ()
+
+    @property
+    def path_bytes(self) -> int:
+        """The blocks of one path, each level's largest."""
+        return sum(level.block_bytes for level in self.levels)
+
+    @property
+    def bank_bytes(self) -> int:
+        return sum(level.bytes for level in self.levels)
+
+    @property
+    def has_bank(self) -> bool:
+        return bool(self.levels)
+
+    @property
+    def paths(self) -> int:
+        """How many paths there are, as far as their blocks differ."""
+        return max((level.blocks for level in self.levels), default=0)
+
+    def paths_in(self, left: int) -> int:
+        """How many paths' blocks below level 1 fit in so many bytes, if no two paths share one."""
+        if sum(level.bytes for level in self.levels[1:]) <= left:
+            return self.paths
+        deeper = sum(level.block_bytes for level in self.levels[1:])
+        return max(left, 0) // deeper if deeper else 0
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Getting the blocks of a path that are not cached."""
+
+    what: str
+    files: int
+    bytes: int
+    cold_ms: float
+    warm_ms: float
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a context length costs, and how many paths' blocks the rest of the memory then holds."""
+
+    tokens: int
+    kv_bytes: int
+    left_bytes: int  # negative: it does not fit
+    paths: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`fixed_bytes` is all that is in memory whatever the context: anchor, level 1, embedder, program, one path."""
+
+    device: Device
+    model: ModelSize
+    fixed_bytes: int
+    pinned_levels: int  # levels that fit as a whole, beside everything else at the shortest context
+    contexts: tuple[Context, ...]
+    fetches: tuple[Fetch, ...]
+    tokens_per_second: float  # at most: memory bandwidth over the bytes read for each token
+
+    @property
+    def fits(self) -> bool:
+        return self.contexts[0].left_bytes >= 0
+
+    def to_json(self) -> dict[str, Any]:
+        data = asdict(self)
+        data["device"]["usable_bytes"] = self.device.usable
+        data["model"] |= {"path_bytes": self.model.path_bytes, "bank_bytes": self.model.bank_bytes}
+        return data | {"fits": self.fits, "embedder_bytes": EMBEDDER_BYTES, "program_bytes": PROGRAM_BYTES}
+
+
+@cache
+def devices() -> Mapping[str, Device]:
+    """The devices of devices.json by name."""
+    rows = json.loads(pathlib.Path(__file__).with_name("devices.json").read_text(encoding="utf-8"))
+    figures = ("memory", "share", "storage", "bandwidth")
+    return {
+        name: Device(name, row["title"], **{key: Figure(**row[key]) for key in figures})
+        for name, row in rows.items()
+    }
+
+
+def device(name: str) -> Device:
+    """A device by name; HierMemError for one that the table lacks."""
+    if name not in devices():
+        raise HierMemError(f"there is no device '{name}' in the table", f"Known: {', '.join(devices())}.")
+    return devices()[name]
+
+
+def measure(model: str | pathlib.Path) -> ModelSize:
+    """Reads a model's sizes from its folder, or from the hub by its id, without downloading weights."""
+    folder = pathlib.Path(model)
+    if folder.is_dir():
+        anchor = folder / "anchor" if (folder / "anchor").is_dir() else folder
+        manifest = folder / "bank" / MANIFEST
+        bank = BankManifest.read(manifest) if manifest.parent.is_dir() else None
+        weights = sum(file.stat().st_size for file in anchor.glob("model*.safetensors"))
+        return _size(str(model), read_config(anchor), weights, bank)
+    from mlx_hiermem.share.resolve import peek
+
+    config, bank, weights = peek(str(model))
+    return _size(str(model), config, weights, bank)
+
+
+def _size(name: str, config: Mapping[str, Any], weights: int, bank: BankManifest | None) -> ModelSize:
+    text = config.get("text_config") or config
+    levels = []
+    for level in range(1, bank.memory.depth + 1) if bank else ():
+        sizes = [entry.bytes for node, entry in bank.blocks.items() if len(node) == level] if bank else []
+        levels.append(Level(level, len(sizes), max(sizes, default=0), sum(sizes)))
+    longest = text.get("max_position_embeddings") or max(CONTEXTS)
+    return ModelSize(name, weights, kv_bytes(text), int(longest), tuple(levels))
+
+
+def kv_bytes(config: Mapping[str, Any]) -> int:
+    """Bytes of keys and values that one token adds: 2 · layers · key/value heads · head width · bytes a value.
+
+    Raises HierMemError where the config does not say.
+    """
+    try:
+        heads = config["num_attention_heads"]
+        width = config.get("head_dim") or config["hidden_size"] // heads
+        values = 2 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * width
+    except KeyError as error:
+        raise HierMemError(
+            f"the anchor's config.json has no {error}", "Its KV cache cannot be computed."
+        ) from error
+    return int(values) * KV_TYPES.get(str(config.get("torch_dtype") or config.get("dtype")), 2)
+
+
+def plan(model: ModelSize, on: Device, contexts: Sequence[int] = CONTEXTS) -> Plan:
+    """What fits on a device, at several context lengths (those that the anchor cannot reach are left out)."""
+    lengths = sorted({min(length, model.max_context) for length in contexts})
+    level_1 = model.levels[0].bytes if model.has_bank else 0
+    memory = EMBEDDER_BYTES + level_1 + model.path_bytes if model.has_bank else 0
+    fixed = model.anchor_bytes + PROGRAM_BYTES + memory
+    rows = []
+    for length in lengths:
+        left = on.usable - fixed - model.kv_bytes * length
+        rows.append(Context(length, model.kv_bytes * length, left, model.paths_in(left)))
+    read = model.anchor_bytes + model.path_bytes
+    return Plan(
+        device=on,
+        model=model,
+        fixed_bytes=fixed,
+        pinned_levels=_pinned(model, rows[0].left_bytes),
+        contexts=tuple(rows),
+        fetches=tuple(_fetches(model, on)),
+        tokens_per_second=on.bandwidth.value * 1e9 / read if read else 0.0,
+    )
+
+
+def _pinned(model: ModelSize, left: int) -> int:
+    """How many levels fit whole. Level 1 is in the fixed bytes already."""
+    if left < 0 or not model.has_bank:
+        return 0
+    pinned = 1
+    for level in model.levels[1:]:
+        left -= level.bytes
+        if left < 0:
+            break
+        pinned += 1
+    return pinned
+
+
+def _fetches(model: ModelSize, on: Device) -> list[Fetch]:
+    """The whole path, then what is left of it as more levels stay from before."""
+    rows = []
+    for kept in range(sum(1 for level in model.levels if level.blocks)):
+        below = [level for level in model.levels[kept:] if level.blocks]
+        size = sum(level.block_bytes for level in below)
+        if not size:
+            continue
+        what = "the whole path" if not kept else "level 1 stays" if kept == 1 else f"levels 1–{kept} stay"
+        rows.append(Fetch(what, len(below), size, on.cold_ms(len(below), size), on.warm_ms(size)))
+    return rows

@@ -1,0 +1,298 @@
+"""`hiermem bank` as its user meets it: what is printed, one-line errors, exit codes, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from tiny import make_anchor, make_model
+
+from mlx_hiermem.apps.cli import probe
+from mlx_hiermem.apps.cli.main import main
+from mlx_hiermem.bank.bank import MemoryBank
+from mlx_hiermem.config import Path
+from mlx_hiermem.errors import HierMemError
+
+COMMANDS = ("ls", "show", "verify", "path", "block", "unblock", "remove", "add", "merge")
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command in this process, on a wide terminal that nobody types into."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
+
+    def call(*arguments: str | pathlib.Path) -> Result:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["hiermem", "bank", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return Result(code, *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return make_model(tmp_path_factory.mktemp("cli-bank") / "model", absent=("2.0",))
+
+
+@pytest.fixture
+def model(original: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    return pathlib.Path(shutil.copytree(original, tmp_path / "model"))
+
+
+def files(model: pathlib.Path) -> dict[str, bytes]:
+    return {str(file.relative_to(model)): file.read_bytes() for file in model.rglob("*") if file.is_file()}
+
+
+def test_the_group_and_its_help() -> None:
+    code = "from mlx_hiermem.apps.cli.main import main; main()"
+
+    def help_of(*arguments: str) -> str:
+        command = [sys.executable, "-c", code, *arguments, "--help"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+    assert " bank " in help_of()
+    listed = help_of("bank")
+    assert all(f" {command} " in listed for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(run: Run, command: str) -> None:
+    result = run(command, "--help")
+    assert result.code == 0
+    assert f"hiermem bank {command}" in result.out.split("Example:")[1]
+
+
+def test_ls(run: Run, model: pathlib.Path) -> None:
+    run("block", model, "2")
+    (model / "bank/blocks/0/1.safetensors").unlink()
+    result = run("ls", model)
+    lines = [line.split() for line in result.out.splitlines()]
+    assert lines[0] == ["path", "label", "bytes", "documents", "state"]
+    assert ["0.1", "topic", "0.1", "1.7", "kB", "missing"] in lines
+    assert ["2.1", "topic", "2.1", "1.7", "kB", "blocked"] in lines
+    assert "11 blocks · 23.8 kB · 1 missing · 3 blocked: their texts go to the nearest open sibling" in result.out
+    rows = json.loads(run("ls", model, "0", "--json").out)
+    assert [(row["path"], row["state"]) for row in rows] == [
+        ("0", "on disk"),
+        ("0.0", "on disk"),
+        ("0.1", "missing"),
+        ("0.2", "on disk"),
+    ]
+    assert json.loads(run("ls", model / "bank", "0.2", "--json").out)[0]["label"] == "topic 0.2"
+
+
+def test_show_as_a_tree(run: Run, model: pathlib.Path) -> None:
+    run("block", model, "2.1", "--on-blocked", "parent")
+    shown = run("show", model).out
+    assert "├── 1 topic 1  3.3 kB\n" in shown
+    assert "2.1 topic 2.1  1.7 kB  blocked" in shown
+    assert "1 blocked: their texts stop at the parent" in shown
+    assert "1.0" not in run("show", model, "--depth", "1").out
+
+
+def test_show_as_a_picture(run: Run, model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    result = run("show", model, "--png", tmp_path / "a.png", "--html", tmp_path / "a.html")
+    assert result.out.split() == ["written", str(tmp_path / "a.png"), "written", str(tmp_path / "a.html")]
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert "<h1>model</h1>" in (tmp_path / "a.html").read_text()
+    result = run("show", model, "--html", tmp_path / "nowhere" / "a.html")
+    assert (result.code, result.err.count("\n")) == (1, 1)
+    assert "cannot write" in result.err
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.html", "a.png", "model"]
+
+
+def test_path_is_route_and_keeps_to_the_policy(run: Run, model: pathlib.Path) -> None:
+    routed = json.loads(run("path", model, "some text", "--json").out)
+    assert routed["avoided"] == []
+    run("block", model, routed["path"])
+    again = json.loads(run("path", model, "some text", "--json").out)
+    assert again["path"] != routed["path"]
+    assert again["path"].startswith(routed["path"][:2])
+    assert again["avoided"] == [routed["path"]]
+    assert (
+        f"{routed['path']} topic {routed['path']} would be nearer, but is blocked"
+        in run("path", model, "some text").out
+    )
+    run("block", model, "--on-blocked", "parent")
+    assert json.loads(run("path", model, "some text", "--json").out)["path"] == routed["path"][:1]
+
+
+def test_verify(run: Run, model: pathlib.Path) -> None:
+    result = run("verify", model)
+    assert (result.code, result.out) == (0, "13 files, all as the manifest says\n")
+    (model / "bank/blocks/0/1.safetensors").unlink()
+    (model / "bank/blocks/0/0.safetensors").write_bytes(b"abc")
+    result = run("verify", model)
+    assert result.code == 1
+    assert result.out.splitlines() == [
+        "blocks/0/0.safetensors has 3 bytes, the manifest says 1744",
+        "blocks/0/1.safetensors is missing",
+    ]
+    assert result.err.startswith("hiermem: 2 problems in")
+    result = run("verify", model, "--json")
+    assert (result.code, len(json.loads(result.out)["problems"])) == (1, 2)
+
+
+def test_block_and_unblock(run: Run, model: pathlib.Path) -> None:
+    assert "blocked  1.2, 2" in run("block", model, "2.1", "2", "1.2").out
+    result = run("block", model, "--on-blocked", "parent")
+    assert "Their texts stop at the parent." in result.out
+    assert run("unblock", model, "1", "2").out == "blocked  nothing\n"
+    for arguments in (("block", model), ("block", model, "1", "--on-blocked", "uncle"), ("unblock", model)):
+        assert run(*arguments).code == 2
+
+
+def test_remove_with_a_probe(run: Run, model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    routed = json.loads(run("path", model, "some text", "--json").out)["path"]
+    questions = tmp_path / "questions.jsonl"
+    rows = [{"id": 1, "prompt": "some text", "answer": "[b]10", "relation": "r", "aliases": ["ten"]}]
+    questions.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    result = run("remove", model, routed, "--probe", questions, "-n", "4", "--json")
+    answers = json.loads(result.out)
+    assert (answers["removed"], answers["bytes"]) == ([routed], 1744)
+    (row,) = answers["probe"]
+    assert row["prompt"] == "some text"
+    assert row["before"] != row["after"]  # a random block more or less is heard
+    assert not MemoryBank.open(model / "bank").tree.has(Path.parse(routed))
+    top = routed[:1]
+    result = run("remove", model, top, "--probe", questions, "-n", "4")
+    assert result.code == 0
+    assert "[b]10" in result.out
+    assert "right    0 of 1 before, 0 after" in result.out
+    assert "the generic block and the anchor may still hold something" in " ".join(result.out.split())
+    assert run("verify", model).code == 0
+
+
+def test_remove_asks_in_a_terminal(run: Run, model: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def confirm(text: str, abort: bool) -> None:
+        asked.append(text)
+        raise HierMemError("no")
+
+    monkeypatch.setattr("typer.confirm", confirm)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    before = files(model)
+    assert run("remove", model, "1").code == 1
+    assert asked == [f"Delete 4 blocks, 8.5 kB, from {model / 'bank'}?"]
+    assert files(model) == before
+    assert run("remove", model, "1", "--yes").code == 0
+    assert len(asked) == 1
+
+
+def test_add_by_example_and_by_centroid(run: Run, model: pathlib.Path, original: pathlib.Path) -> None:
+    run("remove", model, "1")
+    block = original / "bank/blocks/1.safetensors"
+    result = run("add", model, block, "--path", "1", "--label", "[new] gases", "--example", "some text")
+    assert result.out == "added    1 [new] gases · 3.3 kB\n"
+    assert json.loads(run("path", model, "some text", "--json").out)["nodes"][0] == {
+        "node": "1",
+        "label": "[new] gases",
+        "distance": 0.0,
+        "bytes": 3280,
+        "documents": 0,
+    }
+    np.save(model / "centroid.npy", np.ones(384, np.float32))
+    child = original / "bank/blocks/1/0.safetensors"
+    result = run("add", model, child, "--path", "1.0", "--centroid", model / "centroid.npy")
+    assert result.out == "added    1.0 topic 1.0 · 1.7 kB\n"
+    assert run("verify", model).code == 0
+
+
+def test_merge(run: Run, model: pathlib.Path, original: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    other = shutil.copytree(original, tmp_path / "other")
+    run("remove", model, "1")
+    run("remove", other, "0", "2")
+    result = run("merge", model, other, tmp_path / "out")
+    assert f"{tmp_path / 'out'}: 11 blocks, 23.8 kB" in result.out
+    merged, before = MemoryBank.open(tmp_path / "out"), MemoryBank.open(original / "bank")
+    assert merged.manifest.blocks == before.manifest.blocks
+    assert run("verify", tmp_path / "out").code == 0
+    assert run("merge", model, other, tmp_path / "out", "--prefer", "both").code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("ls", "nowhere"), "there is no bank in nowhere"),
+        (("ls", "MODEL", "7"), "no node 7"),
+        (("ls", "MODEL", "chemistry"), "'chemistry' is not a path"),
+        (("show", "nowhere", "--html", "x.html"), "there is no bank in nowhere"),
+        (("verify", "nowhere"), "there is no bank in nowhere"),
+        (("path", "nowhere", "text"), "there is no bank in nowhere"),
+        (("block", "MODEL", "7"), "no node 7"),
+        (("unblock", "MODEL", "1"), "1 is not blocked"),
+        (("remove", "MODEL", "1", "7"), "no node 7"),
+        (("remove", "MODEL", "1", "--probe", "nowhere.jsonl"), "cannot read nowhere.jsonl"),
+        (("add", "MODEL", "nowhere", "--path", "1", "--replace"), "there is no block file nowhere"),
+        (("add", "MODEL", "MODEL/bank/bank.json", "--path", "1", "--replace"), "cannot read the block"),
+        (
+            ("add", "MODEL", "MODEL/bank/generic.safetensors", "--path", "2.0", "--centroid", "no.npy"),
+            "no centroid",
+        ),
+        (("merge", "MODEL", "nowhere", "out"), "there is no bank in nowhere"),
+        (("merge", "MODEL", "MODEL", "MODEL/bank"), "exists already"),
+    ],
+)
+def test_errors_are_one_line_and_change_nothing(
+    run: Run, model: pathlib.Path, arguments: tuple[str, ...], message: str
+) -> None:
+    before = files(model)
+    result = run(*(argument.replace("MODEL", str(model)) for argument in arguments))
+    assert (result.code, result.err.count("\n"), result.out) == (1, 1, "")
+    assert result.err.startswith("hiermem: ")
+    assert message in result.err
+    assert files(model) == before
+    assert not pathlib.Path("out").exists()
+    assert not pathlib.Path("x.html").exists()
+
+
+def test_a_bank_without_a_model_cannot_be_probed(run: Run, model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "q.jsonl").write_text('{"prompt": "p", "answer": "a"}')
+    before = files(model)
+    result = run("remove", model / "bank", "1", "--probe", tmp_path / "q.jsonl")
+    assert (result.code, result.err.count("\n")) == (1, 1)
+    assert files(model) == before
+
+
+def test_a_probe_knows_an_answer(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "q.jsonl"
+    file.write_text('{"prompt": "p", "answer": "10", "aliases": ["Ten"]}\n\n{"prompt": "q", "answer": 7}\n')
+    question, other = probe.read(file)
+    assert [question.is_right(reply) for reply in ("10", " 10.", "ten", "100", "is 10", "tens", "")] == [
+        *(True, True, True),
+        *(False, False, False, False),
+    ]
+    assert other.answer == "7"
+    for content in ("", "[]", '{"prompt": "p"}', "{", '{"prompt": "p", "answer": "a", "aliases": 3}'):
+        file.write_text(content)
+        with pytest.raises(HierMemError, match=r"q\.jsonl"):
+            probe.read(file)
+
+
+def test_an_anchor_alone_has_no_bank(run: Run, tmp_path: pathlib.Path) -> None:
+    make_anchor(tmp_path / "anchor")
+    assert "there is no bank in" in run("ls", tmp_path / "anchor").err

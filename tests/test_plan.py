@@ -1,0 +1,170 @@
+"""`hiermem plan`: sizes are those of the files and of a real KV cache, times follow from the table of devices."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+from collections.abc import Iterator
+
+import pytest
+from hub_server import HubServer, serving, use_in_this_process
+from tiny import LLAMA, make_model
+
+from mlx_hiermem import load, plan
+from mlx_hiermem.apps.cli.main import main
+from mlx_hiermem.config import MemoryConfig
+from mlx_hiermem.errors import AnchorError, HierMemError
+
+PRO = "iphone-15-pro"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return make_model(tmp_path_factory.mktemp("plan") / "model")
+
+
+def paper_model() -> plan.ModelSize:
+    """The paper's 160M anchor with its bank (256, 64, 16, 0), in half precision (arXiv:2510.02375, Table 1)."""
+    memory = MemoryConfig("ffn", 16, (256, 64, 16, 0), tuple(range(35)), 512)
+    levels = []
+    for level, units in enumerate(memory.block_sizes, 1):
+        block = 2 * memory.parameters(units)
+        levels.append(plan.Level(level, 16**level if units else 0, block, block * 16**level))
+    return plan.ModelSize("160M", 2 * 163_510_016, 2 * 2 * 35 * 12 * 32, 8192, tuple(levels))
+
+
+def test_sizes_are_those_of_the_files(model: pathlib.Path) -> None:
+    size = plan.measure(model)
+    blocks = [file.stat().st_size for file in (model / "bank/blocks").rglob("*.safetensors")]
+    assert size.bank_bytes == sum(blocks)
+    assert size.path_bytes == max(blocks) + min(blocks)  # level 1 has twice the units of level 2
+    assert size.anchor_bytes == (model / "anchor/model.safetensors").stat().st_size
+    assert [level.blocks for level in size.levels] == [3, 9]
+    plain = plan.measure(model / "anchor")
+    assert (plain.anchor_bytes, plain.levels, plain.has_bank) == (size.anchor_bytes, (), False)
+
+
+def test_kv_bytes_are_those_of_a_real_cache(model: pathlib.Path) -> None:
+    import mlx.core as mx
+    from mlx_lm.models.cache import make_prompt_cache
+
+    opened = load(model)
+    cache = make_prompt_cache(opened.anchor)
+    for _ in opened.responses(opened.tokens("x" * 20), 3, prompt_cache=cache):
+        pass
+    arrays = [
+        array for entry in cache for array in entry.state if isinstance(array, mx.array)
+    ]  # [1, heads, n, width]
+    assert sum(a.nbytes // a.shape[2] for a in arrays) == plan.kv_bytes(LLAMA | {"torch_dtype": "float32"})
+    assert plan.kv_bytes(LLAMA) == plan.kv_bytes(LLAMA | {"torch_dtype": "float32"}) // 2
+    with pytest.raises(HierMemError, match="no 'num_attention_heads'"):
+        plan.kv_bytes({})
+
+
+def test_nested_configs_and_head_widths() -> None:
+    gemma = {"text_config": {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256}}
+    gemma["text_config"] |= {"num_hidden_layers": 18, "max_position_embeddings": 32768}
+    size = plan._size("gemma", gemma, 0, None)
+    assert (size.kv_bytes, size.max_context) == (2 * 18 * 1 * 256 * 2, 32768)
+
+
+def test_times_are_the_stated_arithmetic() -> None:
+    device = plan.device(PRO)
+    result = plan.plan(paper_model(), device)
+    whole, without_1, without_2 = result.fetches
+    assert [fetch.files for fetch in result.fetches] == [3, 2, 1]  # level 4 has no blocks
+    assert whole.bytes == 2 * 18_063_360
+    assert whole.cold_ms == pytest.approx(3 * 0.1 + 36.12672 / 1.450)
+    assert whole.warm_ms == pytest.approx(2 * 36.12672 / 51.2)
+    assert without_1.bytes == whole.bytes * 80 // 336
+    assert without_2.bytes == whole.bytes * 16 // 336
+    assert result.tokens_per_second == pytest.approx(51.2e9 / (2 * 163_510_016 + whole.bytes))
+
+
+def test_what_fits() -> None:
+    size = paper_model()
+    assert size.bank_bytes == 2 * 4_624_220_160
+    phone, mac = (plan.plan(size, plan.device(name)) for name in ("iphone-15", "macbook-pro-16gb"))
+    assert phone.fits
+    assert phone.pinned_levels == 1  # all of level 2 is 1.8 GB
+    assert mac.pinned_levels == 4  # and level 3 is 7.0 GB
+    first = phone.contexts[0]
+    assert phone.fixed_bytes + first.kv_bytes + first.left_bytes == phone.device.usable == int(6 * 0.375 * 2**30)
+    assert 0 < phone.contexts[-1].paths < phone.contexts[0].paths == first.left_bytes // (80 * 2 * 53_760) < 4096
+    assert [context.tokens for context in phone.contexts] == [512, 2048, 4096, 8192]  # no further than the anchor
+    large = plan.ModelSize("7B", 14 << 30, 1 << 19, 8192)
+    too_much = plan.plan(large, plan.device("macbook-air-8gb"), [2048])
+    assert not too_much.fits
+    assert too_much.contexts[0].left_bytes < -(8 << 30)
+    assert too_much.fetches == ()
+
+
+def test_a_bank_that_fits_whole(model: pathlib.Path) -> None:
+    result = plan.plan(plan.measure(model), plan.device(PRO))
+    assert result.pinned_levels == 2
+    assert result.contexts[0].paths == 9
+
+
+def test_every_figure_has_a_basis_and_a_source() -> None:
+    for device in plan.devices().values():
+        for figure in (device.memory, device.share, device.storage, device.bandwidth):
+            assert figure.value > 0
+            assert figure.basis in ("vendor", "measured", "reported", "assumed")
+            assert len(figure.source) > 10
+    with pytest.raises(HierMemError, match=r"no device 'nokia' in the table. Known: iphone-15, "):
+        plan.device("nokia")
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Iterator[HubServer]:
+    with serving() as server:
+        use_in_this_process(monkeypatch, server.url, tmp_path)
+        yield server
+
+
+def test_model_on_the_hub_is_planned_without_its_weights(hub: HubServer, model: pathlib.Path) -> None:
+    files = {file.relative_to(model).as_posix(): file.read_bytes() for file in model.rglob("*") if file.is_file()}
+    hub.repo("me/tiny").commit(files)
+    here, there = plan.measure(model), plan.measure("me/tiny")
+    assert there.name == "me/tiny"
+    assert plan.plan(here, plan.device(PRO)).contexts == plan.plan(there, plan.device(PRO)).contexts
+    assert here.levels == there.levels
+    assert sorted(hub.downloads()) == ["anchor/config.json", "bank/bank.json"]
+    with pytest.raises(AnchorError, match="there is no model at nowhere"):
+        plan.measure("nowhere")
+
+
+def hiermem(capsys: pytest.CaptureFixture[str], *arguments: str | pathlib.Path) -> tuple[int, str, str]:
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["hiermem", "plan", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    done = capsys.readouterr()
+    return int(ended.value.code or 0), done.out, done.err
+
+
+def test_command(model: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, text, errors = hiermem(capsys, model)
+    assert (code, errors) == (0, "")
+    assert all(name in text for name in plan.devices())
+    text = hiermem(capsys, model, "--device", PRO, "--context", "1024")[1]
+    for part in ("iPhone 15 Pro", "3.2 GB for one program (assumed)", "1024 tokens", "all 9", "the whole path"):
+        assert part in text
+    assert "in memory" in text
+    text = hiermem(capsys, model / "anchor", "--device", PRO)[1]
+    assert "embedder" not in text
+    data = json.loads(hiermem(capsys, model, "--device", PRO, "--json")[1])
+    assert data["fits"] is True
+    assert data["device"]["storage"]["basis"] == "measured"
+    assert len(json.loads(hiermem(capsys, model, "--json")[1])) == len(plan.devices())
+    assert "developer.apple.com" in "".join(hiermem(capsys, "--list")[1].split())
+    assert len(json.loads(hiermem(capsys, "--list", "--json")[1])) == len(plan.devices())
+
+
+def test_command_fails_in_one_line(model: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ((model, "--device", "nokia"), ("nowhere",)):
+        code, text, errors = hiermem(capsys, *arguments)
+        assert (code, text, errors.count("\n")) == (1, "", 1)
+    assert hiermem(capsys)[0] == 2

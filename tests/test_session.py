@@ -1,0 +1,364 @@
+"""Conversations: which path a turn is answered on, the KV cache, the model's context, saving and loading."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import make_model
+
+from mlx_hiermem import load
+from mlx_hiermem.bank.policy import BankPolicy
+from mlx_hiermem.config import Path
+from mlx_hiermem.errors import BankError, HierMemError
+from mlx_hiermem.model import MemoryModel
+from mlx_hiermem.router import Router
+from mlx_hiermem.session import Session
+from mlx_hiermem.tree import ClusterTree
+from mlx_hiermem.turns import HYSTERESIS, Topic, decidedness, follow, route_turn
+
+CONVERSATIONS = pathlib.Path(__file__).parent / "conversations.jsonl"
+A, B, C = Path((0, 1)), Path((2, 0)), Path((2, 2))
+
+
+class Aimed:
+    """An embedder of names: a text is the mean of the leaves it names, faint where it names none."""
+
+    def __init__(self, tree: ClusterTree, names: dict[str, Path]) -> None:
+        self.names = {name: self._leaf(tree, path) for name, path in names.items()}
+        self.faint = sum(c.reshape(-1, tree.dim).sum(0) for c in tree.centroids) / 9 + 0.02 * self._leaf(tree, C)
+
+    @staticmethod
+    def _leaf(tree: ClusterTree, path: Path) -> np.ndarray:
+        return tree.centroids[0][0, path[0]] + tree.centroids[1][path[0], path[1]]
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        rows = [sum((v for name, v in self.names.items() if name in text), self.faint) for text in texts]
+        return np.stack([row / np.linalg.norm(row) for row in rows]).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return make_model(tmp_path_factory.mktemp("session") / "model")
+
+
+@pytest.fixture
+def model(folder: pathlib.Path) -> MemoryModel:
+    loaded = load(folder)
+    assert loaded.bank
+    loaded._router = Router(loaded.bank.tree, Aimed(loaded.bank.tree, {"neon": A, "iron": B}))
+    return loaded
+
+
+def say(session: Session, text: str) -> str:
+    return "".join(session.ask(text))
+
+
+def alone(session: Session) -> str:
+    """The last reply, generated again from an empty cache."""
+    system = [{"role": "system", "content": session.system}] if session.system else []
+    tokens = session.model.chat_tokens(system + session.messages[session.first : -1])
+    replies = session.model.responses(tokens, session._room(len(tokens)))
+    return "".join(response.text for response in replies)
+
+
+# the rule
+
+
+def test_follow_stays_moves_and_remembers_the_most_decided_turn() -> None:
+    assert follow(None, A, 0.1) == Topic(A, 0.1)
+    topic = Topic(A, 0.4)
+    assert follow(topic, A, 0.1) == topic
+    assert follow(topic, A, 0.6) == Topic(A, 0.6)
+    assert follow(topic, B, 0.4 * HYSTERESIS) == topic
+    assert follow(topic, B, 0.4 * HYSTERESIS + 0.01) == Topic(B, 0.4 * HYSTERESIS + 0.01)
+
+
+def test_decidedness_is_the_gap_between_the_two_nearest() -> None:
+    level1 = np.array([[[1, 0], [0, 1], [9, 9]]], dtype=np.float32)
+    level2 = np.array([[[3, 0], [0, 0], [0, 0]]] * 3, dtype=np.float32)
+    present = np.array([[True, False, False]] * 3)
+    tree = ClusterTree([level1, level2], [np.ones((1, 3), bool), present])
+    vector = np.array([1, 0], dtype=np.float32)
+    assert decidedness(tree, vector, Path((0,))) == pytest.approx(np.sqrt(2))
+    assert decidedness(tree, vector, Path((0, 0))) == pytest.approx(np.sqrt(2))  # an only child decides nothing
+    assert decidedness(tree, vector, Path()) == 0
+
+
+def test_follow_ups_stay_and_changes_move(model: MemoryModel) -> None:
+    session = Session(model, max_tokens=3)
+    paths, stayed = [], []
+    for text in ("about neon", "and its symbol?", "thanks", "now iron", "and that?", "neon again"):
+        say(session, text)
+        assert session.turn
+        paths.append(session.selection.path)
+        stayed.append(session.turn.stayed)
+    assert paths == [A, A, A, B, B, A]
+    assert any(stayed)
+    assert Session(model).route("and its symbol?").topic.path == C  # alone it goes elsewhere
+    assert session.selection.blocks == ("0", "0.1")
+    assert session.selection.memory == "fetched"
+
+
+def test_distances_are_those_to_the_path_that_was_taken(model: MemoryModel) -> None:
+    tree = model.router.tree
+    turn = route_turn(model.router, "hm?", Topic(A, 9.0))
+    assert turn.stayed
+    expected = [tree.distances(turn.vector, Path())[0], tree.distances(turn.vector, Path((0,)))[1]]
+    assert turn.routed.distances == pytest.approx(expected)
+    assert turn.needed == 9.0 * HYSTERESIS
+
+
+def test_a_blocked_topic_is_left(model: MemoryModel) -> None:
+    assert route_turn(model.router, "hm?", Topic(A, 9.0)).topic.path == A
+    assert route_turn(model.router, "hm?", Topic(A, 9.0), blocked=[Path((0,))]).topic.path == C
+    model.router.policy = BankPolicy(frozenset([A]))
+    assert route_turn(model.router, "hm?", Topic(A, 9.0)).topic.path == C
+    session = Session(model, max_tokens=2, blocked=[Path((2,))])
+    say(session, "about iron")
+    assert session.selection.path[0] != 2
+
+
+def test_real_conversations_on_the_real_tree() -> None:
+    """The conversations that were written after the rule was found; benchmarks/turns.py measures all of them."""
+    from mlx_hiermem.apps.demo.tour import BANK
+    from mlx_hiermem.bank.bank import MemoryBank
+    from mlx_hiermem.embedder import Embedder
+
+    bank = MemoryBank.open(BANK)
+    router = Router(bank.tree, Embedder.load())
+    elements = (BANK.parent / "elements.jsonl").read_text(encoding="utf-8").splitlines()
+    ids = {row["name"]: row["id"] for row in map(json.loads, elements)}
+    talks = [json.loads(line) for line in CONVERSATIONS.read_text(encoding="utf-8").splitlines()]
+    right = []
+    for talk in (talk for talk in talks if talk["id"].startswith("later-")):
+        topic = None
+        for turn in talk["turns"]:
+            old, topic = topic, route_turn(router, turn["user"], topic).topic
+            if "about" in turn:
+                right.append(ids[turn["about"]] in bank.manifest.blocks[topic.path].sources)
+            else:
+                right.append(topic == old or (old is not None and topic.path == old.path))
+    assert len(right) == 34
+    assert sum(right) >= 32
+
+
+# the cache
+
+
+def test_the_cache_goes_on_where_the_path_stays_and_not_where_it_changes(model: MemoryModel) -> None:
+    session = Session(model, max_tokens=6)
+    for text in ("about neon", "and its symbol?", "now iron", "and that?", "neon again"):
+        before = session.selection.blocks
+        reply = say(session, text)
+        assert reply == alone(session)
+        whole = len(model.chat_tokens(session.messages[:-1]))
+        if session.selection.blocks == before:
+            assert session.prefilled < whole
+        else:
+            assert session.prefilled == whole
+
+
+def test_a_new_system_message_is_heeded(model: MemoryModel) -> None:
+    session = Session(model, memory="0.1", max_tokens=6)
+    say(session, "first")
+    session.system = "Be brief."
+    assert say(session, "second") == alone(session)
+
+
+def interrupted(responses: Iterator[Any], cache: list[Any], after: int, torn: bool) -> Iterator[Any]:
+    """Ctrl-C inside the generator after some tokens, where `torn` with one layer a token ahead of the others."""
+    for count, response in enumerate(responses):
+        if count == after:
+            if torn:
+                cache[0].offset += 1
+            raise KeyboardInterrupt
+        yield response
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_ctrl_c_keeps_the_session(model: MemoryModel, monkeypatch: pytest.MonkeyPatch, torn: bool) -> None:
+    session = Session(model, memory="0.1", max_tokens=12)
+    say(session, "first")
+    real = model.responses
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            model,
+            "responses",
+            lambda *a, prompt_cache: interrupted(real(*a, prompt_cache=prompt_cache), prompt_cache, 4, torn),
+        )
+        with pytest.raises(KeyboardInterrupt):
+            say(session, "second")
+    assert session.messages[-1]["role"] == "assistant"
+    assert session.messages[-1]["content"]
+    assert say(session, "third") == alone(session)
+    whole = len(model.chat_tokens(session.messages[:-1]))
+    assert session.prefilled == whole if torn else session.prefilled < whole / 2
+
+
+def test_nothing_said_is_nothing_asked(model: MemoryModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session(model, memory="0.1", max_tokens=6)
+    say(session, "first")
+    before = list(session.messages)
+    with monkeypatch.context() as patch:
+        real = model.responses
+        patch.setattr(model, "responses", lambda *a, **k: interrupted(real(*a, **k), k["prompt_cache"], 0, False))
+        with pytest.raises(KeyboardInterrupt):
+            say(session, "second")
+    assert session.messages == before
+    with pytest.raises(BankError):
+        session.use("9.9")
+    session.memory = "9.9"
+    with pytest.raises(BankError):
+        say(session, "second")
+    assert session.messages == before
+    session.memory = "0.1"
+    assert say(session, "second") == alone(session)
+
+
+# the context
+
+
+def test_the_oldest_turns_drop_and_the_system_message_stays(model: MemoryModel) -> None:
+    model.config["max_position_embeddings"] = 120
+    session = Session(model, memory="0.1", system="You are kind.", max_tokens=20)
+    drops = 0
+    for number in range(12):
+        reply = say(session, f"question {number:02}")
+        assert reply == alone(session)
+        assert session.kv_tokens <= 120
+        prompt = model.chat_tokens(
+            [{"role": "system", "content": session.system}, *session.messages[session.first : -1]]
+        )
+        assert model.tokenizer.decode(prompt).startswith("<system>You are kind.")
+        assert len(prompt) <= 100
+        if session.dropped:
+            assert session.prefilled == len(prompt)
+        drops += bool(session.dropped)
+    assert session.first > 0
+    assert len(session.messages) == 24  # nothing is forgotten, only no longer shown
+    assert 1 <= drops < 8  # several turns go between two drops
+    assert session.messages[session.first]["role"] == "user"
+
+
+def test_a_question_that_is_too_long_is_refused_in_one_line(model: MemoryModel) -> None:
+    model.config["max_position_embeddings"] = 120
+    session = Session(model, memory="0.1", max_tokens=20)
+    say(session, "short")
+    with pytest.raises(HierMemError, match=r"the question has \d+ tokens.*room for 100 beside a reply of 20"):
+        say(session, "long" * 50)
+    assert len(session.messages) == 2
+    assert say(session, "short again") == alone(session)
+
+
+def test_a_long_reply_gets_what_the_context_leaves(model: MemoryModel) -> None:
+    model.config["max_position_embeddings"] = 60
+    session = Session(model, memory="0.1", max_tokens=5000)
+    say(session, "0123456789")
+    assert session._reserve == 30
+    assert session.kv_tokens <= 60
+    assert session.last
+    assert session.last.generation_tokens <= 60 - session.prefilled
+
+
+def test_context_of_nested_and_silent_configs(model: MemoryModel) -> None:
+    session = Session(model, memory="none")
+    assert session.context is None
+    model.config["text_config"] = {"max_position_embeddings": 77}
+    assert session.context == 77
+
+
+# saving, loading, changing the memory
+
+
+def test_a_saved_conversation_goes_on_as_if_nothing_had_happened(model: MemoryModel) -> None:
+    session = Session(model, system="Be kind.", max_tokens=5)
+    say(session, "about neon")
+    say(session, "now iron")
+    data = json.loads(json.dumps(session.to_json()))
+    other = Session(model, max_tokens=5)
+    other.restore(data)
+    assert (other.messages, other.system, other.topic) == (session.messages, session.system, session.topic)
+    assert say(other, "and that?") == say(session, "and that?")
+    assert other.selection.path == B
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"format": "other"},
+        {"version": 2},
+        {"messages": [{"role": "assistant", "content": "hm"}]},
+        {"messages": [{"role": "user", "content": "unanswered"}]},
+        {"messages": 3},
+        {"messages": [{"role": "user"}]},
+        {"memory": "lots"},
+        {"memory": "7.7"},
+        {"topic": {"path": "x", "decided": 1}},
+        {"topic": {"path": "0.1", "decided": "much"}},
+    ],
+)
+def test_a_damaged_conversation_changes_nothing(model: MemoryModel, damage: dict[str, Any]) -> None:
+    session = Session(model, memory="0.1", max_tokens=3)
+    say(session, "first")
+    before = json.dumps(session.to_json())
+    with pytest.raises(HierMemError):
+        session.restore(json.loads(before) | damage)
+    with pytest.raises(HierMemError, match="not a saved conversation"):
+        session.restore([])
+    assert json.dumps(session.to_json()) == before
+
+
+def test_a_topic_that_the_bank_lacks_is_forgotten(model: MemoryModel) -> None:
+    data = Session(model).to_json() | {"topic": {"path": "3.9", "decided": 1.0}}
+    session = Session(model)
+    session.restore(data)
+    assert session.topic is None
+
+
+def test_changing_the_memory(model: MemoryModel, folder: pathlib.Path) -> None:
+    session = Session(model, max_tokens=3)
+    say(session, "about neon")
+    for memory, blocks in (("2.2", ("2", "2.2")), ("generic", ("generic",)), ("none", ())):
+        session.use(memory)
+        assert say(session, "hm?") == alone(session)
+        assert session.selection.blocks == blocks
+    session.use("fetched")
+    say(session, "and its symbol?")
+    assert session.selection.path == C  # routed without a topic
+    plain = Session(load(folder / "anchor"), max_tokens=2)
+    assert plain.memory == "none"
+    for memory in ("fetched", "generic"):
+        with pytest.raises(BankError, match="no bank"):
+            plain.use(memory)
+    assert say(plain, "hello") == alone(plain)
+
+
+def test_reset_forgets_the_conversation(model: MemoryModel) -> None:
+    session = Session(model, max_tokens=4)
+    say(session, "about neon")
+    session.reset()
+    assert (session.messages, session.topic, session.kv_tokens) == ([], None, 0)
+    assert say(session, "now iron") == alone(session)
+
+
+def test_system_messages_that_a_template_refuses(model: MemoryModel) -> None:
+    model.tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    session = Session(model, memory="none", system="Be kind.")
+    with pytest.raises(HierMemError, match="takes no system message: System role not supported"):
+        say(session, "hello")
+    assert session.messages == []
+
+
+def test_sessions_share_a_model(model: MemoryModel) -> None:
+    """A server has one model and many conversations: each turn attaches its own memory."""
+    one, two = Session(model, max_tokens=4), Session(model, max_tokens=4)
+    for text in ("about neon", "and its symbol?"):
+        say(one, text)
+        say(two, "now iron")
+    assert (one.selection.path, two.selection.path) == (A, B)
+    assert say(one, "third") == alone(one)
