@@ -18,7 +18,19 @@ PACKAGE = "mlx_hiermem"
 # Each part may import the parts before it. A part is a module or a folder below mlx_hiermem/.
 ORDER = ["_blas", "errors", "config", "assets", "tree", "bank", "embedder", "cache", "router", "memory", "openlm"]
 ORDER += ["anchor", "model", "session", "batch", "learn", "evaluate", "convert", "apps"]
-CONVERT_MAY_IMPORT = {"errors", "config", "assets", "tree", "bank", "memory", "openlm", "anchor", "convert"}
+# Writing needs no cache; `verify` reads through it, to check what a model would be given.
+CONVERT_MAY_IMPORT = {
+    "errors",
+    "config",
+    "assets",
+    "tree",
+    "bank",
+    "cache",
+    "memory",
+    "openlm",
+    "anchor",
+    "convert",
+}
 # The PyTorch definition and its comparison, and the demo bank's training recipe.
 TORCH_MODULES = {
     *(f"{PACKAGE}.convert.{name}" for name in ("reference", "reference_memory", "parity")),
