@@ -109,9 +109,10 @@ def child(file: pathlib.Path, out: pathlib.Path) -> None:
     """Converts and prints the seconds and the peak resident bytes."""
     if file.suffix == ".pt":
         import torch  # noqa: F401  (its import is no part of the conversion)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     convert_memory(file, out, anchor=ANCHOR, anchor_dims=DIMS)
-    print(json.dumps({"seconds": time.perf_counter() - start, "peak_rss": peak_rss()}))
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
+    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_rss": peak_rss()}))
 
 
 def peak_rss() -> int:
@@ -123,11 +124,12 @@ def peak_rss() -> int:
 
 
 def measure(file: pathlib.Path, config: MemoryConfig, runs: int) -> dict[str, Any]:
-    size, copies, conversions = file.stat().st_size, [], []
+    size, copies, conversions, loads = file.stat().st_size, [], [], []
     for run in range(runs):
         warm(file)
         copies.append(copy(file))
         warm(file)
+        loads.append(os.getloadavg()[0])
         conversions.append(convert(file))
         print(
             f"  {file.name} run {run}: copy {copies[-1]:.1f} s, convert {conversions[-1]['seconds']:.1f} s",
@@ -142,6 +144,7 @@ def measure(file: pathlib.Path, config: MemoryConfig, runs: int) -> dict[str, An
         "largest_block": config.parameters(config.block_sizes[0]) * 2,
         "copies": copies,
         "conversions": conversions,
+        "load_before": loads,  # of other processes too: both figures suffer, the conversion more
         "copy_gb_per_s": size / copy_seconds / 1e9,
         "convert_gb_per_s": size / seconds / 1e9,
         "speed_ratio": copy_seconds / seconds,
@@ -178,7 +181,7 @@ def main() -> None:
             file.unlink()
     machine = {"system": platform.system(), "machine": platform.machine(), "cores": os.cpu_count()}
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"machine": machine, "load": os.getloadavg(), "rows": rows}, indent=1) + "\n")
+    RESULTS.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
     print_table(rows)
 
 

@@ -90,8 +90,9 @@ class TorchSide:
             values = mx.array(parameter.detach().numpy()).astype(getattr(mx, dtype))
             if quantization and parameter.ndim == 2:
                 group, bits = quantization["group_size"], quantization["bits"]
-                integers, *scales = mx.quantize(values, group, bits)
-                values = mx.dequantize(integers, *(s.astype(mx.float32) for s in scales), group, bits)
+                integers, scales, biases = mx.quantize(values, group, bits)
+                scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+                values = mx.dequantize(integers, scales, biases, group, bits)
             parameter.data = torch.from_numpy(np.array(values.astype(mx.float32)))
 
     def run(self, ids: np.ndarray, memory: str) -> tuple[list[np.ndarray], np.ndarray]:

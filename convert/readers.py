@@ -29,6 +29,7 @@ NUMPY_DTYPES = {
     "int32": "<i4",
     "int16": "<i2",
     "int8": "|i1",
+    "uint32": "<u4",  # MLX's quantised weights
     "uint8": "|u1",
     "bool": "|b1",
 }
@@ -41,6 +42,7 @@ SAFETENSORS_DTYPES = {
     "I32": "int32",
     "I16": "int16",
     "I8": "int8",
+    "U32": "uint32",
     "U8": "uint8",
     "BOOL": "bool",
 }

@@ -112,7 +112,7 @@ def fetch_toy(cache: pathlib.Path, hub: str, wheels: pathlib.Path, **env: str) -
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()

@@ -139,7 +139,7 @@ sys.modules["torch"] = sys.modules["coremltools"] = None  # as if not installed
 for module in {modules}:
     importlib.import_module(module)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
@@ -155,6 +155,6 @@ except SystemExit:
     pass
 print("LOADED", sorted(set({HEAVY}) & set(sys.modules)))
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert "hiermem" in done.stdout
     assert done.stdout.splitlines()[-1] == "LOADED []", done.stdout + done.stderr
