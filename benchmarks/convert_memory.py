@@ -125,16 +125,13 @@ def peak_rss() -> int:
 
 def measure(file: pathlib.Path, config: MemoryConfig, runs: int) -> dict[str, Any]:
     size, copies, conversions, loads = file.stat().st_size, [], [], []
-    for run in range(runs):
+    for _ in range(runs):
         warm(file)
         copies.append(copy(file))
         warm(file)
         loads.append(os.getloadavg()[0])
         conversions.append(convert(file))
-        print(
-            f"  {file.name} run {run}: copy {copies[-1]:.1f} s, convert {conversions[-1]['seconds']:.1f} s",
-            flush=True,
-        )
+        print(f"  {file.name}: copy {copies[-1]:.1f} s, convert {conversions[-1]}", flush=True)
     copy_seconds = statistics.median(copies)
     seconds = statistics.median(run["seconds"] for run in conversions)
     return {
@@ -154,10 +151,8 @@ def measure(file: pathlib.Path, config: MemoryConfig, runs: int) -> dict[str, An
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--gb", type=float, default=5, help="size of the safetensors checkpoint")
-    parser.add_argument(
-        "--pt-gb", type=float, default=1, help="size of the .pt checkpoint, which is made in memory"
-    )
+    parser.add_argument("--gb", type=float, default=5, help="size of the safetensors checkpoint, 0 for none")
+    parser.add_argument("--pt-gb", type=float, default=1, help="size of the .pt checkpoint, made in memory")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument(
         "--folder", type=pathlib.Path, help="where to write (default: the system's temporary folder)"
@@ -174,6 +169,8 @@ def main() -> None:
                 f"needs {need / 1e9:.0f} GB in {folder}, there are {free / 1e9:.0f}; see --folder and --gb"
             )
         for gb, pytorch in ((options.gb, False), (options.pt_gb, True)):
+            if not gb:
+                continue
             file, config = pathlib.Path(folder, "memory.safetensors"), design(gb)
             make_checkpoint(file, config)
             file = to_pytorch(file) if pytorch else file

@@ -49,7 +49,7 @@ def test_equals_the_original_and_transformers(tmp_path: pathlib.Path, kind: str)
         model.model.embed_tokens.embed_scale = model.model.embed_tokens.embed_scale.bfloat16().float()
     anchor = convert(file)
     assert error(anchor, model) < 1e-5
-    if kind != "gemma3_text":  # transformers takes Gemma's attention scale for 256, whatever the head size
+    if kind in ("llama", "qwen2"):  # of the others transformers reads only the usual head sizes
         assert error(anchor, parity.load_source(find_source(str(file)))) < 1e-5
 
 
@@ -113,8 +113,8 @@ def build(folder: pathlib.Path, architecture: str = "llama", **ggml: Any) -> Tok
 @pytest.mark.parametrize(
     ("pre", "words"),
     [
-        ("gpt-2", ["It", "'s", " 1984", ",", " x", "^", "23", "\n\n", "end"]),
-        ("smollm", ["It", "'s", " ", "1", "9", "8", "4", ",", " x", "^", "2", "3", "\n\n", "end"]),
+        ("gpt-2", ["It", "'s", " 1984", ",", " x", "^", "23", "\n", "\n", "end"]),
+        ("smollm", ["It", "'s", " ", "1", "9", "8", "4", ",", " x", "^", "2", "3", "\n", "\n", "end"]),
         ("llama-bpe", ["It", "'s", " ", "198", "4", ",", " x", "^", "23", "\n\n", "end"]),
         ("qwen2", ["It", "'s", " ", "1", "9", "8", "4", ",", " x", "^", "2", "3", "\n\n", "end"]),
     ],
@@ -141,9 +141,10 @@ def test_sentencepiece_token_for_token(tmp_path: pathlib.Path, prefix: bool) -> 
     original = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     ids = range(original.get_piece_size())
     types = [2 if original.is_unknown(i) else 3 if original.is_control(i) else 1 for i in ids]
+    types = [6 if original.is_byte(i) else types[i] for i in ids]
     tokenizer = build(
         tmp_path, model="llama", tokens=[original.id_to_piece(i) for i in ids],
-        scores=[original.get_score(i) for i in ids], token_type=[6 if original.is_byte(i) else types[i] for i in ids],
+        scores=[original.get_score(i) for i in ids], token_type=types,
         unknown_token_id=0, bos_token_id=1, eos_token_id=2, add_space_prefix=prefix,
     )  # fmt: skip
     for text in [*texts, "  two  spaces ", "naïve ☃ 漢字", "\ttab\nline"]:
@@ -228,11 +229,9 @@ def rebuild(
         tensors = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
         change(own, tensors)
         writer = gguf.GGUFWriter(file, architecture)
+        types = {str: gguf.GGUFValueType.STRING, float: gguf.GGUFValueType.FLOAT32}
         for key, value in own.items():
-            add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
-            writer.add_string(f"{architecture}.{key}", value) if isinstance(value, str) else add(
-                f"{architecture}.{key}", value
-            )
+            writer.add_key_value(f"{architecture}.{key}", value, types.get(type(value), gguf.GGUFValueType.UINT32))
         for key, field in fields.items():
             if key.startswith("tokenizer."):
                 kinds = {"sub_type": field.types[1]} if len(field.types) > 1 else {}
@@ -316,7 +315,7 @@ def test_values_beyond_float16(tmp_path: pathlib.Path) -> None:
     with torch.no_grad():
         model.model.embed_tokens.weight[3, 3] = 1e5
     file = make_gguf(tmp_path / "model.gguf", model, "Q8_0")
-    with pytest.raises(CheckpointError, match="embed_tokens.weight has values too large for float16"):
+    with pytest.raises(CheckpointError, match="values too large for float16"):
         convert(file)
 
 

@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from mlx_hiermem import assets
 from mlx_hiermem.anchor import identify
@@ -33,7 +33,6 @@ from mlx_hiermem.apps.demo.clustering import Floats, Tree
 from mlx_hiermem.apps.demo.train import Bank, Settings, run_trunk, train
 from mlx_hiermem.apps.demo.train import Progress as TrainingState
 from mlx_hiermem.apps.demo.wordings import Element, Wording, element_wordings, training_texts
-from mlx_hiermem.convert.pipeline import convert
 from mlx_hiermem.embedder import Embedder
 
 HERE = Path(__file__).parent
@@ -78,7 +77,9 @@ def write_checkpoint(path: Path, bank: Bank, tree: Tree, config: dict[str, Any])
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor.float()).all():
             raise ValueError(f"{name} is not finite in float16")
-    save_file(tensors, path, metadata={"config": json.dumps(config)})
+    beside = path.with_suffix(".tmp")
+    beside.write_bytes(save(tensors, metadata={"config": json.dumps(config)}))
+    beside.replace(path)
     path.with_suffix(".json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
@@ -169,6 +170,8 @@ def _digest(text: str) -> str:
 
 
 def main() -> None:
+    from mlx_hiermem.convert.pipeline import convert
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=Path("build/elements"))
     out: Path = parser.parse_args().out
