@@ -215,16 +215,26 @@ def test_overwriting_clears_an_interrupted_run(
     assert left_in(tmp_path) == {"model"}
 
 
-def test_no_disk_space(hf: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("[write] Unable to write 9 bytes to file.")],
+    ids=["numpy", "mlx"],
+)
+def test_the_disk_fills_up(
+    hf: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda _: namedtuple("usage", "total used free")(9, 9, 1000))
-        with pytest.raises(OutputError, match=r"converting needs up to 0.0 GB, the disk of .* has 0.0 GB free"):
-            convert(str(hf), tmp_path / "model")
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "convert_huggingface", full)
-        with pytest.raises(OutputError, match="the disk is full"):
-            convert(str(hf), tmp_path / "model")
+    monkeypatch.setattr(pipeline, "convert_huggingface", full)
+    with pytest.raises(OutputError, match="the disk is full"):
+        convert(str(hf), tmp_path / "model")
+    assert left_in(tmp_path) == set()
+
+
+def test_too_small_a_disk(hf: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")(9, 9, 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OutputError, match=r"converting needs up to 0.0 GB, the disk of .* has 0.0 GB free"):
+        convert(str(hf), tmp_path / "model")
     assert left_in(tmp_path) == set()

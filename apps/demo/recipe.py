@@ -86,18 +86,17 @@ def write_checkpoint(path: Path, bank: Bank, tree: Tree, config: dict[str, Any])
 def accuracy_table(
     anchor: Anchor, bank: Bank, tree: Tree, rows: list[dict[str, Any]], embedder: Embedder
 ) -> dict[str, dict[str, float]]:
-    """No memory, generic memory and fetched memory on every kind of question."""
+    """Fetched memory on every kind of question; none and generic, the controls, on the paper's prompt."""
     asked = measure.questions(anchor, rows)
+    prompts = [question for question in asked if question.kind == "atomic_number: prompt"]
     routes = sorted({q.route for q in asked})
     leaf = dict(zip(routes, tree.route(embedder.embed(routes)).tolist(), strict=True))
-    generic = bank.settings.leaves
-    ways: dict[str, measure.Fetch] = {
-        "none": lambda texts: None,
-        "generic": lambda texts: bank.fetch([generic]),
-        "fetched": lambda texts: bank.fetch([leaf[t] for t in texts]),
+    generic, first = bank.settings.leaves, bank.settings.first_layer
+    return {
+        "fetched": measure.accuracy(anchor, asked, lambda texts: bank.fetch([leaf[t] for t in texts]), first),
+        "generic": measure.accuracy(anchor, prompts, lambda texts: bank.fetch([generic]), first),
+        "none": measure.accuracy(anchor, prompts, lambda texts: None, first),
     }
-    first = bank.settings.first_layer
-    return {way: measure.accuracy(anchor, asked, fetch, first) for way, fetch in ways.items()}
 
 
 def show_accuracy(console: Console, table: dict[str, dict[str, float]]) -> None:
@@ -105,8 +104,8 @@ def show_accuracy(console: Console, table: dict[str, dict[str, float]]) -> None:
     shown.add_column("asked as")
     for way in table:
         shown.add_column(way, justify="right")
-    for kind in next(iter(table.values())):
-        shown.add_row(kind, *(f"{column[kind]:.1f}" for column in table.values()))
+    for kind in table["fetched"]:
+        shown.add_row(kind, *(f"{column[kind]:.1f}" if kind in column else "" for column in table.values()))
     console.print(shown)
 
 
