@@ -73,23 +73,27 @@ def _print_tour(model: MemoryModel, rows: list[dict[str, Any]]) -> None:
         soft_wrap=True,
     )
     answers = _table("element", "number", "no memory", "generic memory", "fetched memory")
-    fetched = _table("element", "path", "topic", "read", "route", "fetch", "attach ms", "tokens/s")
+    fetched = _table("element", "path", "read", "route", "fetch", "attach ms", "tokens/s")
+    topics: dict[str, str] = {}
     for row in rows:
         answers.add_row(row["element"], str(row["number"]), *(_marked(row, way) for way in WAYS))
         selection = row["selection"]
+        topics[selection["path"]] = " › ".join(selection["labels"])
         fetched.add_row(
             row["element"],
             selection["path"],
-            " › ".join(selection["labels"]),
             size(selection["bytes_read"]),
             *(f"{selection[f'{step}_ms']:.1f}" for step in ("route", "fetch", "attach")),
             " ".join(f"{row[way]['tokens_per_second']:.0f}" for way in WAYS),
         )
     console.print(answers)
     console.print(
-        "\nWhat was fetched, and tokens per second in the three ways (over one or two tokens each):\n", style="dim"
+        "\nWhat was fetched, and tokens per second in the three ways (of very short answers):\n", style="dim"
     )
     console.print(fetched)
+    console.print()
+    for path, labels in sorted(topics.items()):
+        console.print(f"{path}  {labels}", style="dim", markup=False, soft_wrap=True)
     console.print()
 
 
