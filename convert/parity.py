@@ -158,7 +158,7 @@ def recorded(layers: Sequence[nn.Module]) -> Iterator[list[mx.array]]:
     def recording(own: type) -> type:
         def call(self: nn.Module, *args: Any, **kwargs: Any) -> mx.array:
             out = own.__call__(self, *args, **kwargs)
-            seen.append(out)
+            seen.append(out[0] if isinstance(out, tuple) else out)
             return out
 
         return type(own.__name__, (own,), {"__call__": call})

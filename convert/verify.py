@@ -163,7 +163,7 @@ def check_parity(
             if dtype:
                 theirs.round(dtype, quantization)
                 figures = parity.compare(theirs, ours, "none", parity.SHORT)
-                yield from _lines(figures, EXACT, f"the source rounded to {rounded} too")
+                yield from _lines(figures, EXACT, "source rounded alike")
         except (AnchorError, BankError) as error:  # what was converted is at fault, not the source
             yield Check("parity", error.what, "", False)
 
@@ -208,7 +208,7 @@ def _cases(bank: MemoryBank | None) -> list[tuple[str, int]]:
 def _lines(figures: Figures, bound: float, note: str) -> Iterator[Check]:
     """The receipt's lines for one comparison; the line of the logits carries all its numbers."""
     where = f"{figures.tokens} tokens, memory {figures.memory}"
-    suffix = f" ({note})" if note else ""
+    suffix = f", {note}" if note else ""
     yield _line(f"layers, {where}", max(figures.layers), bound, suffix)
     yield _line(f"logits, {where}", figures.logits, bound, suffix, figures.to_json())
     yield _line(f"cached decoding, {where}", figures.cached, EXACT)

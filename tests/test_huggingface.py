@@ -15,9 +15,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+import transformers
 from mlx_lm import generate, load
 from safetensors.torch import load_file, save_file
-from sources import KINDS, LLAMA3_ROPE, hf_model, make_hf, save_hf
+from sources import BASE, KINDS, LLAMA3_ROPE, hf_model, make_hf, save_hf
 from tiny import make_tokenizer
 
 from mlx_hiermem.convert import parity
@@ -40,6 +41,26 @@ def error(anchor: pathlib.Path, source: pathlib.Path) -> float:
 def test_equals_transformers(tmp_path: pathlib.Path, kind: str) -> None:
     convert_huggingface(make_hf(tmp_path / "hf", kind), tmp_path / "anchor")
     assert error(tmp_path / "anchor", tmp_path / "hf") < 1e-5
+
+
+@pytest.mark.parametrize(
+    "config", [transformers.Olmo2Config, transformers.GraniteConfig, transformers.SmolLM3Config]
+)
+def test_other_dense_architectures(tmp_path: pathlib.Path, config: type) -> None:
+    """Whatever mlx-lm loads and a memory can widen."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config(**BASE))
+    convert_huggingface(save_hf(model, tmp_path / "hf"), tmp_path / "anchor")
+    assert error(tmp_path / "anchor", tmp_path / "hf") < 1e-5
+
+
+def test_architectures_that_carry_no_memory(tmp_path: pathlib.Path) -> None:
+    """Phi 3 has gate and up in one projection."""
+    folder = save_hf(
+        transformers.AutoModelForCausalLM.from_config(transformers.Phi3Config(**BASE)), tmp_path / "hf"
+    )
+    with pytest.raises(AnchorError, match="no gate projection"):
+        convert_huggingface(folder, tmp_path / "anchor")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -250,22 +271,24 @@ def hub(good: pathlib.Path) -> Iterator[str]:
 
 def test_hub_id(hub: str, good: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """In a process of its own: the hub's client reads its settings when it is imported."""
-
-    def convert(name: str) -> subprocess.CompletedProcess[str]:
-        settings = {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
-        code = (
-            "import sys; from mlx_hiermem.apps.cli.main import main; sys.argv = ['hiermem', *sys.argv[1:]]; main()"
-        )
-        command = [sys.executable, "-c", code, "convert", name, str(tmp_path / "model")]
-        return subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
-
-    failed = convert("tiny/absent")
-    assert failed.returncode == 1
-    assert "cannot download tiny/absent from the hub" in failed.stderr
-    assert failed.stderr.count("\n") == 1
-    assert not (tmp_path / "model").exists()
-    done = convert("tiny/llama")
+    code = """if True:
+        import pathlib, sys
+        from mlx_hiermem.convert.pipeline import convert
+        from mlx_hiermem.errors import CheckpointError
+        out = pathlib.Path(sys.argv[1])
+        try:
+            convert("tiny/absent", out)
+        except CheckpointError as error:
+            print(error)
+        assert not list(out.parent.glob("model*"))
+        convert("tiny/llama", out)
+    """
+    settings = {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-c", code, str(tmp_path / "model")]
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("cannot download tiny/absent from the hub: ")
+    assert done.stdout.count("\n") == 1
     assert error(tmp_path / "model/anchor", good) < 1e-5
     source = json.loads((tmp_path / "model/source.json").read_text())
     assert (source["name"], source["revision"]) == ("tiny/llama", Hub.COMMIT)
