@@ -21,7 +21,7 @@ import mlx.nn as nn
 from mlx_hiermem.anchor import identify, read_config
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.cache import BlockCache
-from mlx_hiermem.convert.checkpoint import open_checkpoint
+from mlx_hiermem.convert.checkpoint import TensorSource, open_checkpoint
 from mlx_hiermem.convert.checks import (
     Check,
     check_anchor_files,
@@ -32,7 +32,7 @@ from mlx_hiermem.convert.checks import (
     check_source,
 )
 from mlx_hiermem.convert.key_map import KeyMap
-from mlx_hiermem.convert.memory_layout import read_layout
+from mlx_hiermem.convert.memory_layout import MemoryLayout, read_layout
 from mlx_hiermem.convert.memory_settings import read_settings
 from mlx_hiermem.convert.pipeline import ANCHOR, BANK, anchor_dims
 from mlx_hiermem.convert.source import Source, find_source, tool_versions
@@ -146,26 +146,32 @@ def check_parity(
     rounded = f"{quantization['bits']} bits" if quantization else dtype
     bank = bank if against.memory else None
     with contextlib.ExitStack() as stack:
-        design, read = None, None
-        if against.memory and bank:
-            tensors = stack.enter_context(open_checkpoint(against.memory))
-            names = KeyMap.read(against.key_map) if against.key_map else KeyMap()
-            identity, dims = identify(model / ANCHOR), anchor_dims(read_config(model / ANCHOR))
-            settings = read_settings(against.memory, tensors)
-            layout = read_layout(tensors, settings, names, identity, dims, bank.config.dtype)
-            design, read = layout.config, parity.memory_reader(tensors, layout)
-            yield Check("memory design", bank.config.kind, "the checkpoint's", design == bank.config)
-        theirs = parity.TorchSide(parity.load_source(against.source, against.config), design, read)
         try:
+            design, read = None, None
+            if against.memory and bank:
+                tensors = stack.enter_context(open_checkpoint(against.memory))
+                layout = _layout(tensors, model, bank, against)
+                design, read = layout.config, parity.memory_reader(tensors, layout)
+                yield Check("memory design", bank.config.kind, "the checkpoint's", design == bank.config)
+            theirs = parity.TorchSide(parity.load_source(against.source, against.config), design, read)
             ours = parity.MLXSide(anchor, BlockCache(bank) if bank else None)
-            for memory, tokens in _cases(bank):
-                yield from _lines(parity.compare(theirs, ours, memory, tokens), bound, rounded)
+            for tokens in (parity.SHORT, parity.LONG):
+                yield from _lines(parity.compare(theirs, ours, "none", tokens), bound, rounded)
             if dtype:
                 theirs.round(dtype, quantization)
-                figures = parity.compare(theirs, ours, "none", parity.SHORT)
-                yield from _lines(figures, EXACT, "source rounded alike")
+            note = "source rounded alike" if dtype else ""
+            for memory in ["none"] * bool(dtype) + _memories(bank):
+                yield from _lines(parity.compare(theirs, ours, memory, parity.SHORT), EXACT, note)
         except (AnchorError, BankError) as error:  # what was converted is at fault, not the source
             yield Check("parity", error.what, "", False)
+
+
+def _layout(tensors: TensorSource, model: pathlib.Path, bank: MemoryBank, against: Against) -> MemoryLayout:
+    """Where the memory checkpoint has which tensor."""
+    assert against.memory
+    names = KeyMap.read(against.key_map) if against.key_map else KeyMap()
+    identity, dims = identify(model / ANCHOR), anchor_dims(read_config(model / ANCHOR))
+    return read_layout(tensors, read_settings(against.memory, tensors), names, identity, dims, bank.config.dtype)
 
 
 def stored_as(model: pathlib.Path, source: Source) -> tuple[str, dict[str, Any] | None, float]:
@@ -192,17 +198,14 @@ def _on_cpu() -> Iterator[None]:
         mx.set_default_device(device)
 
 
-def _cases(bank: MemoryBank | None) -> list[tuple[str, int]]:
-    """(memory, tokens): none with a short and a long prompt; the first, middle and last leaf; and generic."""
-    from mlx_hiermem.convert.parity import LONG, SHORT
-
-    cases = [("none", SHORT), ("none", LONG)]
+def _memories(bank: MemoryBank | None) -> list[str]:
+    """The bank's first, middle and last leaf, and generic."""
     if bank is None:
-        return cases
+        return []
     inner = {path[:-1] for path in bank.manifest.blocks}
     leaves = [path for path in bank.manifest.blocks if path not in inner]
     chosen = dict.fromkeys(leaves[i * (len(leaves) - 1) // (PATHS - 1)] for i in range(PATHS))
-    return cases + [(str(path), SHORT) for path in chosen] + [("generic", SHORT)] * bool(bank.manifest.generic)
+    return [str(path) for path in chosen] + ["generic"] * bool(bank.manifest.generic)
 
 
 def _lines(figures: Figures, bound: float, note: str) -> Iterator[Check]:

@@ -128,7 +128,9 @@ def test_openlm(tmp_path: pathlib.Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("quant", "bits"), [("F32", None), ("Q8_0", None), ("BF16", None), ("F32", 8), ("Q8_0", 4)]
 )
-def test_gguf_and_quantised_anchors(tmp_path: pathlib.Path, quant: str, bits: int | None) -> None:
+def test_gguf_and_quantised_anchors(
+    tmp_path: pathlib.Path, memory: pathlib.Path, quant: str, bits: int | None
+) -> None:
     """What was rounded is held to a wide bound, and to the narrow one against a source that is rounded alike."""
     source = make_gguf(tmp_path / "tiny.gguf", hf_model("llama"), quant)
     convert(str(source), tmp_path / "model", quantize=bits)
