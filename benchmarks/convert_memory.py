@@ -1,16 +1,18 @@
 """How fast and how small `convert_memory` is: a synthetic bank, against copying the same bytes on the same disk.
 
-    python benchmarks/convert_memory.py              # 5 GB of safetensors, 1 GB of .pt; needs three times that on disk
+    python benchmarks/convert_memory.py              # 5 GB of safetensors, 1 GB of .pt; 13 GB of disk
 
 The checkpoint has the paper's shape (arXiv:2510.02375: 35 layers of 512, branching 16, r = 16:4:1, bfloat16).
-Copying (one file, shutil.copyfile, fsync) and converting (thousands of files, hashed, checked, fsynced) take
-turns, each with the checkpoint in the page cache; the medians are compared. Every conversion is a process of
-its own, so that its peak resident memory is its alone.
+Copying (one file, shutil.copyfile, fsync) and converting (thousands of files, hashed, checked, synced) take turns,
+each with the checkpoint on disk only ("cold": where a bank larger than memory always is) and each with it in the
+page cache ("warm"); medians are compared. Every conversion is a process of its own, so that its peak resident
+memory is its alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import pathlib
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -37,10 +40,10 @@ PIECE = 64 << 20
 
 
 def design(gb: float) -> MemoryConfig:
-    """r = 16:4:1, so that each level has a third of about `gb` GB."""
-    per_unit = 3 * BRANCHING**3 * 3 * LAYERS * HIDDEN * 2
-    r = max(1, round(gb * 1e9 / per_unit))
-    return MemoryConfig("ffn", BRANCHING, (16 * r, 4 * r, r), tuple(range(LAYERS)), HIDDEN, "bfloat16")
+    """r = 16:4:1, in all about `gb` GB."""
+    one = MemoryConfig("ffn", BRANCHING, (16, 4, 1), tuple(range(LAYERS)), HIDDEN, "bfloat16")
+    r = max(1, round(gb * 1e9 / (2 * one.bank_parameters)))
+    return replace(one, block_sizes=(16 * r, 4 * r, r))
 
 
 def make_checkpoint(file: pathlib.Path, config: MemoryConfig) -> None:
@@ -75,11 +78,14 @@ def to_pytorch(file: pathlib.Path) -> pathlib.Path:
     return file.with_suffix(".pt")
 
 
-def warm(file: pathlib.Path) -> None:
-    """Reads the file once, so that it is in the page cache."""
+def prepare(file: pathlib.Path, cache: str) -> None:
+    """Puts the file into the page cache, or out of it (which only Linux does on request)."""
     with file.open("rb", buffering=0) as stream:
-        while stream.read(PIECE):
-            pass
+        if cache == "cold":
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        else:
+            while stream.read(PIECE):
+                pass
 
 
 def copy(file: pathlib.Path) -> float:
@@ -108,9 +114,10 @@ def child(file: pathlib.Path, out: pathlib.Path) -> None:
     """Converts and prints the seconds and the peak resident bytes."""
     if file.suffix == ".pt":
         import torch  # noqa: F401  (its import is no part of the conversion)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     convert_memory(file, out, anchor=ANCHOR, anchor_dims=DIMS)
-    print(json.dumps({"seconds": time.perf_counter() - start, "peak_rss": peak_rss()}))
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
+    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_rss": peak_rss()}))
 
 
 def peak_rss() -> int:
@@ -121,26 +128,25 @@ def peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def measure(file: pathlib.Path, config: MemoryConfig, runs: int) -> dict[str, Any]:
-    size, copies, conversions = file.stat().st_size, [], []
-    for run in range(runs):
-        warm(file)
+def measure(file: pathlib.Path, config: MemoryConfig, cache: str, runs: int) -> dict[str, Any]:
+    size, copies, conversions, loads = file.stat().st_size, [], [], []
+    for _ in range(runs):
+        loads.append(os.getloadavg()[0])
+        prepare(file, cache)
         copies.append(copy(file))
-        warm(file)
+        prepare(file, cache)
         conversions.append(convert(file))
-        print(
-            f"  {file.name} run {run}: copy {copies[-1]:.1f} s, convert {conversions[-1]['seconds']:.1f} s",
-            flush=True,
-        )
+        print(f"  {file.name}, {cache}: copy {copies[-1]:.1f} s, convert {conversions[-1]}", flush=True)
     copy_seconds = statistics.median(copies)
     seconds = statistics.median(run["seconds"] for run in conversions)
     return {
-        "form": file.suffix,
+        "form": f"{file.suffix}, {cache}",
         "bytes": size,
         "block_sizes": list(config.block_sizes),
         "largest_block": config.parameters(config.block_sizes[0]) * 2,
         "copies": copies,
         "conversions": conversions,
+        "load_before": loads,  # of other processes too: both figures suffer, the conversion more
         "copy_gb_per_s": size / copy_seconds / 1e9,
         "convert_gb_per_s": size / seconds / 1e9,
         "speed_ratio": copy_seconds / seconds,
@@ -150,10 +156,8 @@ def measure(file: pathlib.Path, config: MemoryConfig, runs: int) -> dict[str, An
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--gb", type=float, default=5, help="size of the safetensors checkpoint")
-    parser.add_argument(
-        "--pt-gb", type=float, default=1, help="size of the .pt checkpoint, which is made in memory"
-    )
+    parser.add_argument("--gb", type=float, default=5, help="size of the safetensors checkpoint, 0 for none")
+    parser.add_argument("--pt-gb", type=float, default=1, help="size of the .pt checkpoint, made in memory")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument(
         "--folder", type=pathlib.Path, help="where to write (default: the system's temporary folder)"
@@ -170,23 +174,42 @@ def main() -> None:
                 f"needs {need / 1e9:.0f} GB in {folder}, there are {free / 1e9:.0f}; see --folder and --gb"
             )
         for gb, pytorch in ((options.gb, False), (options.pt_gb, True)):
+            if not gb:
+                continue
             file, config = pathlib.Path(folder, "memory.safetensors"), design(gb)
             make_checkpoint(file, config)
             file = to_pytorch(file) if pytorch else file
-            rows.append(measure(file, config, options.runs))
+            for cache in ("cold", "warm") if hasattr(os, "posix_fadvise") else ("warm",):
+                rows.append(measure(file, config, cache, options.runs))
             file.unlink()
-    machine = {"system": platform.system(), "machine": platform.machine(), "cores": os.cpu_count()}
+    machine = {
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "sha256_gb_per_s": sha256_speed(),
+    }
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"machine": machine, "load": os.getloadavg(), "rows": rows}, indent=1) + "\n")
-    print(
-        f"{'form':14}{'GB':>6}{'files':>7}{'copy GB/s':>11}{'convert GB/s':>14}{'ratio':>7}{'peak MB':>9}{'block MB':>10}"
-    )
+    RESULTS.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    print_table(rows)
+
+
+def sha256_speed() -> float:
+    """GB per second and core, of which nothing here can do more: every block is hashed."""
+    data = bytes(PIECE)
+    start = time.process_time()
+    for _ in range(4):
+        hashlib.sha256(data)
+    return 4 * PIECE / (time.process_time() - start) / 1e9
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    print("form, cache | GB | files | copy GB/s | convert GB/s | ratio | CPU s/GB | peak MB | largest block MB")
     for row in rows:
-        print(
-            f"{row['form']:14}{row['bytes'] / 1e9:6.2f}{row['conversions'][0]['files']:7}{row['copy_gb_per_s']:11.2f}"
-            f"{row['convert_gb_per_s']:14.2f}{row['speed_ratio']:7.2f}{row['peak_rss'] / 1e6:9.0f}"
-            f"{row['largest_block'] / 1e6:10.1f}"
-        )
+        cpu = statistics.median(run["cpu_seconds"] for run in row["conversions"]) / row["bytes"] * 1e9
+        speeds = (row["copy_gb_per_s"], row["convert_gb_per_s"], row["speed_ratio"], cpu)
+        cells = [row["form"], f"{row['bytes'] / 1e9:.2f}", str(row["conversions"][0]["files"])]
+        cells += [f"{x:.2f}" for x in speeds] + [f"{row[key] / 1e6:.0f}" for key in ("peak_rss", "largest_block")]
+        print(" | ".join(cells))
 
 
 if __name__ == "__main__":

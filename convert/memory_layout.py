@@ -233,14 +233,15 @@ def _sizes(
     anchor: AnchorIdentity,
 ) -> tuple[dict[int, int], tuple[int, ...]]:
     """({level: r}, layers), from the first tensor of each level; the settings must agree."""
-    units, first, count = {}, _parts(kind)[0], 0
-    for level, parts in sorted(stored.items(), reverse=True):
-        tensor, shape = parts[first], source.shape(parts[first].name)
+    units, counts = {}, {}
+    for level, parts in stored.items():
+        tensor = parts[_parts(kind)[0]]
+        shape = _merge_heads(kind, source.shape(tensor.name), axes=4 if level else 3)
         if len(shape) != (4 if level else 3):
             raise CheckpointError(
-                f"{tensor.name} is {shape}, expected {'[clusters, ' * bool(level)}layers, units, width]"
+                f"{tensor.name} is {shape}, expected [{'clusters, ' * bool(level)}layers, units, width]"
             )
-        count, units[level] = shape[-3], shape[-1 if tensor.swapped else -2]
+        counts[level], units[level] = shape[-3], shape[-1 if tensor.swapped else -2]
     declared = settings.block_sizes
     for level in range(1, max(*units, len(declared or ())) + 1):
         said = declared[level - 1] if declared and level <= len(declared) else 0
@@ -250,7 +251,7 @@ def _sizes(
             )
     if not any(size for level, size in units.items() if level):
         raise CheckpointError(f"{source.files[0]} has no level with memory")
-    return units, _layers(settings, count, anchor)
+    return units, _layers(settings, counts[max(counts)], anchor)
 
 
 def _layers(settings: MemorySettings, count: int, anchor: AnchorIdentity) -> tuple[int, ...]:
@@ -295,11 +296,16 @@ def _shape(config: MemoryConfig, level: int, units: int, part: str) -> tuple[int
     return (*rows, *config.shapes(units)[part])
 
 
+def _merge_heads(kind: str, shape: tuple[int, ...], axes: int) -> tuple[int, ...]:
+    """KV memories may have an axis for the heads, [.., r, heads, head dim]: the same bytes as [.., r, width]."""
+    return (*shape[:-2], shape[-2] * shape[-1]) if kind == "kv" and len(shape) == axes + 1 else shape
+
+
 def _oriented(
     source: TensorSource, config: MemoryConfig, part: str, tensor: Stored, shape: tuple[int, ...]
 ) -> Stored:
     """Checks a tensor's shape. LoRA's B may also be stored as [out, r], the way a linear layer has it."""
-    found, turned = source.shape(tensor.name), (*shape[:-2], shape[-1], shape[-2])
+    found, turned = _merge_heads(config.kind, source.shape(tensor.name), len(shape)), (*shape[:-2], *shape[:-3:-1])
     if found == (turned if tensor.swapped else shape):
         return tensor
     if part.endswith(".b") and found == turned:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import torch
+from mlx_lm.utils import dequantize_model
 
 from mlx_hiermem.cache import BlockCache
 from mlx_hiermem.config import MemoryConfig, Path
@@ -80,10 +81,19 @@ class TorchSide:
         self.attachment = reference_memory.attach(model, config) if config else None
         self.vocabulary = model.config.vocab_size
 
-    def round(self, dtype: str) -> None:
-        """Rounds every parameter to what the anchor stores; the arithmetic stays float32."""
+    def round(self, dtype: str, quantization: Mapping[str, Any] | None) -> None:
+        """Rounds the parameters as the anchor's were: to its dtype, matrices to MLX's integers too.
+
+        The arithmetic stays float32, so that afterwards nothing but the order of sums may differ.
+        """
         for parameter in self.model.parameters():
-            parameter.data = parameter.data.to(getattr(torch, dtype)).float()
+            values = mx.array(parameter.detach().numpy()).astype(getattr(mx, dtype))
+            if quantization and parameter.ndim == 2:
+                group, bits = quantization["group_size"], quantization["bits"]
+                integers, scales, biases = mx.quantize(values, group, bits)
+                scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+                values = mx.dequantize(integers, scales, biases, group, bits)
+            parameter.data = torch.from_numpy(np.array(values.astype(mx.float32)))
 
     def run(self, ids: np.ndarray, memory: str) -> tuple[list[np.ndarray], np.ndarray]:
         """(hidden states leaving each layer, logits) of token ids [1, T]."""
@@ -108,7 +118,8 @@ class MLXSide:
     """The converted model, read the way the runtime reads it."""
 
     def __init__(self, model: nn.Module, cache: BlockCache | None) -> None:
-        self.model, self.cache = model, cache
+        # Quantised weights as the numbers they stand for: MLX's quantised products are a hundred times slower here.
+        self.model, self.cache = dequantize_model(model), cache
         self.attachment: Attachment | None = attach(model, cache.bank.config) if cache else None
 
     def run(self, ids: np.ndarray, memory: str) -> tuple[list[np.ndarray], np.ndarray]:
@@ -147,7 +158,7 @@ def recorded(layers: Sequence[nn.Module]) -> Iterator[list[mx.array]]:
     def recording(own: type) -> type:
         def call(self: nn.Module, *args: Any, **kwargs: Any) -> mx.array:
             out = own.__call__(self, *args, **kwargs)
-            seen.append(out)
+            seen.append(out[0] if isinstance(out, tuple) else out)
             return out
 
         return type(own.__name__, (own,), {"__call__": call})

@@ -174,11 +174,18 @@ def _partial_folder(out: pathlib.Path, resume: bool, overwrite: bool) -> Iterato
         interrupted = not isinstance(error, Exception)
         if not (continued or interrupted or (resume and isinstance(error, OutputError))):
             shutil.rmtree(partial, ignore_errors=True)
+        if _disk_full(error):
+            raise OutputError(f"the disk is full: cannot write {out}", "Free some space.") from error
         if isinstance(error, OSError):
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            why = "the disk is full" if full else str(error.strerror or error)
-            raise OutputError(f"cannot write {out}: {why}", "Free some space." if full else "") from error
+            raise OutputError(f"cannot make {out}: {error}") from error
         raise
+
+
+def _disk_full(error: BaseException) -> bool:
+    """MLX says nothing but that it could not write."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, RuntimeError) and "Unable to write" in str(error)
 
 
 def _record(source: Source, quantize: int | None, memory: pathlib.Path | None) -> dict[str, Any]:

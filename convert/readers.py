@@ -29,6 +29,7 @@ NUMPY_DTYPES = {
     "int32": "<i4",
     "int16": "<i2",
     "int8": "|i1",
+    "uint32": "<u4",  # MLX's quantised weights
     "uint8": "|u1",
     "bool": "|b1",
 }
@@ -41,6 +42,7 @@ SAFETENSORS_DTYPES = {
     "I32": "int32",
     "I16": "int16",
     "I8": "int8",
+    "U32": "uint32",
     "U8": "uint8",
     "BOOL": "bool",
 }
@@ -179,16 +181,9 @@ class SafetensorsReader:
     def rows(self, name: str, start: int, stop: int) -> RawTensor:
         dtype, shape = self.tensors[name]
         row = size_of(dtype, shape[1:])
-        data = np.empty(row * (stop - start), dtype=np.uint8)
-        view, offset = data.data, self._offsets[name] + row * start
-        while view:  # one turn, unless the request is huge
-            try:
-                count = os.preadv(self._fd, [view[:READ_LIMIT]], offset)
-            except OSError as error:
-                raise CheckpointError(f"cannot read {name} in {self.file}: {error.strerror}") from error
-            if not count:
-                raise self._damaged(f"the data of {name} ends early")
-            view, offset = view[count:], offset + count
+        data = read_at(self._fd, row * (stop - start), self._offsets[name] + row * start)
+        if data is None:
+            raise self._damaged(f"the data of {name} cannot be read to its end")
         rows = (stop - start, *shape[1:]) if shape else ()
         return RawTensor(dtype, rows, data.view(NUMPY_DTYPES[dtype]).reshape(rows))
 
@@ -196,6 +191,21 @@ class SafetensorsReader:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def read_at(descriptor: int, size: int, offset: int) -> np.ndarray | None:
+    """[size] bytes of a file from `offset`; None if there are not so many, or the disk fails."""
+    data = np.empty(size, dtype=np.uint8)
+    view = data.data
+    while view:  # one turn, unless the request is huge
+        try:
+            count = os.preadv(descriptor, [view[:READ_LIMIT]], offset)
+        except OSError:
+            return None
+        if not count:
+            return None
+        view, offset = view[count:], offset + count
+    return data
 
 
 def size_of(dtype: str, shape: Sequence[int]) -> int:

@@ -1,21 +1,23 @@
 """The reader of a PyTorch file, which executes nothing that the file holds.
 
 A .pt file is a pickle. It is opened with `weights_only=True`, which builds tensors and plain values and refuses
-anything else, and mapped rather than loaded; pages are given back after each request, so that streaming a
-large file leaves the process small.
+anything else, and mapped rather than loaded. Where the system tells where (Linux), rows are then read from the
+file instead of the mapping, whose pages would count as resident memory and come in 64 KB at a time.
 """
 
 from __future__ import annotations
 
-import ctypes
-import mmap
+import os
 import pathlib
 import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mlx_hiermem.convert.readers import NUMPY_DTYPES, RawTensor, some
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from mlx_hiermem.convert.readers import NUMPY_DTYPES, RawTensor, read_at, some
 from mlx_hiermem.errors import CheckpointError, MissingDependencyError
 
 STATE_DICTS = ("av_model_sd", "state_dict", "model")  # the first that is there; OpenLM's averages come first
@@ -31,7 +33,6 @@ class TorchReader:
         self.tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._data: dict[str, Any] = {}
         content = _load_torch(file)
-        self._mapping = _mapping_of(file)
         if not isinstance(content, Mapping):
             raise CheckpointError(f"{file} holds a {type(content).__name__}, not a dictionary of tensors")
         self.extras = {str(key): value for key, value in content.items() if _is_plain(value)}
@@ -41,6 +42,8 @@ class TorchReader:
             self._add(name, value)
         if not self.tensors:
             raise CheckpointError(f"{file} holds no tensors", f"Its keys are {some(list(map(str, content)))}.")
+        self._spans = _mapped_spans(file)
+        self._fd = os.open(file, os.O_RDONLY)
 
     def _add(self, name: str, value: Any) -> None:
         if not hasattr(value, "data_ptr"):
@@ -62,14 +65,33 @@ class TorchReader:
 
         dtype, shape = self.tensors[name]
         part = self._data[name][start:stop] if shape else self._data[name]
-        values = part.contiguous()
-        bits = values.view(torch.int16) if dtype == "bfloat16" else values
-        data = bits.numpy().copy().view(NUMPY_DTYPES[dtype])
-        _give_back(part, self._mapping)
+        data = self._from_file(part, dtype)
+        if data is None:
+            values = part.contiguous()
+            bits = values.view(torch.int16) if dtype == "bfloat16" else values
+            data = bits.numpy().copy().view(NUMPY_DTYPES[dtype])
         return RawTensor(dtype, tuple(part.shape), data)
+
+    def _from_file(self, part: Any, dtype: str) -> np.ndarray | None:
+        """A view's values, by one pread of the bytes it spans; None if they are not in the file's mapping.
+
+        None too for a view that is strewn so widely that the mapping serves it better.
+        """
+        address, steps = part.data_ptr(), [n * part.element_size() for n in part.stride()]
+        offset = next((address - start + at for start, end, at in self._spans if start <= address < end), None)
+        span = part.element_size() + sum((n - 1) * step for n, step in zip(part.shape, steps, strict=True))
+        if offset is None or not part.numel() or span > 2 * part.nbytes:
+            return None
+        raw = read_at(self._fd, span, offset)
+        if raw is None:
+            raise CheckpointError(f"{self.file} cannot be read to its end", "Copy or download it again.")
+        return np.ascontiguousarray(as_strided(raw.view(NUMPY_DTYPES[dtype]), tuple(part.shape), steps))
 
     def close(self) -> None:
         self._data.clear()  # the mapping goes with the last tensor
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
 def _load_torch(file: pathlib.Path) -> Any:
@@ -115,32 +137,18 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (str, int, float, bool))
 
 
-def _mapping_of(file: pathlib.Path) -> range:
-    """The addresses at which this process has mapped `file`; empty where the system does not tell.
+def _mapped_spans(file: pathlib.Path) -> list[tuple[int, int, int]]:
+    """Where this process has mapped `file`: (first address, last + 1, offset in the file). Linux tells.
 
-    Linux tells. macOS does not, nor need it: clean pages of a file are not charged to a process there.
+    Elsewhere the list is empty. macOS needs it less: it does not charge a process for clean pages of files.
     """
-    inode = str(file.stat().st_ino)
+    inode, spans = str(file.stat().st_ino), []
     try:
         lines = pathlib.Path("/proc/self/maps").read_text().splitlines()
     except OSError:
-        return range(0)
-    spans = [line.split()[0].split("-") for line in lines if line.split()[4] == inode]
-    bounds = [int(bound, 16) for span in spans for bound in span]
-    return range(min(bounds), max(bounds)) if bounds else range(0)
-
-
-def _give_back(tensor: Any, mapping: range) -> None:
-    """Drops the mapped pages under a tensor, so that streaming a large file leaves the process small.
-
-    Only inside the file's own mapping, whose pages are clean and come back when touched again: the same
-    advice on ordinary memory would erase it.
-    """
-    if tensor.is_contiguous():
-        start, size = tensor.data_ptr(), tensor.nbytes
-    else:
-        start, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
-    if size and start in mapping and start + size - 1 in mapping:
-        first = start - start % mmap.PAGESIZE
-        libc = ctypes.CDLL(None)
-        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(start + size - first), mmap.MADV_DONTNEED)
+        return []
+    for addresses, _, offset, _, found, *_ in map(str.split, lines):
+        if found == inode:
+            start, end = (int(bound, 16) for bound in addresses.split("-"))
+            spans.append((start, end, int(offset, 16)))
+    return spans

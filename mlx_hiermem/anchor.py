@@ -79,23 +79,23 @@ def _weights_digest(folder: pathlib.Path) -> str:
 def model_classes(config: dict[str, Any]) -> tuple[type, type]:
     """mlx-lm's classes for this config; our own for OpenLM, so that no code from the folder is run."""
     if config["model_type"] == "openlm":
-        from mlx_hiermem import openlm
+        from mlx_hiermem.openlm import Model, ModelArgs
 
-        return openlm.Model, openlm.ModelArgs
+        return Model, ModelArgs
     from mlx_lm.utils import _get_classes
 
     return _get_classes(config)
 
 
 def load_anchor(folder: pathlib.Path, dtype: mx.Dtype | None = None) -> tuple[nn.Module, Any, dict[str, Any]]:
-    """(model, tokenizer, config) of a model folder.
+    """(model, tokenizer, config) of a model folder; the tokenizer is None where the folder has none.
 
     `dtype` None means what the machine is fast at: as stored on Metal and CUDA, float32 on a CPU, whose half
     precision products are many times slower.
     """
     import mlx.core as mx
     from mlx.utils import tree_flatten
-    from mlx_lm.utils import load_model, load_tokenizer
+    from mlx_lm.utils import load_model
 
     config = read_config(folder)
     try:
@@ -117,3 +117,21 @@ def load_anchor(folder: pathlib.Path, dtype: mx.Dtype | None = None) -> tuple[nn
     except RuntimeError as error:
         raise AnchorError(f"the weights of {folder} are damaged: {error}", "Convert it again.") from error
     return model, load_tokenizer(folder), config
+
+
+def load_tokenizer(folder: pathlib.Path) -> Any:
+    """mlx-lm's tokenizer of a model folder; None where the folder has none (an OpenLM checkpoint brings none)."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return None
+    import mlx_lm.utils
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # it warns of model types that it does not know
+    try:
+        return mlx_lm.utils.load_tokenizer(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise AnchorError(f"cannot load the tokenizer of {folder}: {reason}") from error
+    finally:
+        logging.set_verbosity(level)

@@ -22,8 +22,6 @@ from mlx_hiermem.errors import AssetError, OutputError
 
 Progress = Callable[[str], None]
 
-PROBE_SECONDS = 5.0  # the hub answers within this time or counts as out of reach
-
 
 @dataclass(frozen=True)
 class Asset:
@@ -133,12 +131,12 @@ class _SourceError(Exception):
 
 
 def _from_hub(asset: Asset, names: list[str], temp: pathlib.Path) -> pathlib.Path:
-    """Downloads by huggingface_hub, which honours HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN and proxies."""
+    """Downloads by huggingface_hub, which honours HF_ENDPOINT, HF_HUB_OFFLINE, HF_HUB_ETAG_TIMEOUT, proxies."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     try:
-        # hf_hub_download retries for half a minute where there is no network; this fails at once.
-        get_hf_file_metadata(hf_hub_url(asset.repo, names[0], revision=asset.revision), timeout=PROBE_SECONDS)
+        # hf_hub_download retries for half a minute where there is no network; this asks once.
+        get_hf_file_metadata(hf_hub_url(asset.repo, names[0], revision=asset.revision))
         for name in names:
             hf_hub_download(asset.repo, name, revision=asset.revision, local_dir=temp)
     except Exception as error:  # each of huggingface_hub's HTTP libraries has errors of its own

@@ -7,11 +7,9 @@ pooling are theirs too: another tokenisation would send a text to another cluste
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pathlib
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -19,26 +17,29 @@ import mlx.nn as nn
 import numpy as np
 from tokenizers import Tokenizer
 
-from mlx_hiermem.assets import Progress, fetch
+from mlx_hiermem.assets import ASSETS, Progress, fetch
+from mlx_hiermem.bank.bank import file_digest
 from mlx_hiermem.config import EmbedderIdentity
 from mlx_hiermem.errors import AssetError
 
-ASSET = "all-minilm-l6-v2"
+ASSET, WEIGHTS = "all-minilm-l6-v2", "model.safetensors"
 # What this encoder implements; a folder that says otherwise is another model.
 EXPECTED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
 
 
 class Embedder:
+    """`identity` says which weights these are, by the sha256 of their file."""
+
     def __init__(
         self,
-        weights: dict[str, mx.array],
-        config: dict[str, Any],
-        tokenizer: Tokenizer,
-        max_tokens: int,
         folder: pathlib.Path,
+        identity: EmbedderIdentity,
+        config: dict[str, Any],
+        weights: dict[str, mx.array],
+        tokenizer: Tokenizer,
     ) -> None:
-        self.weights, self.config, self.tokenizer = weights, config, tokenizer
-        self.max_tokens, self.folder = max_tokens, folder
+        self.folder, self.identity = folder, identity
+        self.config, self.weights, self.tokenizer = config, weights, tokenizer
 
     @classmethod
     def load(cls, folder: pathlib.Path | str | None = None, progress: Progress | None = None) -> Embedder:
@@ -46,12 +47,14 @@ class Embedder:
 
         Raises AssetError if a file is missing, damaged, or of an architecture that this is not.
         """
+        known = ASSETS[ASSET].files[WEIGHTS] if folder is None else None  # `fetch` has checked it
         folder = pathlib.Path(folder) if folder is not None else fetch(ASSET, progress)
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             max_tokens = json.loads((folder / "sentence_bert_config.json").read_text())["max_seq_length"]
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            weights = mx.load(str(folder / "model.safetensors"))
+            identity = EmbedderIdentity(folder.name, known or file_digest(folder / WEIGHTS), max_tokens)
+            weights = mx.load(str(folder / WEIGHTS))
             assert isinstance(weights, dict)
             mx.eval(weights)
         except Exception as error:  # tokenizers raises plain Exception
@@ -65,21 +68,14 @@ class Embedder:
         # The file comes with its authors' training settings: 128 tokens, padded to 128.
         tokenizer.enable_truncation(max_tokens)
         tokenizer.no_padding()
-        return cls(weights, config, tokenizer, max_tokens, folder)
+        return cls(folder, identity, config, weights, tokenizer)
 
     @property
     def dim(self) -> int:
         return int(self.config["hidden_size"])
 
-    @cached_property
-    def identity(self) -> EmbedderIdentity:
-        """Its name, the sha256 of its weights file, and the tokens it reads of a text."""
-        with (self.folder / "model.safetensors").open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        return EmbedderIdentity(self.folder.name, digest, self.max_tokens)
-
     def embed(self, texts: Sequence[str], batch_size: int = 32) -> np.ndarray:
-        """n texts -> [n, dim] float32 of length 1; of a long text the first `max_tokens` tokens count."""
+        """n texts -> [n, dim] float32 of length 1; of a long text the first `identity.max_tokens` tokens count."""
         encodings = self.tokenizer.encode_batch(list(texts))
         vectors = np.empty((len(encodings), self.dim), dtype=np.float32)
         # Texts of like length share a batch, so that little of it is padding.

@@ -160,13 +160,13 @@ class ClusterTree:
 
     def save(self, file: pathlib.Path) -> None:
         """Writes `level{l}.centroids` and `level{l}.present` as safetensors."""
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         tensors = {}
         for level, (c, p) in enumerate(zip(self.centroids, self.present, strict=True), 1):
             tensors[f"level{level}.centroids"] = np.ascontiguousarray(c, dtype=np.float32)
             tensors[f"level{level}.present"] = np.ascontiguousarray(p, dtype=bool)
-        save_file(tensors, file)
+        file.write_bytes(save(tensors))  # save_file would make it readable by its owner alone
 
     @classmethod
     def load(cls, file: pathlib.Path) -> ClusterTree:

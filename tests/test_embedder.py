@@ -85,6 +85,7 @@ def test_identity(embedder: Embedder) -> None:
         "digest": hashlib.sha256(weights).hexdigest(),
         "max_tokens": 256,
     }
+    assert Embedder.load(embedder.folder).identity == embedder.identity
 
 
 def test_unusable_folders(embedder: Embedder, tmp_path: pathlib.Path) -> None:

@@ -200,6 +200,14 @@ def test_lora_b_may_be_stored_as_a_linear_layer_has_it(tmp_path: pathlib.Path) -
     assert_same(tmp_path / "bank", tensors, config)
 
 
+def test_kv_may_have_an_axis_for_the_heads(tmp_path: pathlib.Path) -> None:
+    config = design("kv")
+    tensors = make_tensors(config, generic=4)
+    split = {n: t.unflatten(-1, (2, 5)) if n.startswith("memory") else t for n, t in tensors.items()}
+    convert(save(tmp_path / "m.safetensors", split, settings_of(config)), tmp_path / "bank")
+    assert_same(tmp_path / "bank", tensors, config)
+
+
 def test_other_dtypes(tmp_path: pathlib.Path) -> None:
     config = dataclasses.replace(design("lora-vo"), dtype="bfloat16")
     tensors = make_tensors(design("lora-vo"))
@@ -375,7 +383,7 @@ def test_no_room_on_the_disk(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyP
     usage = bank_writer.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(bank_writer.shutil, "disk_usage", lambda _: usage._replace(free=5000))
     for resume in (False, True):
-        assert_refused(tmp_path, "GB free", OutputError, resume=resume)
+        assert_refused(tmp_path, "MB free", OutputError, resume=resume)
 
 
 def test_disk_full_while_writing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -450,7 +458,15 @@ def test_resume_refuses_another_source(tmp_path: pathlib.Path) -> None:
     save(file, make_tensors(design(), seed=1))
     with pytest.raises(OutputError, match="had another source or other settings"):
         convert(file, tmp_path / "bank", resume=True)
-    assert (tmp_path / "bank.partial").exists()
+    (tmp_path / "bank.partial/journal.jsonl").write_text("3\n4\n")
+    with pytest.raises(OutputError, match=r"the journal in .* is damaged"):
+        convert(file, tmp_path / "bank", resume=True)
+
+
+def test_the_folder_to_write_into_must_be_there(tmp_path: pathlib.Path) -> None:
+    file = save(tmp_path / "m.safetensors", make_tensors(design()), settings_of(design()))
+    with pytest.raises(OutputError, match=r"cannot write .*: No such file"):
+        convert(file, tmp_path / "nowhere/bank")
 
 
 def test_two_writers_do_not_meet(tmp_path: pathlib.Path) -> None:

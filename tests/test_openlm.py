@@ -16,7 +16,6 @@ from tiny_openlm import SIZES, model_config, random_openlm, save_openlm
 from mlx_hiermem import load, openlm
 from mlx_hiermem.anchor import load_anchor
 from mlx_hiermem.convert.anchors.openlm import convert_openlm
-from mlx_hiermem.convert.anchors.openlm_checkpoint import is_openlm
 from mlx_hiermem.convert.anchors.openlm_config import NORMS, POSITIONS
 from mlx_hiermem.convert.reference import OpenLM, load_openlm
 from mlx_hiermem.convert.source import find_source
@@ -82,7 +81,6 @@ def test_opens_with_plain_mlx_lm(norm: str, tmp_path: pathlib.Path) -> None:
 def test_prefixes(prefix: str, tmp_path: pathlib.Path) -> None:
     model = random_openlm()
     checkpoint = save_openlm(model, tmp_path, prefix)
-    assert is_openlm([prefix + name for name in model.state_dict()])
     assert_same(convert(checkpoint), model)
 
 
@@ -182,13 +180,12 @@ def frequencies(base: float, dtype: torch.dtype = torch.float32) -> dict[str, to
     return {f"layers.{i}.attention.pos_embed.inv_freq": inverse.to(dtype) for i in range(3)}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rotary_base_in_the_checkpoint(dtype: torch.dtype, tmp_path: pathlib.Path) -> None:
     """The buffer gives the base and the heads, or confirms what the settings say."""
     model = random_openlm(rope_base=100_000.0)
     settings = model_config(model.config)
-    if dtype == torch.float32:
-        del settings["rope_theta"], settings["n_heads"]
+    settings["rope_theta"] = settings["n_heads"] = None
     anchor = convert(save_openlm(model, tmp_path, settings=settings, **frequencies(1e5, dtype)))
     assert config_of(anchor)["rope_theta"] == 100_000.0
     assert_same(anchor, model)
@@ -196,6 +193,17 @@ def test_rotary_base_in_the_checkpoint(dtype: torch.dtype, tmp_path: pathlib.Pat
     wrong = save_openlm(model, tmp_path / "wrong", settings=settings, **frequencies(1e5, dtype))
     with pytest.raises(CheckpointError, match="rotary base 10000"):
         convert_openlm(wrong, tmp_path / "out")
+
+
+def test_rotary_base_is_not_guessed(tmp_path: pathlib.Path) -> None:
+    """bfloat16 has too few digits for an odd base; the settings say it."""
+    model = random_openlm(rope_base=12_600.0)
+    settings = model_config(model.config)
+    checkpoint = save_openlm(model, tmp_path, settings=settings, **frequencies(12_600.0, torch.bfloat16))
+    assert config_of(convert(checkpoint))["rope_theta"] == 12_600.0
+    save_openlm(model, tmp_path, settings=settings | {"rope_theta": None}, **frequencies(12_600.0, torch.bfloat16))
+    with pytest.raises(CheckpointError, match="Give the run's base frequency"):
+        convert_openlm(checkpoint, tmp_path / "out")
 
 
 def test_dtype_is_kept(tmp_path: pathlib.Path) -> None:
@@ -233,7 +241,10 @@ def test_without_tokenizer(tmp_path: pathlib.Path) -> None:
     convert_openlm(save_openlm(random_openlm(), tmp_path), tmp_path / "anchor", warn=said.append)
     assert len(said) == 1
     assert "--tokenizer" in said[0]
-    assert not list((tmp_path / "anchor").glob("tokenizer*"))
+    loaded = load(tmp_path / "anchor")
+    assert loaded.anchor(mx.array([[1, 2]])).shape == (1, 2, 288)
+    with pytest.raises(AnchorError, match="no tokenizer"):
+        loaded.generate("hello")
     make_tokenizer(tmp_path)
     convert_openlm(tmp_path / "epoch_1.pt", tmp_path / "again", tokenizer=tmp_path, warn=said.append)
     assert len(said) == 1

@@ -48,19 +48,23 @@ def convert(
         console.print_json(json.dumps(report.to_json(), ensure_ascii=False))
         return
     for warning in report.warnings:
-        notes.print(f"note: {warning}", style="yellow", markup=False)
+        notes.print(f"note: {warning}", style="yellow", markup=False, soft_wrap=True)
     anchor = f"{report.architecture}, {report.parameters / 1e6:.1f} M parameters, {report.dtype}"
     console.print(f"anchor   {anchor}, {size(report.anchor_bytes)}", markup=False)
     if report.blocks:
         console.print(f"bank     {report.blocks} blocks, {size(report.bank_bytes)}", markup=False)
-    console.print(f"written  {out}", markup=False)
-    console.print(f"check    hiermem verify {out} --against {src}", style="dim", markup=False)
+    console.print(f"written  {out}", markup=False, soft_wrap=True)
+    checkpoint = f" --memory {memory}" if memory else ""
+    command = f"hiermem verify {out} --against {src}{checkpoint}"
+    console.print(f"check    {command}", style="dim", markup=False, soft_wrap=True)
 
 
 def verify(
     model: pathlib.Path = MODEL,
     against: str | None = typer.Option(None, help="The source it was converted from: compares with PyTorch."),
     memory: pathlib.Path | None = typer.Option(None, help="The memory checkpoint it was converted from."),
+    config: pathlib.Path | None = typer.Option(None, help="OpenLM: the config that was given to convert."),
+    key_map: pathlib.Path | None = typer.Option(None, help="The key map that was given to convert."),
     as_json: bool = typer.Option(False, "--json", help="Print the receipt instead of a table."),
 ) -> None:
     """Check digests, shapes and finite values; with --against, parity with the source. Writes receipt.json.
@@ -71,7 +75,7 @@ def verify(
     from mlx_hiermem.errors import VerificationError
 
     with progress_bar("verifying", unit="checks", show=not as_json) as progress:
-        receipt = run(model, against=against, memory=memory, progress=progress)
+        receipt = run(model, against, memory, config=config, key_map=key_map, progress=progress)
     if as_json:
         console.print_json(json.dumps(receipt.to_json(), ensure_ascii=False))
     else:
@@ -82,7 +86,7 @@ def verify(
             mark = "[green]ok[/]" if check.passed else "[red]failed[/]"
             table.add_row(check.name, check.figure, check.bound, mark)
         console.print(table)
-        console.print(f"written  {model / 'receipt.json'}", markup=False)
+        console.print(f"written  {model / 'receipt.json'}", markup=False, soft_wrap=True)
     if not receipt.passed:
         failed = [check.name for check in receipt.checks if not check.passed]
         raise VerificationError(f"{model} did not pass: {', '.join(failed)}", "receipt.json has the figures.")

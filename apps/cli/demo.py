@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from mlx_hiermem.apps.cli.display import console, describe, notes, progress_bar, size
+from mlx_hiermem.apps.cli.display import console, notes, progress_bar, size
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from mlx_hiermem.apps.demo.evaluate import Question
     from mlx_hiermem.model import MemoryModel
 
@@ -51,41 +53,59 @@ def demo(
 def _ask(model: MemoryModel, question: Question) -> dict[str, Any]:
     from mlx_hiermem.apps.demo.evaluate import answer
 
-    row: dict[str, Any] = {"prompt": question.prompt, "number": question.number}
+    row: dict[str, Any] = {"element": question.name, "prompt": question.prompt, "number": question.number}
     for way in WAYS:
         got, text = answer(model, question.prompt, way)
-        row[way] = {
-            "answer": got,
-            "text": " ".join(text.split()),
-            "tokens_per_second": round(model.last.generation_tps, 1) if model.last else 0.0,
-        }
-    row["selection"] = model.selection.to_json() | {"line": describe(model.selection)}
+        speed = round(model.last.generation_tps, 1) if model.last else 0.0
+        row[way] = {"answer": got, "text": " ".join(text.split()), "tokens_per_second": speed}
+    row["selection"] = model.selection.to_json()
     return row
 
 
 def _print_tour(model: MemoryModel, rows: list[dict[str, Any]]) -> None:
+    assert model.bank is not None
+    memory, totals = model.bank.config, model.bank.manifest.totals()
+    on_disk, fetched_each = totals["parameters"] / 1e6, memory.fetched_parameters / 1e6
+    console.print(
+        f"SmolLM2-135M-Instruct and a bank of {totals['blocks']} blocks: {on_disk:.2f} M parameters on disk "
+        f"({size(totals['bytes'])}),\n{fetched_each:.2f} M of them fetched for a question. "
+        "Asked: “The atomic number of … is”\n",
+        soft_wrap=True,
+    )
+    answers = _table("element", "number", "no memory", "generic memory", "fetched memory")
+    fetched = _table("element", "path", "read", "route", "fetch", "attach ms", "tokens/s")
+    topics: dict[str, str] = {}
+    for row in rows:
+        answers.add_row(row["element"], str(row["number"]), *(_marked(row, way) for way in WAYS))
+        selection = row["selection"]
+        topics[selection["path"]] = " › ".join(selection["labels"])
+        fetched.add_row(
+            row["element"],
+            selection["path"],
+            size(selection["bytes_read"]),
+            *(f"{selection[f'{step}_ms']:.1f}" for step in ("route", "fetch", "attach")),
+            " ".join(f"{row[way]['tokens_per_second']:.0f}" for way in WAYS),
+        )
+    console.print(answers)
+    console.print(
+        "\nWhat was fetched, and tokens per second in the three ways (of very short answers):\n", style="dim"
+    )
+    console.print(fetched)
+    console.print()
+    for path, labels in sorted(topics.items()):
+        console.print(f"{path}  {labels}", style="dim", markup=False, soft_wrap=True)
+    console.print()
+
+
+def _table(*headers: str) -> Table:
     from rich.table import Table
 
-    assert model.bank is not None
-    memory = model.bank.config
-    totals = model.bank.manifest.totals()
-    console.print(
-        f"SmolLM2-135M-Instruct with a bank of {totals['blocks']} blocks: {totals['parameters'] / 1e6:.2f} M parameters "
-        f"on disk ({size(totals['bytes'])}), {memory.fetched_parameters / 1e6:.2f} M fetched per question.\n"
-    )
-    table = Table("question", "is", "no memory", "generic memory", "fetched memory", box=None, header_style="dim")
-    for row in rows:
-        cells = []
-        for way in WAYS:
-            colour, mark = ("green", "✓") if row[way]["answer"] == row["number"] else ("red", "✗")
-            cells.append(f"[{colour}]{mark}[/] {row[way]['text'][:24]}")
-        table.add_row(row["prompt"] + " …", str(row["number"]), *cells)
-    console.print(table)
-    console.print("\nWhat was fetched for each question:", style="dim")
-    for row in rows:
-        speeds = " / ".join(f"{row[way]['tokens_per_second']:.0f}" for way in WAYS)
-        console.print(f"  {row['selection']['line']} · {speeds} tokens/s", style="dim", markup=False)
-    console.print()
+    return Table(*headers, box=None, header_style="dim", pad_edge=False)
+
+
+def _marked(row: dict[str, Any], way: str) -> str:
+    colour, mark = ("green", "✓") if row[way]["answer"] == row["number"] else ("red", "✗")
+    return f"[{colour}]{mark}[/] {row[way]['text'][:20]}"
 
 
 def _print_counts(counts: dict[str, Any], as_json: bool, origin: str) -> None:
@@ -96,7 +116,8 @@ def _print_counts(counts: dict[str, Any], as_json: bool, origin: str) -> None:
     console.print(
         f"Of all {total} elements: no memory {counts['none']}, generic {counts['generic']}, "
         f"[bold]fetched {counts['fetched']}[/]; in unseen wordings {counts['paraphrased']}, "
-        f"in chat {counts['chat']}  ({origin})"
+        f"in chat {counts['chat']}  ({origin})",
+        soft_wrap=True,
     )
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .wordings import Element, Wording
+from mlx_hiermem.apps.demo.wordings import Element, Wording
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -133,15 +133,19 @@ def node_members(tree: Tree) -> dict[str, list[int]]:
 
 
 def node_labels(members: dict[str, list[int]], elements: list[Element], means: Floats) -> dict[str, str]:
-    """A label per node: its most telling series and the elements nearest to the node's middle."""
+    """A label per node: its most telling series and three elements near the node's middle.
+
+    The series is left out where fewer than three of the node's elements belong to it.
+    """
     overall = Counter(e["series"] for e in elements)
     labels = {}
     for node, inside in members.items():
         here = Counter(elements[i]["series"] for i in inside)
-        # Twice counted here for once expected: a series must be frequent and over-represented.
+        # Its share of the node times the node's share of it: frequent here and not everywhere.
         series = max(here, key=lambda s: here[s] ** 2 / overall[s])
-        own = [i for i in inside if elements[i]["series"] == series]
-        middle = means[inside].mean(0)
-        own.sort(key=lambda i: float(((means[i] - middle) ** 2).sum()))
-        labels[node] = f"{series}: " + ", ".join(elements[i]["name"] for i in own[:3])
+        told = here[series] >= 3
+        shown = [i for i in inside if elements[i]["series"] == series] if told else list(inside)
+        distance = ((means[shown] - means[inside].mean(0)) ** 2).sum(1)
+        names = ", ".join(elements[shown[i]]["name"] for i in distance.argsort()[:3])
+        labels[node] = f"{series}: {names}" if told else names
     return labels

@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mlx_hiermem.model import MemoryModel
 
 HERE = pathlib.Path(__file__).parent
-MAX_TOKENS = {"plain": 12, "chat": 48}
 
 Progress = Callable[[int, int], None]
 
@@ -46,16 +46,51 @@ def questions() -> list[Question]:
     ]
 
 
+def first_integer(text: str) -> int | None:
+    found = re.search(r"\d+", text)
+    return int(found.group()) if found else None
+
+
 def answer(model: MemoryModel, prompt: str, memory: str, chat: bool = False) -> tuple[int | None, str]:
     """(first integer, text up to it) of the greedy continuation; decoding stops once the integer is complete."""
     text = ""
-    limit = MAX_TOKENS["chat" if chat else "plain"]
-    for piece in model.stream(prompt, memory=memory, chat=chat, max_tokens=limit):
+    for piece in model.stream(prompt, memory=memory, chat=chat, max_tokens=_limit(chat)):
         text += piece
         if re.search(r"\d\D", text):
             break
-    found = re.search(r"\d+", text)
-    return (int(found.group()), text[: found.end()]) if found else (None, text)
+    found = re.match(r"\D*\d+", text)
+    return first_integer(text), found.group() if found else text
+
+
+def _limit(chat: bool) -> int:
+    """Tokens to decode: a chat answer is a sentence, with the number at its end."""
+    return 32 if chat else 8
+
+
+def answers(model: MemoryModel, prompts: Sequence[str], memory: str, chat: bool = False) -> list[int | None]:
+    """The first integers of the greedy continuations, as `answer` gives them, but many questions at a time.
+
+    Questions that fetch the same path share its memory, so they are decoded as one batch.
+    """
+    from mlx_lm.generate import batch_generate
+
+    groups: dict[str, list[int]] = defaultdict(list)
+    if memory == "fetched":
+        for index, routed in enumerate(model.router.route_batch(prompts)):
+            groups[str(routed.path)].append(index)
+    else:
+        groups[memory] = list(range(len(prompts)))
+    found: list[int | None] = [None] * len(prompts)
+    for selected, rows in groups.items():
+        model.select(selected, "")
+        tokens = [
+            model.chat_tokens([{"role": "user", "content": prompts[i]}]) if chat else model.tokens(prompts[i])
+            for i in rows
+        ]
+        texts = batch_generate(model.anchor, model.tokenizer, tokens, max_tokens=_limit(chat)).texts
+        for row, text in zip(rows, texts, strict=True):
+            found[row] = first_integer(text)
+    return found
 
 
 def evaluate(model: MemoryModel, progress: Progress | None = None) -> dict[str, Any]:
@@ -64,33 +99,27 @@ def evaluate(model: MemoryModel, progress: Progress | None = None) -> dict[str, 
     `paraphrased` is the mean over the held-out wordings, rounded down; `paraphrases` has each.
     """
     asked = questions()
-    ways: list[tuple[str, Callable[[Question], str], str]] = [
-        ("none", lambda q: q.prompt, "none"),
-        ("generic", lambda q: q.prompt, "generic"),
-        ("fetched", lambda q: q.prompt, "fetched"),
-        *((f"paraphrase {i + 1}", _paraphrase(i), "fetched") for i in range(len(asked[0].paraphrases))),
-        ("chat", lambda q: q.chat, "fetched"),
-    ]
-    total, done, right = len(ways) * len(asked), 0, {}
-    for name, prompt_of, memory in ways:
-        right[name] = 0
-        for question in asked:
-            got, _ = answer(model, prompt_of(question), memory, chat=name == "chat")
-            right[name] += got == question.number
-            done += 1
-            if progress:
-                progress(done, total)
-    paraphrases = [right.pop(name) for name in list(right) if name.startswith("paraphrase")]
+    prompts = [question.prompt for question in asked]
+    wordings = [list(same) for same in zip(*(question.paraphrases for question in asked), strict=True)]
+    ways = [(prompts, memory, False) for memory in ("none", "generic", "fetched")]
+    ways += [(same, "fetched", False) for same in wordings]
+    ways += [([question.chat for question in asked], "fetched", True)]
+    right = []
+    for texts, memory, chat in ways:
+        found = answers(model, texts, memory, chat)
+        right.append(sum(got == question.number for got, question in zip(found, asked, strict=True)))
+        if progress:
+            progress(len(right) * len(asked), len(ways) * len(asked))
+    none, generic, fetched, *paraphrases, in_chat = right
     return {
-        **right,
+        "none": none,
+        "generic": generic,
+        "fetched": fetched,
         "paraphrased": sum(paraphrases) // len(paraphrases),
         "paraphrases": paraphrases,
+        "chat": in_chat,
         "total": len(asked),
     }
-
-
-def _paraphrase(index: int) -> Callable[[Question], str]:
-    return lambda question: question.paraphrases[index]
 
 
 def stored() -> dict[str, Any]:

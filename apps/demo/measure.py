@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from .anchor import Anchor, Memory, run_layers
-from .train import chat_parts
+from mlx_hiermem.apps.demo.anchor import Anchor, Memory, run_layers
+from mlx_hiermem.apps.demo.train import chat_parts
 
 Fetch = Callable[[list[str]], Memory | None]  # routing texts to one memory each; None: the anchor alone
 

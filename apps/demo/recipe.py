@@ -11,8 +11,10 @@ run goes on where it stopped.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,40 +23,25 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from safetensors.torch import save_file
+from safetensors.torch import save
 
-from . import clustering, measure
-from .anchor import Anchor, load_anchor
-from .clustering import Floats, Tree
-from .train import Bank, Settings, run_trunk, train
-from .train import Progress as TrainingState
-from .wordings import Element, Wording, element_wordings
+from mlx_hiermem import assets
+from mlx_hiermem.anchor import identify
+from mlx_hiermem.apps.demo import clustering, measure
+from mlx_hiermem.apps.demo.anchor import Anchor, load_anchor
+from mlx_hiermem.apps.demo.clustering import Floats, Tree
+from mlx_hiermem.apps.demo.train import Bank, Settings, run_trunk, train
+from mlx_hiermem.apps.demo.train import Progress as TrainingState
+from mlx_hiermem.apps.demo.wordings import Element, Wording, element_wordings, training_texts
+from mlx_hiermem.embedder import Embedder
 
 HERE = Path(__file__).parent
 ANCHOR_NAME = "SmolLM2-135M-Instruct"
+LICENCE = "MIT (facts from mendeleev 1.3.0); see NOTICE.md of the elements demo"
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def embed_texts(texts: list[str], folder: Path) -> Floats:
-    """Sentence embeddings of the routing model: mean over tokens, then length 1."""
-    from transformers import AutoTokenizer, BertModel
-
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), BertModel.from_pretrained(folder).eval()
-    vectors = np.zeros((len(texts), model.config.hidden_size), np.float32)
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    with torch.no_grad():
-        for s in range(0, len(order), 64):
-            rows = order[s : s + 64]
-            batch = tokenizer(
-                [texts[i] for i in rows], padding=True, truncation=True, max_length=256, return_tensors="pt"
-            )
-            mask = batch["attention_mask"][..., None].float()
-            mean = (model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
-            vectors[rows] = torch.nn.functional.normalize(mean, dim=-1).numpy()
-    return vectors
 
 
 def element_tree(wordings: list[Wording], vectors: Floats, elements: list[Element], settings: Settings) -> Tree:
@@ -90,25 +77,26 @@ def write_checkpoint(path: Path, bank: Bank, tree: Tree, config: dict[str, Any])
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor.float()).all():
             raise ValueError(f"{name} is not finite in float16")
-    save_file(tensors, path, metadata={"config": json.dumps(config)})
+    beside = path.with_suffix(".tmp")
+    beside.write_bytes(save(tensors, metadata={"config": json.dumps(config)}))
+    beside.replace(path)
     path.with_suffix(".json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
 def accuracy_table(
-    anchor: Anchor, bank: Bank, tree: Tree, rows: list[dict[str, Any]], embedder: Path
+    anchor: Anchor, bank: Bank, tree: Tree, rows: list[dict[str, Any]], embedder: Embedder
 ) -> dict[str, dict[str, float]]:
-    """No memory, generic memory and fetched memory on every kind of question."""
+    """Fetched memory on every kind of question; none and generic, the controls, on the paper's prompt."""
     asked = measure.questions(anchor, rows)
+    prompts = [question for question in asked if question.kind == "atomic_number: prompt"]
     routes = sorted({q.route for q in asked})
-    leaf = dict(zip(routes, tree.route(embed_texts(routes, embedder)).tolist(), strict=True))
-    generic = bank.settings.leaves
-    ways: dict[str, measure.Fetch] = {
-        "none": lambda texts: None,
-        "generic": lambda texts: bank.fetch([generic]),
-        "fetched": lambda texts: bank.fetch([leaf[t] for t in texts]),
+    leaf = dict(zip(routes, tree.route(embedder.embed(routes)).tolist(), strict=True))
+    generic, first = bank.settings.leaves, bank.settings.first_layer
+    return {
+        "fetched": measure.accuracy(anchor, asked, lambda texts: bank.fetch([leaf[t] for t in texts]), first),
+        "generic": measure.accuracy(anchor, prompts, lambda texts: bank.fetch([generic]), first),
+        "none": measure.accuracy(anchor, prompts, lambda texts: None, first),
     }
-    first = bank.settings.first_layer
-    return {way: measure.accuracy(anchor, asked, fetch, first) for way, fetch in ways.items()}
 
 
 def show_accuracy(console: Console, table: dict[str, dict[str, float]]) -> None:
@@ -116,8 +104,8 @@ def show_accuracy(console: Console, table: dict[str, dict[str, float]]) -> None:
     shown.add_column("asked as")
     for way in table:
         shown.add_column(way, justify="right")
-    for kind in next(iter(table.values())):
-        shown.add_row(kind, *(f"{column[kind]:.1f}" for column in table.values()))
+    for kind in table["fetched"]:
+        shown.add_row(kind, *(f"{column[kind]:.1f}" if kind in column else "" for column in table.values()))
     console.print(shown)
 
 
@@ -132,14 +120,16 @@ def progress_bar(console: Console) -> Progress:
     return Progress(*columns, console=console)
 
 
-def cook(out: Path, anchor_folder: Path, embedder: Path, settings: Settings, console: Console) -> dict[str, Any]:
+def cook(out: Path, anchor_folder: Path, settings: Settings, console: Console) -> dict[str, Any]:
     """Everything from facts to a measured checkpoint; returns the report that is also written beside it."""
     torch.manual_seed(settings.seed)
     out.mkdir(parents=True, exist_ok=True)
     elements = read_rows(HERE / "elements.jsonl")
     wordings = [w for e in elements for w in element_wordings(e)]
+    made_of = identify(anchor_folder).weights_digest + "\n".join(training_texts(elements))
     console.print(f"embedding {len(wordings)} prompts")
-    vectors = embed_texts([w.prompt for w in wordings], embedder)
+    embedder = Embedder.load()
+    vectors = embedder.embed([w.prompt for w in wordings])
     tree = element_tree(wordings, vectors, elements, settings)
     where = clustering.leaves_of_subjects(wordings, tree.route(vectors))
     anchor = load_anchor(anchor_folder)
@@ -154,7 +144,7 @@ def cook(out: Path, anchor_folder: Path, embedder: Path, settings: Settings, con
             note = f"loss {state.loss:.3f}, answer tokens right {state.right:.1%}"
             bar.update(learning, completed=state.step, total=state.steps, note=note)
 
-        state = train(anchor, bank, texts, prefix, where, out / "partial.pt", tick)
+        state = train(anchor, bank, texts, prefix, where, out / "partial.pt", _digest(made_of), tick)
     config = {
         "kind": "ffn",
         "branching": settings.branching,
@@ -162,6 +152,8 @@ def cook(out: Path, anchor_folder: Path, embedder: Path, settings: Settings, con
         "layers": layers,
         "hidden": anchor.hidden,
         "anchor": ANCHOR_NAME,
+        "licence": LICENCE,
+        "recipe": {"name": "elements", "wordings": len(wordings), **asdict(settings)},
         **describe(tree, wordings, vectors, elements),
     }
     write_checkpoint(out / "elements.safetensors", bank, tree, config)
@@ -172,16 +164,26 @@ def cook(out: Path, anchor_folder: Path, embedder: Path, settings: Settings, con
     return report
 
 
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def main() -> None:
+    from mlx_hiermem.convert.pipeline import convert
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=Path("build/elements"))
-    parser.add_argument("--anchor", type=Path, required=True, help="folder of the SmolLM2 anchor")
-    parser.add_argument("--embedder", type=Path, required=True, help="folder of all-MiniLM-L6-v2")
-    arguments = parser.parse_args()
+    out: Path = parser.parse_args().out
     console = Console()
     wall, cpu = time.perf_counter(), time.process_time()
-    cook(arguments.out, arguments.anchor, arguments.embedder, Settings(), console)
+    weights, model = assets.fetch("smollm2-135m-instruct-gguf", console.print), out / "model"
+    if not (model / "anchor").exists():
+        console.print("converting SmolLM2 to an MLX anchor")
+        convert(str(weights), model, overwrite=True)
+    cook(out, model / "anchor", Settings(), console)
+    convert(str(weights), model, memory=out / "elements.safetensors", overwrite=True)
     console.print(f"{time.perf_counter() - wall:.0f} s, {time.process_time() - cpu:.0f} s of CPU time")
+    console.print(f"Talk to it: hiermem chat {model}")
 
 
 if __name__ == "__main__":

@@ -35,13 +35,13 @@ def prepare(say: Callable[[str], None]) -> pathlib.Path:
     folder = model_folder()
     if ready(folder):
         return folder
-    from mlx_hiermem.convert import pipeline
+    from mlx_hiermem.convert.pipeline import convert
 
     weights = assets.fetch(WEIGHTS, say)
     assets.fetch("all-minilm-l6-v2", say)
     say("converting it to an MLX anchor")
     staging = folder.with_name(folder.name + ".new")
-    pipeline.convert(str(weights), staging, overwrite=True)
+    convert(str(weights), staging, overwrite=True)
     say("attaching the bundled elements bank")
     shutil.copytree(BANK, staging / "bank", dirs_exist_ok=True)
     if not ready(staging):

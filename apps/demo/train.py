@@ -21,8 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .anchor import Anchor, Memory, run_layers
-from .wordings import Wording
+from mlx_hiermem.apps.demo.anchor import Anchor, Memory, run_layers
+from mlx_hiermem.apps.demo.wordings import Wording
+
+SAVE_EVERY = 50  # steps
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Settings:
     branching: int = 4
     block_sizes: tuple[int, ...] = (24, 8)
     first_layer: int = 20
-    epochs: int = 6
+    epochs: int = 4
     groups: int = 4  # memories in one step
     group_size: int = 8  # sequences on each
     rate: float = 6e-3
@@ -208,16 +210,17 @@ def train(
     prefix: Tensor,
     where: dict[str, list[int]],
     partial: Path,
+    made_of: str,
     tick: Callable[[Progress], None],
 ) -> Progress:
-    """All epochs, from the partial checkpoint on if one with these settings exists."""
+    """All epochs, from the partial checkpoint on if one of the same settings and data (`made_of`) exists."""
     settings = bank.settings
     parameters = list(bank.tensors.values())
     optimiser = torch.optim.AdamW(
         parameters, lr=settings.rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay, fused=True
     )
     plan = [batch for epoch in range(settings.epochs) for batch in plan_epoch(texts, where, settings, epoch)]
-    state = resume(partial, bank, optimiser)
+    state = resume(partial, bank, optimiser, made_of)
     state.steps = len(plan)
     wall, cpu = time.perf_counter() - state.wall, time.process_time() - state.cpu
     while state.step < state.steps:
@@ -229,12 +232,12 @@ def train(
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         blend = min(0.98, state.step / (state.step + 1))  # a running mean that forgets after about 50 steps
-        state.loss = blend * state.loss + (1 - blend) * float(loss)
+        state.loss = blend * state.loss + (1 - blend) * loss.item()
         state.right = blend * state.right + (1 - blend) * right
         state.step += 1
         state.wall, state.cpu = time.perf_counter() - wall, time.process_time() - cpu
-        if state.step % 50 == 0 or state.step == state.steps:
-            save_partial(partial, bank, optimiser, state)
+        if state.step % SAVE_EVERY == 0 or state.step == state.steps:
+            save_partial(partial, bank, optimiser, state, made_of)
         tick(state)
     return state
 
@@ -247,11 +250,12 @@ def _schedule(step: int, steps: int, settings: Settings) -> float:
     return settings.final_rate + (1 - settings.final_rate) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def save_partial(path: Path, bank: Bank, optimiser: torch.optim.Optimizer, state: Progress) -> None:
+def save_partial(path: Path, bank: Bank, optimiser: torch.optim.Optimizer, state: Progress, made_of: str) -> None:
     """Everything needed to go on, written beside and renamed so that a crash leaves a whole file."""
     beside = path.with_suffix(".tmp")
     content = {
         "settings": asdict(bank.settings),
+        "made_of": made_of,
         "tensors": bank.tensors,
         "optimiser": optimiser.state_dict(),
         "state": asdict(state),
@@ -260,12 +264,12 @@ def save_partial(path: Path, bank: Bank, optimiser: torch.optim.Optimizer, state
     beside.replace(path)
 
 
-def resume(path: Path, bank: Bank, optimiser: torch.optim.Optimizer) -> Progress:
-    """Load a partial run of the same settings into bank and optimiser; else a fresh start."""
+def resume(path: Path, bank: Bank, optimiser: torch.optim.Optimizer, made_of: str) -> Progress:
+    """Load a partial run of the same settings and data into bank and optimiser; else a fresh start."""
     if not path.exists():
         return Progress()
     saved = torch.load(path, weights_only=True)
-    if saved["settings"] != asdict(bank.settings):
+    if (saved["settings"], saved["made_of"]) != (asdict(bank.settings), made_of):
         return Progress()
     with torch.no_grad():
         for name, tensor in bank.tensors.items():

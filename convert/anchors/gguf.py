@@ -51,6 +51,7 @@ GEMMA3_TENSORS = TENSORS | {
 }
 ROPE_FACTORS = "rope_freqs.weight"
 PLAIN_TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+FLOAT16_MAX = 65504.0
 GEMMA3_27B_LAYERS = 62  # the one Gemma 3 whose attention scale does not come from the head size
 
 Progress = Callable[[int, int], None]
@@ -233,7 +234,13 @@ class GGUF:
         dtype, total, done = self.dtype(), sum(t.n_bytes for t in self.tensors.values()), 0
         weights = {}
         for name, target in names.items():
-            weights[str(target)] = mx.array(self.restored(name, config)).astype(dtype)
+            values = self.restored(name, config)
+            if dtype == mx.float16 and FLOAT16_MAX < np.abs(values).max() < np.inf:
+                raise CheckpointError(
+                    f"{self.file}: {name} has values too large for float16",
+                    "Convert a BF16 or F32 file of the model.",
+                )
+            weights[str(target)] = mx.array(values).astype(dtype)
             mx.eval(weights[str(target)])  # else the float32 values stay until the end
             done += self.tensors[name].n_bytes
             progress(done, total)

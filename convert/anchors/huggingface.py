@@ -104,10 +104,12 @@ def write_anchor(
 
     try:
         model, config = load_model(staging, lazy=True, get_model_classes=model_classes)
-    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, AssertionError) as error:
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, AssertionError, ImportError) as error:
         raise AnchorError(
             f"the checkpoint does not fit its architecture: {one_line(error) or type(error).__name__}"
         ) from error
+    except SystemExit as error:  # what mlx-lm's olmo does where a package is missing
+        raise AnchorError("mlx-lm cannot load this architecture here: it needs another package") from error
     check_finite(tree_flatten(model.parameters()), progress)
     check_dense(model)
     if quantize is not None:
@@ -154,22 +156,26 @@ def normalise(config: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
     rope = config.get("rope_parameters") or {}
     if kind == "gemma3_text":
         _normalise_gemma3(config, rope)
-    elif "rope_theta" in rope:
-        config.setdefault("rope_theta", rope["rope_theta"])
-        if rope.get("rope_type", "default") != "default":
-            config.setdefault("rope_scaling", {k: v for k, v in rope.items() if k != "rope_theta"})
+    else:
+        _unnest_rope(config, rope)
     if kind in ACTIVATIONS:
         config.setdefault("tie_word_embeddings", "lm_head.weight" not in set(names))
     _reject_ignored(config, kind)
     return config
 
 
+def _unnest_rope(config: dict[str, Any], rope: dict[str, Any]) -> None:
+    """rope_parameters -> rope_theta and rope_scaling, unless the config has them as well."""
+    if "rope_theta" not in rope:
+        return
+    config.setdefault("rope_theta", rope["rope_theta"])
+    if rope.get("rope_type", "default") != "default" and not config.get("rope_scaling"):
+        config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+
+
 def _normalise_gemma3(config: dict[str, Any], rope: dict[str, Any]) -> None:
-    full, local = rope.get("full_attention") or {}, rope.get("sliding_attention") or {}
-    if "rope_theta" in full:
-        config.setdefault("rope_theta", full["rope_theta"])
-        if full.get("rope_type", "default") != "default":
-            config.setdefault("rope_scaling", {k: v for k, v in full.items() if k != "rope_theta"})
+    _unnest_rope(config, rope.get("full_attention") or {})
+    local = rope.get("sliding_attention") or {}
     if "rope_theta" in local:
         config.setdefault("rope_local_base_freq", local["rope_theta"])
     pattern = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
@@ -193,8 +199,9 @@ def _reject_ignored(config: dict[str, Any], kind: str) -> None:
         if kind == "gemma3_text" and config.get(key):
             ignored.append(f"{key} {config[key]}")
     windows = "sliding_attention" in config.get("layer_types", ()) or config.get("use_sliding_window")
-    if (kind in ("qwen2", "qwen3") and windows) or (kind == "mistral" and config.get("sliding_window")):
-        ignored.append(f"sliding_window {config.get('sliding_window')}")
+    window, longest = config.get("sliding_window") or 0, config.get("max_position_embeddings", 0)
+    if (kind in ("qwen2", "qwen3") and windows) or (kind == "mistral" and 0 < window < longest):
+        ignored.append(f"sliding_window {window}")
     if ignored:
         raise AnchorError(f"mlx-lm's {kind} model ignores {', '.join(ignored)}", "It would answer differently.")
 
@@ -269,7 +276,7 @@ def copy_tokenizer(source: pathlib.Path, tokenizer: pathlib.Path, staging: pathl
         raise CheckpointError(f"{tokenizer} has no tokenizer ({', '.join(TOKENIZERS)})", "Give --tokenizer.")
     for folder in dict.fromkeys((source, tokenizer)):  # the tokenizer's own files win
         for pattern in KEPT_FILES:
-            for file in folder.glob(pattern):
+            for file in filter(pathlib.Path.is_file, folder.glob(pattern)):
                 shutil.copyfile(file, staging / file.name)
 
 

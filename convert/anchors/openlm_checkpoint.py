@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -30,12 +30,6 @@ INV_FREQ = re.compile(r"\.attention\.pos_embed\.inv_freq$")  # a buffer of both 
 EMBEDDINGS, OUTPUT = "tok_embeddings.weight", "output.weight"
 
 
-def is_openlm(names: Iterable[str]) -> bool:
-    """Whether a checkpoint's tensor names are OpenLM's."""
-    plain = {PREFIXES.sub("", name) for name in names}
-    return bool({EMBEDDINGS, OUTPUT} & plain) and "layers.0.attention.in_proj.weight" in plain
-
-
 def load_openlm_tensors(
     source: pathlib.Path, config: pathlib.Path | None = None
 ) -> tuple[OpenLMConfig, dict[str, RawTensor]]:
@@ -54,10 +48,8 @@ def describe(tensors: TensorSource, settings: Mapping[str, Any]) -> tuple[OpenLM
         if plain in names:
             raise CheckpointError(f"the checkpoint holds {plain} twice, as {names[plain]} and {name}")
         names[plain] = name
-    if (
-        EMBEDDINGS not in names and OUTPUT in names and settings.get("weight_tying") is not False
-    ):  # tied, and saved once under the other name
-        names[EMBEDDINGS] = names.pop(OUTPUT)
+    if EMBEDDINGS not in names and OUTPUT in names and settings.get("weight_tying") is not False:
+        names[EMBEDDINGS] = names.pop(OUTPUT)  # tied, and saved under the other name only
     shapes = {plain: tensors.shape(name) for plain, name in names.items()}
     model = _sizes(shapes, settings)
     model = _kinds(model, shapes, settings)
@@ -90,7 +82,7 @@ def _sizes(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any]) -
             "Give the run's model config (JSON with n_heads) by --config.",
         )
     for key, value in (("hidden_dim", hidden), ("n_layers", layers), ("vocab_size", vocab)):
-        if settings.get(key, value) not in (value, -1):
+        if settings.get(key) not in (None, -1, value):
             raise CheckpointError(
                 f"the model config says {key} {settings[key]}, the checkpoint has {value}",
                 "It is the config of another run: name the right one by --config.",
@@ -148,17 +140,21 @@ def _tied(tensors: TensorSource, names: Mapping[str, str], settings: Mapping[str
 def _rope_base(
     tensors: TensorSource, buffers: list[str], model: OpenLMConfig, settings: Mapping[str, Any]
 ) -> float:
-    """The rotary base by the settings, checked against the buffer of inverse frequencies, else by that buffer."""
+    """The rotary base by the settings, checked against the buffer of inverse frequencies, else by that buffer.
+
+    In half precision the buffer gives no more than two digits of the base: enough for 10 000 or 500 000, and
+    anything else is an error rather than a guess.
+    """
     given = settings.get("rope_base")
     if not buffers:
         return float(given or model.rope_base)
     raw = tensors.read(buffers[0])
     exponent = -np.arange(0, model.head_dim, 2) / model.head_dim
     inverse = raw.float32().astype(np.float64)
-    precision = 1e-5 if raw.dtype == "float32" else 1e-2
-    guesses = [float(given)] if given else [model.rope_base]
+    digits, precision = (6, 1e-5) if raw.dtype == "float32" else (2, 5e-2 if given else 4e-3)
+    guesses = [float(given or model.rope_base)]
     if not given and len(inverse) > 1:
-        guesses.append(float(np.round(inverse[-1] ** (1 / exponent[-1]))))
+        guesses.append(float(f"{inverse[-1] ** (1 / exponent[-1]):.{digits}g}"))
     for base in guesses:
         if np.allclose(inverse, base**exponent, rtol=precision, atol=0):
             return base
@@ -173,9 +169,11 @@ def _check_complete(model: OpenLMConfig, names: Mapping[str, str], shapes: Mappi
     missing = [name for name in expected if name not in names]
     left_over = [names[name] for name in names if name not in expected]
     if missing or left_over:
-        parts = [f"lacks {some(missing)}"] * bool(missing) + [f"has {some(left_over)} left over"] * bool(left_over)
+        found = [f"lacks {some(missing)}"] if missing else []
+        found += [f"has {some(left_over)} left over"] if left_over else []
         raise CheckpointError(
-            f"the checkpoint {' and '.join(parts)}", f"Its settings make it {model.norm}, qk_norm {model.qk_norm}."
+            f"the checkpoint {' and '.join(found)}",
+            f"Its settings: {model.norm}, qk_norm {model.qk_norm}, post_embed_norm {model.post_embed_norm}.",
         )
     wrong = [f"{n} {shapes[n]}, expected {expected[n]}" for n in expected if shapes[n] != expected[n]]
     if wrong:
@@ -183,6 +181,7 @@ def _check_complete(model: OpenLMConfig, names: Mapping[str, str], shapes: Mappi
 
 
 def read_finite(tensors: TensorSource, name: str) -> RawTensor:
+    """A whole tensor; CheckpointError where it holds an infinity or NaN."""
     raw = tensors.read(name)
     if not is_finite(raw):
         raise CheckpointError(

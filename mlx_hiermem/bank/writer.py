@@ -20,6 +20,8 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
+from safetensors import SafetensorError
+
 from mlx_hiermem.bank.bank import MANIFEST, TREE, file_digest
 from mlx_hiermem.bank.block import write_block
 from mlx_hiermem.bank.manifest import BankManifest, FileEntry
@@ -40,7 +42,8 @@ class BankWriter:
     """
 
     def __init__(self, out: pathlib.Path, fingerprint: str, resume: bool = False) -> None:
-        self.out, self.partial, self.resume = out, out.with_name(out.name + ".partial"), resume
+        self.out, self.resume = out, resume
+        self.partial = out.absolute().with_name(out.name + ".partial")
         self._journaled: dict[str, FileEntry] = {}
         self._mutex = threading.Lock()
         if out.exists():
@@ -74,13 +77,16 @@ class BankWriter:
         if not whole:
             self._note({"fingerprint": fingerprint})
             return
-        head, *rows = map(json.loads, whole.splitlines())
+        try:
+            head, *rows = map(json.loads, whole.splitlines())
+            self._journaled = {row.pop("name"): FileEntry(**row) for row in rows}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise OutputError(f"the journal in {self.partial} is damaged", "Remove that folder.") from error
         if head != {"fingerprint": fingerprint}:
             raise OutputError(
                 f"the interrupted run in {self.partial} had another source or other settings",
                 "Remove that folder to start afresh.",
             )
-        self._journaled = {row.pop("name"): FileEntry(**row) for row in rows}
 
     def _note(self, row: Mapping[str, Any]) -> None:
         """Appends one line to the journal. Surviving a kill needs no fsync, and `finished` checks the files."""
@@ -93,7 +99,7 @@ class BankWriter:
         free = shutil.disk_usage(self.partial).free
         if need > free:
             raise OutputError(
-                f"the bank needs {need / 1e9:.2f} GB more, the disk of {self.out} has {free / 1e9:.2f} GB free",
+                f"the bank needs {need / 1e6:,.1f} MB more, the disk of {self.out} has {free / 1e6:,.1f} MB free",
                 "Free some space, or write to another disk.",
             )
 
@@ -108,6 +114,7 @@ class BankWriter:
         """Writes one block file (see `write_block`) and journals it. Safe to call from several threads."""
         try:
             entry = FileEntry(*write_block(self.partial / name, tensors, dtype))
+            _start_writeback(self.partial / name)
             with self._mutex:
                 self._note({"name": name} | asdict(entry))
                 self._journaled[name] = entry
@@ -132,7 +139,7 @@ class BankWriter:
         file = self.partial / TREE
         try:
             tree.save(file)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise self._failed(error) from error
         return FileEntry(file.stat().st_size, file_digest(file))
 
@@ -140,19 +147,20 @@ class BankWriter:
         """Writes the manifest, brings everything safely to disk and gives the folder its name."""
         try:
             manifest.write(self.partial / MANIFEST)
-            (self.partial / JOURNAL).unlink()
             to_disk(self.partial)
+            (self.partial / JOURNAL).unlink()
             os.rename(self.partial, self.out)
             fsync(self.out.parent)
         except OSError as error:
             raise self._failed(error) from error
 
-    def _failed(self, error: OSError) -> OutputError:
+    def _failed(self, error: Exception) -> OutputError:
         """The error to raise for one of the operating system."""
-        kept = f" What is written so far stays in {self.partial.name} for --resume." if self.resume else ""
-        if error.errno in DISK_FULL:
+        stays = self.resume and self._journaled
+        kept = f" What is written so far stays in {self.partial.name} for --resume." if stays else ""
+        if getattr(error, "errno", None) in DISK_FULL:
             return OutputError(f"the disk is full: cannot write {self.out}", f"Free some space.{kept}")
-        return OutputError(f"cannot write {self.out}: {error.strerror or error}", kept.strip())
+        return OutputError(f"cannot write {self.out}: {getattr(error, 'strerror', '') or error}", kept.strip())
 
     def __enter__(self) -> BankWriter:
         return self
@@ -167,6 +175,16 @@ class BankWriter:
         if not (continuable and self._journaled):
             shutil.rmtree(self.partial, ignore_errors=True)
         os.close(self._folder)  # and with it the lock
+
+
+def _start_writeback(file: pathlib.Path) -> None:
+    """Has Linux write a file out now, while other blocks are hashed, and `finish` wait for next to nothing.
+
+    Giving up cached pages starts to write those that are dirty, without waiting for them.
+    """
+    if hasattr(os, "posix_fadvise"):
+        with file.open("rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def to_disk(root: pathlib.Path) -> None:

