@@ -20,7 +20,7 @@ import mlx.nn as nn
 
 from mlx_hiermem.anchor import identify, load_anchor
 from mlx_hiermem.bank.bank import MemoryBank
-from mlx_hiermem.cache import BlockCache
+from mlx_hiermem.cache import BlockCache, Fetch
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import AnchorError, BankError, HierMemError
 from mlx_hiermem.memory.attach import Attachment, attach
@@ -36,13 +36,27 @@ ROOT = Path()
 
 
 @dataclass(frozen=True)
-class Selection:
-    """Which memory is attached, and what selecting it took."""
+class Choice:
+    """Which memory a text gets, before anything is fetched."""
 
     memory: str  # none, generic, fetched, or the path that was asked for
     path: Path = ROOT
-    labels: tuple[str, ...] = ()  # of the path's nodes
     distances: tuple[float, ...] = ()  # to the chosen centroids, per level
+    avoided: tuple[Path, ...] = ()  # blocked nodes that the text would have entered
+    stayed: bool = False  # held on the conversation's path, see `turns`
+    route_ms: float = 0.0
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which memory is attached, and what selecting it took."""
+
+    memory: str
+    path: Path = ROOT
+    labels: tuple[str, ...] = ()  # of the path's nodes
+    distances: tuple[float, ...] = ()
+    avoided: tuple[Path, ...] = ()
+    stayed: bool = False
     blocks: tuple[str, ...] = ()  # what is attached: equal blocks mean equal weights
     memory_bytes: int = 0
     bytes_read: int = 0  # from disk
@@ -51,7 +65,7 @@ class Selection:
     attach_ms: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"path": str(self.path)}
+        return asdict(self) | {"path": str(self.path), "avoided": [str(node) for node in self.avoided]}
 
 
 class MemoryModel:
@@ -69,7 +83,7 @@ class MemoryModel:
         self.anchor, self.tokenizer, self.config, self.bank = anchor, tokenizer, config, bank
         self.cache = BlockCache(bank, cache_bytes) if bank else None
         self._router = router
-        self._attachment: Attachment | None = attach(anchor, bank.config) if bank else None
+        self.attachment: Attachment | None = attach(anchor, bank.config) if bank else None
         self.selection = Selection("none")
         self.last: GenerationResponse | None = None  # figures of the last piece generated
 
@@ -84,57 +98,76 @@ class MemoryModel:
             self._router = Router.of_bank(self.bank)
         return self._router
 
+    @property
+    def context(self) -> int | None:
+        """Tokens that the anchor was made for, question and answer together; None where it does not say."""
+        nested = self.config.get("text_config", {})
+        return self.config.get("max_position_embeddings") or nested.get("max_position_embeddings")
+
+    def choose(
+        self, memory: str, text: str, blocked: Collection[Path] = (), routed: Routed | None = None
+    ) -> Choice:
+        """Which memory: `none`, `generic`, `fetched` (routed by `text`), or a path such as `10.7`.
+
+        `blocked` nodes are closed beside those of the bank's policy. With `routed`, fetched is the path that the
+        caller has already found. Raises HierMemError for a memory there is not, BankError for a path that the tree
+        does not have, or that leads through a blocked node.
+        """
+        if memory != "none" and self.bank is None:
+            raise BankError("this model has no bank", "Use memory none, or convert or learn a bank for it.")
+        if memory == "fetched":
+            routed = routed or self.router.route(text, blocked)
+            found = (routed.path, routed.distances, routed.avoided, routed.stayed, routed.milliseconds)
+            return Choice(memory, *found)
+        return Choice(memory) if memory in MODES else Choice(memory, self._named_path(memory, blocked))
+
+    def fetch(self, choice: Choice) -> Fetch | None:
+        """Brings a choice's blocks into memory; None where it has none."""
+        if self.cache is None or choice.memory == "none":
+            return None
+        return self.cache.fetch_generic() if choice.memory == "generic" else self.cache.fetch(choice.path)
+
+    def describe(self, choice: Choice, fetch: Fetch | None, fetch_ms: float, attach_ms: float) -> Selection:
+        """What was chosen, fetched and attached."""
+        return Selection(
+            memory=choice.memory,
+            path=choice.path,
+            labels=tuple(self.bank.manifest.label(node) for node in choice.path.prefixes()) if self.bank else (),
+            distances=choice.distances,
+            avoided=choice.avoided,
+            stayed=choice.stayed,
+            blocks=tuple(str(node) or "generic" for node in fetch.nodes) if fetch else (),
+            memory_bytes=fetch.memory.nbytes if fetch and fetch.memory else 0,
+            bytes_read=fetch.bytes_read if fetch else 0,
+            route_ms=choice.route_ms,
+            fetch_ms=fetch_ms,
+            attach_ms=attach_ms,
+        )
+
     def select(
         self, memory: str, text: str, blocked: Collection[Path] = (), routed: Routed | None = None
     ) -> Selection:
-        """Attaches a memory: `none`, `generic`, `fetched` (routed by `text`), or a path such as `10.7`.
-
-        `blocked` nodes are closed beside those of the bank's policy; naming a path through one is a BankError.
-        With `routed`, fetched is the path that the caller has already found.
-        """
-        path, route_ms = ROOT, 0.0
-        distances: tuple[float, ...] = ()
-        if memory == "fetched":
-            routed = routed or self.router.route(text, blocked)
-            path, distances, route_ms = routed.path, routed.distances, routed.milliseconds
-        elif memory not in MODES:
-            path = self._named_path(memory, blocked)
+        """Chooses a memory (see `choose`), fetches it and attaches it."""
+        choice = self.choose(memory, text, blocked, routed)
         start = time.perf_counter()
-        if memory == "none":
-            fetch = None
-        elif self.cache is None:
-            raise BankError("this model has no bank", "Use memory none, or convert or learn a bank for it.")
-        else:
-            fetch = self.cache.fetch_generic() if memory == "generic" else self.cache.fetch(path)
+        fetch = self.fetch(choice)
         fetched = time.perf_counter()
-        fetched_memory = fetch.memory if fetch else None
-        if self._attachment is not None:
-            self._attachment.set(fetched_memory)
+        if self.attachment is not None:
+            self.attachment.set(fetch.memory if fetch else None)
         done = time.perf_counter()
-        self.selection = Selection(
-            memory=memory,
-            path=path,
-            labels=tuple(self.bank.manifest.label(node) for node in path.prefixes()) if self.bank else (),
-            distances=distances,
-            blocks=tuple(str(node) or "generic" for node in fetch.nodes) if fetch else (),
-            memory_bytes=fetched_memory.nbytes if fetched_memory else 0,
-            bytes_read=fetch.bytes_read if fetch else 0,
-            route_ms=route_ms,
-            fetch_ms=(fetched - start) * 1e3,
-            attach_ms=(done - fetched) * 1e3,
-        )
+        self.selection = self.describe(choice, fetch, (fetched - start) * 1e3, (done - fetched) * 1e3)
         return self.selection
 
     def _named_path(self, memory: str, blocked: Collection[Path]) -> Path:
+        assert self.bank is not None  # `choose` has seen to it
         try:
             path = Path.parse(memory)
         except HierMemError as error:
             raise HierMemError(f"unknown memory '{memory}'", f"Use {', '.join(MODES)} or a path.") from error
-        if self.bank is not None:
-            self.bank.tree.check([path])
-            closed = self.bank.policy.block(blocked).blocker(path)
-            if closed is not None:
-                raise BankError(f"the memory {path} is blocked (at {closed})", "Take another path, or unblock it.")
+        self.bank.tree.check([path])
+        closed = self.bank.policy.block(blocked).blocker(path)
+        if closed is not None:
+            raise BankError(f"the memory {path} is blocked (at {closed})", "Take another path, or unblock it.")
         return path
 
     def stream(

@@ -27,13 +27,15 @@ class TextEmbedder(Protocol):
 class Routed:
     """Where a text went, the distance to the chosen centroid at each level, and the time it took.
 
-    `avoided` are the blocked nodes that it would have entered.
+    `avoided` are the blocked nodes that it would have entered; `stayed` says that a conversation held it on its
+    path (see `turns`).
     """
 
     path: Path
     distances: tuple[float, ...]
     milliseconds: float
     avoided: tuple[Path, ...] = ()
+    stayed: bool = False
 
 
 class Router:

@@ -58,9 +58,8 @@ class Session:
 
     @property
     def context(self) -> int | None:
-        """Tokens that the anchor was made for, question and answer together; None where it does not say."""
-        config = self.model.config
-        return config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
+        """See `MemoryModel.context`."""
+        return self.model.context
 
     @property
     def kv_tokens(self) -> int:

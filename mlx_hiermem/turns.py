@@ -44,7 +44,7 @@ class Turn:
     @property
     def stayed(self) -> bool:
         """Whether the turn was held on the path before."""
-        return self.topic.path != self.alone.path
+        return self.routed.stayed
 
 
 def decidedness(tree: ClusterTree, vector: np.ndarray, path: Path) -> float:
@@ -88,5 +88,5 @@ def route_turn(router: Router, text: str, topic: Topic | None = None, blocked: C
         decided=decided,
         needed=HYSTERESIS * topic.decided if topic else 0.0,
         topic=after,
-        routed=Routed(after.path, distances, milliseconds, route.avoided),
+        routed=Routed(after.path, distances, milliseconds, route.avoided, stayed=after.path != route.path),
     )
