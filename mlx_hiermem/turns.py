@@ -9,7 +9,7 @@ setting does not depend on the tree. `benchmarks/turns.py` compares it with othe
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from mlx_hiermem.router import Routed, Router
 from mlx_hiermem.tree import ClusterTree
 
 HYSTERESIS = 0.6  # how decided a turn has to be to leave, as a share of the turns that chose the path
+LOOKED_BACK = 8  # turns of a conversation that is routed anew, as a server does: what came before hardly matters
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,15 @@ def follow(topic: Topic | None, path: Path, decided: float, hysteresis: float = 
     if path == topic.path:
         return Topic(path, max(decided, topic.decided))
     return Topic(path, decided) if decided > hysteresis * topic.decided else topic
+
+
+def route_turns(router: Router, texts: Sequence[str], blocked: Collection[Path] = ()) -> Turn:
+    """Routes the last of a conversation's questions, oldest first; only the newest `LOOKED_BACK` count."""
+    topic = None
+    for text in texts[-LOOKED_BACK:]:
+        turn = route_turn(router, text, topic, blocked)
+        topic = turn.topic
+    return turn
 
 
 def route_turn(router: Router, text: str, topic: Topic | None = None, blocked: Collection[Path] = ()) -> Turn:

@@ -72,8 +72,7 @@ def attach_ffn(layer: nn.Module, config: MemoryConfig, gated: Gated) -> list[tup
         y = own(x)
         if not slot.tensors:
             return y
-        gate, up, down = slot.tensors
-        return y + gated(x @ gate.T, x @ up.T) @ down
+        return y + slot.back(2, gated(slot.onto(0, x), slot.onto(1, x)))  # gate, up, down
 
     carry(ffn, forward)
     return [(ffn, slot)]

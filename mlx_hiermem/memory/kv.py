@@ -38,7 +38,12 @@ def attach_kv(layer: nn.Module, config: MemoryConfig) -> list[tuple[nn.Module, S
     def add(_: nn.Module, own: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
         if not slot.tensors:
             return own(x)
-        return own(x + attend(attn, head_dim, kept.pop(), *slot.tensors))
+        keys, values = slot.tensors
+        if slot.rows is None:
+            return own(x + attend(attn, head_dim, kept.pop(), keys[None], values[None]))
+        assert slot.real is not None  # a table has it
+        keys, values, real = keys[slot.rows], values[slot.rows], slot.real[slot.rows]
+        return own(x + attend(attn, head_dim, kept.pop(), keys, values, real[:, None, None]))
 
     carry(query, keep)
     carry(output, add)
@@ -56,15 +61,26 @@ def _heads(attn: nn.Module) -> int:
     )
 
 
-def attend(attn: nn.Module, head_dim: int, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-    """queries [B, L, H*D] attend to keys and values [R, H*D], head by head -> [B, L, H*D]."""
+def attend(
+    attn: nn.Module,
+    head_dim: int,
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    real: mx.array | None = None,
+) -> mx.array:
+    """queries [B, L, H*D] attend to keys and values [B or 1, R, H*D], head by head -> [B, L, H*D].
+
+    `real` [B, 1, 1, R] is false for keys that are padding.
+    """
     B, L, width = queries.shape
     H, D = width // head_dim, head_dim
     queries = _normed(attn, queries, D).reshape(B, L, H, D).transpose(0, 2, 1, 3)
     keys, values = (
-        mx.broadcast_to(t.reshape(1, -1, H, D).transpose(0, 2, 1, 3), (B, H, len(t), D)) for t in (keys, values)
+        mx.broadcast_to(t.reshape(*t.shape[:2], H, D).transpose(0, 2, 1, 3), (B, H, t.shape[1], D))
+        for t in (keys, values)
     )
-    heads = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=attn.scale)
+    heads = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=attn.scale, mask=real)
     return heads.transpose(0, 2, 1, 3).reshape(B, L, width)
 
 

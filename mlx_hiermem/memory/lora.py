@@ -45,8 +45,7 @@ def _attach(carrier: nn.Module, name: str, config: MemoryConfig) -> tuple[nn.Mod
         y = own(x)
         if not slot.tensors:
             return y
-        a, b = slot.tensors
-        return y + (x @ a.T) @ b
+        return y + slot.back(1, slot.onto(0, x))  # a, b
 
     carry(carrier, forward)
     return carrier, slot

@@ -16,18 +16,36 @@ from mlx_hiermem.errors import AnchorError
 
 
 class Slot:
-    """What one carrier module adds. `names` are the tensors (see MemoryConfig.widths) it takes from a memory."""
+    """What one carrier module adds. `names` are the tensors (see MemoryConfig.widths) it takes from a memory.
+
+    It holds one memory for the whole batch, tensors [R, width], or the table of several: tensors [S, R, width],
+    and `rows` [B] saying which of the S memories each sequence has (see `MemoryTable`).
+    """
 
     def __init__(self, names: Sequence[str], dtype: mx.Dtype) -> None:
         self.names, self.dtype = tuple(names), dtype
         self.tensors: tuple[mx.array, ...] = ()
+        self.rows: mx.array | None = None
+        self.real: mx.array | None = None  # [S, R], in a table: which units are a memory's own and not padding
 
     def fill(self, tensors: Sequence[mx.array]) -> None:
         """One layer's tensors, each [R, width], cast to what the carrier computes in."""
-        self.tensors = tuple(tensor.astype(self.dtype) for tensor in tensors)
+        self.tensors, self.rows = tuple(tensor.astype(self.dtype) for tensor in tensors), None
 
     def clear(self) -> None:
-        self.tensors = ()
+        self.tensors, self.rows = (), None
+
+    def onto(self, index: int, x: mx.array) -> mx.array:
+        """x [B, T, width] times each unit of tensor `index` -> [B, T, R]."""
+        units = self.tensors[index]
+        if self.rows is None:
+            return x @ units.T
+        return mx.gather_mm(x, units.swapaxes(-1, -2), rhs_indices=self.rows)
+
+    def back(self, index: int, inner: mx.array) -> mx.array:
+        """The units of tensor `index` summed with weights inner [B, T, R] -> [B, T, width]."""
+        units = self.tensors[index]
+        return inner @ units if self.rows is None else mx.gather_mm(inner, units, rhs_indices=self.rows)
 
     def __deepcopy__(self, memo: dict) -> Slot:
         """A copied model starts with empty slots: memory belongs to an attachment, not to weights."""

@@ -1,0 +1,269 @@
+"""Many sequences, each with a memory of its own, in one decode step.
+
+mlx-lm's BatchGenerator does the continuous batching: sequences join and leave between steps. Which memory a
+sequence has travels with its KV cache, as one more entry of the list: whatever the generator does to the caches
+(merge, filter, extend), it does to the rows of the memory table too. Prompts that begin like an earlier one under
+the same memory take their keys and values from a prefix cache.
+
+Not for use by several threads; only `bring`, which moves files, may run on another one.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.generate import BatchGenerator
+from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
+from mlx_lm.sample_utils import apply_top_p
+
+from mlx_hiermem.bank.bank import GENERIC as GENERIC_FILE
+from mlx_hiermem.bank.block import block_name
+from mlx_hiermem.config import Path
+from mlx_hiermem.errors import HierMemError
+from mlx_hiermem.memory.table import NOTHING, MemoryTable
+from mlx_hiermem.model import Choice, MemoryModel, Selection
+from mlx_hiermem.turns import route_turns
+
+REMEMBERED_PROMPTS = 64  # prefixes kept at most, within the byte budget
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one sequence continues."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0  # 0 takes the likeliest token
+    top_p: float = 1.0
+    seed: int | None = None  # the same seed gives the same text, whoever else is in the batch
+    logprobs: bool = False
+    top_logprobs: int = 0  # how many of the likeliest tokens each Token reports
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of one sequence; `finish_reason` is stop (the end of the text) or length."""
+
+    uid: int
+    token: int
+    finish_reason: str | None = None
+    logprob: float = 0.0  # where Sampling asks for it
+    top: tuple[tuple[int, float], ...] = ()  # (token, logprob), likeliest first
+
+
+@dataclass
+class _Sequence:
+    """What is known of a sequence in flight."""
+
+    key: tuple[str, ...]  # its memory's blocks
+    sampling: Sampling
+    cached: int  # tokens of its prompt that came from the prefix cache
+
+
+class MemoryBatch:
+    """`add` sequences whenever there is `room`, and `step` while there are any."""
+
+    def __init__(self, model: MemoryModel, max_sequences: int = 8, prefix_cache_bytes: int = 512 << 20) -> None:
+        self.model, self.max_sequences = model, max_sequences
+        self.prefixes = LRUPromptCache(REMEMBERED_PROMPTS, prefix_cache_bytes)
+        self.table = MemoryTable(model.attachment) if model.attachment else None
+        stop = [[token] for token in model.tokenizer.eos_token_ids] if model.tokenizer else None
+        self._generator = BatchGenerator(
+            _Batched(model, self.table),
+            stop_tokens=stop,
+            completion_batch_size=max_sequences,
+            prefill_batch_size=max_sequences,
+        )
+        self._sequences: dict[int, _Sequence] = {}
+
+    def __len__(self) -> int:
+        """Sequences in flight."""
+        return len(self._sequences)
+
+    @property
+    def room(self) -> bool:
+        return len(self) < self.max_sequences
+
+    def choose(self, memory: str, texts: Sequence[str], blocked: Collection[Path] = ()) -> Choice:
+        """Which memory a sequence gets: as `MemoryModel.choose`, routed by a conversation's questions."""
+        if memory != "fetched" or self.model.bank is None:
+            return self.model.choose(memory, "", blocked)
+        turn = route_turns(self.model.router, texts, blocked)
+        return self.model.choose(memory, "", blocked, turn.routed)
+
+    def missing(self, choice: Choice) -> list[Path]:
+        """The nodes of a choice whose blocks are still on the hub; the empty path is the generic block."""
+        bank = self.model.bank
+        if bank is None or bank.remote is None or choice.memory == "none":
+            return []
+        nodes = [Path()] if choice.memory == "generic" else bank.nodes_on(choice.path)
+        cached = self.model.cache
+        return [n for n in nodes if not (cached and n in cached) and not (bank.root / _file(n)).is_file()]
+
+    def bring(self, choice: Choice) -> None:
+        """Downloads what is `missing`. Raises HubError."""
+        remote = self.model.bank.remote if self.model.bank else None
+        if remote:
+            for node in self.missing(choice):
+                remote.bring(node, _file(node))
+
+    def add(self, tokens: list[int], choice: Choice, sampling: Sampling) -> tuple[int, Selection]:
+        """Fetches the choice's memory and queues a prompt with it; returns the sequence's id, and what was fetched.
+
+        Raises HierMemError where the prompt is empty, or does not fit the model's context with its reply.
+        """
+        self._check(tokens, sampling)
+        start = time.perf_counter()
+        fetch = self.model.fetch(choice)
+        fetched = time.perf_counter()
+        key = self.model.describe(choice, fetch, 0.0, 0.0).blocks
+        row = self.table.hold(key, fetch.memory if fetch else None) if self.table is not None else NOTHING
+        done = time.perf_counter()
+        cache, rest = self.prefixes.fetch_nearest_cache(key, tokens)
+        if cache is None or not rest:  # the last token is always computed
+            cache, rest = make_prompt_cache(self.model.anchor), tokens
+        prefix = tokens[: len(tokens) - len(rest)]
+        uid = self._generator.insert(
+            [rest],
+            max_tokens=[sampling.max_tokens],
+            caches=[[*cache, _Rows(mx.array([row]))]],
+            all_tokens=[list(prefix)],
+            samplers=[_sampler(sampling)],
+        )[0]
+        self._sequences[uid] = _Sequence(key, sampling, len(prefix))
+        return uid, self.model.describe(choice, fetch, (fetched - start) * 1e3, (done - fetched) * 1e3)
+
+    def cached_tokens(self, uid: int) -> int:
+        """Tokens of a sequence's prompt that were not computed again."""
+        return self._sequences[uid].cached
+
+    def step(self) -> list[Token]:
+        """One more token of every sequence whose prompt is done, and a piece of the prompts that are not."""
+        if not self._sequences:
+            return []
+        _, responses = self._generator.next()
+        return [self._token(response) for response in responses]
+
+    def remove(self, uid: int) -> None:
+        """Takes a sequence out, finished or not."""
+        if uid in self._sequences:
+            self._generator.remove([uid])
+            self._forget(uid)
+
+    def close(self) -> None:
+        for uid in list(self._sequences):
+            self.remove(uid)
+        self._generator.close()
+
+    def _check(self, tokens: list[int], sampling: Sampling) -> None:
+        if not self.room:
+            raise HierMemError(f"the batch has its {self.max_sequences} sequences", "Wait until one has ended.")
+        if not tokens:
+            raise HierMemError("the prompt is empty")
+        context = self.model.context
+        if context and len(tokens) + sampling.max_tokens > context:
+            raise HierMemError(
+                f"the prompt's {len(tokens)} tokens and a reply of {sampling.max_tokens} are more than the "
+                f"model's {context}",
+                "Ask a shorter question, or for a shorter reply.",
+            )
+
+    def _token(self, response: Any) -> Token:
+        sampling = self._sequences[response.uid].sampling
+        if response.finish_reason:
+            self._remember(response)
+            self._forget(response.uid)
+        if not sampling.logprobs:
+            return Token(response.uid, response.token, response.finish_reason)
+        values = np.asarray(response.logprobs.astype(mx.float32))  # [V], computed already
+        best = np.argsort(-values)[: sampling.top_logprobs]
+        top = tuple((int(token), float(values[token])) for token in best)
+        return Token(response.uid, response.token, response.finish_reason, float(values[response.token]), top)
+
+    def _remember(self, response: Any) -> None:
+        """Keeps a finished sequence's keys and values for prompts that go on from it."""
+        *cache, _ = response.prompt_cache
+        mx.eval([entry.state for entry in cache])
+        self.prefixes.insert_cache(self._sequences[response.uid].key, response.all_tokens, cache)
+
+    def _forget(self, uid: int) -> None:
+        sequence = self._sequences.pop(uid)
+        if self.table is not None:
+            self.table.drop(sequence.key)
+
+
+def _file(node: Path) -> str:
+    return block_name(node) if node else GENERIC_FILE
+
+
+def _sampler(sampling: Sampling) -> Callable[[mx.array], mx.array] | None:
+    """None is the generator's own, the likeliest token: one call for all sequences that have it."""
+    if sampling.temperature == 0:
+        return None
+    key = mx.random.key(secrets.randbits(63) if sampling.seed is None else sampling.seed)
+
+    def sample(logprobs: mx.array) -> mx.array:
+        nonlocal key
+        key, now = mx.random.split(key)
+        if sampling.top_p < 1:
+            logprobs = apply_top_p(logprobs, sampling.top_p)
+        return mx.random.categorical(logprobs / sampling.temperature, key=now)
+
+    return sample
+
+
+class _Batched:
+    """The anchor as BatchGenerator calls it: it takes the rows off the caches and attaches them."""
+
+    def __init__(self, model: MemoryModel, table: MemoryTable | None) -> None:
+        self.anchor, self.table = model.anchor, table
+        self.real_vocabulary = model.config.get("effective_vocab_size")
+
+    def __call__(self, tokens: mx.array, cache: list[Any]) -> mx.array:
+        """tokens [B, T] -> logits [B, T, V]; ids that a padded vocabulary does not use get none."""
+        *cache, rows = cache
+        if self.table is not None:
+            self.table.use(rows.rows)
+        logits = self.anchor(tokens, cache=cache)
+        if self.real_vocabulary:
+            logits = mx.where(mx.arange(logits.shape[-1]) < self.real_vocabulary, logits, -mx.inf)
+        return logits
+
+
+@dataclass
+class _Rows:
+    """The memory table's row of each sequence [B], with the methods that the generator calls on a KV cache."""
+
+    rows: mx.array = field(default_factory=lambda: mx.zeros((0,), mx.int32))
+
+    @property
+    def state(self) -> mx.array:
+        return self.rows
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows.nbytes
+
+    @classmethod
+    def merge(cls, caches: Sequence[_Rows]) -> _Rows:
+        return cls(mx.concatenate([cache.rows for cache in caches]))
+
+    def extend(self, other: _Rows) -> None:
+        self.rows = mx.concatenate([self.rows, other.rows])
+
+    def filter(self, keep: Sequence[int]) -> None:
+        self.rows = self.rows[mx.array(list(keep))]
+
+    def extract(self, index: int) -> _Rows:
+        return _Rows(self.rows[index : index + 1])
+
+    def prepare(self, **padding: Any) -> None:
+        """Rows have no positions to pad."""
+
+    def finalize(self) -> None:
+        """Nor any to move."""
