@@ -8,10 +8,12 @@ the process.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
 import tempfile
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -97,11 +99,15 @@ def node_of(name: str) -> Path:
 
 
 class RemoteTier:
-    """Brings the blocks of one bank. `fetches` and `bytes` count what it brought since it was made."""
+    """Brings the blocks of one bank. `fetches` and `bytes` count what it brought since it was made.
+
+    Several threads may bring blocks at once; only the downloads themselves run side by side.
+    """
 
     def __init__(self, bank: pathlib.Path, origin: Origin) -> None:
         self.bank, self.origin = bank, origin
         self.fetches, self.bytes = 0, 0
+        self._mutex = threading.RLock()
         self._stamp = 0
         self._read: BankManifest | None = None  # bank.json as it was at that time stamp
 
@@ -112,9 +118,7 @@ class RemoteTier:
         """
         file = self.bank / name
         if file.is_file():
-            if self.origin.disk_budget_bytes is not None and name in self._fetched:
-                self._fetched[name] = self._fetched.pop(name)  # now the one used last
-                os.utime(file)
+            self._touch(name)
             return
         entry = self._entry(node)
         if entry is None:
@@ -132,9 +136,10 @@ class RemoteTier:
         if self._entry(node) is None:  # removed in the meantime: its bytes must not come back
             file.unlink(missing_ok=True)
             raise BankError(f"the bank has no {_called(node)} any more", "It was removed; open the bank again.")
-        self.fetches, self.bytes = self.fetches + 1, self.bytes + entry.bytes
-        if self.origin.disk_budget_bytes is not None and not self.origin.keeps(node):
-            self._make_room(name, entry.bytes, self.origin.disk_budget_bytes)
+        with self._mutex:
+            self.fetches, self.bytes = self.fetches + 1, self.bytes + entry.bytes
+            if self.origin.disk_budget_bytes is not None and not self.origin.keeps(node):
+                self._make_room(name, entry.bytes, self.origin.disk_budget_bytes)
 
     def _download(self, name: str, entry: FileEntry | BlockEntry) -> None:
         from mlx_hiermem.bank.hub import RemoteFile, download, probe, quiet
@@ -148,6 +153,16 @@ class RemoteTier:
             os.replace(came, file)
         with (self.bank / FETCHED).open("a", encoding="utf-8") as log:
             log.write(f"{entry.sha256}  {name}\n")
+
+    def _touch(self, name: str) -> None:
+        """Notes that a block was used now, where the disk budget may ask for it."""
+        if self.origin.disk_budget_bytes is None:
+            return
+        with self._mutex:
+            if name in self._fetched:
+                self._fetched[name] = self._fetched.pop(name)
+                with contextlib.suppress(FileNotFoundError):  # another thread made room
+                    os.utime(self.bank / name)
 
     def _make_room(self, name: str, size: int, budget: int) -> None:
         """Counts a block in, and deletes others until the budget is kept. It stays itself: it is needed now."""
@@ -181,9 +196,10 @@ class RemoteTier:
         """The node's row in bank.json as it is now, which another process may have edited."""
         file = self.bank / "bank.json"
         stamp = file.stat().st_mtime_ns
-        if self._read is None or stamp != self._stamp:
-            self._read, self._stamp = BankManifest.read(file), stamp
-        return self._read.blocks.get(node) if node else self._read.generic
+        with self._mutex:
+            if self._read is None or stamp != self._stamp:
+                self._read, self._stamp = BankManifest.read(file), stamp
+            return self._read.blocks.get(node) if node else self._read.generic
 
 
 def _called(node: Path) -> str:
