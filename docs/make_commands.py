@@ -23,9 +23,21 @@ HEAD = """\
 # Commands
 
 Written by `python docs/make_commands.py` out of the commands themselves; `make lint` says when it is stale.
-`hiermem COMMAND --help` shows the same in the terminal. Errors are one line, and `--debug` behind any command shows the
-traceback. Exit status: 0 done, 1 it could not be done, 2 the command was not understood.
+`hiermem COMMAND --help` shows the same in the terminal. An error is one line; with `--debug` it is a traceback.
+Exit status: 0 done, 1 it could not be done, 2 the command was not understood.
 """
+SECTION = """\
+## {name}
+
+{help}
+
+```text
+{usage} [OPTIONS]
+```
+
+| | |
+|---|---|
+{rows}"""
 
 
 def page() -> str:
@@ -45,7 +57,7 @@ def _sections(command: Any, name: str) -> Iterator[str]:
             word = param.name.upper() + "..." * (param.nargs == -1)
             usage.append(word if param.required else f"[{word}]")
     rows = "".join(f"| {_spelling(param)} | {_meaning(param)} |\n" for param in command.params)
-    yield f"## {name}\n\n{command.help.strip()}\n\n```text\n{' '.join(usage)} [OPTIONS]\n```\n\n| | |\n|---|---|\n{rows}"
+    yield SECTION.format(name=name, help=command.help.strip(), usage=" ".join(usage), rows=rows)
 
 
 def _spelling(param: Any) -> str:
@@ -59,7 +71,7 @@ def _spelling(param: Any) -> str:
 def _meaning(param: Any) -> str:
     """The help text and the default, where there is one that says something."""
     text = " ".join((param.help or "").split()).replace("|", "\\|")
-    if param.default in (None, "", False) or param.is_eager or param.required:
+    if param.required or param.default is None or param.default is False or param.default == "":
         return text
     default = param.opts[0] if param.default is True else param.default
     return f"{text} Default: `{default}`."

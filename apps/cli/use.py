@@ -75,7 +75,7 @@ def generate(
 
 
 def route(
-    model: pathlib.Path = MODEL,
+    model: pathlib.Path = BANK,
     text: str = typer.Argument(..., help="The text to route."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of a table."),
 ) -> None:

@@ -52,7 +52,8 @@ $rows
 <script type="application/json" id="nodes">$nodes</script>
 <script type="module">
 $script
-new MemoryPicture(document.getElementById("picture")).show(JSON.parse(document.getElementById("nodes").textContent));
+const nodes = JSON.parse(document.getElementById("nodes").textContent);
+new MemoryPicture(document.getElementById("picture")).show(nodes);
 </script>
 </html>
 """)

@@ -1,4 +1,4 @@
-"""A bank's block as the pages take it: an entry of `/v1/memory`, and of the file that `hiermem bank show` writes."""
+"""A bank's block as the pages take it: an entry of `/v1/memory`, and of the file of `hiermem bank show`."""
 
 from __future__ import annotations
 

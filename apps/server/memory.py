@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from mlx_hiermem.apps.picture.rows import row
 from mlx_hiermem.apps.server.engine import Engine
 from mlx_hiermem.bank.bank import MemoryBank
-from mlx_hiermem.bank.manifest import BlockEntry
 from mlx_hiermem.cache import BlockCache
 from mlx_hiermem.config import Path
 from mlx_hiermem.model import Choice, MemoryModel
-
-SOURCES = 8  # named of each block
 
 
 def overview(name: str, model: MemoryModel) -> dict[str, Any]:
@@ -27,21 +25,7 @@ def overview(name: str, model: MemoryModel) -> dict[str, Any]:
         "branching": bank.config.branching,
         "depth": bank.config.depth,
         "generic": bank.manifest.generic is not None,
-        "nodes": [_node(entry, state(bank, cache, path)) for path, entry in bank.manifest.blocks.items()],
-    }
-
-
-def _node(entry: BlockEntry, where: str) -> dict[str, Any]:
-    return {
-        "path": str(entry.path),
-        "label": entry.label,
-        "level": len(entry.path),
-        "bytes": entry.bytes,
-        "documents": entry.documents,
-        "tokens": entry.tokens,
-        "sources": list(entry.sources[:SOURCES]),
-        "more_sources": max(len(entry.sources) - SOURCES, 0),
-        "state": where,
+        "nodes": [row(entry, state(bank, cache, path)) for path, entry in bank.manifest.blocks.items()],
     }
 
 

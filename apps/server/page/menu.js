@@ -33,7 +33,7 @@ export class BlockMenu {
     if (policy) items.push(["Blocked by the bank", () => {}, true]);
     else if (closer) items.push([`Unblock ${closer.path}`, () => choice.unblock(closer.path)]);
     else items.push(["Block: answer without it", () => choice.block(node.path)]);
-    if (node.children.length && picture.top !== node) items.push(["Look closer", () => picture.look(node)]);
+    if (picture.around(node) !== picture.top) items.push(["Look closer", () => picture.look(node)]);
     if (picture.top.parent) items.push(["Whole bank", () => picture.look(picture.root)]);
     return items.map(([text, act, disabled]) => {
       const item = button(text, () => this.run(act), { role: "menuitem", tabindex: "-1" });

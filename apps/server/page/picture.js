@@ -35,7 +35,6 @@ export class MemoryPicture {
     this.root = layout(nodes);
     this.focused = firstBlock(this.root);
     this.look(this.root);
-    this.change();
   }
 
   /** Takes states, {path: state}. What has come into memory flashes. */
@@ -63,14 +62,18 @@ export class MemoryPicture {
     this.change();
   }
 
-  /** Shows `node` and what is below it as large as the picture; a node with nothing below it not. */
+  /** What `look` shows: a node with all below it, or with its siblings where there is nothing below. */
+  around(node) {
+    return node.children.length ? node : (node.parent ?? node);
+  }
+
+  /** Shows what is around a node as large as the picture. */
   look(node) {
-    if (node.parent && !node.children.length) return;
-    this.top = node;
-    if (this.focused && !within(this.focused, node)) this.focused = node.row ? node : firstBlock(node);
-    this.draw();
+    const top = (this.top = this.around(node));
+    if (this.focused && !within(this.focused, top)) this.focused = top.row ? top : firstBlock(top);
+    this.change();
     const steps = [];
-    for (let here = node; node.parent && here; here = here.parent) steps.unshift(this.step(here));
+    for (let here = top; top.parent && here; here = here.parent) steps.unshift(this.step(here));
     this.trail.replaceChildren(...steps);
   }
 
@@ -103,7 +106,7 @@ export class MemoryPicture {
   change() {
     this.draw();
     const pairs = this.root.blocks.map((node) => [this.state(node), node.row.bytes]);
-    this.legend.replaceChildren(...legend(pairs, this.lit.size));
+    this.legend.replaceChildren(...legend(pairs, this.lit.size, this.blocks.classList.contains("fine")));
     this.tell(this.pointed);
   }
 
@@ -177,12 +180,13 @@ export class MemoryPicture {
   dress(box, node, [left, upper, width, height]) {
     const px = { left, top: upper, width: width - (width > 6 ? 1 : 0), height: height - (height > 6 ? 1 : 0) };
     for (const [side, length] of Object.entries(px)) box.style[side] = `${length}px`;
-    const marks = { lit: this.lit.has(node.path), fetched: node.row.fetched, thin: width < 5 };
+    const lit = this.lit.has(node.path) && this.state(node) !== "blocked";
+    const marks = { lit, fetched: node.row.fetched, thin: width < 5 };
     const kinds = ["block", this.state(node).replace(" ", "-"), ...Object.keys(marks).filter((mark) => marks[mark])];
     box.className = kinds.join(" ");
     box.tabIndex = node === this.focused ? 0 : -1;
     const { name, figures, from } = this.describe(node);
-    const used = marks.lit ? "answering" : "";
+    const used = lit ? "answering" : "";
     box.setAttribute("aria-label", [name, used, figures, from].filter(Boolean).join(", "));
     writeLabel(box, node.row, px.width, px.height);
   }
