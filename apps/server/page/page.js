@@ -139,6 +139,7 @@ by("new").addEventListener("click", () => {
   picture.light([]);
   by("input").focus();
 });
+by("key-cancel").addEventListener("click", () => by("key").close());
 by("use").addEventListener("change", (event) => event.target.value !== "pinned" && choice.take(event.target.value));
 by("fold").addEventListener("click", () => {
   const folded = document.body.classList.toggle("folded");
