@@ -1,0 +1,78 @@
+"""Documents become a memory bank for a frozen anchor: corpus -> tree -> trained blocks (arXiv:2510.02375, §3, App. C).
+
+Every stage reads the files of the stages before it and writes its own into a work folder `OUT.learn/`, each beside
+its final name and then renamed. A killed run goes on with the first stage whose files are missing or were made from
+something else (`work.Work`). Nothing that grows with the corpus is held in memory.
+
+    stage    module         file             a line, or an array
+    corpus   corpus,        windows.jsonl    {"id", "document", "source", "title", "text"}: id is the line's number from 0
+             duplicates,    skipped.jsonl    {"what", "why"}
+             windows
+    study    (self-study)   study.jsonl      {"window", "question", "answer", ...}: any number of lines a window
+    probes   probes         probes.jsonl     {"window", "text"}: what somebody may ask or type who wants this window:
+                                             its sentences, the beginnings of them, its generated questions
+             vectors        windows.npy      [windows, 384] float32, unit length: `title. text` of each window
+                            probes.npy       [probes, 384] float32, unit length, row for row of probes.jsonl
+    tree     clustering,    tree.safetensors the bank's tree (`ClusterTree`), ragged
+             routing        leaves.jsonl     {"window", "leaves": ["0.3", "2.1"]}: line i is window i; where it is learnt,
+                                             its own leaf first
+                            agreement.json   measured: share of held-out probes that reach a leaf of their window,
+                                             leaves a window
+    labels   labels         nodes.json       {"0.3": {"label", "documents", "tokens", "sources": [...]}}: every node
+    train    examples, ...  (see examples)
+
+Python sees the lines as the dataclasses below. A path is text (`Path.parse`) in files and a `Path` in Python.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mlx_hiermem.config import Path
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document as a reader gives it. `source` says where it was: a file, or a file and a line."""
+
+    source: str
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Window:
+    """A piece of a document that is learnt as one: whole sentences, at most so many tokens.
+
+    `id` counts the windows of a corpus from 0, `document` its documents.
+    """
+
+    id: int
+    document: int
+    source: str
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """What was not learnt, and why, in words for the user."""
+
+    what: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A text that may be typed by somebody who wants this window."""
+
+    window: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Placed:
+    """The leaves in which a window is learnt; the first is its own, in which it counts for labels and sizes."""
+
+    window: int
+    leaves: tuple[Path, ...]
