@@ -65,7 +65,8 @@ class TrainingSet:
         self._ends = dict(zip(self.leaves, ends.tolist(), strict=True))
         self._starts = dict(zip(self.leaves, [0, *ends[:-1].tolist()], strict=True))
         self._tokens, self._learn = _map(folder / "tokens", np.int32), _map(folder / "learn", np.bool_)
-        self._teachers, self._assigned = _map(folder / "teachers", np.int32), _map(folder / "assigned", np.int64)
+        self._teachers = _map(folder / "teachers", np.int32)
+        self.assigned = _map(folder / "assigned", np.int64)  # leaf by leaf, the examples learnt there
         self._index = _map(folder / "index", np.int64).reshape(-1, 4)
 
     @classmethod
@@ -91,17 +92,19 @@ class TrainingSet:
         """[N] the window that each example was made from."""
         return self._index[:, 2]
 
-    def length(self, number: int) -> int:
-        """Tokens of one example."""
-        return int(self._index[number, 0] - (self._index[number - 1, 0] if number else 0))
+    @property
+    def teachers(self) -> np.ndarray:
+        """[N] tokens of each example's teacher, 0 where it has none."""
+        return np.diff(self._index[:, 1], prepend=0)
 
-    def learnt(self, number: int) -> int:
-        """Tokens of one example that are learnt."""
-        return int(self._index[number, 3])
+    @property
+    def learnts(self) -> np.ndarray:
+        """[N] how many tokens of each example are learnt."""
+        return self._index[:, 3]
 
     def ids(self, leaf: Path) -> np.ndarray:
         """[n] numbers of the examples learnt in a leaf, ascending; none for a leaf without examples."""
-        return self._assigned[self._starts.get(leaf, 0) : self._ends.get(leaf, 0)]
+        return self.assigned[self._starts.get(leaf, 0) : self._ends.get(leaf, 0)]
 
     def read(self, number: int) -> Example:
         """One example, copied from disk."""

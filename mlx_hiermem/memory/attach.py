@@ -28,6 +28,11 @@ class Attachment:
         """Fills every slot from the memory's tensors [L, R, width]; None empties them."""
         if memory is None:
             return self.clear()
+        # Evaluated here, so that the swap's cost is not hidden in the next token's.
+        mx.eval(self.fill(memory))
+
+    def fill(self, memory: FetchedMemory) -> list[mx.array]:
+        """The same without computing anything, so that gradients can flow; returns the slots' arrays."""
         if memory.config.kind != self.config.kind or memory.config.layers != self.config.layers:
             raise AnchorError("this memory is of another kind or for other layers than the anchor's slots")
         filled: list[mx.array] = []
@@ -35,7 +40,7 @@ class Attachment:
             for _, slot in carriers:
                 slot.fill([memory.tensors[name][index] for name in slot.names])
                 filled.extend(slot.tensors)
-        mx.eval(filled)  # so that the swap's cost is not hidden in the next token's
+        return filled
 
     def clear(self) -> None:
         for carriers in self.carriers:

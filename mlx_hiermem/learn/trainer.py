@@ -1,0 +1,196 @@
+"""One job, trained to its end: from its last commit on, whatever killed it."""
+
+from __future__ import annotations
+
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_hiermem.config import DTYPES, Path
+from mlx_hiermem.learn.activations import States, TeacherStates
+from mlx_hiermem.learn.blocks import ANCHOR, Tensors, TrainedBlocks
+from mlx_hiermem.learn.examples import Example, TrainingSet
+from mlx_hiermem.learn.learner import Inputs, Learner
+from mlx_hiermem.learn.optimizer import schedule, update
+from mlx_hiermem.learn.packing import batch
+from mlx_hiermem.learn.progress import Log
+from mlx_hiermem.learn.schedule import GENERIC, Group, Job, Schedule, carriers
+from mlx_hiermem.learn.settings import TrainingSettings
+
+COMMIT_SECONDS = 60  # between commits, at least; and twenty times what the last one took
+LOG_STEPS = 10
+STATE_BYTES = 3 * DTYPES["float32"]  # of a parameter in training: weight and two moments
+WORTH_KEEPING = 1.5  # uses of an example's states from which on they are kept
+Tick = Callable[[str, int, float | None], None]  # what is done, tokens since the last call, the latest loss
+
+
+class Trainer:
+    """`run` trains one job; `blocks` has the result."""
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        job: Job,
+        examples: TrainingSet,
+        learner: Learner,
+        settings: TrainingSettings,
+        start: Callable[[Path], Tensors],
+        learns: Callable[[Path], bool] = lambda node: True,
+    ) -> None:
+        """`start` gives the weights that a node's block begins with, `learns` says whether they change."""
+        self.folder, self.job, self.examples, self.learner, self.settings = folder, job, examples, learner, settings
+        self.learns = learns
+        self.blocks = TrainedBlocks(folder / "blocks", settings.blocks_bytes, start)
+        self.schedule = Schedule(job, examples, learner.config, settings, self._nbytes)
+        self.total = self.schedule.tokens * settings.epochs
+        progress = self.blocks.progress
+        self.epoch, self.step, self.tokens = (progress.get(name, 0) for name in ("epoch", "step", "tokens"))
+        self.seconds: float = progress.get("seconds", 0.0)
+        self.done: bool = progress.get("done", False)
+        self.log = Log(folder / "log.jsonl", progress.get("log", 0))
+        self._states: States | None = None
+        self._teachers: TeacherStates | None = None
+
+    def run(self, tick: Tick, at_epoch: Callable[[Trainer], None] = lambda trainer: None) -> None:
+        """Trains what is left; `at_epoch` is called before the first epoch and after each, for an evaluation.
+
+        Raises OutputError where the disk is full; what was committed stays.
+        """
+        if self.done:
+            return
+        self._begun = self._committed = time.perf_counter()
+        self.prepare(tick)
+        if (self.epoch, self.step) == (0, 0):
+            at_epoch(self)
+        self._commit_took, recent = 0.0, list[tuple[float, int]]()
+        while self.epoch < self.settings.epochs:
+            steps = self.schedule.steps(self.epoch)
+            while self.step < len(steps):
+                loss, learnt, norm, rate, tokens = self.take(steps[self.step])
+                self.step, self.tokens = self.step + 1, self.tokens + tokens
+                recent.append((loss, learnt))
+                if self.step % LOG_STEPS == 0 or self.step == len(steps):
+                    mean = sum(a for a, _ in recent) / sum(n for _, n in recent)
+                    self.note({"loss": mean, "norm": norm, "rate": rate})
+                    recent.clear()
+                tick("learning", tokens, loss / learnt)
+                self._commit_now_and_then()
+            self.epoch, self.step = self.epoch + 1, 0
+            at_epoch(self)
+        self.done = True
+        self._commit()
+        self.forget_states()
+
+    def forget_states(self) -> None:
+        """Removes the hidden states from the disk: only this job needed them."""
+        for file in self.folder.glob("*.states"):
+            file.unlink()
+
+    def inputs(self, examples: Sequence[Example], numbers: np.ndarray) -> Inputs:
+        """A group's batch, with the hidden states that are kept for it."""
+        packed = batch(examples)
+        states = None
+        kept = [self._states.find(int(n)) for n in numbers] if self._states else [None]
+        if self._states and None not in kept:
+            found = [self._states.read(place) for place in kept if place is not None]
+            rows = np.zeros((*packed.tokens.shape, self._states.width), found[0].dtype)
+            for (row, start), values in zip(packed.places, found, strict=True):
+                rows[row, start : start + len(values)] = values
+            states = self._states.array(rows)
+        if self.settings.objective != "distillation" or all(example.teacher is None for example in examples):
+            return Inputs(packed, states)
+        assert self._teachers
+        parts = [self._teachers.of(int(n), example) for n, example in zip(numbers, examples, strict=True)]
+        taught = [
+            np.full(len(part), example.teacher is not None) for part, example in zip(parts, examples, strict=True)
+        ]
+        spare = len(packed.positions) - sum(map(len, parts))
+        teacher = mx.pad(mx.concatenate(parts), [(0, spare), (0, 0)])
+        return Inputs(packed, states, teacher, mx.array(np.concatenate([*taught, np.zeros(spare, bool)])))
+
+    def prepare(self, tick: Tick) -> None:
+        """Computes the hidden states that are worth keeping."""
+        rng = np.random.default_rng(0)
+        numbers = np.unique(np.concatenate([self.schedule.numbers(leaf, rng) for leaf in self.job.leaves]))
+        if GENERIC in self.job.leaves:
+            numbers = np.unique(self.examples.assigned)
+        uses = self.total / max(1, int(self.examples.lengths[numbers].sum()))
+        frozen, budget = not self.settings.cotrain, self.settings.states_bytes
+        if not frozen or uses < WORTH_KEEPING:
+            budget = 0
+        layer, last = self.learner.first_layer, len(self.learner.anchor.layers)
+        if budget and layer:
+            self._states = States(
+                self.folder / "first.states", self.learner.anchor, self.examples, numbers, budget, layer
+            )
+            budget -= self._states.nbytes
+            self._states.complete(lambda done, _: tick("hidden states", 0, None))
+        taught = numbers[self.examples.teachers[numbers] > 0]
+        if self.settings.objective == "distillation" and len(taught):
+            self._teachers = TeacherStates(
+                self.folder / "teacher.states", self.learner.anchor, self.examples, taught, budget, last
+            )
+            self._teachers.complete(lambda done, _: tick("hidden states", 0, None))
+
+    def take(self, step: Sequence[Group]) -> tuple[float, int, float, float, int]:
+        """One step: its summed loss, tokens learnt, gradient norm, rate, and tokens."""
+        config, settings = self.learner.config, self.settings
+        numbers = np.concatenate([group.examples for group in step])
+        learnt, tokens = int(self.examples.learnts[numbers].sum()), int(self.examples.lengths[numbers].sum())
+        nodes = dict.fromkeys(node for group in step for node in carriers(config, group.leaf))
+        self.blocks.use(frozenset((*nodes, ANCHOR) if settings.cotrain else nodes))
+        anchor = self.blocks[ANCHOR].weights if settings.cotrain else None
+        sums: dict[Path, Tensors] = {}
+        total = 0.0
+        for group in step:
+            examples = [self.examples.read(int(number)) for number in group.examples]
+            path = carriers(config, group.leaf)
+            weights = [self.blocks[node].weights for node in path]
+            loss, found, own = self.learner.gradients(
+                weights, self.inputs(examples, group.examples), 1 / learnt, anchor
+            )
+            total += loss
+            for node, gradient in [*zip(path, found, strict=True), *([(ANCHOR, own)] if own else [])]:
+                before = sums.get(node)
+                sums[node] = {k: before[k] + g for k, g in gradient.items()} if before else gradient
+        rate = schedule(self.tokens / self.total, settings)
+        moving = [node for node in sums if self.learns(node)]
+        rates = [self._rates(node, rate) for node in moving]
+        norm = update([self.blocks[node] for node in moving], [sums[node] for node in moving], rates, settings.clip)
+        for node in moving:
+            self.blocks.touch(node)
+        return total, learnt, norm, rate * settings.rate, tokens
+
+    def _rates(self, node: Path, rate: float) -> tuple[float, float]:
+        if node == ANCHOR:
+            return rate * self.settings.anchor_rate, self.settings.anchor_weight_decay
+        return rate * self.settings.rate, self.settings.weight_decay
+
+    def _nbytes(self, node: Path) -> int:
+        config = self.learner.config
+        units = config.block_sizes[len(node) - 1] if node else config.fetched_size
+        return config.parameters(units) * STATE_BYTES
+
+    def note(self, row: dict[str, object]) -> None:
+        """Adds a line to the job's log."""
+        where = {"job": self.job.name, "epoch": self.epoch, "step": self.step, "tokens": self.tokens}
+        self.log.add(where | {"seconds": round(self._elapsed(), 3)} | row)
+
+    def _elapsed(self) -> float:
+        return self.seconds + time.perf_counter() - self._begun
+
+    def _commit_now_and_then(self) -> None:
+        if time.perf_counter() - self._committed > max(COMMIT_SECONDS, 20 * self._commit_took):
+            self._commit()
+
+    def _commit(self) -> None:
+        start = time.perf_counter()
+        names = ("epoch", "step", "tokens", "done")
+        self.blocks.commit(
+            {name: getattr(self, name) for name in names} | {"seconds": self._elapsed(), "log": self.log.size}
+        )
+        self._committed = time.perf_counter()
+        self._commit_took = self._committed - start

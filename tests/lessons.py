@@ -1,0 +1,81 @@
+"""Small random training sets for tiny anchors, and a whole training run as a script that can be killed.
+
+python tests/lessons.py WORK ANCHOR EXAMPLES SETTINGS        (settings as JSON; prints a line a step)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_hiermem.anchor import load_anchor
+from mlx_hiermem.config import MemoryConfig, Path
+from mlx_hiermem.learn.examples import Example, TrainingSet, TrainingSetWriter
+from mlx_hiermem.learn.settings import TrainingSettings, memory_config
+from mlx_hiermem.learn.training import Training
+
+SIZES, BRANCHING = (4, 2), 2
+LEAVES = [Path((0, 0)), Path((0, 1)), Path((1, 0)), Path((1, 1))]
+QUICK = TrainingSettings(epochs=2, groups=2, group_tokens=64, rate=1e-2)
+
+
+def make_set(folder: pathlib.Path, count: int = 40, seed: int = 0, teachers: bool = False) -> TrainingSet:
+    """Texts that each begin with a sign of their leaf, half prompt, half answer; some are learnt in two leaves."""
+    rng = np.random.default_rng(seed)
+    with TrainingSetWriter(folder) as out:
+        for number in range(count):
+            leaves = [LEAVES[i] for i in rng.choice(4, 1 + number % 2, replace=False)]
+            length = int(rng.integers(4, 20))
+            tokens = rng.integers(10, 250, length).astype(np.int32)
+            tokens[0] = leaves[0].row(2)
+            learn = np.arange(length) >= length // 2
+            context = rng.integers(10, 250, 6).astype(np.int32)
+            teacher = np.concatenate([context, tokens]) if teachers and number % 3 else None
+            out.add(Example(tokens, learn, number, teacher), leaves)
+    return TrainingSet.open(folder)
+
+
+def tiny_config(model: nn.Module, kind: str = "ffn", placement: str = "late") -> MemoryConfig:
+    return memory_config(model, kind, BRANCHING, SIZES, placement, dtype="float32")
+
+
+def trained(
+    work: pathlib.Path,
+    anchor: pathlib.Path,
+    examples: TrainingSet,
+    settings: TrainingSettings = QUICK,
+    kind: str = "ffn",
+    placement: str = "late",
+    heldout: TrainingSet | None = None,
+) -> dict[Path, dict[str, np.ndarray]]:
+    """Trains it all; the blocks as numpy has them."""
+    model, _, _ = load_anchor(anchor, mx.float32)
+    training = Training(work, model, tiny_config(model, kind, placement), examples, settings, heldout)
+    training.run()
+    return {node: {n: np.array(w) for n, w in block.items()} for node, block in training.blocks()}
+
+
+def main() -> None:
+    work, anchor, examples, settings = sys.argv[1:]
+    model, _, _ = load_anchor(pathlib.Path(anchor), mx.float32)
+    training = Training(
+        pathlib.Path(work),
+        model,
+        tiny_config(model),
+        TrainingSet.open(pathlib.Path(examples)),
+        dataclasses.replace(QUICK, **json.loads(settings)),
+    )
+    training.run(lambda progress: print(progress.job, progress.tokens, flush=True))
+
+
+if __name__ == "__main__":
+    from mlx_hiermem.learn import trainer
+
+    trainer.COMMIT_SECONDS = 0.0  # after every step
+    main()

@@ -1,0 +1,457 @@
+"""Training a bank: gradients against PyTorch, kept states against the whole model, kills, ranks, and what is learnt."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import lessons
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from lessons import LEAVES, QUICK, make_set, tiny_config, trained
+from sources import make_hf
+from tiny import make_anchor
+
+from mlx_hiermem.anchor import load_anchor
+from mlx_hiermem.bank.block import FetchedMemory, MemoryBlock
+from mlx_hiermem.config import KINDS, Path
+from mlx_hiermem.convert import parity, reference_memory
+from mlx_hiermem.convert.anchors.huggingface import convert_huggingface
+from mlx_hiermem.convert.source import find_source
+from mlx_hiermem.errors import HierMemError, OutputError
+from mlx_hiermem.learn import blocks as blocks_module
+from mlx_hiermem.learn import trainer as trainer_module
+from mlx_hiermem.learn.blocks import Tensors, new_block
+from mlx_hiermem.learn.examples import Example, TrainingSet
+from mlx_hiermem.learn.learner import Inputs, Learner
+from mlx_hiermem.learn.packing import batch
+from mlx_hiermem.learn.progress import read_log
+from mlx_hiermem.learn.settings import TrainingSettings
+from mlx_hiermem.learn.trainer import Trainer
+from mlx_hiermem.learn.training import Training
+
+SCRIPT = pathlib.Path(lessons.__file__)
+Bank = dict[Path, dict[str, np.ndarray]]
+PATH = [Path((0,)), Path((0, 1))]
+
+
+@pytest.fixture(scope="module")
+def anchor(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return make_anchor(tmp_path_factory.mktemp("tiny") / "anchor")
+
+
+@pytest.fixture(scope="module")
+def training_set(tmp_path_factory: pytest.TempPathFactory) -> TrainingSet:
+    return make_set(tmp_path_factory.mktemp("examples") / "set", teachers=True)
+
+
+@pytest.fixture(scope="module")
+def heldout(tmp_path_factory: pytest.TempPathFactory) -> TrainingSet:
+    return make_set(tmp_path_factory.mktemp("heldout") / "set", 12)
+
+
+@pytest.fixture(scope="module")
+def whole(anchor: pathlib.Path, training_set: TrainingSet, tmp_path_factory: pytest.TempPathFactory) -> Bank:
+    """The bank of an unbroken run."""
+    return trained(tmp_path_factory.mktemp("whole") / "work", anchor, training_set)
+
+
+def random_blocks(learner: Learner, nodes: Sequence[Path] = PATH) -> list[Tensors]:
+    """Blocks that do something, so that every gradient is there."""
+    rng = np.random.default_rng(1)
+    sizes = [learner.config.shapes(learner.config.block_sizes[len(node) - 1]) for node in nodes]
+    return [
+        {name: mx.array((rng.standard_normal(shape) * 0.3).astype(np.float32)) for name, shape in shapes.items()}
+        for shapes in sizes
+    ]
+
+
+def texts(count: int, seed: int = 0, longest: int = 20) -> list[Example]:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(4, longest, count)
+    return [
+        Example(rng.integers(0, 256, n).astype(np.int32), np.arange(n) >= max(1, n // 2)) for n in map(int, lengths)
+    ]
+
+
+def assert_same(a: Bank, b: Bank) -> None:
+    """Block for block, bit for bit."""
+    assert a.keys() == b.keys()
+    for node in a:
+        for name, weights in a[node].items():
+            assert np.array_equal(weights, b[node][name]), f"{name} of block {node} differs"
+
+
+def assert_close(a: Sequence[Tensors], b: Sequence[Tensors], tolerance: float = 1e-5) -> None:
+    for ours, theirs in zip(a, b, strict=True):
+        for name, value in ours.items():
+            scale = float(mx.abs(theirs[name]).max())
+            assert float(mx.abs(value - theirs[name]).max()) <= tolerance * scale, name
+
+
+# Gradients
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, torch.nn.Module]:
+    """One llama in both libraries."""
+    folder = tmp_path_factory.mktemp("twins")
+    source = make_hf(folder / "source", "llama")
+    convert_huggingface(source, folder / "anchor")
+    return folder / "anchor", parity.load_source(find_source(str(source)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_pytorchs(kind: str, twins: tuple[pathlib.Path, torch.nn.Module]) -> None:
+    """Texts packed and predicted in part on our side, one after the other and whole on PyTorch's."""
+    folder, theirs = twins
+    model = load_anchor(folder, mx.float32)[0]
+    learner = Learner(model, tiny_config(model, kind), None)
+    blocks, examples = random_blocks(learner), texts(5)
+    value, found, _ = learner.gradients(blocks, Inputs(batch(examples)), 0.1)
+
+    leaves = [{n: torch.tensor(np.array(w), requires_grad=True) for n, w in block.items()} for block in blocks]
+    attachment = reference_memory.attach(theirs, learner.config)
+    total = torch.zeros(())
+    for example in examples:
+        attachment.set(reference_memory.join(learner.config, leaves))
+        logits = theirs(torch.tensor(example.tokens[None].astype(np.int64))).logits[0, :-1]
+        losses = F.cross_entropy(logits, torch.tensor(example.tokens[1:].astype(np.int64)), reduction="none")
+        total = total + losses[torch.tensor(example.learn[1:])].sum()
+    (total * 0.1).backward()
+    attachment.detach()
+    assert value == pytest.approx(total.item(), rel=1e-5)
+    expected = [
+        {name: mx.array(t.grad.numpy()) for name, t in block.items() if t.grad is not None} for block in leaves
+    ]
+    assert_close(found, expected, 1e-4)
+
+
+def group_inputs(trainer: Trainer, numbers: np.ndarray) -> Inputs:
+    return trainer.inputs([trainer.examples.read(int(n)) for n in numbers], numbers)
+
+
+@pytest.mark.parametrize("kind", ["ffn", "kv", "lora-qk"])
+def test_kept_states_equal_the_whole_model(
+    kind: str, anchor: pathlib.Path, training_set: TrainingSet, tmp_path: pathlib.Path
+) -> None:
+    """Loss and gradients from the states on disk, against the whole model, text by text and packed."""
+    model = load_anchor(anchor, mx.float32)[0]
+    training = Training(tmp_path / "work", model, tiny_config(model, kind), training_set, QUICK)
+    trainer = training.trainer(training.jobs[0])
+    trainer.prepare(lambda *_: None)
+    numbers = training_set.ids(LEAVES[0])[:6]
+    inputs = group_inputs(trainer, numbers)
+    assert inputs.states is not None
+    assert inputs.batch.packed
+    blocks = random_blocks(training.learner)
+    value, found, _ = training.learner.gradients(blocks, inputs, 0.1)
+    expected, plain, _ = training.learner.gradients(blocks, Inputs(inputs.batch), 0.1)
+    assert value == pytest.approx(expected, rel=1e-6)
+    assert_close(found, plain)
+    alone = [training.learner.gradients(blocks, Inputs(batch([training_set.read(int(n))])), 0.1) for n in numbers]
+    assert value == pytest.approx(sum(one[0] for one in alone), rel=1e-5)
+    for i, block in enumerate(found):
+        summed = {name: sum((one[1][i][name] for one in alone), mx.array(0.0)) for name in block}
+        assert_close([block], [summed], 1e-4)
+
+
+def test_states_that_exceed_the_budget_are_computed_each_time(
+    anchor: pathlib.Path, training_set: TrainingSet, whole: Bank, tmp_path: pathlib.Path
+) -> None:
+    none = trained(tmp_path / "a", anchor, training_set, dataclasses.replace(QUICK, states_bytes=0))
+    some = trained(tmp_path / "b", anchor, training_set, dataclasses.replace(QUICK, states_bytes=10_000))
+    for found in (none, some):
+        for node in whole:
+            for name, weights in whole[node].items():
+                assert np.abs(found[node][name] - weights).max() < 1e-3 * np.abs(weights).max()
+    assert list(tmp_path.rglob("*.states")) == []  # a job that is done needs none
+
+
+# What is learnt
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_learns_its_texts(
+    kind: str, anchor: pathlib.Path, training_set: TrainingSet, tmp_path: pathlib.Path
+) -> None:
+    """Measured on the training texts themselves: what is learnt by heart."""
+    settings = dataclasses.replace(QUICK, epochs=6, rate=2e-2)
+    model = load_anchor(anchor, mx.float32)[0]
+    training = Training(tmp_path / "work", model, tiny_config(model, kind), training_set, settings, training_set)
+    seen: list[str] = []
+    perplexity = training.run(lambda progress: seen.append(f"{progress.doing} {progress.job}"))
+    assert perplexity["fetched"] < 0.9 * perplexity["none"]
+    assert perplexity["generic"] < perplexity["none"]
+    assert perplexity["fetched"] <= perplexity["level 1"] < perplexity["none"]
+    assert "learning generic" in seen
+    assert (tmp_path / "work" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    rows = list(read_log(tmp_path / "work" / "log.jsonl"))
+    assert {row["job"] for row in rows} == {"0", "1", "generic"}
+    first, last = ([row["loss"] for row in rows if row["job"] == "0" and "loss" in row][i] for i in (0, -1))
+    assert last < first
+
+
+@pytest.mark.parametrize("placement", ["uniform", "early", "middle"])
+def test_every_placement_trains(
+    placement: str, anchor: pathlib.Path, training_set: TrainingSet, tmp_path: pathlib.Path
+) -> None:
+    bank = trained(tmp_path / "work", anchor, training_set, placement=placement)
+    for node, block in bank.items():
+        assert all(np.abs(part).max() > 0 for part in block["down"]), f"a layer of {node} learnt nothing"
+
+
+def test_only_fetched_blocks_move(anchor: pathlib.Path, training_set: TrainingSet, tmp_path: pathlib.Path) -> None:
+    """One step on one leaf: its path's blocks count one update, and no other block comes into being."""
+    model = load_anchor(anchor, mx.float32)[0]
+    training = Training(tmp_path / "work", model, tiny_config(model), training_set, QUICK)
+    trainer = training.trainer(training.jobs[0])
+    group = next(g for step in trainer.schedule.steps(0) for g in step if g.leaf == LEAVES[1])
+    trainer.take([group])
+    trainer.blocks.commit({})
+    assert trainer.blocks.nodes == [Path((0,)), Path((0, 1))]
+    assert [trainer.blocks.read(node).updates for node in trainer.blocks.nodes] == [1, 1]
+
+
+def test_a_bank_larger_than_memory(anchor: pathlib.Path, training_set: TrainingSet, tmp_path: pathlib.Path) -> None:
+    """With room for one path, what is held never exceeds it, and each epoch reads a leaf's block once."""
+    model = load_anchor(anchor, mx.float32)[0]
+    config = tiny_config(model)
+    room = (config.parameters(4) + config.parameters(2)) * 12
+    settings = dataclasses.replace(QUICK, blocks_bytes=room, groups=1)
+    training = Training(tmp_path / "work", model, config, training_set, settings)
+    held: list[int] = []
+    training.run(lambda progress: held.append(max(map(_held_bytes, _alive))))
+    assert max(held) <= room
+    assert all(np.array(weights["down"]).any() for _, weights in training.blocks())
+
+
+_alive: list[blocks_module.TrainedBlocks] = []
+
+
+@pytest.fixture(autouse=True)
+def _watch_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    _alive.clear()
+    own = blocks_module.TrainedBlocks.use
+
+    def use(self: blocks_module.TrainedBlocks, nodes: frozenset[Path]) -> None:
+        own(self, nodes)
+        _alive[:] = [self]
+
+    monkeypatch.setattr(blocks_module.TrainedBlocks, "use", use)
+
+
+def _held_bytes(blocks: blocks_module.TrainedBlocks) -> int:
+    return sum(block.nbytes for block in blocks._held.values())
+
+
+def test_distillation_brings_the_student_to_the_teacher(
+    anchor: pathlib.Path, training_set: TrainingSet, tmp_path: pathlib.Path
+) -> None:
+    """Where there is a teacher the loss is a divergence, elsewhere of the next token; kept states change nothing."""
+    settings = dataclasses.replace(QUICK, objective="distillation", epochs=4, rate=2e-2)
+    model = load_anchor(anchor, mx.float32)[0]
+    training = Training(tmp_path / "work", model, tiny_config(model), training_set, settings)
+    trainer = training.trainer(training.jobs[0])
+    trainer.prepare(lambda *_: None)
+    numbers = training_set.ids(LEAVES[0])[:6]
+    inputs = group_inputs(trainer, numbers)
+    losses = training.learner.losses([], inputs)
+    start = 0
+    for number in numbers:
+        example = training_set.read(int(number))
+        logits = model(mx.array(example.tokens[None]))[0][mx.array(np.flatnonzero(example.learn) - 1)]
+        expected = torch.tensor(np.array(logits)).log_softmax(-1)
+        if example.teacher is None:
+            targets = torch.tensor(example.tokens[example.learn].astype(np.int64))
+            wanted = F.nll_loss(expected, targets, reduction="none")
+        else:
+            whole = model(mx.array(example.teacher[None]))[0][-len(logits) - 1 : -1]
+            sure = torch.tensor(np.array(whole)).log_softmax(-1)
+            wanted = F.kl_div(expected, sure, reduction="none", log_target=True).sum(-1)
+        assert np.abs(losses[start : start + len(wanted)] - wanted.numpy()).max() < 1e-4
+        start += len(wanted)
+    training.run()
+    rows = [row for row in read_log(tmp_path / "work" / "log.jsonl") if row["job"] == "0"]
+    assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
+
+
+def test_attention_over_rows(anchor: pathlib.Path, training_set: TrainingSet, tmp_path: pathlib.Path) -> None:
+    settings = dataclasses.replace(QUICK, attention="row", row_tokens=32)
+    model = load_anchor(anchor, mx.float32)[0]
+    training = Training(tmp_path / "work", model, tiny_config(model), training_set, settings)
+    rows = training.examples
+    assert rows.lengths.max() == 32
+    for leaf in training_set.leaves:  # every token is there, and all but the rows' first are learnt as before
+        numbers = rows.ids(leaf)
+        assert rows.lengths[numbers].sum() == training_set.lengths[training_set.ids(leaf)].sum()
+        learnt = training_set.learnts[training_set.ids(leaf)].sum()
+        assert learnt - len(numbers) <= rows.learnts[numbers].sum() <= learnt
+    training.run()
+    assert len(dict(training.blocks())) == 7
+
+
+def test_co_training_moves_the_anchor_too(
+    anchor: pathlib.Path, training_set: TrainingSet, tmp_path: pathlib.Path
+) -> None:
+    settings = dataclasses.replace(QUICK, cotrain=True, anchor_rate=1e-3)
+    model = load_anchor(anchor, mx.float32)[0]
+    training = Training(tmp_path / "work", model, tiny_config(model), training_set, settings, training_set)
+    perplexity = training.run()
+    weights = training.anchor()
+    assert weights is not None
+    before = load_anchor(anchor, mx.float32)[0]
+    assert (
+        float(mx.abs(weights["model.layers.0.mlp.up_proj.weight"] - before.layers[0].mlp.up_proj.weight).max()) > 0
+    )
+    assert perplexity["fetched"] < perplexity["none"]
+    assert {str(node) for node, _ in training.blocks()} == {"", "0", "1", *map(str, LEAVES)}
+
+
+def test_old_blocks_stay_as_they_are(
+    anchor: pathlib.Path, training_set: TrainingSet, whole: Bank, tmp_path: pathlib.Path
+) -> None:
+    """New documents in an old bank: leaves go on from their weights, level 1 helps and does not move."""
+    model = load_anchor(anchor, mx.float32)[0]
+
+    def start(node: Path) -> Tensors | None:
+        return {name: mx.array(values) for name, values in whole[node].items()}
+
+    training = Training(
+        tmp_path / "work",
+        model,
+        tiny_config(model),
+        training_set,
+        dataclasses.replace(QUICK, generic=False, epochs=1),
+        start=start,
+        learns=lambda node: len(node) == 2,
+    )
+    training.run()
+    found = dict(training.blocks())
+    assert sorted(found) == LEAVES
+    for node, weights in found.items():
+        difference = np.abs(np.array(weights["down"]) - whole[node]["down"]).max()
+        assert 0 < difference < 0.5
+
+
+# Kills, full disks, other settings
+
+
+def start_run(work: pathlib.Path, anchor: pathlib.Path, examples: TrainingSet, **settings: object) -> list[str]:
+    arguments = [str(work), str(anchor), str(examples.folder), json.dumps(settings)]
+    return [sys.executable, str(SCRIPT), *arguments]
+
+
+def blocks_in(work: pathlib.Path, anchor: pathlib.Path, examples: TrainingSet) -> Bank:
+    model = load_anchor(anchor, mx.float32)[0]
+    training = Training(work, model, tiny_config(model), examples, QUICK)
+    return {node: {n: np.array(w) for n, w in block.items()} for node, block in training.blocks()}
+
+
+def test_a_killed_run_ends_with_the_same_bank(
+    anchor: pathlib.Path, training_set: TrainingSet, whole: Bank, tmp_path: pathlib.Path
+) -> None:
+    """Killed again and again, each time some steps further on; commits are after every step."""
+    work, kills = tmp_path / "work", 0
+    for lines in (3, 9, 14):
+        run = subprocess.Popen(
+            start_run(work, anchor, training_set), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        assert run.stdout
+        for _ in range(lines):
+            if not run.stdout.readline():
+                break
+        kills += run.poll() is None
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        run.stdout.close()
+    assert kills == 3
+    assert not (work / "log.jsonl").exists()
+    done = subprocess.run(start_run(work, anchor, training_set), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert_same(blocks_in(work, anchor, training_set), whole)
+    rows = list(read_log(work / "log.jsonl"))
+    steps = [(row["job"], row["epoch"], row["step"]) for row in rows]
+    assert len(set(steps)) == len(steps), "a step is in the log twice"
+
+
+def test_two_ranks_make_the_bank_of_one(
+    anchor: pathlib.Path, training_set: TrainingSet, whole: Bank, tmp_path: pathlib.Path
+) -> None:
+    command = start_run(tmp_path / "work", anchor, training_set)
+    launch = [str(pathlib.Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--backend", "ring"]
+    done = subprocess.run(
+        [*launch, "--python", sys.executable, *command[1:]],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert_same(blocks_in(tmp_path / "work", anchor, training_set), whole)
+
+
+def test_a_full_disk_loses_nothing(
+    anchor: pathlib.Path,
+    training_set: TrainingSet,
+    whole: Bank,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(trainer_module, "COMMIT_SECONDS", 0.0)
+    own, left = mx.save_safetensors, [12]
+
+    def nearly_full(*arguments: object) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("[write] No space left on device")
+        own(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(blocks_module.mx, "save_safetensors", nearly_full)
+        with pytest.raises(OutputError, match="No space left"):
+            trained(tmp_path / "work", anchor, training_set)
+    assert_same(trained(tmp_path / "work", anchor, training_set), whole)
+
+
+def test_other_settings_do_not_go_on(
+    anchor: pathlib.Path, training_set: TrainingSet, heldout: TrainingSet, tmp_path: pathlib.Path
+) -> None:
+    model = load_anchor(anchor, mx.float32)[0]
+    Training(tmp_path / "work", model, tiny_config(model), training_set, QUICK)
+    for settings, examples in ((dataclasses.replace(QUICK, rate=1e-3), training_set), (QUICK, heldout)):
+        model = load_anchor(anchor, mx.float32)[0]
+        with pytest.raises(HierMemError, match="another corpus"):
+            Training(tmp_path / "work", model, tiny_config(model), examples, settings)
+
+
+def test_bad_settings() -> None:
+    for wrong in ({"objective": "guess"}, {"attention": "all"}, {"epochs": 0}):
+        with pytest.raises(HierMemError):
+            TrainingSettings(**wrong)
+    with pytest.raises(HierMemError, match="stands still"):
+        TrainingSettings(cotrain=True, objective="distillation")
+
+
+def test_a_block_at_the_start_is_the_one_that_is_trained(anchor: pathlib.Path) -> None:
+    """A fresh memory changes nothing: the loss under it is the loss without."""
+    model = load_anchor(anchor, mx.float32)[0]
+    learner = Learner(model, tiny_config(model))
+    inputs = Inputs(batch(texts(4)))
+    fresh = [new_block(learner.config, node, 0) for node in PATH]
+    assert np.array_equal(learner.losses(fresh, inputs), learner.losses([], inputs))
+    joined = FetchedMemory.join(learner.config, [MemoryBlock(block, 0) for block in random_blocks(learner)])
+    learner.attachment.set(joined)
+    attached = learner.anchor.logits(mx.array(inputs.batch.tokens), mx.arange(4), mx.array(inputs.batch.documents))
+    learner.attachment.clear()
+    without = learner.anchor.logits(mx.array(inputs.batch.tokens), mx.arange(4), mx.array(inputs.batch.documents))
+    assert float(mx.abs(attached - without).max()) > 1e-3

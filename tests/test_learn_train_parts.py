@@ -1,0 +1,373 @@
+"""The trainer's parts, each against its definition: sets, packing, losses, AdamW, schedules, stored blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import pathlib
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from lessons import LEAVES, QUICK, make_set
+from sources import KINDS as ARCHITECTURES
+from sources import make_hf
+from tiny import make_tokenizer
+from tiny_openlm import random_openlm, save_openlm
+
+from mlx_hiermem.anchor import load_anchor
+from mlx_hiermem.config import KINDS, MemoryConfig, Path
+from mlx_hiermem.convert import reference_memory
+from mlx_hiermem.convert.anchors.huggingface import convert_huggingface
+from mlx_hiermem.convert.anchors.openlm import convert_openlm
+from mlx_hiermem.errors import AnchorError, HierMemError, OutputError
+from mlx_hiermem.learn import blocks as blocks_module
+from mlx_hiermem.learn import examples as examples_module
+from mlx_hiermem.learn.blocks import TrainedBlock, TrainedBlocks, new_block
+from mlx_hiermem.learn.examples import Example, TrainingSet, TrainingSetWriter
+from mlx_hiermem.learn.forward import Anchor
+from mlx_hiermem.learn.loss import divergence, next_token
+from mlx_hiermem.learn.optimizer import schedule, update
+from mlx_hiermem.learn.packing import batch, cut, fill, row_length
+from mlx_hiermem.learn.schedule import GENERIC, Schedule, carriers, jobs, share
+from mlx_hiermem.learn.settings import TrainingSettings, memory_layers
+
+CONFIG = MemoryConfig("ffn", 2, (4, 2), (2, 3), 32, dtype="float32", ffn_width=64, q_width=32, kv_width=16)
+ALL = mx.arange(28)
+
+
+def example(length: int, learnt: int = 1, window: int = 0) -> Example:
+    return Example(np.arange(length, dtype=np.int32), np.arange(length) >= length - learnt, window)
+
+
+# Sets of examples
+
+
+def test_a_set_is_what_was_written(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examples_module, "CHUNK", 7)  # so that the sort goes over several
+    rng, wanted, texts = np.random.default_rng(0), dict[Path, list[int]](), []
+    with TrainingSetWriter(tmp_path / "set") as out:
+        for number in range(50):
+            text = example(int(rng.integers(2, 9)), window=number)
+            if number % 3 == 0:
+                text = dataclasses.replace(text, teacher=np.concatenate([text.tokens, text.tokens]))
+            texts.append(text)
+            for leaf in (leaves := [LEAVES[i] for i in rng.choice(4, 1 + number % 3, replace=False)]):
+                wanted.setdefault(leaf, []).append(number)
+            assert out.add(text, leaves) == number
+    found = TrainingSet.open(tmp_path / "set")
+    assert {leaf: found.ids(leaf).tolist() for leaf in found.leaves} == wanted
+    assert list(found.leaves) == sorted(wanted)
+    assert found.ids(Path((9, 9))).tolist() == []
+    assert found.lengths.tolist() == [len(text.tokens) for text in texts]
+    assert found.learnts.tolist() == [1] * 50
+    for number, text in enumerate(texts):
+        read = found.read(number)
+        assert np.array_equal(read.tokens, text.tokens)
+        assert np.array_equal(read.learn, text.learn)
+        assert read.window == text.window
+        assert (read.teacher is None) == (text.teacher is None)
+        assert text.teacher is None or np.array_equal(read.teacher, text.teacher)
+
+
+def test_a_broken_set_is_not_there(tmp_path: pathlib.Path) -> None:
+    def write() -> None:
+        with TrainingSetWriter(tmp_path / "set") as out:
+            out.add(example(3), LEAVES[:1])
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        write()
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(HierMemError, match="no whole set"):
+        TrainingSet.open(tmp_path / "set")
+
+
+def test_bad_examples_are_refused() -> None:
+    tokens = np.arange(4, dtype=np.int32)
+    for learn in ([0, 0, 0, 0], [1, 1, 0, 0]):
+        with pytest.raises(HierMemError):
+            Example(tokens, np.array(learn, bool))
+    with pytest.raises(HierMemError, match="teacher"):
+        Example(tokens, np.array([0, 0, 1, 1], bool), teacher=np.array([0, 1, 3, 2], np.int32))
+
+
+# Packing
+
+
+def test_groups_hold_every_example_once() -> None:
+    rng = np.random.default_rng(0)
+    numbers, lengths = np.arange(100, 400), rng.integers(2, 60, 300)
+    groups = cut(numbers, lengths, 128, rng)
+    assert sorted(np.concatenate(groups).tolist()) == numbers.tolist()
+    assert max(lengths[group - 100].sum() for group in groups) <= 128
+    assert cut(numbers[:0], lengths[:0], 128, rng) == []
+    assert [len(group) for group in cut(numbers[:2], np.array([500, 600]), 128, rng)] == [1, 1]
+
+
+def test_rows_do_not_overlap_and_are_well_filled() -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(5, 64, 200).tolist()
+    row = row_length(max(lengths))
+    assert row == 64
+    used = np.zeros((200, row), int)
+    for (r, start), length in zip(fill(lengths, row), lengths, strict=True):
+        assert start + length <= row
+        used[r, start : start + length] += 1
+    assert used.max() == 1
+    rows = used.any(1).sum()
+    assert used[:rows].mean() > 0.9
+    assert all(longest <= row_length(longest) <= longest * 1.25 + 15 for longest in range(1, 4000))
+
+
+def test_a_batch_predicts_the_learnt_tokens() -> None:
+    texts = [example(9, 3), example(4, 1), example(20, 7), example(5, 4)]
+    made = batch(texts)
+    assert made.tokens.shape == (2, 32)
+    assert made.packed
+    read = made.tokens.reshape(-1)[made.positions]
+    real = made.weights > 0
+    assert real.sum() == 3 + 1 + 7 + 4
+    assert len(real) == 32
+    assert np.array_equal(read[real] + 1, made.targets[real])  # the texts count upwards
+    assert sorted(made.targets[real].tolist()) == sorted(
+        t for text in texts for t in text.tokens[text.learn].tolist()
+    )
+
+
+# Losses
+
+
+@pytest.mark.parametrize("scale", [1.0, 40.0])
+def test_losses_are_torchs(scale: float) -> None:
+    rng = np.random.default_rng(0)
+    logits, teacher = (rng.standard_normal((2, 7, 50)) * scale).astype(np.float32)
+    targets, weights = rng.integers(0, 50, 7), rng.random(7).astype(np.float32)
+
+    def ours(kind: str, x: mx.array) -> mx.array:
+        losses = next_token(x, mx.array(targets)) if kind == "next" else divergence(x, mx.array(teacher))
+        return (losses * mx.array(weights)).sum()
+
+    for kind in ("next", "teacher"):
+        x = torch.tensor(logits, requires_grad=True)
+        if kind == "next":
+            each = F.cross_entropy(x, torch.tensor(targets), reduction="none")
+        else:
+            p, q = torch.tensor(teacher).log_softmax(-1), x.log_softmax(-1)
+            each = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+        (expected := (each * torch.tensor(weights)).sum()).backward()
+        value, gradient = mx.value_and_grad(lambda a, kind=kind: ours(kind, a))(mx.array(logits))
+        assert float(value) == pytest.approx(expected.item(), rel=1e-5)
+        assert np.abs(np.array(gradient) - x.grad.numpy()).max() < 1e-6
+
+
+# AdamW
+
+
+def test_adamw_is_torchs_and_counts_block_by_block() -> None:
+    """Two blocks, of which one is fetched every second step only."""
+    rng = np.random.default_rng(0)
+    start = [rng.standard_normal((2, 3, 4)).astype(np.float32) for _ in range(2)]
+    ours = [TrainedBlock.fresh({"gate": mx.array(s)}) for s in start]
+    theirs = [torch.tensor(s, requires_grad=True) for s in start]
+    optimisers = [torch.optim.AdamW([t], lr=0.1, betas=(0.9, 0.95), weight_decay=0.2) for t in theirs]
+    for step in range(6):
+        fetched = [0, 1] if step % 2 else [0]
+        gradients = {i: rng.standard_normal((2, 3, 4)).astype(np.float32) for i in fetched}
+        for i in fetched:
+            theirs[i].grad = torch.tensor(gradients[i])
+        expected = torch.nn.utils.clip_grad_norm_([theirs[i] for i in fetched], 1.0)
+        found = [{"gate": mx.array(gradients[i])} for i in fetched]
+        norm = update([ours[i] for i in fetched], found, [(0.1, 0.2)] * len(fetched), 1.0)
+        assert norm == pytest.approx(float(expected), rel=1e-5)
+        for i in fetched:
+            optimisers[i].step()
+    assert [block.updates for block in ours] == [6, 3]
+    for block, tensor in zip(ours, theirs, strict=True):
+        assert np.abs(np.array(block.weights["gate"]) - tensor.detach().numpy()).max() < 1e-5
+
+
+def test_the_rate_warms_up_and_falls() -> None:
+    settings = TrainingSettings(warm_up=0.1, final_rate=0.05)
+    rates = [schedule(i / 100, settings) for i in range(101)]
+    assert rates[0] < 0.01
+    assert rates[5] == pytest.approx(0.5)
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[55] == pytest.approx((1 + 0.05) / 2)
+    assert rates[100] == pytest.approx(0.05)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+# Schedules
+
+
+@pytest.fixture(scope="module")
+def training_set(tmp_path_factory: pytest.TempPathFactory) -> TrainingSet:
+    return make_set(tmp_path_factory.mktemp("examples") / "set", 200)
+
+
+def test_an_epoch_has_every_example_once_in_each_of_its_leaves(training_set: TrainingSet) -> None:
+    found: dict[Path, list[int]] = {}
+    for job in jobs(training_set, CONFIG, QUICK):
+        plan = Schedule(job, training_set, CONFIG, QUICK, lambda node: 1)
+        for epoch in range(2):
+            steps = plan.steps(epoch)
+            again = plan.steps(epoch)
+            assert [g.examples.tolist() for s in steps for g in s] == [
+                g.examples.tolist() for s in again for g in s
+            ]
+            assert all(1 <= len(step) <= QUICK.groups for step in steps)
+        for group in (group for step in steps for group in step):
+            found.setdefault(group.leaf, []).extend(group.examples.tolist())
+    generic = found.pop(GENERIC)
+    assert {leaf: sorted(numbers) for leaf, numbers in found.items()} == {
+        leaf: training_set.ids(leaf).tolist() for leaf in training_set.leaves
+    }
+    total = sum(map(len, found.values()))
+    assert len(generic) / (total + len(generic)) == pytest.approx(1 / (CONFIG.branching + 1), abs=0.01)
+
+
+def test_a_bank_larger_than_memory_is_learnt_window_by_window(training_set: TrainingSet) -> None:
+    """With room for one path, all groups of a leaf follow each other; with room for all, leaves are mixed."""
+    job = jobs(training_set, CONFIG, QUICK)[0]
+
+    def switches(room: int) -> int:
+        settings = dataclasses.replace(QUICK, blocks_bytes=room)
+        steps = Schedule(job, training_set, CONFIG, settings, lambda node: 10).steps(0)
+        leaves = [group.leaf for step in steps for group in step]
+        return sum(a != b for a, b in itertools.pairwise(leaves))
+
+    assert switches(20) == 1
+    assert switches(30) > 5
+
+
+def test_ranks_share_the_jobs(training_set: TrainingSet) -> None:
+    every = jobs(training_set, CONFIG, QUICK)
+    assert [job.name for job in every] == ["0", "1", "generic"]
+    for ranks in (1, 2, 3, 5):
+        shares = [share(every, lambda job: len(job.leaves), rank, ranks) for rank in range(ranks)]
+        assert sorted(job.name for mine in shares for job in mine) == ["0", "1", "generic"]
+    assert [job.name for job in jobs(training_set, CONFIG, dataclasses.replace(QUICK, generic=False))] == ["0", "1"]
+    together = jobs(training_set, CONFIG, dataclasses.replace(QUICK, cotrain=True))
+    assert [job.leaves for job in together] == [(*training_set.leaves, GENERIC)]
+
+
+def test_levels_without_memory_have_no_block() -> None:
+    config = dataclasses.replace(CONFIG, block_sizes=(0, 2))
+    assert carriers(config, Path((1, 0))) == [Path((1, 0))]
+    assert carriers(config, Path((1,))) == []
+
+
+def test_placements() -> None:
+    assert memory_layers("uniform", 30) == tuple(range(30))
+    assert memory_layers("late", 30) == tuple(range(20, 30))
+    assert memory_layers("early", 30) == tuple(range(10))
+    assert memory_layers("middle", 30) == tuple(range(10, 20))
+    assert memory_layers([3, 5], 30) == (3, 5)
+    with pytest.raises(HierMemError, match="placement"):
+        memory_layers("top", 30)
+
+
+# Stored blocks
+
+
+def test_only_what_was_committed_stays(tmp_path: pathlib.Path) -> None:
+    size = new_nbytes = TrainedBlock.fresh(new_block(CONFIG, Path((0,)), 0)).nbytes
+    kept = TrainedBlocks(tmp_path, size, lambda node: new_block(CONFIG, node, 0))
+    nodes = [Path((0,)), Path((1,)), Path((0, 1))]
+    for round_ in range(2):
+        for node in nodes:  # the budget holds one, so each drives the one before out
+            kept.use(frozenset([node]))
+            kept[node].weights["down"] = kept[node].weights["down"] + 1
+            kept[node].updates += 1
+            kept.touch(node)
+        if not round_:
+            kept.commit({"step": 7})
+    assert len(list(tmp_path.glob("*.safetensors"))) == 5  # three committed, and two that were driven out since
+    again = TrainedBlocks(tmp_path, new_nbytes, lambda node: new_block(CONFIG, node, 0))
+    assert again.progress == {"step": 7}
+    assert again.nodes == sorted(nodes)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+    for node in nodes:
+        block = again.read(node)
+        assert block.updates == 1
+        assert float(block.weights["down"].max()) == 1.0
+        assert block.moments.keys() == {"gate", "up", "down"}
+
+
+def test_a_full_disk_is_said(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = TrainedBlocks(tmp_path, 0, lambda node: new_block(CONFIG, node, 0))
+    kept.use(frozenset(LEAVES[:1]))
+    kept.touch(LEAVES[0])
+
+    def full(*_: object) -> None:
+        raise RuntimeError("[write] No space left on device")
+
+    monkeypatch.setattr(blocks_module.mx, "save_safetensors", full)
+    with pytest.raises(OutputError, match="No space left"):
+        kept.commit({})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_new_blocks_are_the_references(kind: str) -> None:
+    """Zero where the reference is zero, and elsewhere of its distribution; the same for the same node and seed."""
+    config = dataclasses.replace(CONFIG, kind=kind, block_sizes=(64, 64))
+    ours = new_block(config, Path((1, 0)), 3)
+    theirs = reference_memory.init_memory(config, 64, torch.Generator().manual_seed(0))
+    assert list(ours) == list(theirs)
+    for name, tensor in ours.items():
+        expected = theirs[name].numpy()
+        assert tensor.shape == expected.shape
+        assert np.array(tensor).std() == pytest.approx(expected.std(), rel=0.05)
+        assert np.abs(np.array(tensor)).max() == pytest.approx(np.abs(expected).max(), rel=0.1)
+        assert mx.array_equal(tensor, new_block(config, Path((1, 0)), 3)[name])
+    changing = next(name for name, tensor in ours.items() if mx.any(tensor != 0))
+    assert not mx.array_equal(ours[changing], new_block(config, Path((1, 1)), 3)[changing])
+
+
+# A model in parts
+
+
+def check_parts(model: object) -> None:
+    anchor = Anchor(model)
+    anchor.check()
+    tokens = mx.array(np.random.default_rng(0).integers(0, 256, (2, 14)))  # longer than gemma's window of 6
+    whole = anchor.model(tokens).reshape(28, -1)
+    for layer in range(len(anchor.layers)):
+        found = anchor.logits(tokens, ALL, None, layer, anchor.states(tokens, layer))
+        assert float(mx.abs(found - whole).max()) < 1e-5
+    top = anchor.states(tokens, len(anchor.layers)).reshape(28, -1)
+    assert float(mx.abs(anchor.head(top) - whole).max()) < 1e-5
+    some = anchor.logits(tokens, mx.array([3, 20]))
+    assert float(mx.abs(some - whole[mx.array([3, 20])]).max()) < 1e-5
+    joined, documents = tokens.reshape(1, 28), mx.array([[0] * 14 + [1] * 14])
+    assert float(mx.abs(anchor.logits(joined, ALL, documents) - whole).max()) < 1e-4
+    assert float(mx.abs(anchor.logits(joined, ALL) - whole).max()) > 1e-2  # without the mask they see each other
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_any_layer_is_an_entrance(architecture: str, tmp_path: pathlib.Path) -> None:
+    convert_huggingface(make_hf(tmp_path / "source", architecture), tmp_path / "anchor")
+    check_parts(load_anchor(tmp_path / "anchor", mx.float32)[0])
+
+
+def test_any_layer_of_openlm_is_an_entrance(tmp_path: pathlib.Path) -> None:
+    make_tokenizer(tmp_path)
+    convert_openlm(save_openlm(random_openlm(qk_norm=True, rope_base=100_000.0), tmp_path), tmp_path / "anchor")
+    check_parts(load_anchor(tmp_path / "anchor", mx.float32)[0])
+
+
+def test_an_anchor_that_is_more_than_its_layers_is_refused(tmp_path: pathlib.Path) -> None:
+    convert_huggingface(make_hf(tmp_path / "source", "llama"), tmp_path / "anchor")
+    model = load_anchor(tmp_path / "anchor", mx.float32)[0]
+    own = type(model.model)
+
+    class Shifted(own):  # type: ignore[misc, valid-type]
+        def __call__(self, inputs: mx.array, *args: object, **kwargs: object) -> mx.array:
+            return mx.cumsum(own.__call__(self, inputs, *args, **kwargs), axis=1)  # sees across positions
+
+    model.model.__class__ = Shifted
+    with pytest.raises(AnchorError, match="by parts"):
+        Anchor(model).check()
