@@ -39,6 +39,10 @@ class AnchorMismatchError(BankError):
     """A bank was made for another anchor than the one it is to be attached to."""
 
 
+class CorpusError(HierMemError):
+    """What is to be learnt is missing, has none of the fields named, or is too little."""
+
+
 class HubError(HierMemError):
     """The model hub cannot be reached, does not have what was asked for, or refuses."""
 

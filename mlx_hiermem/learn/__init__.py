@@ -1,27 +1,29 @@
-"""Documents become a memory bank for a frozen anchor: corpus -> tree -> trained blocks (arXiv:2510.02375, §3, App. C).
+"""Documents become a memory bank for a frozen anchor: corpus, tree, trained blocks (arXiv:2510.02375, §3, App. C).
 
 Every stage reads the files of the stages before it and writes its own into a work folder `OUT.learn/`, each beside
 its final name and then renamed. A killed run goes on with the first stage whose files are missing or were made from
-something else (`work.Work`). Nothing that grows with the corpus is held in memory.
+something else (`work.Work`). Of what grows with the corpus, some tens of bytes a window are held in memory.
 
-    stage    module         file             a line, or an array
-    corpus   corpus,        windows.jsonl    {"id", "document", "source", "title", "text"}: id is the line's number from 0
-             duplicates,    skipped.jsonl    {"what", "why"}
+    stage    module        file              a line, or an array
+    corpus   corpus,       windows.jsonl     {"id", "document", "source", "title", "text"}: line i is window i
+             duplicates,   skipped.jsonl     {"what", "why"}
              windows
-    study    (self-study)   study.jsonl      {"window", "question", "answer", ...}: any number of lines a window
-    probes   probes         probes.jsonl     {"window", "text"}: what somebody may ask or type who wants this window:
-                                             its sentences, the beginnings of them, its generated questions
-             vectors        windows.npy      [windows, 384] float32, unit length: `title. text` of each window
-                            probes.npy       [probes, 384] float32, unit length, row for row of probes.jsonl
-    tree     clustering,    tree.safetensors the bank's tree (`ClusterTree`), ragged
-             routing        leaves.jsonl     {"window", "leaves": ["0.3", "2.1"]}: line i is window i; where it is learnt,
-                                             its own leaf first
-                            agreement.json   measured: share of held-out probes that reach a leaf of their window,
-                                             leaves a window
-    labels   labels         nodes.json       {"0.3": {"label", "documents", "tokens", "sources": [...]}}: every node
-    train    examples, ...  (see examples)
+    study    (self-study)  study.jsonl       {"window", "question", "answer", ...}: any number of lines a window
+    probes   probes        probes.jsonl      {"window", "text"}: what somebody may type who wants this window: its
+                                             sentences, their beginnings, its generated questions; in the end
+                                             the questions that are kept for measuring ("held_out": true)
+    vectors  vectors       probes.npy        [probes, 384] float32, unit length, row for row of probes.jsonl
+    tree     clustering,   means.npy         [windows, 384] float32, unit length: the middle of a window's probes
+             routing       tree.safetensors  the bank's tree (`ClusterTree`), ragged
+                           leaves.jsonl      {"window", "leaves": ["0.3", "2.1"]}: line i is window i; where it is
+                                             learnt, its own leaf first
+                           agreement.json    the tree's shape, leaves a window, and measured: the share of kept
+                                             questions that reach a leaf of their window
+    labels   labels        nodes.json        {"0.3": {"label", "documents", "windows", "tokens", "sources"}}
+    train    (see examples)
 
-Python sees the lines as the dataclasses below. A path is text (`Path.parse`) in files and a `Path` in Python.
+`stages` runs the first six; its settings and results are dataclasses too. Python sees the lines as the dataclasses
+below. A path is text (`Path.parse`) in files and a `Path` in Python.
 """
 
 from __future__ import annotations

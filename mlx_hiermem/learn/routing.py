@@ -1,0 +1,178 @@
+"""Routing agreement: a question must reach a leaf in which its answer was learnt.
+
+Two steps see to it, both for any corpus. Once a node's windows are divided among its children, its centroids are
+moved until the windows' probes are nearest to their own child (`Separation`): k-means puts them where the windows
+are, but nearest-centroid routing is a linear classifier, and this one is trained to tell the subjects apart in
+whatever wording. Then a window is learnt where its probes go, and where they nearly go (`place`): that is where
+questions of yet other wordings go. docs/learning.md has what each is worth.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlx_hiermem.config import Path
+from mlx_hiermem.learn.clustering import CHUNK, squared
+from mlx_hiermem.tree import ClusterTree
+
+STEPS, BATCH, RATE = 150, 8192, 0.02  # of Adam; the batch is the probes of a step
+SHARPNESS = 30.0  # turns squared distances of about 0.1 into logits that differ by a few units
+HOLD = 1e-3  # pulls the centroids to where k-means put them, so that text of other forms is treated alike
+LEAVES = 3  # in which a window is learnt at most
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeVectors:
+    """[p, dim] unit vectors of the probes, window after window: window i has rows first[i]:first[i + 1]."""
+
+    vectors: np.ndarray
+    first: np.ndarray  # [windows + 1] int64
+
+    @classmethod
+    def of(cls, vectors: np.ndarray, windows: np.ndarray, count: int) -> ProbeVectors:
+        """`windows` [p] says, in rising order, whose each probe is; `count` is the number of windows."""
+        return cls(vectors, np.searchsorted(windows, np.arange(count + 1)))
+
+    def rows(self, members: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(rows of all probes of these windows, the position in `members` that each belongs to)."""
+        counts = self.first[members + 1] - self.first[members]
+        owner = np.repeat(np.arange(len(members)), counts)
+        before = np.repeat(np.cumsum(counts) - counts, counts)
+        return np.arange(len(owner)) - before + self.first[members][owner], owner
+
+    def means(self) -> Iterator[np.ndarray]:
+        """[n, dim] in chunks: the middle of each window's probes, at length 1. It is what is clustered."""
+        for start in range(0, len(self.first) - 1, 1024):
+            bounds = self.first[start : start + 1025]
+            part = np.asarray(self.vectors[bounds[0] : bounds[-1]])
+            sums = np.add.reduceat(part, bounds[:-1] - bounds[0], axis=0)
+            yield sums / np.linalg.norm(sums, axis=1, keepdims=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Separation:
+    """Moves a node's centroids until its windows' probes are nearest to their own child; a `clustering.Tune`."""
+
+    probes: ProbeVectors
+
+    def __call__(
+        self, members: np.ndarray, child: np.ndarray, centroids: np.ndarray, rng: np.random.Generator
+    ) -> np.ndarray:
+        start, moving = centroids.astype(np.float32), centroids.astype(np.float32)
+        mean, spread = np.zeros_like(moving), np.zeros_like(moving)
+        counts = self.probes.first[members + 1] - self.probes.first[members]
+        fixed = self._all(members, counts) if counts.sum() <= BATCH else None
+        for step in range(1, STEPS + 1):
+            points, owner, weight = fixed or self._draw(members, counts, rng)
+            gradient = self._gradient(moving, points, child[owner], weight) + 2 * HOLD * (moving - start)
+            mean = 0.9 * mean + 0.1 * gradient
+            spread = 0.999 * spread + 0.001 * gradient**2
+            moving -= RATE * (mean / (1 - 0.9**step)) / (np.sqrt(spread / (1 - 0.999**step)) + 1e-8)
+        return moving
+
+    def _all(self, members: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(points, whose they are, weights): every probe, so that each window weighs the same."""
+        rows, owner = self.probes.rows(members)
+        return np.asarray(self.probes.vectors[rows]), owner, (1 / (counts[owner] * len(members))).astype(np.float32)
+
+    def _draw(
+        self, members: np.ndarray, counts: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The same in expectation: windows drawn evenly, of each one probe."""
+        owner = rng.integers(len(members), size=BATCH)
+        rows = self.probes.first[members[owner]] + (rng.random(BATCH) * counts[owner]).astype(np.int64)
+        order = np.argsort(rows)  # a memory map is read forwards
+        return np.asarray(self.probes.vectors[rows[order]]), owner[order], np.full(BATCH, 1 / BATCH, np.float32)
+
+    @staticmethod
+    def _gradient(centroids: np.ndarray, points: np.ndarray, label: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        """Of the weighted cross-entropy of softmax(-SHARPNESS * squared distance) at the labels: [k, dim]."""
+        logits = -SHARPNESS * squared(points, centroids)
+        logits -= logits.max(1, keepdims=True)
+        wrong = np.exp(logits)
+        wrong /= wrong.sum(1, keepdims=True)
+        wrong[np.arange(len(label)), label] -= 1
+        wrong *= weight[:, None]
+        return -2 * SHARPNESS * (centroids * wrong.sum(0)[:, None] - wrong.T @ points)
+
+
+def descend(tree: ClusterTree, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each of many [n, dim] vectors goes, as `ClusterTree.route` has it: (levels, rows at them)."""
+    level, row = np.zeros(len(vectors), np.int64), np.zeros(len(vectors), np.int64)
+    for start in range(0, len(vectors), CHUNK):
+        part = slice(start, start + CHUNK)
+        level[part], row[part] = _descend(tree, np.asarray(vectors[part]))
+    return level, row
+
+
+def _descend(tree: ClusterTree, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    level, row = np.zeros(len(points), np.int64), np.zeros(len(points), np.int64)
+    for depth, (centroids, present) in enumerate(zip(tree.centroids, tree.present, strict=True)):
+        going = np.flatnonzero((level == depth) & present[row].any(1))
+        order = going[np.argsort(row[going], kind="stable")]
+        nodes, starts = np.unique(row[order], return_index=True)
+        for node, inside in zip(nodes, np.split(order, starts[1:]), strict=True):
+            distance = np.where(present[node], squared(points[inside], centroids[node]), np.inf)
+            row[inside] = node * tree.branching + distance.argmin(1)
+            level[inside] = depth + 1
+    return level, row
+
+
+def place(tree: ClusterTree, probes: ProbeVectors, most: int = LEAVES) -> Iterator[tuple[Path, ...]]:
+    """The leaves of each window, in order, `most` at most: those that its probes are likeliest to reach.
+
+    How likely is taken from the distances, as `Separation` does, level by level. Of the branches of a node only the
+    likeliest two are looked into, so a probe considers 2^depth leaves. The first leaf is the window's own.
+    """
+    for start in range(0, len(probes.first) - 1, 256):
+        bounds = probes.first[start : start + 257]
+        levels, rows, shares = _likely(tree, np.asarray(probes.vectors[bounds[0] : bounds[-1]]))
+        for begin, end in zip(bounds[:-1] - bounds[0], bounds[1:] - bounds[0], strict=True):
+            drawn: Counter[tuple[int, int]] = Counter()
+            own = (part[begin:end].ravel().tolist() for part in (levels, rows, shares))
+            for level, row, share in zip(*own, strict=True):
+                drawn[level, row] += share
+            ranked = sorted(drawn, key=lambda leaf: (-drawn[leaf], leaf))
+            kept = [leaf for leaf in ranked[:most] if drawn[leaf] > 0]
+            yield tuple(Path.of_row(row, level, tree.branching) for level, row in kept)
+
+
+def _likely(tree: ClusterTree, points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(levels, rows, shares), each [n, b]: the leaves that each point may reach, and how likely; 0 for fillers."""
+    n, k = len(points), tree.branching
+    level, row = np.zeros((n, 1), np.int64), np.zeros((n, 1), np.int64)
+    share = np.ones((n, 1))
+    for depth, (centroids, present) in enumerate(zip(tree.centroids, tree.present, strict=True)):
+        going = (level == depth) & present[row].any(2)
+        before, arriving = row, share
+        # Every branch becomes two; of one that has ended, or has an only child, the second is a filler.
+        level, row, share = np.repeat(level, 2, axis=1), np.repeat(row, 2, axis=1), np.repeat(share, 2, axis=1)
+        share[:, 1::2] = 0
+        for node in np.unique(before[going]):
+            point, branch = np.nonzero(going & (before == node))
+            likely = np.where(present[node], -SHARPNESS * squared(points[point], centroids[node]), -np.inf)
+            likely = np.exp(likely - likely.max(1, keepdims=True))
+            likely /= likely.sum(1, keepdims=True)
+            best = np.argsort(-likely, axis=1, kind="stable")[:, :2]
+            for second in range(2):
+                at = point, 2 * branch + second
+                level[at], row[at] = depth + 1, node * k + best[:, second]
+                share[at] = arriving[point, branch] * likely[np.arange(len(point)), best[:, second]]
+    return level, row, share
+
+
+def agreement(
+    tree: ClusterTree, placed: Sequence[Sequence[Path]], vectors: np.ndarray, windows: Sequence[Sequence[int]]
+) -> float:
+    """Share of questions that reach a leaf of a window with their answer.
+
+    [n, dim] embeddings of the questions, and the windows that answer each.
+    """
+    levels, rows = descend(tree, vectors)
+    reached = (Path.of_row(int(row), int(level), tree.branching) for level, row in zip(levels, rows, strict=True))
+    hits = [any(leaf in placed[window] for window in own) for leaf, own in zip(reached, windows, strict=True)]
+    return sum(hits) / len(hits) if hits else 0.0

@@ -1,0 +1,59 @@
+"""A document's text in windows: whole sentences, as many as fit into so many tokens.
+
+Tokens are the embedder's. It reads the first 256 of a text, so a longer window would be routed by its beginning
+only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from tokenizers import Tokenizer
+
+TOKENS = 192  # leaves room for a title in the 256 that the embedder reads
+
+# A sentence ends with its mark, closing quotes and brackets included, before something that can begin one; or
+# with a blank line. Scripts without spaces end theirs with a mark of their own.
+BETWEEN = re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+(?=[\"'“‘(\[]*[^\W_a-z])|(?<=[。！？])|\n\s*\n")
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a text, white space between them dropped and made single within them."""
+    pieces, start = [], 0
+    for mark in BETWEEN.finditer(text):
+        # What closes the sentence belongs to it.
+        pieces.append(text[start : mark.end()])
+        start = mark.end()
+    pieces.append(text[start:])
+    return [sentence for piece in pieces if (sentence := " ".join(piece.split()))]
+
+
+def split(text: str, tokenizer: Tokenizer, tokens: int = TOKENS) -> Iterator[str]:
+    """The windows of a text, each at most `tokens` long. A sentence that is longer is cut between tokens."""
+    window, used = list[str](), 0
+    for sentence in sentences(text):
+        for piece, size in _cut(sentence, tokenizer, tokens):
+            if window and used + size > tokens:
+                yield " ".join(window)
+                window, used = [], 0
+            window.append(piece)
+            used += size
+    if window:
+        yield " ".join(window)
+
+
+def _cut(sentence: str, tokenizer: Tokenizer, tokens: int) -> Iterator[tuple[str, int]]:
+    """(piece, its tokens): the whole sentence if it fits."""
+    spans = tokenizer.encode(sentence, add_special_tokens=False).offsets
+    if len(spans) <= tokens:
+        yield sentence, len(spans)
+        return
+    begin = 0
+    while begin < len(spans):
+        end = min(begin + tokens, len(spans))
+        # Back to the start of a word, so that the pieces are words again.
+        while end < len(spans) and end > begin + 1 and spans[end][0] == spans[end - 1][1]:
+            end -= 1
+        yield sentence[spans[begin][0] : spans[end - 1][1]], end - begin
+        begin = end

@@ -1,0 +1,81 @@
+"""The work folder: which stages are done, made of what, and lines of JSON written whole or not at all.
+
+A stage is done when its files were renamed into place and noted in `stages.json` with a digest of what they were
+made from: its settings, and through `after` the digests of the stages before. With another setting it and all that
+follow are made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from mlx_hiermem.errors import OutputError
+
+STAGES = "stages.json"
+
+
+class Work:
+    """One work folder, made if it is not there. Raises OutputError where it cannot be."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._done: dict[str, str] = json.loads(self._notes.read_text()) if self._notes.exists() else {}
+        except (OSError, ValueError) as error:
+            raise OutputError(f"cannot use the work folder {folder}: {error}", "Remove or rename it.") from error
+
+    @property
+    def _notes(self) -> pathlib.Path:
+        return self.folder / STAGES
+
+    def path(self, name: str) -> pathlib.Path:
+        return self.folder / name
+
+    def stage(self, name: str, settings: Any, after: Iterable[str], make: Callable[[], None]) -> str:
+        """Runs `make` unless the stage is done with these settings, after these digests; returns its own digest."""
+        digest = hashlib.sha256(json.dumps([name, settings, list(after)]).encode()).hexdigest()
+        if self._done.get(name) != digest:
+            try:
+                self._note({key: value for key, value in self._done.items() if key != name})
+                make()
+                self._note(self._done | {name: digest})
+            except OSError as error:
+                raise OutputError(
+                    f"cannot write {error.filename or self.folder}: {error.strerror or error}",
+                    "What was done is kept: free space and run the same command again.",
+                ) from error
+        return digest
+
+    def _note(self, done: dict[str, str]) -> None:
+        self._done = done
+        write_text(self._notes, json.dumps(done, indent=1) + "\n")
+
+
+def write_text(file: pathlib.Path, text: str) -> None:
+    """Whole or not at all."""
+    beside = file.with_name(file.name + ".tmp")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, file)
+
+
+def write_lines(file: pathlib.Path, rows: Iterable[Any]) -> int:
+    """JSON values, one a line, whole or not at all; returns how many."""
+    count, beside = 0, file.with_name(file.name + ".tmp")
+    with beside.open("w", encoding="utf-8") as stream:
+        for row in rows:
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    os.replace(beside, file)
+    return count
+
+
+def read_lines(file: pathlib.Path) -> Iterator[Any]:
+    with file.open(encoding="utf-8") as stream:
+        for line in stream:
+            yield json.loads(line)
