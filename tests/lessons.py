@@ -1,12 +1,10 @@
 """Small random training sets for tiny anchors, and a whole training run as a script that can be killed.
 
-python tests/lessons.py WORK ANCHOR EXAMPLES SETTINGS        (settings as JSON; prints a line a step)
+python tests/lessons.py WORK ANCHOR EXAMPLES        commits after every step, and prints a line
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import pathlib
 import sys
 
@@ -62,20 +60,14 @@ def trained(
 
 
 def main() -> None:
-    work, anchor, examples, settings = sys.argv[1:]
-    model, _, _ = load_anchor(pathlib.Path(anchor), mx.float32)
-    training = Training(
-        pathlib.Path(work),
-        model,
-        tiny_config(model),
-        TrainingSet.open(pathlib.Path(examples)),
-        dataclasses.replace(QUICK, **json.loads(settings)),
-    )
+    work, anchor, examples = map(pathlib.Path, sys.argv[1:])
+    model, _, _ = load_anchor(anchor, mx.float32)
+    training = Training(work, model, tiny_config(model), TrainingSet.open(examples), QUICK)
     training.run(lambda progress: print(progress.job, progress.tokens, flush=True))
 
 
 if __name__ == "__main__":
     from mlx_hiermem.learn import trainer
 
-    trainer.COMMIT_SECONDS = 0.0  # after every step
+    trainer.COMMIT_SECONDS = trainer.COMMIT_FACTOR = 0.0
     main()

@@ -14,11 +14,11 @@ from mlx_hiermem.errors import MissingDependencyError
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a rank's training is. `doing` is `hidden states` or `learning`."""
+    """Where a rank's training is. `doing` is `hidden states` (of one job) or `learning`."""
 
     doing: str
     job: str
-    tokens: int  # of all this rank's jobs, those of earlier runs included
+    tokens: int  # learnt in all this rank's jobs, those of earlier runs included
     total: int
     tokens_per_second: float  # since this run started
     loss: float | None = None  # mean of the latest steps

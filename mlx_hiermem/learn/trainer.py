@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 import time
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -20,11 +21,21 @@ from mlx_hiermem.learn.progress import Log
 from mlx_hiermem.learn.schedule import GENERIC, Group, Job, Schedule, carriers
 from mlx_hiermem.learn.settings import TrainingSettings
 
-COMMIT_SECONDS = 60  # between commits, at least; and twenty times what the last one took
+COMMIT_SECONDS = 60.0  # between commits, at least
+COMMIT_FACTOR = 20.0  # and at least so many times what the last one took
 LOG_STEPS = 10
 STATE_BYTES = 3 * DTYPES["float32"]  # of a parameter in training: weight and two moments
 WORTH_KEEPING = 1.5  # uses of an example's states from which on they are kept
-Tick = Callable[[str, int, float | None], None]  # what is done, tokens since the last call, the latest loss
+
+
+class Reporter(Protocol):
+    """Who wants to know how far a job is."""
+
+    def states(self, done: int, total: int) -> None:
+        """So many tokens of all have their hidden states."""
+
+    def learnt(self, tokens: int, loss: float) -> None:
+        """A step has learnt these tokens, at this mean loss."""
 
 
 class Trainer:
@@ -54,7 +65,7 @@ class Trainer:
         self._states: States | None = None
         self._teachers: TeacherStates | None = None
 
-    def run(self, tick: Tick, at_epoch: Callable[[Trainer], None] = lambda trainer: None) -> None:
+    def run(self, reporter: Reporter, at_epoch: Callable[[Trainer], None] = lambda trainer: None) -> None:
         """Trains what is left; `at_epoch` is called before the first epoch and after each, for an evaluation.
 
         Raises OutputError where the disk is full; what was committed stays.
@@ -62,7 +73,7 @@ class Trainer:
         if self.done:
             return
         self._begun = self._committed = time.perf_counter()
-        self.prepare(tick)
+        self.prepare(reporter)
         if (self.epoch, self.step) == (0, 0):
             at_epoch(self)
         self._commit_took, recent = 0.0, list[tuple[float, int]]()
@@ -76,7 +87,7 @@ class Trainer:
                     mean = sum(a for a, _ in recent) / sum(n for _, n in recent)
                     self.note({"loss": mean, "norm": norm, "rate": rate})
                     recent.clear()
-                tick("learning", tokens, loss / learnt)
+                reporter.learnt(tokens, loss / learnt)
                 self._commit_now_and_then()
             self.epoch, self.step = self.epoch + 1, 0
             at_epoch(self)
@@ -111,7 +122,7 @@ class Trainer:
         teacher = mx.pad(mx.concatenate(parts), [(0, spare), (0, 0)])
         return Inputs(packed, states, teacher, mx.array(np.concatenate([*taught, np.zeros(spare, bool)])))
 
-    def prepare(self, tick: Tick) -> None:
+    def prepare(self, reporter: Reporter) -> None:
         """Computes the hidden states that are worth keeping."""
         rng = np.random.default_rng(0)
         numbers = np.unique(np.concatenate([self.schedule.numbers(leaf, rng) for leaf in self.job.leaves]))
@@ -127,13 +138,13 @@ class Trainer:
                 self.folder / "first.states", self.learner.anchor, self.examples, numbers, budget, layer
             )
             budget -= self._states.nbytes
-            self._states.complete(lambda done, _: tick("hidden states", 0, None))
+            self._states.complete(reporter.states)
         taught = numbers[self.examples.teachers[numbers] > 0]
         if self.settings.objective == "distillation" and len(taught):
             self._teachers = TeacherStates(
                 self.folder / "teacher.states", self.learner.anchor, self.examples, taught, budget, last
             )
-            self._teachers.complete(lambda done, _: tick("hidden states", 0, None))
+            self._teachers.complete(reporter.states)
 
     def take(self, step: Sequence[Group]) -> tuple[float, int, float, float, int]:
         """One step: its summed loss, tokens learnt, gradient norm, rate, and tokens."""
@@ -183,7 +194,7 @@ class Trainer:
         return self.seconds + time.perf_counter() - self._begun
 
     def _commit_now_and_then(self) -> None:
-        if time.perf_counter() - self._committed > max(COMMIT_SECONDS, 20 * self._commit_took):
+        if time.perf_counter() - self._committed > max(COMMIT_SECONDS, COMMIT_FACTOR * self._commit_took):
             self._commit()
 
     def _commit(self) -> None:

@@ -126,7 +126,7 @@ class Training:
     def _train(self, job: Job, ticker: _Ticker) -> None:
         trainer = self.trainer(job)
         ticker.begin(job.name, trainer.tokens)
-        trainer.run(ticker.tick, self._evaluate)
+        trainer.run(ticker, self._evaluate)
 
     def _evaluate(self, trainer: Trainer) -> None:
         if self.heldout is not None:
@@ -183,13 +183,14 @@ class _Ticker:
         self._job, self._loss, self._last = job, 0.0, time.perf_counter()
         self._tokens += tokens
 
-    def tick(self, doing: str, tokens: int, loss: float | None) -> None:
+    def states(self, done: int, total: int) -> None:
+        self._last = time.perf_counter()
+        self._tick(Progress("hidden states", self._job, done, total, 0.0))
+
+    def learnt(self, tokens: int, loss: float) -> None:
         now = time.perf_counter()
-        if tokens:
-            self._learnt, self._seconds = self._learnt + tokens, self._seconds + now - self._last
-            self._tokens += tokens
-        self._last = now
-        if loss is not None:
-            self._loss = 0.9 * self._loss + 0.1 * loss if self._loss else loss
-        speed = self._learnt / self._seconds if self._seconds else 0.0
-        self._tick(Progress(doing, self._job, self._tokens, self._total, speed, self._loss or None))
+        self._learnt, self._seconds, self._last = self._learnt + tokens, self._seconds + now - self._last, now
+        self._tokens += tokens
+        self._loss = 0.9 * self._loss + 0.1 * loss if self._loss else loss
+        speed = self._learnt / self._seconds
+        self._tick(Progress("learning", self._job, self._tokens, self._total, speed, self._loss))
