@@ -85,8 +85,14 @@ def _read_file(path: pathlib.Path, source: str, field: str, title: str) -> Itera
         raise
     except UnicodeDecodeError as error:
         yield Skipped(source, f"not UTF-8 text ({error.reason} at byte {error.start})")
+    except _NotTextError:
+        yield Skipped(source, "binary, not text")
     except Exception as error:
         yield Skipped(source, f"cannot be read: {str(error).splitlines()[0] if str(error) else error!r}")
+
+
+class _NotTextError(Exception):
+    """A file has bytes that no text has."""
 
 
 def _title_of(path: pathlib.Path) -> str:
@@ -104,7 +110,7 @@ def _pieces(path: pathlib.Path) -> Iterator[str]:
         rest = ""
         while block := stream.read(PIECE):
             if "\0" in block:
-                raise ValueError("binary, not text")
+                raise _NotTextError
             rest += block
             if len(block) < PIECE:
                 break
@@ -148,7 +154,9 @@ def _read_html(path: pathlib.Path, source: str) -> Found:
         import trafilatura
     except ImportError as error:
         raise MissingDependencyError(f"{source} needs trafilatura", EXTRA) from error
-    page: Any = trafilatura.bare_extraction(path.read_bytes(), favor_recall=True, include_comments=False)
+    page: Any = trafilatura.bare_extraction(
+        path.read_bytes(), favor_recall=True, include_comments=False, with_metadata=True
+    )
     if page is None or not page.text:
         return Skipped(source, "no text in the page")
     return Document(source, page.title or _title_of(path), page.text)

@@ -1,8 +1,8 @@
 """What a node is about, in few words: the terms that its windows have and other windows do not.
 
-A term's weight in a node is how much likelier a window there has it than a window anywhere, times how many there do
-(the pointwise share of the Kullback-Leibler divergence). Counting is by document frequency over a hashed table for
-the whole corpus, so it holds one number a bucket and the candidates of the nodes, however long the corpus is.
+A term's weight in a node is how many of its windows have it, times the log of how much likelier that is than in a
+window anywhere (its share of the Kullback-Leibler divergence). Counting for the whole corpus is in a hashed table,
+so that one number a bucket is held and the candidates of each node, however long the corpus is.
 """
 
 from __future__ import annotations
@@ -24,11 +24,21 @@ CANDIDATES = 512  # terms a node keeps while it is counted
 BUCKETS = 1 << 20
 SOURCES = 100  # named in a manifest, of a node
 WORD = re.compile(r"[^\W\d_]{3,}")
+TELLING = 1.5  # times as frequent in the node as everywhere: less says nothing about the node
+# Function words of English, which a small node may have more often by chance; other languages have only `TELLING`.
+PLAIN = """
+about above after again all also although among and another any are because been before being below between both
+but can could did does down during each either few first for from had has have her him his how however into its
+itself just made many may more most much must near neither never not now off often one only other others our out
+over own same she should since some such than that the their them then there these they this those through too
+two under until upon use used very was were what when where which while who whose why will with within without
+would years yet you your
+"""
 
 
 def terms(window: Window) -> set[str]:
     """The words of a window, and its title as one term."""
-    found = {word.lower() for word in WORD.findall(window.text)}
+    found = {word.lower() for word in WORD.findall(window.text)}.difference(PLAIN.split())
     return found | ({window.title.lower()} if window.title else set())
 
 
@@ -80,11 +90,11 @@ class _Node:
     def row(self, everywhere: np.ndarray, total: int) -> dict[str, Any]:
         def weight(term: str) -> float:
             inside = self.terms[term] / self.windows
-            return inside * math.log(inside * total / max(everywhere[_bucket(term)], self.terms[term]))
+            lift = inside * total / max(everywhere[_bucket(term)], self.terms[term])
+            return inside * math.log(lift) if lift >= TELLING else 0.0
 
-        best = sorted(self.terms, key=lambda term: (-weight(term), term))
         chosen = list[str]()
-        for term in best:
+        for term in sorted(self.terms, key=lambda term: (-weight(term), term)):
             # "noble gas" says "gas" too
             if not any(term in other or other in term for other in chosen):
                 chosen.append(term)

@@ -21,8 +21,10 @@ from mlx_hiermem.tree import ClusterTree
 
 STEPS, BATCH, RATE = 150, 8192, 0.02  # of Adam; the batch is the probes of a step
 SHARPNESS = 30.0  # turns squared distances of about 0.1 into logits that differ by a few units
+DOUBT = 5.0  # the same where other wordings than the probes are reckoned with: less sure by so much
 HOLD = 1e-3  # pulls the centroids to where k-means put them, so that text of other forms is treated alike
 LEAVES = 3  # in which a window is learnt at most
+LEAST = 0.05  # a leaf that is less likely than this does not get it
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +127,7 @@ def _descend(tree: ClusterTree, points: np.ndarray) -> tuple[np.ndarray, np.ndar
 def place(tree: ClusterTree, probes: ProbeVectors, most: int = LEAVES) -> Iterator[tuple[Path, ...]]:
     """The leaves of each window, in order, `most` at most: those that its probes are likeliest to reach.
 
-    How likely is taken from the distances, as `Separation` does, level by level. Of the branches of a node only the
+    How likely is taken from the distances, as in `Separation`, level by level. Of the branches of a node only the
     likeliest two are looked into, so a probe considers 2^depth leaves. The first leaf is the window's own.
     """
     for start in range(0, len(probes.first) - 1, 256):
@@ -137,7 +139,7 @@ def place(tree: ClusterTree, probes: ProbeVectors, most: int = LEAVES) -> Iterat
             for level, row, share in zip(*own, strict=True):
                 drawn[level, row] += share
             ranked = sorted(drawn, key=lambda leaf: (-drawn[leaf], leaf))
-            kept = [leaf for leaf in ranked[:most] if drawn[leaf] > 0]
+            kept = [leaf for leaf in ranked[:most] if drawn[leaf] >= LEAST * (end - begin)] or ranked[:1]
             yield tuple(Path.of_row(row, level, tree.branching) for level, row in kept)
 
 
@@ -154,7 +156,7 @@ def _likely(tree: ClusterTree, points: np.ndarray) -> tuple[np.ndarray, np.ndarr
         share[:, 1::2] = 0
         for node in np.unique(before[going]):
             point, branch = np.nonzero(going & (before == node))
-            likely = np.where(present[node], -SHARPNESS * squared(points[point], centroids[node]), -np.inf)
+            likely = np.where(present[node], -DOUBT * squared(points[point], centroids[node]), -np.inf)
             likely = np.exp(likely - likely.max(1, keepdims=True))
             likely /= likely.sum(1, keepdims=True)
             best = np.argsort(-likely, axis=1, kind="stable")[:, :2]

@@ -27,7 +27,7 @@ from mlx_hiermem.learn import Document, Placed, Skipped, Window, corpus, labels,
 from mlx_hiermem.learn.clustering import BALANCE, Shape, grow
 from mlx_hiermem.learn.duplicates import Seen
 from mlx_hiermem.learn.routing import LEAVES, ProbeVectors, Separation, agreement, place
-from mlx_hiermem.learn.windows import TOKENS, split
+from mlx_hiermem.learn.windows import TOKENS, split, untruncated
 from mlx_hiermem.learn.work import Work, read_lines, write_lines, write_text
 from mlx_hiermem.router import TextEmbedder
 from mlx_hiermem.tree import ClusterTree
@@ -117,7 +117,7 @@ def read_corpus(
                 stream.write(json.dumps(asdict(skipped), ensure_ascii=False) + "\n")
 
             documents = _new_documents(corpus.read(sources, settings.field, settings.title), seen, skip, progress)
-            windows = _windows(documents, tokenizer, settings.tokens)
+            windows = _windows(documents, untruncated(tokenizer), settings.tokens)
             count = write_lines(work.path(WINDOWS), map(asdict, windows))
         beside.replace(work.path(SKIPPED))
         if not count:
@@ -207,7 +207,7 @@ def _write_probes(work: Work, made: Corpus) -> None:
 
     def rows() -> Iterator[dict[str, Any]]:
         number, held_out = 0, list[dict[str, Any]]()
-        for window in made.windows():
+        for window, subject in probes.with_subjects(made.windows()):
             own = list[str]()
             for question in dict.fromkeys(questions.pop(window.id, ())):
                 number += 1
@@ -215,7 +215,7 @@ def _write_probes(work: Work, made: Corpus) -> None:
                     own.append(question)
                 else:
                     held_out.append({"window": window.id, "text": question, "held_out": True})
-            yield from ({"window": window.id, "text": text} for text in probes.probes(window, own))
+            yield from ({"window": window.id, "text": text} for text in probes.probes(window.text, subject, own))
         yield from held_out
 
     write_lines(work.path(PROBES), rows())

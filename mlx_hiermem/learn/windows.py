@@ -13,9 +13,20 @@ from tokenizers import Tokenizer
 
 TOKENS = 192  # leaves room for a title in the 256 that the embedder reads
 
-# A sentence ends with its mark, closing quotes and brackets included, before something that can begin one; or
-# with a blank line. Scripts without spaces end theirs with a mark of their own.
-BETWEEN = re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+(?=[\"'“‘(\[]*[^\W_a-z])|(?<=[。！？])|\n\s*\n")
+# A sentence ends with its mark, closing quotes and brackets included, before something that can begin one: a small
+# letter can where the mark follows a word too long for an abbreviation. It also ends with a blank line, and scripts
+# without spaces end theirs with a mark of their own.
+BETWEEN = re.compile(
+    r"(?<=[.!?…])[\"'”’)\]]*\s+(?=[\"'“‘(\[]*[^\W_a-z])|(?<=[^\W\d_]{5}[.!?])\s+|(?<=[。！？])|\n\s*\n"
+)
+
+
+def untruncated(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy that reads the whole of a text, however long; the embedder's own stops after 256 tokens."""
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
 
 
 def sentences(text: str) -> list[str]:
@@ -30,7 +41,12 @@ def sentences(text: str) -> list[str]:
 
 
 def split(text: str, tokenizer: Tokenizer, tokens: int = TOKENS) -> Iterator[str]:
-    """The windows of a text, each at most `tokens` long. A sentence that is longer is cut between tokens."""
+    """The windows of a text, each at most `tokens` long. A longer sentence is cut, if possible between words.
+
+    The tokenizer must be one that does not truncate: see `untruncated`.
+    """
+    if tokenizer.truncation:
+        raise ValueError("a tokenizer that truncates loses the ends of long sentences")
     window, used = list[str](), 0
     for sentence in sentences(text):
         for piece, size in _cut(sentence, tokenizer, tokens):
@@ -52,8 +68,10 @@ def _cut(sentence: str, tokenizer: Tokenizer, tokens: int) -> Iterator[tuple[str
     begin = 0
     while begin < len(spans):
         end = min(begin + tokens, len(spans))
-        # Back to the start of a word, so that the pieces are words again.
-        while end < len(spans) and end > begin + 1 and spans[end][0] == spans[end - 1][1]:
-            end -= 1
+        # Back to the start of a word, unless one word is longer than a window.
+        back = end
+        while end < len(spans) and back > begin and spans[back][0] == spans[back - 1][1]:
+            back -= 1
+        end = back if back > begin else end
         yield sentence[spans[begin][0] : spans[end - 1][1]], end - begin
         begin = end
