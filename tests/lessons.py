@@ -5,8 +5,11 @@ python tests/lessons.py WORK ANCHOR EXAMPLES        commits after every step, an
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
+import resource
 import sys
+from collections.abc import Iterator
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -37,6 +40,17 @@ def make_set(folder: pathlib.Path, count: int = 40, seed: int = 0, teachers: boo
             teacher = np.concatenate([context, tokens]) if teachers and number % 3 else None
             out.add(Example(tokens, learn, number, teacher), leaves)
     return TrainingSet.open(folder)
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """Files cannot grow beyond 2000 bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def tiny_config(model: nn.Module, kind: str = "ffn", placement: str = "late") -> MemoryConfig:

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lessons import LEAVES, QUICK, make_set
+from lessons import LEAVES, QUICK, full_disk, make_set
 from sources import KINDS as ARCHITECTURES
 from sources import make_hf
-from tiny import make_tokenizer
+from tiny import make_anchor, make_tokenizer
 from tiny_openlm import random_openlm, save_openlm
 
 from mlx_hiermem.anchor import load_anchor
@@ -23,8 +23,8 @@ from mlx_hiermem.convert import reference_memory
 from mlx_hiermem.convert.anchors.huggingface import convert_huggingface
 from mlx_hiermem.convert.anchors.openlm import convert_openlm
 from mlx_hiermem.errors import AnchorError, HierMemError, OutputError
-from mlx_hiermem.learn import blocks as blocks_module
 from mlx_hiermem.learn import examples as examples_module
+from mlx_hiermem.learn.activations import States
 from mlx_hiermem.learn.blocks import TrainedBlock, TrainedBlocks, new_block
 from mlx_hiermem.learn.examples import Example, TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.forward import Anchor
@@ -297,16 +297,12 @@ def test_only_what_was_committed_stays(tmp_path: pathlib.Path) -> None:
         assert block.moments.keys() == {"gate", "up", "down"}
 
 
-def test_a_full_disk_is_said(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_said(tmp_path: pathlib.Path) -> None:
     kept = TrainedBlocks(tmp_path, 0, lambda node: new_block(CONFIG, node, 0))
     kept.use(frozenset(LEAVES[:1]))
     kept.touch(LEAVES[0])
 
-    def full(*_: object) -> None:
-        raise RuntimeError("[write] No space left on device")
-
-    monkeypatch.setattr(blocks_module.mx, "save_safetensors", full)
-    with pytest.raises(OutputError, match="No space left"):
+    with full_disk(), pytest.raises(OutputError, match="Unable to write"):
         kept.commit({})
 
 
@@ -371,3 +367,31 @@ def test_an_anchor_that_is_more_than_its_layers_is_refused(tmp_path: pathlib.Pat
     model.model.__class__ = Shifted
     with pytest.raises(AnchorError, match="by parts"):
         Anchor(model).check()
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_states_come_back_to_the_bit(dtype: mx.Dtype, training_set: TrainingSet, tmp_path: pathlib.Path) -> None:
+    """Written, cut off in the middle as a kill would, completed, and read one by one."""
+    anchor = Anchor(load_anchor(make_anchor(tmp_path / "anchor"), dtype)[0])
+    numbers = np.arange(0, 200, 3)
+    kept = States(tmp_path / "states", anchor, training_set, numbers, 1 << 30, 2)
+    kept.complete()
+    first = kept.file.read_bytes()
+    assert len(first) == kept.nbytes
+    with kept.file.open("r+b") as file:
+        file.truncate(len(first) // 2 + 3)
+    kept.complete()
+    assert kept.file.read_bytes() == first
+    for number in numbers:
+        example = training_set.read(int(number))
+        place = kept.find(int(number))
+        assert place is not None
+        found = kept.array(kept.read(place))
+        alone = anchor.states(mx.array(example.tokens[None, :-1]), 2)[0]
+        assert found.dtype == dtype
+        assert mx.allclose(
+            found, alone, 1e-5 if dtype == mx.float32 else 5e-2, 1e-5 if dtype == mx.float32 else 5e-2
+        )
+    assert kept.find(1) is None
+    small = States(tmp_path / "some", anchor, training_set, numbers, kept.nbytes // 3, 2)
+    assert 0 < small.nbytes <= kept.nbytes // 3

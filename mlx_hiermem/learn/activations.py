@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 import mlx.core as mx
 import numpy as np
 
-from mlx_hiermem.errors import OutputError
 from mlx_hiermem.learn.examples import Example, TrainingSet
 from mlx_hiermem.learn.forward import Anchor
 
@@ -57,19 +56,16 @@ class States:
         return self._rows(numbers)
 
     def complete(self, tick: Tick | None = None) -> None:
-        """Computes what is not in the file yet. Raises OutputError."""
+        """Computes what is not in the file yet."""
         done = self.file.stat().st_size if self.file.is_file() else 0
         with self.file.open("ab") as out:
             for start, end in self._batches():
                 first = int(self.ends[start - 1]) if start else 0
                 if int(self.ends[end - 1]) <= done:
                     continue
-                try:
-                    out.truncate(first)  # a killed run may have left a part of a batch
-                    for states in self._compute([self.examples.read(int(n)) for n in self.numbers[start:end]]):
-                        out.write(_bytes(states))
-                except OSError as error:
-                    raise OutputError(f"cannot write {self.file}: {error.strerror}", "Free some space.") from error
+                out.truncate(first)  # a killed run may have left a part of a batch
+                for states in self._compute([self.examples.read(int(n)) for n in self.numbers[start:end]]):
+                    out.write(_bytes(states))
                 if tick:
                     tick(int(self.rows[:end].sum()), int(self.rows.sum()))
             out.flush()

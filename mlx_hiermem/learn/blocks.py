@@ -25,6 +25,7 @@ LIST = "blocks.json"
 Tensors = dict[str, mx.array]
 MOMENTS = ("m", "v")  # AdamW's, in mlx.optimizers' names
 ANCHOR = Path((-1,))  # stands among the nodes for the anchor, which learns too in co-training
+GO_ON = "Free some space; learning goes on where it stopped."
 NAMES = {Path(): "generic", ANCHOR: "anchor"}
 
 
@@ -201,4 +202,4 @@ def _node(name: str) -> Path:
 
 def _failed(folder: pathlib.Path, error: Exception) -> OutputError:
     reason = getattr(error, "strerror", "") or str(error)
-    return OutputError(f"cannot write {folder}: {reason}", "Free some space; learning goes on where it stopped.")
+    return OutputError(f"cannot write {folder}: {reason}", GO_ON)

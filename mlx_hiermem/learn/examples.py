@@ -20,6 +20,7 @@ import pathlib
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import TracebackType
 
 import numpy as np
@@ -82,7 +83,7 @@ class TrainingSet:
     def __len__(self) -> int:
         return len(self._index)
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """[N] tokens of each example."""
         return np.diff(self._index[:, 0], prepend=0)
@@ -92,7 +93,7 @@ class TrainingSet:
         """[N] the window that each example was made from."""
         return self._index[:, 2]
 
-    @property
+    @cached_property
     def teachers(self) -> np.ndarray:
         """[N] tokens of each example's teacher, 0 where it has none."""
         return np.diff(self._index[:, 1], prepend=0)

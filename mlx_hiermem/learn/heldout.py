@@ -6,7 +6,7 @@ Without memory, with the generic block, and with the fetched ones level by level
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -14,56 +14,56 @@ from mlx_hiermem.config import Path
 from mlx_hiermem.learn.examples import TrainingSet
 from mlx_hiermem.learn.learner import Inputs
 from mlx_hiermem.learn.packing import batch, cut
-from mlx_hiermem.learn.schedule import GENERIC, Job, carriers
-from mlx_hiermem.learn.settings import TrainingSettings
+from mlx_hiermem.learn.schedule import GENERIC, carriers
 from mlx_hiermem.learn.trainer import Trainer
 
-EXAMPLES = 256  # of a job at most
+EXAMPLES = 1024  # of all held-out texts, at most; the same ones for every memory
+GROUP_TOKENS = 1024
 Sums = dict[str, tuple[float, int]]  # name of a memory -> summed loss, tokens
 
 
 def measure(trainer: Trainer, heldout: TrainingSet) -> Sums:
     """Losses of a job's held-out texts under its blocks as they are now.
 
-    A subtree's job has `fetched` and `level 1` ... (the path cut off below); the generic block's has `none` and
-    `generic`, over all texts.
+    A subtree's job has `none`, `level 1` ... (the path cut off there) and `fetched`; the generic block's has
+    `generic`, over all texts, and the others for texts whose subtree nobody learns.
     """
     found: Sums = {}
-    for leaf, numbers in _texts(trainer.job, trainer.settings, heldout):
-        path = [node for node in carriers(trainer.learner.config, leaf) if node in trainer.blocks]
-        memories: dict[str, list[Path]] = {"fetched": path}
-        memories |= {f"level {len(node)}": path[: i + 1] for i, node in enumerate(path)}
-        if GENERIC in trainer.job.leaves:
-            memories = {"none": [], "generic": [GENERIC]} | (memories if len(trainer.job.leaves) > 1 else {})
-        trainer.blocks.use(frozenset(node for nodes in memories.values() for node in nodes))
-        for group in cut(numbers, heldout.lengths[numbers], 1024, np.random.default_rng(0)):
-            _add(found, _losses(trainer, heldout, group, memories))
+    own, known = _tops(trainer.job.leaves), _tops(trainer.examples.leaves)
+    for leaf, numbers in _texts(trainer, heldout):
+        memories: dict[str, list[Path]] = {"generic": [GENERIC]} if GENERIC in trainer.job.leaves else {}
+        if leaf[:1] in own or leaf[:1] not in known:
+            memories |= _levels(trainer, leaf)
+        trainer.use({node for nodes in memories.values() for node in nodes})
+        for group in cut(numbers, heldout.lengths[numbers], GROUP_TOKENS, np.random.default_rng(0)):
+            inputs = Inputs(batch([heldout.read(int(number)) for number in group]))
+            learnt = int(heldout.learnts[group].sum())
+            _add(found, {name: (float(trainer.losses(n, inputs).sum()), learnt) for name, n in memories.items()})
     return found
 
 
-def _texts(job: Job, settings: TrainingSettings, heldout: TrainingSet) -> Iterable[tuple[Path, np.ndarray]]:
-    """Leaves and a sample of their examples: those below the job's top, or all for the generic block."""
-    tops = {leaf[0] for leaf in job.leaves if leaf != GENERIC}
-    leaves = [leaf for leaf in heldout.leaves if leaf[0] in tops or GENERIC in job.leaves]
-    total = sum(len(heldout.ids(leaf)) for leaf in leaves)
-    rng = np.random.default_rng(settings.seed)
-    for leaf in leaves:
+def _levels(trainer: Trainer, leaf: Path) -> dict[str, list[Path]]:
+    """Name -> the nodes whose blocks are attached: none, those down to each level, all on the path."""
+    path = [node for node in carriers(trainer.learner.config, leaf) if node in trainer.blocks]
+    cut_off = {
+        f"level {n}": [node for node in path if len(node) <= n] for n in range(1, trainer.learner.config.depth)
+    }
+    return {"none": []} | cut_off | {"fetched": path}
+
+
+def _texts(trainer: Trainer, heldout: TrainingSet) -> Iterator[tuple[Path, np.ndarray]]:
+    """Leaves and a sample of their texts: those below the job's top, or all for the generic block."""
+    everything, own = GENERIC in trainer.job.leaves, _tops(trainer.job.leaves)
+    sample = np.random.default_rng(trainer.settings.seed).random(len(heldout)) < EXAMPLES / max(1, len(heldout))
+    for leaf in heldout.leaves:
         numbers = heldout.ids(leaf)
-        chosen = numbers[rng.random(len(numbers)) < EXAMPLES / max(1, total)]
-        if len(chosen):
-            yield leaf, np.asarray(chosen)
+        chosen = numbers[sample[numbers]]
+        if len(chosen) and (everything or leaf[:1] in own):
+            yield leaf, chosen
 
 
-def _losses(
-    trainer: Trainer, heldout: TrainingSet, numbers: np.ndarray, memories: Mapping[str, list[Path]]
-) -> Sums:
-    inputs = Inputs(batch([heldout.read(int(number)) for number in numbers]))
-    learnt = int(heldout.learnts[numbers].sum())
-    found: Sums = {}
-    for name, nodes in memories.items():
-        weights = [trainer.blocks[node].weights for node in nodes]
-        found[name] = (float(trainer.learner.losses(weights, inputs).sum()), learnt)
-    return found
+def _tops(leaves: Iterable[Path]) -> set[tuple[int, ...]]:
+    return {leaf[:1] for leaf in leaves}
 
 
 def _add(sums: Sums, more: Sums) -> None:

@@ -15,6 +15,7 @@ from mlx_hiermem.bank.block import FetchedMemory, MemoryBlock
 from mlx_hiermem.config import MemoryConfig
 from mlx_hiermem.errors import AnchorError
 from mlx_hiermem.learn.blocks import Tensors
+from mlx_hiermem.learn.compiling import compiled
 from mlx_hiermem.learn.forward import Anchor
 from mlx_hiermem.learn.loss import divergence, next_token
 from mlx_hiermem.learn.packing import Batch
@@ -30,6 +31,15 @@ class Inputs:
     teacher: mx.array | None = None  # [M, d]: what leaves the teacher's last layer where something is learnt
     taught: mx.array | None = None  # bool [M]: where there is a teacher; elsewhere the next token is learnt
 
+    @property
+    def arrays(self) -> Tensors:
+        """All of it by name, as compiled functions take it."""
+        batch, found = self.batch, {"states": self.states, "teacher": self.teacher, "taught": self.taught}
+        found |= {name: mx.array(getattr(batch, name)) for name in ("tokens", "positions", "targets", "weights")}
+        if batch.packed:
+            found["documents"] = mx.array(batch.documents)
+        return {name: value for name, value in found.items() if value is not None}
+
 
 class Learner:
     """An anchor with a place for memories. Not for several threads: a memory is attached while it computes."""
@@ -40,6 +50,7 @@ class Learner:
         self.anchor.check()
         self.attachment = attach(model, config)
         self.first_layer = min(config.layers)
+        self._gradients = compiled(self._compute_gradients)
 
     def gradients(
         self, blocks: Sequence[Tensors], inputs: Inputs, scale: float, anchor: Tensors | None = None
@@ -48,42 +59,50 @@ class Learner:
 
         `anchor` are the parameters (by their names) that learn too; none are where it stands still.
         """
-
-        def loss(blocks: list[Tensors], own: Tensors) -> mx.array:
-            if own:
-                self.anchor.model.update(tree_unflatten(list(own.items())))
-            return self._losses(blocks, inputs).sum() * scale
-
-        compute = mx.value_and_grad(loss, argnums=(0, 1) if anchor else 0)
-        value, found = compute(list(blocks), anchor or {})
+        value, of_blocks, of_anchor = self._gradients(list(blocks), anchor or {}, inputs.arrays, mx.array(scale))
         self.attachment.clear()
         if anchor:
             self.anchor.model.update(tree_unflatten(list(anchor.items())))  # in place of what was traced
-        of_blocks, of_anchor = found if anchor else (found, {})
         mx.eval(value, of_blocks, of_anchor)
-        return float(value) / scale, of_blocks, of_anchor
+        return float(value), of_blocks, of_anchor
 
-    def losses(self, blocks: Sequence[Tensors], inputs: Inputs) -> np.ndarray:
+    def _compute_gradients(
+        self, blocks: list[Tensors], anchor: Tensors, arrays: Tensors, scale: mx.array
+    ) -> tuple[mx.array, list[Tensors], Tensors]:
+        """(summed loss, gradients of the blocks, of the anchor); nothing is evaluated."""
+
+        def loss(blocks: list[Tensors], own: Tensors) -> tuple[mx.array, mx.array]:
+            if own:
+                self.anchor.model.update(tree_unflatten(list(own.items())))
+            total = self._losses(blocks, arrays).sum()
+            return total * scale, total
+
+        compute = mx.value_and_grad(loss, argnums=(0, 1) if anchor else 0)
+        (_, total), found = compute(blocks, anchor)
+        return (total, *found) if anchor else (total, found, {})
+
+    def losses(self, blocks: Sequence[Tensors], inputs: Inputs, anchor: Tensors | None = None) -> np.ndarray:
         """[M] loss of each learnt token under these blocks (none: without memory); 0 where the batch fills up."""
-        values = self._losses(blocks, inputs)
+        if anchor:
+            self.anchor.model.update(tree_unflatten(list(anchor.items())))
+        values = self._losses(blocks, inputs.arrays)
         self.attachment.clear()
         return np.array(values)
 
-    def _losses(self, blocks: Sequence[Tensors], inputs: Inputs) -> mx.array:
-        batch, states = inputs.batch, inputs.states
+    def _losses(self, blocks: Sequence[Tensors], arrays: Tensors) -> mx.array:
         if blocks:
             joined = [MemoryBlock(dict(block), 0) for block in blocks]
             self.attachment.fill(FetchedMemory.join(self.config, joined))
         else:
             self.attachment.clear()
-        documents = mx.array(batch.documents) if batch.packed else None
+        states = arrays.get("states")
         layer = self.first_layer if states is not None else 0
-        logits = self.anchor.logits(mx.array(batch.tokens), mx.array(batch.positions), documents, layer, states)
-        values = next_token(logits, mx.array(batch.targets))
-        if inputs.teacher is not None and inputs.taught is not None:
-            taught = divergence(logits, self.anchor.head(inputs.teacher))
-            values = mx.where(inputs.taught, taught, values)
-        return values * mx.array(batch.weights)
+        logits = self.anchor.logits(arrays["tokens"], arrays["positions"], arrays.get("documents"), layer, states)
+        values = next_token(logits, arrays["targets"])
+        if "teacher" in arrays:
+            taught = divergence(logits, self.anchor.head(arrays["teacher"]))
+            values = mx.where(arrays["taught"], taught, values)
+        return values * arrays["weights"]
 
     def trainable(self) -> Tensors:
         """The anchor's parameters by name, for co-training. Raises AnchorError where they are quantised."""

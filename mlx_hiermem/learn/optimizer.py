@@ -8,12 +8,15 @@ rarer than the anchor's).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
 
 import mlx.core as mx
 from mlx.optimizers import AdamW, clip_grad_norm
 
 from mlx_hiermem.learn.blocks import Tensors, TrainedBlock
+from mlx_hiermem.learn.compiling import compiled
 from mlx_hiermem.learn.settings import TrainingSettings
 
 BETAS = (0.9, 0.95)
@@ -40,13 +43,22 @@ def update(
     clipped, norm = clip_grad_norm([dict(gradient) for gradient in gradients], clip)
     for block, own, (rate, decay) in zip(blocks, clipped, rates, strict=True):
         block.updates += 1
-        adam = AdamW(rate, BETAS, weight_decay=decay, bias_correction=True)
-        adam.state["step"] = mx.array(block.updates, mx.float32)
-        block.weights = {name: _moved(adam, own[name], value, block, name) for name, value in block.weights.items()}
+        setting = mx.array([block.updates, rate, decay], mx.float32)
+        for name, weight in block.weights.items():
+            moved, moments = _compiled()(weight, own[name], block.moments[name], setting)
+            block.weights[name], block.moments[name] = moved, moments
     mx.eval(norm, [block.arrays for block in blocks])
     return float(norm)
 
 
-def _moved(adam: AdamW, gradient: mx.array, weight: mx.array, block: TrainedBlock, name: str) -> mx.array:
-    moments: Tensors = block.moments[name]
-    return adam.apply_single(gradient, weight, moments)
+def _move(weight: mx.array, gradient: mx.array, moments: Tensors, setting: mx.array) -> tuple[mx.array, Tensors]:
+    """One tensor after a step, and its moments; `setting` holds the number of updates, the rate and the decay."""
+    adam = AdamW(0.0, BETAS, weight_decay=setting[2], bias_correction=True)
+    adam.state["step"], adam.state["learning_rate"] = setting[0], setting[1]
+    after = dict(moments)
+    return adam.apply_single(gradient, weight, after), after
+
+
+@cache
+def _compiled() -> Callable[..., Any]:
+    return compiled(_move)

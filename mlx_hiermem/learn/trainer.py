@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import mlx.core as mx
@@ -36,6 +37,17 @@ class Reporter(Protocol):
 
     def learnt(self, tokens: int, loss: float) -> None:
         """A step has learnt these tokens, at this mean loss."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What one step was."""
+
+    loss: float  # summed over the tokens learnt
+    learnt: int
+    tokens: int
+    norm: float  # of the gradient, before it was clipped
+    rate: float
 
 
 class Trainer:
@@ -76,24 +88,32 @@ class Trainer:
         self.prepare(reporter)
         if (self.epoch, self.step) == (0, 0):
             at_epoch(self)
-        self._commit_took, recent = 0.0, list[tuple[float, int]]()
+        self._commit_took, recent = 0.0, list[Taken]()
         while self.epoch < self.settings.epochs:
             steps = self.schedule.steps(self.epoch)
             while self.step < len(steps):
-                loss, learnt, norm, rate, tokens = self.take(steps[self.step])
-                self.step, self.tokens = self.step + 1, self.tokens + tokens
-                recent.append((loss, learnt))
+                recent.append(taken := self.take(steps[self.step]))
+                self.step, self.tokens = self.step + 1, self.tokens + taken.tokens
                 if self.step % LOG_STEPS == 0 or self.step == len(steps):
-                    mean = sum(a for a, _ in recent) / sum(n for _, n in recent)
-                    self.note({"loss": mean, "norm": norm, "rate": rate})
+                    mean = sum(one.loss for one in recent) / sum(one.learnt for one in recent)
+                    self.note({"loss": mean, "norm": taken.norm, "rate": taken.rate})
                     recent.clear()
-                reporter.learnt(tokens, loss / learnt)
+                reporter.learnt(taken.tokens, taken.loss / taken.learnt)
                 self._commit_now_and_then()
             self.epoch, self.step = self.epoch + 1, 0
             at_epoch(self)
         self.done = True
         self._commit()
         self.forget_states()
+
+    def losses(self, nodes: Sequence[Path], inputs: Inputs) -> np.ndarray:
+        """[M] losses under these nodes' blocks as they are now; `use` has brought them in."""
+        anchor = self.blocks[ANCHOR].weights if self.settings.cotrain else None
+        return self.learner.losses([self.blocks[node].weights for node in nodes], inputs, anchor)
+
+    def use(self, nodes: Iterable[Path]) -> None:
+        """Brings blocks into memory, and the anchor's weights where it learns too."""
+        self.blocks.use(frozenset((*nodes, ANCHOR) if self.settings.cotrain else nodes))
 
     def forget_states(self) -> None:
         """Removes the hidden states from the disk: only this job needed them."""
@@ -124,13 +144,12 @@ class Trainer:
 
     def prepare(self, reporter: Reporter) -> None:
         """Computes the hidden states that are worth keeping."""
-        rng = np.random.default_rng(0)
-        numbers = np.unique(np.concatenate([self.schedule.numbers(leaf, rng) for leaf in self.job.leaves]))
-        if GENERIC in self.job.leaves:
-            numbers = np.unique(self.examples.assigned)
+        leaves = [self.examples.ids(leaf) for leaf in self.job.leaves if leaf != GENERIC]
+        numbers = np.unique(np.concatenate(leaves)) if leaves else np.empty(0, np.int64)
         uses = self.total / max(1, int(self.examples.lengths[numbers].sum()))
-        frozen, budget = not self.settings.cotrain, self.settings.states_bytes
-        if not frozen or uses < WORTH_KEEPING:
+        budget = self.settings.states_bytes
+        # The generic block meets other texts in each epoch, and an anchor that learns other states.
+        if GENERIC in self.job.leaves or uses < WORTH_KEEPING:
             budget = 0
         layer, last = self.learner.first_layer, len(self.learner.anchor.layers)
         if budget and layer:
@@ -139,41 +158,43 @@ class Trainer:
             )
             budget -= self._states.nbytes
             self._states.complete(reporter.states)
-        taught = numbers[self.examples.teachers[numbers] > 0]
-        if self.settings.objective == "distillation" and len(taught):
+        if self.settings.objective == "distillation":
+            taught = numbers[self.examples.teachers[numbers] > 0]
             self._teachers = TeacherStates(
                 self.folder / "teacher.states", self.learner.anchor, self.examples, taught, budget, last
             )
             self._teachers.complete(reporter.states)
 
-    def take(self, step: Sequence[Group]) -> tuple[float, int, float, float, int]:
-        """One step: its summed loss, tokens learnt, gradient norm, rate, and tokens."""
-        config, settings = self.learner.config, self.settings
+    def take(self, step: Sequence[Group]) -> Taken:
+        """One step: the groups' gradients, summed block by block, and an update of the blocks they fetched."""
         numbers = np.concatenate([group.examples for group in step])
-        learnt, tokens = int(self.examples.learnts[numbers].sum()), int(self.examples.lengths[numbers].sum())
-        nodes = dict.fromkeys(node for group in step for node in carriers(config, group.leaf))
-        self.blocks.use(frozenset((*nodes, ANCHOR) if settings.cotrain else nodes))
-        anchor = self.blocks[ANCHOR].weights if settings.cotrain else None
+        learnt = int(self.examples.learnts[numbers].sum())
+        self.use({node for group in step for node in carriers(self.learner.config, group.leaf)})
         sums: dict[Path, Tensors] = {}
-        total = 0.0
-        for group in step:
-            examples = [self.examples.read(int(number)) for number in group.examples]
-            path = carriers(config, group.leaf)
-            weights = [self.blocks[node].weights for node in path]
-            loss, found, own = self.learner.gradients(
-                weights, self.inputs(examples, group.examples), 1 / learnt, anchor
-            )
-            total += loss
-            for node, gradient in [*zip(path, found, strict=True), *([(ANCHOR, own)] if own else [])]:
-                before = sums.get(node)
-                sums[node] = {k: before[k] + g for k, g in gradient.items()} if before else gradient
-        rate = schedule(self.tokens / self.total, settings)
+        loss = sum(self._add_gradients(group, 1 / learnt, sums) for group in step)
+        rate = schedule(self.tokens / self.total, self.settings)
         moving = [node for node in sums if self.learns(node)]
         rates = [self._rates(node, rate) for node in moving]
-        norm = update([self.blocks[node] for node in moving], [sums[node] for node in moving], rates, settings.clip)
+        blocks, gradients = [self.blocks[node] for node in moving], [sums[node] for node in moving]
+        norm = update(blocks, gradients, rates, self.settings.clip)
         for node in moving:
             self.blocks.touch(node)
-        return total, learnt, norm, rate * settings.rate, tokens
+        tokens = int(self.examples.lengths[numbers].sum())
+        return Taken(loss, learnt, tokens, norm, rate * self.settings.rate)
+
+    def _add_gradients(self, group: Group, scale: float, sums: dict[Path, Tensors]) -> float:
+        """Adds one group's gradients to those of its nodes; returns its summed loss."""
+        examples = [self.examples.read(int(number)) for number in group.examples]
+        path = carriers(self.learner.config, group.leaf)
+        weights = [self.blocks[node].weights for node in path]
+        anchor = self.blocks[ANCHOR].weights if self.settings.cotrain else None
+        inputs = self.inputs(examples, group.examples)
+        loss, found, of_anchor = self.learner.gradients(weights, inputs, scale, anchor)
+        by_node = dict(zip(path, found, strict=True)) | ({ANCHOR: of_anchor} if of_anchor else {})
+        for node, gradient in by_node.items():
+            before = sums.get(node)
+            sums[node] = {name: before[name] + g for name, g in gradient.items()} if before else gradient
+        return loss
 
     def _rates(self, node: Path, rate: float) -> tuple[float, float]:
         if node == ANCHOR:

@@ -22,7 +22,7 @@ import mlx.nn as nn
 
 from mlx_hiermem.config import MemoryConfig, Path
 from mlx_hiermem.errors import HierMemError, OutputError
-from mlx_hiermem.learn.blocks import ANCHOR, Tensors, TrainedBlocks, new_block
+from mlx_hiermem.learn.blocks import ANCHOR, GO_ON, Tensors, TrainedBlocks, new_block
 from mlx_hiermem.learn.examples import TrainingSet
 from mlx_hiermem.learn.heldout import measure, perplexities
 from mlx_hiermem.learn.learner import Learner
@@ -83,8 +83,11 @@ class Training:
         what was committed stays, and the next call goes on from there.
         """
         ticker = _Ticker(tick, sum(self._tokens(job) * self.settings.epochs for job in self.mine))
-        for job in self.mine:
-            self._train(job, ticker)
+        try:
+            for job in self.mine:
+                self._train(job, ticker)
+        except OSError as error:
+            raise OutputError(f"cannot write {error.filename or self.work}: {error.strerror}", GO_ON) from error
         mx.eval(mx.distributed.all_sum(mx.array(1.0)))  # all ranks are done
         if missing := [job.name for job in self.jobs if not self._is_done(job)]:
             raise OutputError(
