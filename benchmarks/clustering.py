@@ -1,11 +1,11 @@
 """The clustering beside scikit-learn's, and its time for a million vectors.
 
     python benchmarks/clustering.py              inertia and balance on the elements' sentences and on made vectors
-    python benchmarks/clustering.py --million    the time of 1 000 000 x 384 vectors into 16^3 leaves (1.5 GB of disk)
+    python benchmarks/clustering.py --million    the time of 1 000 000 x 384 vectors into 16^3 leaves
 
 Ours samples and balances, as arXiv:2510.02375, App. C, has it; scikit-learn's k-means sees every vector at every
-step and has no bound on a cluster's size. So its inertia is the mark to come near, and its largest cluster shows what
-the balance is for. The made vectors lie around centres of very different weight: alike ones are easy to balance.
+step and has no bound on a cluster's size. So its inertia is the mark to come near, and its largest cluster shows
+what the balance is for. The made vectors lie around centres of very different weight: alike ones balance easily.
 """
 
 from __future__ import annotations

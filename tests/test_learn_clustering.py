@@ -86,13 +86,14 @@ def test_assignment_gives_room_to_those_who_need_it() -> None:
 
 def test_every_child_is_within_the_balance() -> None:
     vectors, _ = clouds(2, 60)  # two clouds, four children: some must share
-    grown = grow(np.concatenate([vectors[:60], vectors[60:80]]), Shape(4, 1))
-    assert np.bincount(grown.row, minlength=4).max() <= math.ceil(BALANCE * 80 / 4)
+    uneven = np.concatenate([vectors[:60], vectors[60:80]])
+    assert np.bincount(grow(uneven, Shape(4, 1)).row).tolist() == [20] * 4
+    assert 20 < np.bincount(grow(uneven, Shape(4, 1), balance=BALANCE).row).max() <= BALANCE * 20
 
 
 def test_the_tree_separates_at_both_levels() -> None:
     vectors, label = clouds(16, 12, spread=0.02, dim=32)
-    grown = grow(vectors, Shape(4, 2))
+    grown = grow(vectors, Shape(4, 2), balance=BALANCE)  # an even share would send some elsewhere
     assert grown.tree.depth == 2
     assert len({grown.leaf(i) for i in range(len(vectors))}) == 16
     together = [len({grown.leaf(i) for i in np.flatnonzero(label == cloud)}) for cloud in range(16)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pathlib
 import tracemalloc
@@ -15,7 +16,7 @@ from mlx_hiermem.errors import CorpusError, OutputError
 from mlx_hiermem.learn import Document, Skipped, corpus, labels
 from mlx_hiermem.learn.duplicates import Seen
 from mlx_hiermem.learn.stages import SKIPPED, WINDOWS, CorpusSettings, read_corpus
-from mlx_hiermem.learn.windows import sentences, split, untruncated
+from mlx_hiermem.learn.windows import sentences, splintered, split, untruncated
 from mlx_hiermem.learn.work import Work
 
 PAGE = """<html><head><title>Salt</title></head><body><nav><a href="/">Home</a> <a href="/all">All pages</a></nav>
@@ -239,6 +240,36 @@ def test_an_empty_corpus_says_so(folder: pathlib.Path, tmp_path: pathlib.Path, t
         read_corpus(work, [str(folder)], tokenizer)
     (folder / "a.txt").write_text("Now there is.")
     assert read_corpus(work, [str(folder)], tokenizer).count == 1
+
+
+def test_another_language_than_the_embedders(
+    folder: pathlib.Path, tmp_path: pathlib.Path, tokenizer: Tokenizer
+) -> None:
+    german = "Das Gebäude wurde im achtzehnten Jahrhundert errichtet und später mehrfach umgebaut."
+    assert splintered(german, tokenizer) > 0.4
+    assert splintered("The building dates from the eighteenth century, and was altered later.", tokenizer) < 0.1
+    (folder / "a.txt").write_text(german, encoding="utf-8")
+    work = Work(tmp_path / "work")
+    with pytest.raises(CorpusError, match="not seem to be in English"):
+        read_corpus(work, [str(folder)], tokenizer)
+    assert read_corpus(work, [str(folder)], tokenizer, CorpusSettings(any_language=True)).count == 1
+
+
+def test_a_full_disk_keeps_what_was_done(
+    folder: pathlib.Path, tmp_path: pathlib.Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "a.txt").write_text("One thing.")
+    work = Work(tmp_path / "work")
+    made = read_corpus(work, [str(folder)], tokenizer)
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "nodes.json")
+
+    with pytest.raises(
+        OutputError, match=r"cannot write nodes.json: No space left on device. What was done is kept"
+    ):
+        work.stage("labels", None, [made.digest], full)
+    assert read_corpus(Work(tmp_path / "work"), [str(folder)], tokenizer).digest == made.digest
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: pathlib.Path) -> None:

@@ -31,6 +31,8 @@ from mlx_hiermem.learn.stages import (
 from mlx_hiermem.learn.work import Work, read_lines, write_lines
 from mlx_hiermem.tree import ClusterTree
 
+MADE_UP = CorpusSettings(any_language=True)  # the words of `documents` are of none
+
 
 def unit(values: np.ndarray) -> np.ndarray:
     return (values / np.linalg.norm(values, axis=-1, keepdims=True)).astype(np.float32)
@@ -137,8 +139,8 @@ def test_centroids_learn_to_look_past_the_wording(batch: int, monkeypatch: pytes
 
 
 def test_descent_is_the_routers() -> None:
-    probe = worded(60, 5)
-    grown = grow(means(probe), Shape(4, 3), 0, Separation(probe))  # ragged: 60 windows do not fill 64 leaves
+    probe = worded(90, 5)
+    grown = grow(means(probe), Shape(4, 3), 0, Separation(probe))  # ragged: some nodes of level 2 have 5 windows
     levels, rows = descend(grown.tree, probe.vectors)
     paths = [Path.of_row(int(row), int(level), 4) for row, level in zip(rows, levels, strict=True)]
     assert paths == [route.path for route in grown.tree.route(probe.vectors)]
@@ -161,10 +163,10 @@ def likely(tree: ClusterTree, point: np.ndarray) -> dict[Path, float]:
 
 
 def test_windows_are_placed_where_their_probes_are_likely_to_go() -> None:
-    probe = worded(60, 5)
+    probe = worded(90, 5)
     grown = grow(means(probe), Shape(4, 3), 0, Separation(probe))
     placed = list(place(grown.tree, probe, 3))
-    for window in range(60):
+    for window in range(90):
         total: dict[Path, float] = {}
         for point in probe.vectors[5 * window : 5 * window + 5]:
             for leaf, share in likely(grown.tree, point).items():
@@ -195,7 +197,7 @@ def documents(folder: pathlib.Path, count: int = 40) -> pathlib.Path:
 def test_the_stages_in_files(tmp_path: pathlib.Path) -> None:
     source, tokenizer = documents(tmp_path), Embedder.load().tokenizer
     work, embedder = Work(tmp_path / "work"), Letters()
-    corpus = read_corpus(work, [str(source)], tokenizer)
+    corpus = read_corpus(work, [str(source)], tokenizer, MADE_UP)
     planted = plant(work, corpus, embedder, TreeSettings(branching=3, depth=2))
     assert planted.agreement["agreement"] is None  # nobody asked anything
     placed = list(planted.placed())
@@ -217,7 +219,7 @@ def test_the_stages_in_files(tmp_path: pathlib.Path) -> None:
 def test_generated_questions_shape_the_tree_and_some_measure_it(tmp_path: pathlib.Path) -> None:
     source, tokenizer = documents(tmp_path), Embedder.load().tokenizer
     work, embedder = Work(tmp_path / "work"), Letters()
-    corpus = read_corpus(work, [str(source)], tokenizer)
+    corpus = read_corpus(work, [str(source)], tokenizer, MADE_UP)
     asked = [f"Where is {window.title}, and who built {window.title}?" for window in corpus.windows()]
     write_lines(work.path(STUDY), ({"window": i, "question": text, "answer": ""} for i, text in enumerate(asked)))
     planted = plant(work, corpus, embedder)
@@ -235,8 +237,8 @@ def test_an_interrupted_embedding_goes_on(tmp_path: pathlib.Path, monkeypatch: p
     monkeypatch.setattr(vectors, "BATCH", 16)
     source, tokenizer = documents(tmp_path), Embedder.load().tokenizer
     whole, broken = Work(tmp_path / "whole"), Work(tmp_path / "broken")
-    straight = plant(whole, read_corpus(whole, [str(source)], tokenizer), Letters())
-    corpus = read_corpus(broken, [str(source)], tokenizer)
+    straight = plant(whole, read_corpus(whole, [str(source)], tokenizer, MADE_UP), Letters())
+    corpus = read_corpus(broken, [str(source)], tokenizer, MADE_UP)
 
     class Stops(Letters):
         def embed(self, texts: Sequence[str]) -> np.ndarray:

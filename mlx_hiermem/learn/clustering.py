@@ -2,8 +2,9 @@
 
 Every node is split by EM over fresh samples of its windows, from the root to the leaves; a cluster that draws
 more than 1.5/k of a sample shares with the smallest one. Then each window goes to the nearest centroid that has
-room, and the children are split in their turn. A node with too few windows stays a leaf, so the tree is ragged.
-Each node has a random generator of its own, made of the seed and the node, so the order of work does not matter.
+room, all having room for an even share, and the children are split in their turn. A node with too few windows stays
+a leaf, so the tree is ragged. Each node has a random generator of its own, made of the seed and the node, so the
+order of work does not matter.
 
 Vectors may be a memory map: only samples and chunks of it are read. Nine bytes a window are held.
 """
@@ -21,7 +22,8 @@ from mlx_hiermem.errors import CorpusError
 from mlx_hiermem.tree import ClusterTree
 
 STEPS, SAMPLE = 20, 6400  # App. C
-BALANCE = 1.5  # a cluster holds at most so many times its even share: 0.094 of the whole at k = 16
+BALANCE = 1.5  # a cluster draws at most so many times its even share of a sample: 0.094 of it at k = 16
+EVEN = 1.0  # in the end a child is given so many times its even share at most; blocks are of one size too
 RESTARTS = 8  # of a node that one sample holds whole; there the start matters, and costs nothing
 SMALLEST = 3  # windows in a child, on average, for a node to be split at all
 LEAF = 8  # windows in a leaf that the default shape aims at
@@ -66,7 +68,7 @@ class Grown:
 
 
 def grow(
-    vectors: np.ndarray, shape: Shape, seed: int = 0, tune: Tune | None = None, balance: float = BALANCE
+    vectors: np.ndarray, shape: Shape, seed: int = 0, tune: Tune | None = None, balance: float = EVEN
 ) -> Grown:
     """[n, dim] unit vectors -> the tree. `tune` may move a node's centroids once its windows are assigned.
 

@@ -11,6 +11,7 @@ Self-study may come between the first two: `plant` takes the questions of its st
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import pathlib
 from collections import defaultdict
@@ -24,10 +25,10 @@ from tokenizers import Tokenizer
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import CorpusError
 from mlx_hiermem.learn import Document, Placed, Skipped, Window, corpus, labels, probes, vectors
-from mlx_hiermem.learn.clustering import BALANCE, Shape, grow
+from mlx_hiermem.learn.clustering import EVEN, Shape, grow
 from mlx_hiermem.learn.duplicates import Seen
 from mlx_hiermem.learn.routing import LEAVES, ProbeVectors, Separation, agreement, place
-from mlx_hiermem.learn.windows import TOKENS, split, untruncated
+from mlx_hiermem.learn.windows import TOKENS, splintered, split, untruncated
 from mlx_hiermem.learn.work import Work, read_lines, write_lines, write_text
 from mlx_hiermem.router import TextEmbedder
 from mlx_hiermem.tree import ClusterTree
@@ -35,16 +36,22 @@ from mlx_hiermem.tree import ClusterTree
 WINDOWS, SKIPPED, STUDY, PROBES = "windows.jsonl", "skipped.jsonl", "study.jsonl", "probes.jsonl"
 PROBE_VECTORS, MEANS = "probes.npy", "means.npy"
 TREE, LEAVES_FILE, AGREEMENT, NODES = "tree.safetensors", "leaves.jsonl", "agreement.json", "nodes.json"
+FOREIGN = 0.25  # see `splintered`
+LOOKED_AT = 500  # windows, to tell the language
 HELD_OUT = 10  # one generated question in so many measures the routing and shapes nothing
 
 
 @dataclass(frozen=True)
 class CorpusSettings:
-    """Which field of a record is the text, which its title ("": found), and the tokens of a window."""
+    """Which field of a record is the text, which its title ("": found), and the tokens of a window.
+
+    Unless `any_language`, a corpus in a language that the embedder does not know is refused.
+    """
 
     field: str = "text"
     title: str = ""
     tokens: int = TOKENS
+    any_language: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class TreeSettings:
     branching: int = 0
     depth: int = 0
     leaves: int = LEAVES
-    balance: float = BALANCE
+    balance: float = EVEN
     seed: int = 0
 
     def shape(self, windows: int) -> Shape:
@@ -110,14 +117,14 @@ def read_corpus(
     """Stage `corpus`. `progress` is told each document's source. Raises CorpusError where nothing is left."""
 
     def make() -> None:
-        beside = work.path(SKIPPED + ".tmp")
+        beside, reader = work.path(SKIPPED + ".tmp"), untruncated(tokenizer)
         with beside.open("w", encoding="utf-8") as stream, Seen(work.path("seen.sqlite")) as seen:
 
             def skip(skipped: Skipped) -> None:
                 stream.write(json.dumps(asdict(skipped), ensure_ascii=False) + "\n")
 
             documents = _new_documents(corpus.read(sources, settings.field, settings.title), seen, skip, progress)
-            windows = _windows(documents, untruncated(tokenizer), settings.tokens)
+            windows = _windows(documents, reader, settings.tokens)
             count = write_lines(work.path(WINDOWS), map(asdict, windows))
         beside.replace(work.path(SKIPPED))
         if not count:
@@ -129,7 +136,21 @@ def read_corpus(
                 "Readable are .txt .md .html .pdf .jsonl files, folders of them, and data sets of the hub.",
             )
 
+        if not settings.any_language:
+            _check_language(work, reader)
+
     return Corpus(work, work.stage("corpus", [asdict(settings), _stamp(sources)], (), make))
+
+
+def _check_language(work: Work, tokenizer: Tokenizer) -> None:
+    windows = itertools.islice(read_lines(work.path(WINDOWS)), LOOKED_AT)
+    share = splintered(" ".join(row["text"] for row in windows), tokenizer)
+    if share > FOREIGN:
+        raise CorpusError(
+            f"the corpus does not seem to be in English, the sentence embedder's language: {share:.0%} of its "
+            "tokens are splinters of words, and questions would hardly find their answers",
+            "--any-language learns it nevertheless.",
+        )
 
 
 def _stamp(sources: Sequence[str]) -> str:
