@@ -70,10 +70,24 @@ CANDIDATES = (
     Candidate("sentences with title, centroids moved", "titled sentences", "titled sentences", 1, True),
     Candidate("statements and beginnings, centroids moved", "statements", "statements", 1, True),
     Candidate("expected questions, centroids moved", "probes", "probes", 1, True),
-    Candidate("the same, learnt in the likeliest 3 leaves", "probes", "probes", 3, True),
-    Candidate("the same, even trees, 1 leaf", "probes", "probes", 1, True, balance=1.0),
-    Candidate("the same, even trees, likeliest 2 leaves", "probes", "probes", 2, True, balance=1.0),
-    Candidate("the same, even trees, likeliest 3 leaves", "probes", "probes", 3, True, balance=1.0),
+    Candidate("expected questions, centroids moved, learnt in the likeliest 3 leaves", "probes", "probes", 3, True),
+    Candidate("expected questions, centroids moved, even trees", "probes", "probes", 1, True, balance=1.0),
+    Candidate(
+        "expected questions, centroids moved, even trees, likeliest 2 leaves",
+        "probes",
+        "probes",
+        2,
+        True,
+        balance=1.0,
+    ),
+    Candidate(
+        "expected questions, centroids moved, even trees, likeliest 3 leaves",
+        "probes",
+        "probes",
+        3,
+        True,
+        balance=1.0,
+    ),
 )
 
 

@@ -10,7 +10,7 @@ questions of yet other wordings go. docs/learning.md has what each is worth.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,7 @@ STEPS, BATCH, RATE = 150, 8192, 0.02  # of Adam; the batch is the probes of a st
 SHARPNESS = 30.0  # turns squared distances of about 0.1 into logits that differ by a few units
 DOUBT = 5.0  # the same where other wordings than the probes are reckoned with: less sure by so much
 HOLD = 1e-3  # pulls the centroids to where k-means put them, so that text of other forms is treated alike
-LEAVES = 3  # in which a window is learnt at most
+LEAVES = 2  # in which a window is learnt at most: a third one hardly helps (docs/learning.md)
 LEAST = 0.05  # a leaf that is less likely than this does not get it
 
 
@@ -168,7 +168,10 @@ def _likely(tree: ClusterTree, points: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def agreement(
-    tree: ClusterTree, placed: Sequence[Sequence[Path]], vectors: np.ndarray, windows: Sequence[Sequence[int]]
+    tree: ClusterTree,
+    placed: Sequence[Sequence[Path]] | Mapping[int, Sequence[Path]],
+    vectors: np.ndarray,
+    windows: Sequence[Sequence[int]],
 ) -> float:
     """Share of questions that reach a leaf of a window with their answer.
 

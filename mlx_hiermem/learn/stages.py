@@ -251,19 +251,25 @@ def _grow(work: Work, made: Corpus, settings: TreeSettings) -> None:
     shaping = ProbeVectors.of(everything[:shapes], owner[:shapes], count)
     means = vectors.write(shaping.means(), count, everything.shape[1], work.path(MEANS))
     grown = grow(means, settings.shape(count), settings.seed, Separation(shaping), settings.balance)
-    placed = list(place(grown.tree, shaping, settings.leaves))
     grown.tree.save(work.path(TREE))
-    write_lines(
-        work.path(LEAVES_FILE),
-        ({"window": i, "leaves": [str(leaf) for leaf in leaves]} for i, leaves in enumerate(placed)),
-    )
+    placed, asked, total = dict[int, tuple[Path, ...]](), set(owner[shapes:].tolist()), 0
+
+    def rows() -> Iterator[dict[str, Any]]:
+        nonlocal total
+        for window, leaves in enumerate(place(grown.tree, shaping, settings.leaves)):
+            total += len(leaves)
+            if window in asked:
+                placed[window] = leaves
+            yield {"window": window, "leaves": [str(leaf) for leaf in leaves]}
+
+    write_lines(work.path(LEAVES_FILE), rows())
     questions = [[int(window)] for window in owner[shapes:]]
     found = agreement(grown.tree, placed, everything[shapes:], questions)
     report = {
         "branching": grown.tree.branching,
         "depth": grown.tree.depth,
         "windows": count,
-        "leaves_a_window": sum(map(len, placed)) / count,
+        "leaves_a_window": total / count,
         "questions": len(questions),
         "agreement": found if questions else None,
     }
