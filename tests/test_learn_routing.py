@@ -25,6 +25,7 @@ from mlx_hiermem.learn.stages import (
     CorpusSettings,
     TreeSettings,
     describe_nodes,
+    given_agreement,
     plant,
     read_corpus,
 )
@@ -231,6 +232,25 @@ def test_generated_questions_shape_the_tree_and_some_measure_it(tmp_path: pathli
     assert planted.agreement["questions"] == 4
     assert planted.agreement["agreement"] >= 0.75
     assert 1 <= planted.agreement["leaves_a_window"] <= routing.LEAVES
+
+
+def test_given_questions_measure_too(tmp_path: pathlib.Path) -> None:
+    source, tokenizer = documents(tmp_path), Embedder.load().tokenizer
+    work, embedder = Work(tmp_path / "work"), Letters()
+    corpus = read_corpus(work, [str(source)], tokenizer, MADE_UP)
+    planted = plant(work, corpus, embedder)
+    windows = list(corpus.windows())
+    by_title = [(window.title, window.title) for window in windows]
+    by_source = [(window.title, window.source) for window in windows]
+    found = given_agreement(planted, embedder, by_title)
+    assert found == given_agreement(planted, embedder, by_source)
+    placed, reached = list(planted.placed()), planted.tree.route(embedder.embed([w.title for w in windows]))
+    hits = [route.path in place_.leaves for route, place_ in zip(reached, placed, strict=True)]
+    assert found == sum(hits) / len(hits) > 0.5
+    others = [(asked, windows[i - 1].title) for i, (asked, _) in enumerate(by_title)]
+    assert given_agreement(planted, embedder, others) < found
+    with pytest.raises(CorpusError, match="no document is called 'nobody'"):
+        given_agreement(planted, embedder, [("Who?", "nobody")])
 
 
 def test_an_interrupted_embedding_goes_on(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -276,6 +276,26 @@ def _grow(work: Work, made: Corpus, settings: TreeSettings) -> None:
     write_text(work.path(AGREEMENT), json.dumps(report, indent=1) + "\n")
 
 
+def given_agreement(planted: Planted, embedder: TextEmbedder, questions: Sequence[tuple[str, str]]) -> float:
+    """Share of given questions that reach a leaf of the document that answers them.
+
+    Each is (question, the document's source or title). Raises CorpusError where the corpus has no such document.
+    """
+    answers = defaultdict[str, list[int]](list)
+    wanted, placed = {document for _, document in questions}, dict[int, tuple[Path, ...]]()
+    for window, place_ in zip(planted.corpus.windows(), planted.placed(), strict=True):
+        for name in wanted.intersection((window.source, window.title)):
+            answers[name].append(window.id)
+            placed[window.id] = place_.leaves
+    if missing := sorted(wanted - answers.keys()):
+        raise CorpusError(
+            f"no document is called '{missing[0]}', which a question asks about",
+            f"Name documents by their title, or by their source as {WINDOWS} has it.",
+        )
+    vectors_ = embedder.embed([question for question, _ in questions])
+    return agreement(planted.tree, placed, vectors_, [answers[document] for _, document in questions])
+
+
 def describe_nodes(work: Work, planted: Planted, tokens: Callable[[str], int]) -> dict[str, dict[str, Any]]:
     """Stage `labels`: every node's label, documents, windows, tokens (as `tokens` counts them) and sources."""
 
