@@ -112,7 +112,7 @@ def verify(
                 progress(min(len(checks), total), total)
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     receipt = Receipt(model.resolve().name, date, tool_versions(), found, tuple(checks))
-    _write(model / RECEIPT, receipt)
+    write_json(model / RECEIPT, receipt.to_json())
     return receipt
 
 
@@ -221,7 +221,8 @@ def _line(name: str, value: float, bound: float, suffix: str = "", details: dict
     return Check(name, f"{value:.1e}", f"{bound:g}{suffix}", value <= bound, details or {})
 
 
-def _write(file: pathlib.Path, receipt: Receipt) -> None:
+def write_json(file: pathlib.Path, content: dict[str, Any]) -> None:
+    """Beside it first: a reader finds the old file or the new one."""
     new = file.with_suffix(".new")
-    new.write_text(json.dumps(receipt.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    new.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(new, file)

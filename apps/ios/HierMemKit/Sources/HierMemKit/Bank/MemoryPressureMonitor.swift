@@ -1,0 +1,23 @@
+#if canImport(Darwin)
+  import Dispatch
+
+  /// Passes the system's memory warnings on to a cache, for as long as it lives.
+  ///
+  /// Unchecked because the sources are only made and cancelled, which any thread may do.
+  public final class MemoryPressureMonitor: @unchecked Sendable {
+    private let sources: [any DispatchSourceMemoryPressure]
+
+    public init(relieving cache: BlockCache) {
+      sources = [(.warning, MemoryPressure.warning), (.critical, .critical)].map { event, pressure in
+        let source = DispatchSource.makeMemoryPressureSource(eventMask: event)
+        source.setEventHandler { [weak cache] in
+          Task { await cache?.relieve(pressure) }
+        }
+        source.activate()
+        return source
+      }
+    }
+
+    deinit { sources.forEach { $0.cancel() } }
+  }
+#endif

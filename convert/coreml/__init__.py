@@ -1,0 +1,1 @@
+"""Core ML: anchor and retriever as .mlpackage, checked without a Mac."""
