@@ -25,10 +25,11 @@ test: setup  ## run the tests on tiny random models and on the real weights
 	$(BIN)/python -c 'from mlx_hiermem.assets import ASSETS, fetch; [fetch(name, print) for name in ASSETS]'
 	$(BIN)/python -m pytest
 
-lint: setup  ## check style, format and types
+lint: setup  ## check style, format, types, and the page of commands
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/python docs/make_commands.py --check
 
 elements: setup  ## train the bundled elements bank again from its corpus (about 40 minutes, resumes)
 	$(BIN)/python -m mlx_hiermem.apps.demo.recipe

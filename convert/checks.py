@@ -14,8 +14,7 @@ from mlx.utils import tree_flatten
 
 from mlx_hiermem.anchor import identify, load_anchor
 from mlx_hiermem.bank.bank import GENERIC, MemoryBank, file_digest
-from mlx_hiermem.bank.block import block_name
-from mlx_hiermem.convert.checkpoint import is_finite, open_checkpoint
+from mlx_hiermem.bank.block import block_name, read_block
 from mlx_hiermem.convert.pipeline import ANCHOR, SOURCE
 from mlx_hiermem.errors import AnchorError, HierMemError
 
@@ -78,35 +77,29 @@ def check_bank_files(bank: MemoryBank) -> Check:
 
 def check_blocks(bank: MemoryBank) -> Check:
     """Every block's shapes, dtype and values, and that its cluster is in the tree."""
-    files = {block_name(path): bank.config.block_sizes[len(path) - 1] for path in bank.manifest.blocks}
+    files = {block_name(path): len(path) for path in bank.manifest.blocks}
     if bank.manifest.generic:
-        files[GENERIC] = -1  # whatever size it has
+        files[GENERIC] = 0
     problems = []
     try:
         problems = [f"no cluster {path} in the tree" for path in bank.manifest.blocks if not bank.tree.has(path)]
     except HierMemError as error:
         problems.append(error.what)
-    for name, units in files.items():
-        problems += _block_problems(bank, name, units)
+    for name, level in files.items():
+        problems += _block_problems(bank, name, level)
     figure = problems[0] if problems else f"{len(files)} blocks"
     return Check("block tensors", figure, "shapes fit, all finite", not problems, {"problems": problems})
 
 
-def _block_problems(bank: MemoryBank, name: str, units: int) -> Iterator[str]:
+def _block_problems(bank: MemoryBank, name: str, level: int) -> Iterator[str]:
     try:
-        with open_checkpoint(bank.root / name) as tensors:
-            found = {part: tensors.shape(part) for part in tensors.names()}
-            if units < 0:
-                units = next(iter(found.values()), (0, 0, 0))[1]
-            if found != bank.config.shapes(units):
-                yield f"{name} has the shapes {found}, expected {bank.config.shapes(units)}"
-            for part in found:
-                if tensors.dtype(part) != bank.config.dtype:
-                    yield f"{part} of {name} is {tensors.dtype(part)}, not {bank.config.dtype}"
-                elif not is_finite(tensors.read(part)):
-                    yield f"{part} of {name} has non-finite values"
+        block = read_block(bank.root / name, bank.config, level)
     except HierMemError as error:
         yield error.what
+        return
+    for part in bank.config.widths:
+        if not mx.isfinite(block.values(part)).all().item():
+            yield f"{part} of {name} has non-finite values"
 
 
 def check_identity(model: pathlib.Path, bank: MemoryBank) -> Check:

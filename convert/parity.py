@@ -22,7 +22,7 @@ import torch
 from mlx_lm.utils import dequantize_model
 
 from mlx_hiermem.cache import BlockCache
-from mlx_hiermem.config import MemoryConfig, Path
+from mlx_hiermem.config import MemoryConfig, Path, Quantization
 from mlx_hiermem.convert import reference_memory
 from mlx_hiermem.convert.anchors.gguf import GGUF, ROPE_FACTORS
 from mlx_hiermem.convert.anchors.huggingface import one_line
@@ -183,8 +183,11 @@ def compare(theirs: TorchSide, ours: MLXSide, memory: str, tokens: int) -> Figur
     return Figures(memory, tokens, layers, difference(our_logits, logits), cached, difference(plain, logits))
 
 
-def memory_reader(source: TensorSource, layout: MemoryLayout) -> MemoryReader:
-    """Reads a path's blocks, or `generic`, from the memory checkpoint and joins them in PyTorch."""
+def memory_reader(source: TensorSource, layout: MemoryLayout, bank: MemoryConfig) -> MemoryReader:
+    """Reads a path's blocks, or `generic`, from the memory checkpoint and joins them in PyTorch.
+
+    Where the bank is quantised, values are rounded as its are.
+    """
     config = layout.config
 
     def block(level: int, row: int) -> dict[str, torch.Tensor]:
@@ -194,6 +197,8 @@ def memory_reader(source: TensorSource, layout: MemoryLayout) -> MemoryReader:
             tensor = to_torch(raw).float()
             tensor = tensor[0] if level else tensor
             tensors[part] = tensor.mT if stored.swapped else tensor
+        if how := bank.quantized(level):
+            tensors = {part: rounded(tensor, bank.dtype, how) for part, tensor in tensors.items()}
         return tensors
 
     def read(memory: str) -> dict[str, torch.Tensor]:
@@ -207,6 +212,14 @@ def memory_reader(source: TensorSource, layout: MemoryLayout) -> MemoryReader:
         return reference_memory.join(config, blocks)
 
     return read
+
+
+def rounded(tensor: torch.Tensor, dtype: str, how: Quantization) -> torch.Tensor:
+    """What a quantised bank gives back of these values."""
+    values = mx.array(tensor.numpy()).astype(getattr(mx, dtype))
+    integers, scales, biases = mx.quantize(values, how.group_size, how.bits)
+    values = mx.dequantize(integers, scales, biases, how.group_size, how.bits)
+    return torch.from_numpy(np.array(values.astype(mx.float32)))
 
 
 def load_source(source: Source, config: pathlib.Path | None = None) -> Any:

@@ -6,12 +6,10 @@ be continued: a finished anchor is kept, and the bank goes on block by block.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,12 +21,12 @@ from mlx_hiermem.convert.anchors.openlm import convert_openlm
 from mlx_hiermem.convert.checkpoint import open_checkpoint
 from mlx_hiermem.convert.memories import AnchorDims, convert_memory
 from mlx_hiermem.convert.source import Source, digests, files_of, find_source, find_tokenizer, tool_versions
+from mlx_hiermem.convert.staging import ANCHOR, BANK, SOURCE, move, partial_folder, write_json
 from mlx_hiermem.errors import AnchorError, CheckpointError, HierMemError, OutputError
 
 Progress = Callable[[int, int], None]  # (done, total)
 Warn = Callable[[str], None]
 
-ANCHOR, BANK, SOURCE = "anchor", "bank", "source.json"
 # Anchor bytes at most, staging included, per byte of source: a 4-bit GGUF becomes float16, written twice.
 GROWTH = {"huggingface": 2.0, "openlm": 2.0, "gguf": 8.0}
 
@@ -79,7 +77,7 @@ def convert(
     tokenizer_folder = find_tokenizer(tokenizer) if tokenizer else None
     _reserve(source, memory, out)
     warnings: list[str] = []
-    with _partial_folder(out, resume, overwrite) as partial:
+    with partial_folder(out, resume, overwrite) as partial:
         record = _record(source, quantize, memory)
         _note_source(partial / SOURCE, record)
         anchor = partial / ANCHOR
@@ -95,8 +93,8 @@ def convert(
                 resume=resume,
                 progress=progress,
             )
-        _write_json(partial / SOURCE, record | {"anchor": digests(files_of(anchor))})
-        _move(partial, out)
+        write_json(partial / SOURCE, record | {"anchor": digests(files_of(anchor))})
+        move(partial, out)
     return _report(out, source, warnings)
 
 
@@ -158,36 +156,6 @@ def _reserve(source: Source, memory: pathlib.Path | None, out: pathlib.Path) -> 
         )
 
 
-@contextlib.contextmanager
-def _partial_folder(out: pathlib.Path, resume: bool, overwrite: bool) -> Iterator[pathlib.Path]:
-    """OUT.partial. It stays where the run was interrupted, or ran out of space with `resume`; else it goes."""
-    partial = out.absolute().with_name(out.name + ".partial")
-    if partial.exists() and overwrite and not resume:
-        shutil.rmtree(partial)
-    continued = partial.exists()
-    if continued and not resume:
-        raise OutputError(f"an interrupted run left {partial}", "Continue with --resume, or remove that folder.")
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        yield partial
-    except BaseException as error:
-        interrupted = not isinstance(error, Exception)
-        if not (continued or interrupted or (resume and isinstance(error, OutputError))):
-            shutil.rmtree(partial, ignore_errors=True)
-        if _disk_full(error):
-            raise OutputError(f"the disk is full: cannot write {out}", "Free some space.") from error
-        if isinstance(error, OSError):
-            raise OutputError(f"cannot make {out}: {error}") from error
-        raise
-
-
-def _disk_full(error: BaseException) -> bool:
-    """MLX says nothing but that it could not write."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return isinstance(error, RuntimeError) and "Unable to write" in str(error)
-
-
 def _record(source: Source, quantize: int | None, memory: pathlib.Path | None) -> dict[str, Any]:
     """What source.json says of the source. Nothing in it varies with time or place.
 
@@ -205,21 +173,7 @@ def _note_source(file: pathlib.Path, record: dict[str, Any]) -> None:
             f"the interrupted run in {file.parent} had another source or other options",
             "Repeat it with the same, or remove that folder to start afresh.",
         )
-    _write_json(file, record)
-
-
-def _write_json(file: pathlib.Path, record: dict[str, Any]) -> None:
-    file.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _move(partial: pathlib.Path, out: pathlib.Path) -> None:
-    """Gives the complete folder its name; an old model goes only once the new one is whole."""
-    old = out.absolute().with_name(out.name + ".old")
-    if (out / ANCHOR).is_dir():
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
-    partial.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+    write_json(file, record)
 
 
 def _report(out: pathlib.Path, source: Source, warnings: Sequence[str]) -> ConvertReport:

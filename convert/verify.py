@@ -12,7 +12,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -151,15 +151,17 @@ def check_parity(
             if against.memory and bank:
                 tensors = stack.enter_context(open_checkpoint(against.memory))
                 layout = _layout(tensors, model, bank, against)
-                design, read = layout.config, parity.memory_reader(tensors, layout)
-                yield Check("memory design", bank.config.kind, "the checkpoint's", design == bank.config)
+                design, read = layout.config, parity.memory_reader(tensors, layout, bank.config)
+                same = design == replace(bank.config, quantization=())
+                figure = f"{bank.config.kind}, {bank.config.precision}"
+                yield Check("memory design", figure, "the checkpoint's", same)
             theirs = parity.TorchSide(parity.load_source(against.source, against.config), design, read)
             ours = parity.MLXSide(anchor, BlockCache(bank) if bank else None)
             for tokens in (parity.SHORT, parity.LONG):
                 yield from _lines(parity.compare(theirs, ours, "none", tokens), bound, rounded)
             if dtype:
                 theirs.round(dtype, quantization)
-            note = "source rounded alike" if dtype else ""
+            note = "source rounded alike" if dtype or (bank and bank.config.quantization) else ""
             for memory in ["none"] * bool(dtype) + _memories(bank):
                 yield from _lines(parity.compare(theirs, ours, memory, parity.SHORT), EXACT, note)
         except (AnchorError, BankError) as error:  # what was converted is at fault, not the source

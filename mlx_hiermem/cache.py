@@ -54,7 +54,7 @@ class BlockCache:
     @property
     def bytes(self) -> int:
         """Resident bytes of all cached blocks."""
-        return sum(block.nbytes for block in self._blocks.values())
+        return sum(block.nbytes for block in list(self._blocks.values()))  # a copy: other threads ask too
 
     @property
     def blocks(self) -> int:

@@ -13,6 +13,9 @@ from mlx_hiermem.errors import BankError, HierMemError
 
 KINDS = ("ffn", "lora-qk", "lora-vo", "lora-ffn", "kv")
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}  # name -> bytes per value
+BITS, GROUP_SIZES = (4, 8), (32, 64, 128)  # of quantised blocks; the group sizes are MLX's
+PACKED = "uint32"  # the dtype of quantised values: 32 / bits of them in each
+SCALES, BIASES = ".scales", ".biases"  # after a quantised tensor's name
 
 
 class Path(tuple[int, ...]):
@@ -54,11 +57,30 @@ class Path(tuple[int, ...]):
 
 
 @dataclass(frozen=True)
+class Quantization:
+    """MLX's affine quantisation: `group_size` values in a row share a scale and a bias: scale * q + bias."""
+
+    bits: int
+    group_size: int
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS or self.group_size not in GROUP_SIZES:
+            raise BankError(
+                f"blocks of {self.bits} bits in groups of {self.group_size} are not possible",
+                f"Bits are {' or '.join(map(str, BITS))}, groups {', '.join(map(str, GROUP_SIZES))}.",
+            )
+
+    def __str__(self) -> str:
+        return f"{self.bits} bits in groups of {self.group_size}"
+
+
+@dataclass(frozen=True)
 class MemoryConfig:
     """One memory design. `block_sizes` are r_1..r_p, the units (or ranks, or slots) a block has per layer.
 
     `ffn_width` (d_f), `q_width` (heads x head dim) and `kv_width` (key/value heads x head dim) are needed
-    by the LoRA and KV kinds only; an FFN memory touches the residual width `hidden` alone.
+    by the LoRA and KV kinds only; an FFN memory touches the residual width `hidden` alone. `quantization` has an
+    entry for each level, None where its blocks are of `dtype` throughout; it is empty where all are.
     """
 
     kind: str
@@ -71,10 +93,12 @@ class MemoryConfig:
     q_width: int = 0
     kv_width: int = 0
     alpha: float = 2.0  # LoRA only: W + (alpha / r) B A, each block with its own r
+    quantization: tuple[Quantization | None, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "block_sizes", tuple(self.block_sizes))
         object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "quantization", tuple(self.quantization) if any(self.quantization) else ())
         if self.kind not in KINDS:
             raise HierMemError(f"unknown memory kind '{self.kind}'", f"Known kinds: {', '.join(KINDS)}.")
         if self.dtype not in DTYPES:
@@ -92,6 +116,17 @@ class MemoryConfig:
                 f"a {self.kind} memory needs the anchor's widths for {', '.join(missing)}",
                 "Give hidden, ffn_width, q_width and kv_width.",
             )
+        self._check_quantization()
+
+    def _check_quantization(self) -> None:
+        if self.quantization and len(self.quantization) != self.depth:
+            raise BankError(f"{len(self.quantization)} levels are quantised, the memory has {self.depth}")
+        for size in {level.group_size for level in self.quantization if level}:
+            for name, width in self.widths.items():
+                if width % size:
+                    fits = [str(other) for other in GROUP_SIZES if not any(w % other for w in self.widths.values())]
+                    hint = f"Groups of {' or '.join(fits)} fit." if fits else "This memory cannot be quantised."
+                    raise BankError(f"{name} is {width} wide, which groups of {size} do not divide", hint)
 
     @property
     def depth(self) -> int:
@@ -118,6 +153,37 @@ class MemoryConfig:
         """Tensor name -> [L, units, width] of a block with that many units."""
         return {name: (len(self.layers), units, width) for name, width in self.widths.items()}
 
+    def quantized(self, level: int) -> Quantization | None:
+        """How the blocks of a level are stored; None as they are. Level 0 is the generic block.
+
+        It is stored like the finest of the levels, so that the control never does worse for its rounding.
+        """
+        if not self.quantization:
+            return None
+        if level:
+            return self.quantization[level - 1]
+        used = [how for how, units in zip(self.quantization, self.block_sizes, strict=True) if units]
+        return None if None in used else max(filter(None, used), key=lambda how: how.bits, default=None)
+
+    def stored(self, level: int, units: int) -> dict[str, tuple[str, tuple[int, int, int]]]:
+        """Tensor name -> (dtype, shape) in the file of a level's block. What is quantised is three tensors."""
+        how, tensors = self.quantized(level), {}
+        for name, (layers, _, width) in self.shapes(units).items():
+            if how is None:
+                tensors[name] = (self.dtype, (layers, units, width))
+                continue
+            tensors[name] = (PACKED, (layers, units, width * how.bits // 32))
+            for part in (SCALES, BIASES):
+                tensors[name + part] = (self.dtype, (layers, units, width // how.group_size))
+        return tensors
+
+    @property
+    def precision(self) -> str:
+        """For people: `float16`, or level by level `8 bits in groups of 64, then 4 bits in groups of 64`."""
+        used = [level for level, units in enumerate(self.block_sizes, 1) if units]
+        names = [str(self.quantized(level) or self.dtype) for level in used]
+        return ", then ".join(name for i, name in enumerate(names) if not i or name != names[i - 1])
+
     def parameters(self, units: int) -> int:
         """s_l = c0 * r_l (arXiv:2510.02375, §2.2)."""
         return len(self.layers) * units * sum(self.widths.values())
@@ -132,19 +198,16 @@ class MemoryConfig:
         return sum(self.parameters(r) * self.branching**level for level, r in enumerate(self.block_sizes, 1))
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"block_sizes": list(self.block_sizes), "layers": list(self.layers)}
+        data = asdict(self) | {"block_sizes": list(self.block_sizes), "layers": list(self.layers)}
+        levels = data.pop("quantization")  # asdict made dictionaries of them
+        return data | {"quantization": list(levels)} if levels else data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> MemoryConfig:
         """Unknown keys are refused: they would be settings that this version silently ignores."""
-        known = dict(data)
-        if known.pop("quantization", None):
-            raise BankError(
-                "the bank's blocks are quantised, which this version cannot read",
-                "Install a newer mlx-hiermem, or convert the bank again without quantisation.",
-            )
         try:
-            return cls(**known)
+            levels = [level if level is None else Quantization(**level) for level in data.get("quantization") or ()]
+            return cls(**{**data, "quantization": tuple(levels)})
         except TypeError as error:
             raise BankError(f"the memory config does not fit this version: {error}") from error
 

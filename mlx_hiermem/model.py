@@ -246,6 +246,9 @@ def load(folder: str | pathlib.Path, *, cache_bytes: int = 512 << 20) -> MemoryM
     folder = resolve(folder)
     anchor_folder = folder / "anchor" if (folder / "anchor").is_dir() else folder
     bank = MemoryBank.open(folder / "bank") if (folder / "bank").is_dir() else None
+    if bank and bank.remote and anchor_folder == folder:
+        bring = f"hiermem bank pull {bank.remote.origin.repo} {folder} --lazy"
+        raise AnchorError(f"{folder} was pulled without its anchor", f"`{bring}` brings it.")
     if bank:
         bank.manifest.check_anchor(identify(anchor_folder))
     anchor, tokenizer, config = load_anchor(anchor_folder)

@@ -210,7 +210,7 @@ def kv_bytes(config: Mapping[str, Any]) -> int:
 
 
 def plan(model: ModelSize, on: Device, contexts: Sequence[int] = CONTEXTS) -> Plan:
-    """What fits on a device, at several context lengths (those that the anchor cannot reach are left out)."""
+    """What fits on a device, at several context lengths (its own where the anchor does not reach so far)."""
     lengths = sorted({min(length, model.max_context) for length in contexts})
     level_1 = model.levels[0].bytes if model.has_bank else 0
     memory = EMBEDDER_BYTES + level_1 + model.path_bytes if model.has_bank else 0

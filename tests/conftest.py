@@ -1,10 +1,28 @@
 """Fixtures that several test files share. `import mlx_hiermem` comes first: it picks the BLAS for MLX."""
 
 import pathlib
+import tempfile
+from collections.abc import Iterator
 
 import pytest
 
 import mlx_hiermem  # noqa: F401
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder() -> Iterator[pathlib.Path]:
+    """A cache folder with the user's weights, but without the notes of what was asked and which model was used."""
+    from mlx_hiermem import assets
+
+    users = assets.cache_folder()
+    users.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=users, prefix=".tests-") as name, pytest.MonkeyPatch.context() as patch:
+        folder = pathlib.Path(name)
+        for asset in assets.ASSETS:
+            (users / asset).mkdir(exist_ok=True)
+            (folder / asset).symlink_to(users / asset)
+        patch.setenv("HIERMEM_CACHE", name)
+        yield folder
 
 
 @pytest.fixture(scope="session")

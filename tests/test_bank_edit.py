@@ -21,9 +21,11 @@ from mlx_hiermem.bank.bank import EDIT, GENERIC, MANIFEST, TREE, MemoryBank, fil
 from mlx_hiermem.bank.block import block_name, read_block
 from mlx_hiermem.bank.check import check
 from mlx_hiermem.bank.commit import STAGING, editing, interrupted
+from mlx_hiermem.bank.manifest import FileEntry
 from mlx_hiermem.bank.merge import merge
 from mlx_hiermem.bank.policy import POLICY, BankPolicy
 from mlx_hiermem.bank.remote import Origin
+from mlx_hiermem.bank.writer import BankWriter
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import AnchorMismatchError, BankError, OutputError
 
@@ -306,7 +308,7 @@ def save(file: pathlib.Path, change: Callable[[dict[str, mx.array]], dict[str, m
         (lambda t: {**t, "extra": t["up"]}, "holds"),
         (lambda t: {"up": t["up"]}, "holds"),
         (lambda t: {name: tensor[:, :1] for name, tensor in t.items()}, "holds"),
-        (lambda t: {**t, "up": t["up"].astype(mx.float16)}, "up in .* is mlx.core.float16"),
+        (lambda t: {**t, "up": t["up"].astype(mx.float16)}, r"holds up float16 \[2, 2, 32\], expected up float32"),
         (lambda t: {**t, "down": t["down"] * mx.inf}, "down in .* not finite"),
     ],
 )
@@ -397,6 +399,38 @@ def test_halves_merge_into_the_whole(whole: pathlib.Path, tmp_path: pathlib.Path
     assert sorted(file.name for file in tmp_path.iterdir()) == ["first", "out", "second"]
 
 
+def test_an_interrupted_merge_goes_on(
+    whole: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = halves(whole, tmp_path)
+    edit.block(second, [], "parent")  # is kept, though nothing is blocked
+    banks, out, copy, copied = (
+        (MemoryBank.open(first), MemoryBank.open(second)),
+        tmp_path / "out",
+        BankWriter.copy,
+        [],
+    )
+
+    def until_the_fifth(self: BankWriter, name: str, source: pathlib.Path, entry: FileEntry) -> None:
+        copied.append(name)
+        if len(copied) == 5:
+            raise KeyboardInterrupt
+        copy(self, name, source, entry)
+
+    monkeypatch.setattr(BankWriter, "copy", until_the_fifth)
+    with pytest.raises(KeyboardInterrupt):
+        merge(*banks, out)
+    assert not out.exists()
+    with pytest.raises(OutputError, match="--resume"):
+        merge(*banks, out)
+    with pytest.raises(OutputError, match="other settings"):
+        merge(*reversed(banks), out, resume=True)
+    merged = merge(*banks, out, resume=True)
+    assert contents(out).items() - contents(whole).items() == {(POLICY, (second / POLICY).read_bytes())}
+    assert len(copied) == sum(1 for _ in merged.files())  # the fifth twice, and no tree
+    assert list(check(merged)) == []
+
+
 def test_conflicts_are_listed_and_need_a_word(
     whole: pathlib.Path, anchor: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
@@ -469,6 +503,8 @@ def test_nearly_equal_centroids_are_one_tree(whole: pathlib.Path, tmp_path: path
     moved = bank.tree.without([])
     moved.centroids[0][0, 2] += 1e-6
     moved.save(second / TREE)
+    tree = FileEntry((second / TREE).stat().st_size, file_digest(second / TREE))
+    replace(bank.manifest, tree=tree).write(second / MANIFEST)
     merged = merge(MemoryBank.open(first), MemoryBank.open(second), tmp_path / "out")
     assert np.array_equal(merged.tree.centroids[0], MemoryBank.open(whole).tree.centroids[0])
 
@@ -481,7 +517,7 @@ def test_a_damaged_or_missing_block_stops_a_merge(whole: pathlib.Path, tmp_path:
     with pytest.raises(BankError, match=r"1/2\.safetensors is not what its manifest says"):
         merge(*banks, tmp_path / "out")
     file.unlink()
-    with pytest.raises(BankError, match=r"1 blocks are not here, such as .*1/2\.safetensors"):
+    with pytest.raises(BankError, match=r"1 files of the bank are not here, such as .*1/2\.safetensors"):
         merge(*banks, tmp_path / "out")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["first", "second"]
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 from tiny import make_anchor, make_bank, make_model
 
-COMMANDS = ("demo", "convert", "verify", "chat", "generate", "route", "plan")
+COMMANDS = ("demo", "convert", "verify", "chat", "serve", "generate", "route", "plan")
 
 
 def run(*arguments: str | pathlib.Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -61,13 +61,6 @@ def test_route(model: pathlib.Path) -> None:
     assert routed["path"] == str(load(model).router.route("some text").path)
     assert [node["label"] for node in routed["nodes"]] == [f"topic {node['node']}" for node in routed["nodes"]]
     assert f"path {routed['path']}" in run("route", model, "some text").stdout
-
-
-def test_chat_reads_lines_until_the_end(model: pathlib.Path) -> None:
-    result = run("chat", model, "--memory", "0.1", "-n", "4", stdin="hello\nmore\n")
-    assert result.returncode == 0
-    assert result.stdout.count("tokens prefilled") == 2
-    assert "topic 0 › topic 0.1" in " ".join(result.stdout.split())
 
 
 @pytest.mark.parametrize(

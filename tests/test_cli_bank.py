@@ -20,7 +20,7 @@ from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import HierMemError
 
-COMMANDS = ("ls", "show", "verify", "path", "block", "unblock", "remove", "add", "merge")
+COMMANDS = ("ls", "show", "verify", "path", "block", "unblock", "remove", "add", "merge", "quantize")
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def test_ls(run: Run, model: pathlib.Path) -> None:
     assert lines[0] == ["path", "label", "bytes", "documents", "state"]
     assert ["0.1", "topic", "0.1", "1.7", "kB", "missing"] in lines
     assert ["2.1", "topic", "2.1", "1.7", "kB", "blocked"] in lines
-    assert "11 blocks · 23.8 kB · 1 missing · 3 blocked: their texts go to the nearest open sibling" in result.out
+    assert "11 blocks · 23.8 kB · float32 · 1 missing · 3 blocked: their texts go to the nearest" in result.out
     rows = json.loads(run("ls", model, "0", "--json").out)
     assert [(row["path"], row["state"]) for row in rows] == [
         ("0", "on disk"),
@@ -173,6 +173,7 @@ def test_remove_with_a_probe(run: Run, model: pathlib.Path, tmp_path: pathlib.Pa
     result = run("remove", model, routed, "--probe", questions, "-n", "4", "--json")
     answers = json.loads(result.out)
     assert (answers["removed"], answers["bytes"]) == ([routed], 1744)
+    assert answers["may_retain"] == [routed[:1], "generic", "anchor"]
     (row,) = answers["probe"]
     assert row["prompt"] == "some text"
     assert row["before"] != row["after"]  # a random block more or less is heard
@@ -182,7 +183,7 @@ def test_remove_with_a_probe(run: Run, model: pathlib.Path, tmp_path: pathlib.Pa
     assert result.code == 0
     assert "[b]10" in result.out
     assert "right    0 of 1 before, 0 after" in result.out
-    assert "the generic block and the anchor may still hold something" in " ".join(result.out.split())
+    assert "The generic block and the anchor may still hold something" in " ".join(result.out.split())
     assert run("verify", model).code == 0
 
 
@@ -199,8 +200,12 @@ def test_remove_asks_in_a_terminal(run: Run, model: pathlib.Path, monkeypatch: p
     assert run("remove", model, "1").code == 1
     assert asked == [f"Delete 4 blocks, 8.5 kB, from {model / 'bank'}?"]
     assert files(model) == before
-    assert run("remove", model, "1", "--yes").code == 0
+    result = run("remove", model, "1.1", "0.1", "0.2", "--yes")
+    assert "The blocks above (0, 1), the generic block and the anchor may still hold" in " ".join(
+        result.out.split()
+    )
     assert len(asked) == 1
+    assert run("remove", model, "0.0", "--yes").out.startswith("removed  1 block, 1.7 kB")
 
 
 def test_add_by_example_and_by_centroid(run: Run, model: pathlib.Path, original: pathlib.Path) -> None:
@@ -234,6 +239,36 @@ def test_merge(run: Run, model: pathlib.Path, original: pathlib.Path, tmp_path: 
     assert run("merge", model, other, tmp_path / "out", "--prefer", "both").code == 2
 
 
+def test_quantize(run: Run, model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    result = run("quantize", model, tmp_path / "out", "--bits", "8,4")
+    lines = [line.split() for line in result.out.splitlines()]
+    assert [(line[0], line[1], line[2]) for line in lines[1:4]] == [
+        ("1", "3", "8"),
+        ("2", "8", "4"),
+        ("generic", "1", "8"),
+    ]
+    assert lines[4][:2] == ["all", "12"]
+    assert "32 values share a scale and a bias" in result.out
+    assert f"written  {tmp_path / 'out'}" in result.out
+    assert run("verify", tmp_path / "out").code == 0
+    listed = run("ls", tmp_path / "out", "1").out
+    assert [line.split()[-3] for line in listed.splitlines()[1:3]] == ["8", "4"]
+    assert "8 bits in groups of 32, then 4 bits in groups of 32" in listed
+    assert {row["bits"] for row in json.loads(run("ls", model, "--json").out)} == {32}
+    assert "8 bits in groups of 32, then 4" in run("show", tmp_path / "out").out
+    rows = json.loads(run("quantize", model / "bank", tmp_path / "bank", "--bits", "16, 8", "--json").out)
+    assert [(row["level"], row["quantization"] and row["quantization"]["bits"]) for row in rows] == [
+        (1, None),
+        (2, 8),
+        (0, None),
+    ]
+    assert MemoryBank.open(tmp_path / "bank").manifest.totals()["bytes"] == sum(r["bytes_after"] for r in rows[:2])
+    for bits in ("5", "", "8;4", "-8", "eight"):
+        assert run("quantize", model, tmp_path / "other", "--bits", bits).code == 2
+    assert run("quantize", model, tmp_path / "other", "--bits", "8", "--group-size", "48").code == 2
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -255,6 +290,9 @@ def test_merge(run: Run, model: pathlib.Path, original: pathlib.Path, tmp_path: 
         ),
         (("merge", "MODEL", "nowhere", "out"), "there is no bank in nowhere"),
         (("merge", "MODEL", "MODEL", "MODEL/bank"), "exists already"),
+        (("quantize", "nowhere", "out", "--bits", "8"), "there is no bank in nowhere"),
+        (("quantize", "MODEL", "MODEL/bank", "--bits", "8"), "exists already"),
+        (("quantize", "MODEL", "out", "--bits", "8", "--group-size", "64"), "gate is 32 wide"),
     ],
 )
 def test_errors_are_one_line_and_change_nothing(

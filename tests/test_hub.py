@@ -213,6 +213,8 @@ def test_part_of_a_model(
 
 def test_tree_alone(shared: Repository, tmp_path: pathlib.Path) -> None:
     pull(REPO, tmp_path / "out", tree_only=True)
+    with pytest.raises(AnchorError, match=r"pulled without its anchor.*bank pull me/tiny .*out --lazy"):
+        load(tmp_path / "out")
     assert files_of(tmp_path / "out").keys() == {"bank/bank.json", "bank/remote.json", "bank/tree.safetensors"}
     assert MemoryBank.open(tmp_path / "out/bank").tree.depth == 2
 
@@ -255,8 +257,9 @@ def test_pull_says_what_is_wrong(
         pull("me/none", out)
     with pytest.raises(HubError, match="no revision v9"):
         pull(REPO, out, revision="v9")
-    with pytest.raises(BankError, match=r"nothing in the bank is called 'chemistry'.*topic 0, topic 0.0"):
+    with pytest.raises(BankError, match=r"nothing in the bank is called 'chemistry'.*“topic 0”, “topic 0.0”"):
         pull(REPO, out, only=["chemistry"])
+    assert not list(tmp_path.glob("out*"))
     hub.repo("me/plain").commit({"config.json": b"{}"})
     with pytest.raises(HubError, match=r"me/plain is not a memory model: it has no bank/bank.json"):
         pull("me/plain", out)

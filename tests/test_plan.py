@@ -153,6 +153,8 @@ def test_command(model: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> Non
     for part in ("iPhone 15 Pro", "3.2 GB for one program (assumed)", "1024 tokens", "all 9", "the whole path"):
         assert part in text
     assert "in memory" in text
+    text = hiermem(capsys, model, "--device", PRO, "--context", "99999")[1]
+    assert "no more than" in text
     text = hiermem(capsys, model / "anchor", "--device", PRO)[1]
     assert "embedder" not in text
     data = json.loads(hiermem(capsys, model, "--device", PRO, "--json")[1])
@@ -167,4 +169,11 @@ def test_command_fails_in_one_line(model: pathlib.Path, capsys: pytest.CaptureFi
     for arguments in ((model, "--device", "nokia"), ("nowhere",)):
         code, text, errors = hiermem(capsys, *arguments)
         assert (code, text, errors.count("\n")) == (1, "", 1)
-    assert hiermem(capsys)[0] == 2
+    assert hiermem(capsys, model, "--context", "0")[0] == 2
+
+
+def test_command_takes_the_model_used_last(
+    model: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HIERMEM_MODEL", str(model))
+    assert hiermem(capsys, "--device", PRO) == hiermem(capsys, model, "--device", PRO)

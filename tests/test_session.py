@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from tiny import make_model
+from tiny import Aimed, make_model
 
 from mlx_hiermem import load
 from mlx_hiermem.bank.policy import BankPolicy
@@ -22,23 +22,7 @@ from mlx_hiermem.tree import ClusterTree
 from mlx_hiermem.turns import HYSTERESIS, Topic, decidedness, follow, route_turn
 
 CONVERSATIONS = pathlib.Path(__file__).parent / "conversations.jsonl"
-A, B, C = Path((0, 1)), Path((2, 0)), Path((2, 2))
-
-
-class Aimed:
-    """An embedder of names: a text is the mean of the leaves it names, faint where it names none."""
-
-    def __init__(self, tree: ClusterTree, names: dict[str, Path]) -> None:
-        self.names = {name: self._leaf(tree, path) for name, path in names.items()}
-        self.faint = sum(c.reshape(-1, tree.dim).sum(0) for c in tree.centroids) / 9 + 0.06 * self._leaf(tree, C)
-
-    @staticmethod
-    def _leaf(tree: ClusterTree, path: Path) -> np.ndarray:
-        return tree.centroids[0][0, path[0]] + tree.centroids[1][path[0], path[1]]
-
-    def embed(self, texts: Sequence[str]) -> np.ndarray:
-        rows = [sum((v for name, v in self.names.items() if name in text), self.faint) for text in texts]
-        return np.stack([row / np.linalg.norm(row) for row in rows]).astype(np.float32)
+A, B, C = Path((0, 1)), Path((2, 0)), Path((2, 2))  # C is where a text goes that names nothing
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def model(folder: pathlib.Path) -> MemoryModel:
     loaded = load(folder)
     assert loaded.bank
-    loaded._router = Router(loaded.bank.tree, Aimed(loaded.bank.tree, {"neon": A, "iron": B}))
+    loaded._router = Router(loaded.bank.tree, Aimed(loaded.bank.tree, {"neon": A, "iron": B}, C))
     return loaded
 
 

@@ -13,11 +13,13 @@ from safetensors.torch import load_file, save_file
 from sources import BASE, KINDS, hf_model, make_gguf, make_hf, make_memory, memory_config
 from tiny_openlm import SIZES, random_openlm, save_openlm
 
-from mlx_hiermem.bank.bank import file_digest
+from mlx_hiermem.bank.bank import MemoryBank, file_digest
+from mlx_hiermem.bank.quantize import design
 from mlx_hiermem.config import KINDS as MEMORY_KINDS
 from mlx_hiermem.config import MemoryConfig
 from mlx_hiermem.convert import parity
 from mlx_hiermem.convert.pipeline import convert
+from mlx_hiermem.convert.quantize import quantize_model
 from mlx_hiermem.convert.verify import EXACT, Receipt, verify
 from mlx_hiermem.errors import AnchorError, CheckpointError, HierMemError, MissingDependencyError
 
@@ -141,6 +143,22 @@ def test_gguf_and_quantised_anchors(
     assert len(logits) == (2 if exact else 3)
     assert logits[-1].details["logits"] < EXACT
     assert exact or logits[0].details["logits"] > EXACT
+
+
+@pytest.mark.parametrize("kind", ["ffn", "kv", "lora-qk"])
+def test_quantised_memories(
+    tmp_path: pathlib.Path, hf: pathlib.Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are compared with the checkpoint's values rounded alike; without that rounding they differ."""
+    memory = make_memory(tmp_path / "memory.safetensors", config(kind), generic=6)
+    convert(str(hf), tmp_path / "plain", memory=memory)
+    design_of = MemoryBank.open(tmp_path / "plain" / "bank").config
+    quantize_model(tmp_path / "plain", tmp_path / "model", design(design_of, [8, 4]))
+    receipt = verify(tmp_path / "model", str(hf), memory)
+    assert receipt.passed, failed(receipt)
+    assert worst(receipt) < EXACT
+    monkeypatch.setattr(parity, "rounded", lambda tensor, *_: tensor)
+    assert "logits" in failed(verify(tmp_path / "model", str(hf), memory))
 
 
 # Verification must be able to fail.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -127,4 +128,21 @@ class HashEmbedder:
 
     def embed(self, texts: list[str], batch_size: int = 32) -> np.ndarray:
         rows = [np.random.default_rng(list(text.encode())).standard_normal(384) for text in texts]
+        return np.stack([row / np.linalg.norm(row) for row in rows]).astype(np.float32)
+
+
+class Aimed:
+    """An embedder of names: a text is the mean of the leaves it names; one that names none is near to nothing, and
+    nearest to the leaf `rest`."""
+
+    def __init__(self, tree: ClusterTree, names: dict[str, Path], rest: Path) -> None:
+        self.names = {name: self._leaf(tree, path) for name, path in names.items()}
+        self.faint = sum(c.reshape(-1, tree.dim).sum(0) for c in tree.centroids) / 9 + 0.06 * self._leaf(tree, rest)
+
+    @staticmethod
+    def _leaf(tree: ClusterTree, path: Path) -> np.ndarray:
+        return tree.centroids[0][0, path[0]] + tree.centroids[1][path[0], path[1]]
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        rows = [sum((v for name, v in self.names.items() if name in text), self.faint) for text in texts]
         return np.stack([row / np.linalg.norm(row) for row in rows]).astype(np.float32)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import typer
 
-from mlx_hiermem.apps.cli.display import console, describe, notes
+from mlx_hiermem.apps.cli.display import console, describe, notes, write
 
 
 def ask(
@@ -25,20 +26,23 @@ def ask(
     Example: `hiermem "What is the atomic number of neon?"`
     """
     from mlx_hiermem.apps.cli import recent
-    from mlx_hiermem.model import load
+    from mlx_hiermem.session import Session
 
     name = model or recent.preferred()
-    loaded = load(name)
-    recent.remember(name)
-    chat = loaded.tokenizer is not None and loaded.tokenizer.chat_template is not None
+    loaded = recent.open_model(name)
+    reply: Iterator[str]
+    if loaded.tokenizer is not None and loaded.tokenizer.chat_template is not None:
+        reply = Session(loaded, memory, max_tokens=max_tokens).ask(question)
+    else:
+        reply = loaded.stream(question, memory=memory or None, max_tokens=max_tokens)
     pieces = []
-    for piece in loaded.stream(question, memory=memory or None, chat=chat, max_tokens=max_tokens):
+    for piece in reply:
         pieces.append(piece)
         if not as_json:
-            console.out(piece, end="", highlight=False)
+            write(piece)
     if as_json:
         result = {"text": "".join(pieces), "model": name, "selection": loaded.selection.to_json()}
         console.print_json(json.dumps(result, ensure_ascii=False))
         return
     console.print()
-    notes.print(describe(loaded.selection), style="dim", markup=False)
+    notes.print(describe(loaded.selection), style="dim", markup=False, soft_wrap=True)

@@ -1,15 +1,16 @@
-"""`hiermem bank`: look at a bank, check it, draw it. What changes it is in `bank_edit`."""
+"""`hiermem bank`: look at a bank, check it, draw it. What changes it is in `bank_edit`, what makes it smaller in
+`bank_quantize`."""
 
 from __future__ import annotations
 
 import json
 import os
 import pathlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
-from mlx_hiermem.apps.cli import bank_edit, share, use
+from mlx_hiermem.apps.cli import bank_edit, bank_quantize, share, use
 from mlx_hiermem.apps.cli.display import console, progress_bar, size
 from mlx_hiermem.apps.cli.use import BANK, open_bank
 
@@ -40,7 +41,7 @@ def ls(
         bank.tree.check([top])
     blocks = [(node, entry) for node, entry in bank.manifest.blocks.items() if node[: len(top)] == top]
     if as_json:
-        rows: list[dict[str, Any]] = [entry.to_json() | {"state": bank.state(node)} for node, entry in blocks]
+        rows = [entry.to_json() | {"state": bank.state(node), "bits": _bits(bank, node)} for node, entry in blocks]
         console.print_json(json.dumps(rows, ensure_ascii=False))
         return
     from rich.table import Table
@@ -49,11 +50,14 @@ def ls(
     table = Table("path", "label", box=None, header_style="dim")
     for header in ("bytes", "documents"):
         table.add_column(header, justify="right", no_wrap=True)
+    if bank.config.quantization:
+        table.add_column("bits", justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
     for node, entry in blocks:
         state = bank.state(node)
-        documents = str(entry.documents or "")
-        table.add_row(str(node), Text(entry.label), size(entry.bytes), documents, Text(state, STYLES[state]))
+        cells = [size(entry.bytes), str(entry.documents or "")]
+        cells += [str(_bits(bank, node))] if bank.config.quantization else []
+        table.add_row(str(node), Text(entry.label), *cells, Text(state, STYLES[state]))
     console.print(table)
     console.print(_totals(bank, [node for node, _ in blocks]), style="dim", markup=False)
 
@@ -142,11 +146,20 @@ def _line(bank: MemoryBank, node: Path) -> Text:
     return line
 
 
+def _bits(bank: MemoryBank, node: Path) -> int:
+    """Bits of a value in a node's block, scales and biases not counted."""
+    from mlx_hiermem.config import DTYPES
+
+    how = bank.config.quantized(len(node))
+    return how.bits if how else 8 * DTYPES[bank.config.dtype]
+
+
 def _totals(bank: MemoryBank, nodes: list[Path]) -> str:
-    """`11 blocks · 74.5 kB · 2 blocked, whose texts go to the nearest sibling`"""
+    """`11 blocks · 74.5 kB · float16 · 2 blocked: their texts go to the nearest open sibling`"""
     states = [bank.state(node) for node in nodes]
     parts = [f"{len(nodes)} block{'s' * (len(nodes) != 1)}"]
     parts.append(size(sum(bank.manifest.blocks[node].bytes for node in nodes)))
+    parts.append(bank.config.precision)
     for state in ("remote", "missing", "blocked"):
         if count := states.count(state):
             parts.append(f"{count} {state}")
@@ -171,7 +184,7 @@ def _save(file: pathlib.Path, data: bytes) -> None:
 
 
 app = typer.Typer(
-    help="Look at a bank, manage it (block, remove, add, merge), and share it.",
+    help="Look at a bank, manage it (block, remove, add, merge, quantize), and share it.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
@@ -185,6 +198,7 @@ for command in (
     bank_edit.remove,
     bank_edit.add,
     bank_edit.merge,
+    bank_quantize.quantize,
     share.push,
     share.pull,
 ):

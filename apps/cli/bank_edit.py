@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import typer
@@ -17,14 +18,14 @@ if TYPE_CHECKING:
 
     from mlx_hiermem.apps.cli.probe import Question
     from mlx_hiermem.bank.bank import MemoryBank
+    from mlx_hiermem.bank.manifest import BankManifest
     from mlx_hiermem.bank.policy import BankPolicy
     from mlx_hiermem.config import Path
 
 PATHS = typer.Argument(..., help="Nodes, such as 10 or 10.7. Each stands for all that is below it.")
 RETAINED = (
-    "The blocks above, the generic block and the anchor may still hold something of it; only training "
-    "without those texts would take that away. A program that has the bank open keeps the blocks it has read until "
-    "it ends."
+    "{holders} may still hold something of it; only training without those texts would take that away. A program "
+    "that has the bank open keeps the blocks it has read until it ends."
 )
 
 
@@ -78,6 +79,7 @@ def remove(
     """
     from mlx_hiermem.apps.cli import probe as probing
     from mlx_hiermem.bank import edit
+    from mlx_hiermem.bank.bank import MemoryBank
     from mlx_hiermem.bank.commit import interrupted
 
     bank, nodes = open_bank(model), _parse(paths)
@@ -87,23 +89,31 @@ def remove(
     going = [node for node in bank.manifest.blocks if any(top in node.prefixes() for top in nodes)]
     amount = size(sum(bank.manifest.blocks[node].bytes for node in going))
     if not yes and sys.stdin.isatty():
-        typer.confirm(f"Delete {len(going)} blocks, {amount}, from {bank.root}?", abort=True)
+        typer.confirm(f"Delete {_blocks(going)}, {amount}, from {bank.root}?", abort=True)
     before = probing.ask(model, questions, max_tokens, "before")
     removed = edit.remove(bank.root, nodes)
     after = probing.ask(model, questions, max_tokens, "after")
+    left = MemoryBank.open(bank.root).manifest
+    above = sorted({up for node in nodes for up in node.prefixes() if up in left.blocks})
     if as_json:
         rows = [
             {"prompt": q.prompt, "answer": q.answer, "before": b, "after": a}
             for q, b, a in zip(questions, before, after, strict=True)
         ]
-        result = {"removed": [str(node) for node in removed.nodes], "bytes": removed.bytes, "probe": rows}
+        result = {
+            "removed": [str(node) for node in removed.nodes],
+            "bytes": removed.bytes,
+            "may_retain": [*map(str, above), *["generic"] * bool(left.generic), "anchor"],
+            "probe": rows,
+        }
         console.print_json(json.dumps(result, ensure_ascii=False))
         return
     if questions:
         _print_probe(questions, before, after)
-    console.print(f"removed  {len(removed.nodes)} blocks, {size(removed.bytes)}", markup=False)
+    console.print(f"removed  {_blocks(removed.nodes)}, {size(removed.bytes)}", markup=False)
     copies = f" The copy in {bank.remote.origin.repo} stays." if bank.remote else ""
-    console.print(RETAINED + copies, style="dim", markup=False)
+    retained = RETAINED.format(holders=_holders(left, above))
+    console.print(retained + copies, style="dim", markup=False)
 
 
 def add(
@@ -120,7 +130,7 @@ def add(
     """Let a block join the bank, such as one that was removed, or trained elsewhere for the same anchor.
 
     A node that the tree lacks needs a place on the map: a centroid, or example texts to make one from. A file out
-    of another bank brings its label and sources along.
+    of another bank brings its label and sources along. A plain block is quantised where the bank is.
 
     Example: `hiermem bank add my-model gases.safetensors --path 10.7 --label Gases --example "What is neon?"`
     """
@@ -149,6 +159,7 @@ def merge(
     second: pathlib.Path = typer.Argument(..., help="Another, of the same anchor and tree."),
     out: pathlib.Path = typer.Argument(..., help="The bank's folder to make."),
     prefer: str = typer.Option("", help="first or second: whose blocks count where both have one."),
+    resume: bool = typer.Option(False, "--resume", help="Go on after an interruption."),
 ) -> None:
     """Make one bank of two that were trained for the same anchor, on different parts of the same tree.
 
@@ -160,12 +171,25 @@ def merge(
         raise typer.BadParameter("choose first or second", param_hint="--prefer")
     banks = open_bank(first), open_bank(second)
     with progress_bar("merging") as progress:
-        merged = merging.merge(*banks, out, prefer, progress)
+        merged = merging.merge(*banks, out, prefer, resume, progress)
     totals = merged.manifest.totals()
     console.print(
         f"written  {out}: {totals['blocks']} blocks, {size(totals['bytes'])}", markup=False, soft_wrap=True
     )
     console.print("To use it, make it the bank/ beside that anchor.", style="dim")
+
+
+def _blocks(nodes: Sequence[Path]) -> str:
+    return f"{len(nodes)} block{'s' * (len(nodes) != 1)}"
+
+
+def _holders(left: BankManifest, above: Sequence[Path]) -> str:
+    """What has seen the texts of a removed block: the blocks above it were trained on them too."""
+    names = ", ".join(map(str, above[:8])) + ", …" * (len(above) > 8)
+    named = ", whose rows still name its sources," * any(left.blocks[node].sources for node in above)
+    holders = [*[f"the blocks above ({names}){named}"] * bool(above), *["the generic block"] * bool(left.generic)]
+    text = f"{', '.join(holders)} and the anchor".replace(",,", ",") if holders else "the anchor"
+    return text[0].upper() + text[1:]
 
 
 def _parse(paths: list[str]) -> list[Path]:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
 from itertools import chain
 from typing import TYPE_CHECKING
 
 import typer
 
-from mlx_hiermem.apps.cli.display import console, describe, size
+from mlx_hiermem.apps.cli.display import console, describe, notes, size, waiting, write
+from mlx_hiermem.apps.cli.share import parse_size
 
 if TYPE_CHECKING:
     from mlx_hiermem.apps.cli.reader import Reader
     from mlx_hiermem.session import Session
 
-# Control characters but tab and newline: a reply must not control the terminal.
-UNSAFE = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
-WELCOME = "Ask something. Esc Enter starts a new line, Ctrl-C stops a reply, /help lists commands, Ctrl-D leaves."
+WELCOME = "Ask something. /help lists commands, Ctrl-C stops a reply, Ctrl-D leaves."
 
 
 def chat(
@@ -28,28 +26,32 @@ def chat(
     system: str = typer.Option("", help="A system message."),
     max_tokens: int = typer.Option(512, "--max-tokens", "-n", min=1, help="Longest reply, in tokens."),
     temperature: float = typer.Option(0.0, "--temperature", "-t", min=0.0, help="0 takes the likeliest token."),
+    cache: str = typer.Option("512M", help="Memory for blocks: 500M, 2G."),
 ) -> None:
     """Talk with a model; each turn is routed, and what it brings into memory is shown.
+
+    Reads lines from a pipe too: replies go to the output, all else beside it, and the exit status is 1 where a line
+    failed.
 
     Example: `hiermem chat my-model`
     """
     from mlx_hiermem.apps.cli import recent
-    from mlx_hiermem.model import load
     from mlx_hiermem.session import Session
 
-    name = model or recent.preferred()
-    loaded = load(name)
-    recent.remember(name)
-    talk(Session(loaded, memory, system, max_tokens=max_tokens, temperature=temperature))
+    cache_bytes = parse_size(cache, "--cache")
+    loaded = recent.open_model(model or recent.preferred(), cache_bytes)
+    well = talk(Session(loaded, memory, system, max_tokens=max_tokens, temperature=temperature))
+    if not well and not sys.stdin.isatty():
+        raise typer.Exit(1)
 
 
-def talk(session: Session) -> None:
-    """Reads questions and commands until the end of input, /quit or Ctrl-D."""
+def talk(session: Session) -> bool:
+    """Reads questions and commands until the end of input, /quit or Ctrl-D; whether all went well."""
     from mlx_hiermem.apps.cli import slash
     from mlx_hiermem.apps.cli.reader import reader
     from mlx_hiermem.errors import HierMemError
 
-    read = reader(lambda: status_line(session), slash.names())
+    read, well = reader(lambda: status_line(session, console.width), slash.names()), True
     if sys.stdin.isatty():
         console.print(WELCOME, style="dim")
     while (text := _next(read)) is not None:
@@ -57,11 +59,13 @@ def talk(session: Session) -> None:
             if not text.startswith("/"):
                 _reply(session, text)
             elif not slash.run(session, text):
-                return
+                break
         except HierMemError as error:
-            console.print(f"hiermem: {error}", style="red", markup=False)
+            notes.print(f"hiermem: {error}", style="red", markup=False, soft_wrap=True)
+            well = False
         except KeyboardInterrupt:
             console.print("[stopped]", style="dim", markup=False)
+    return well
 
 
 def _next(read: Reader) -> str | None:
@@ -76,50 +80,61 @@ def _next(read: Reader) -> str | None:
             console.print("Ctrl-D leaves.", style="dim")
 
 
-def status_line(session: Session) -> str:
-    """`Noble gases › Helium, Neon · 4 blocks, 3.3 MB of 536.9 MB · 61.3 tokens/s`"""
-    labels = " › ".join(label for label in session.selection.labels if label)
-    pinned = "pinned: " if session.selection.path and session.memory != "fetched" else ""
-    memory = {"none": "no memory", "generic": "generic memory"}.get(session.memory, "")
-    parts = [memory or pinned + (labels or str(session.selection.path))]
+def status_line(session: Session, width: int) -> str:
+    """`Noble gases › Helium, Neon · 4 blocks, 3.3 MB of 536.9 MB · 61.3 tokens/s`, in so many columns."""
+    selection, figures = session.selection, list[str]()
     if cache := session.model.cache:
-        parts.append(f"{cache.blocks} blocks, {size(cache.bytes)} of {size(cache.budget)}")
+        figures.append(f"{cache.blocks} blocks, {size(cache.bytes)} of {size(cache.budget)}")
     if session.last:
-        parts.append(f"{session.last.generation_tps:.1f} tokens/s")
-    return " · ".join(part for part in parts if part)
+        figures.append(f"{session.last.generation_tps:.1f} tokens/s")
+    right = "".join(f" · {figure}" for figure in figures)
+    if session.memory in ("none", "generic"):
+        topic = {"none": "no memory", "generic": "generic memory"}[session.memory]
+    else:
+        pinned = "pinned: " if selection.path and session.memory != "fetched" else ""
+        labels = [label for label in selection.labels if label] or [str(selection.path)]
+        topic = pinned + _fitted(labels, width - len(pinned) - len(right))
+    return (topic + right).removeprefix(" · ")
+
+
+def _fitted(labels: list[str], room: int) -> str:
+    """Labels in so many columns: where all do not fit the outer ones go first."""
+    for first in range(len(labels)):
+        text = " › ".join(["…"] * bool(first) + labels[first:])
+        if len(text) <= room:
+            return text
+    return text[: max(room - 1, 0)] + "…"
 
 
 def _reply(session: Session, text: str) -> None:
-    """Streams one reply. In a terminal what was attached is shown where it changed, else always."""
+    """Streams one reply. In a terminal what was attached is shown where it changed; in a pipe always, beside it."""
     before, terminal = session.selection.blocks, console.is_terminal
     reply = session.ask(text)
     try:
-        with ExitStack() as waiting:
-            if terminal:
-                waiting.enter_context(console.status("", spinner="dots"))
+        with waiting(""):
             first = next(reply, "")
-        for note in _notes(session, before, terminal):
-            console.print(note, style="dim", markup=False)
+        _notes(session, before, terminal)
         for piece in chain([first], reply):
-            console.out(piece.translate(UNSAFE), end="", highlight=False)
+            write(piece)
         console.print()
     except KeyboardInterrupt:
         reply.close()
         console.print(" [stopped]", style="dim", markup=False)
     if session.last and not terminal:
-        tps = session.last.generation_tps
-        console.print(f"{session.prefilled} tokens prefilled · {tps:.1f} tokens/s", style="dim")
+        figures = f"{session.prefilled} tokens prefilled · {session.last.generation_tps:.1f} tokens/s"
+        notes.print(figures, style="dim")
 
 
-def _notes(session: Session, before: tuple[str, ...], terminal: bool) -> list[str]:
+def _notes(session: Session, before: tuple[str, ...], terminal: bool) -> None:
     """What there is to say before a reply: turns that were dropped, and the memory that it comes with."""
     lines = []
     if session.dropped:
-        turns = "the oldest turn does" if session.dropped == 1 else f"the {session.dropped} oldest turns do"
-        lines.append(f"{turns} not fit the model's {session.context} tokens any more and were left out")
+        turns = "the oldest turn was" if session.dropped == 1 else f"the {session.dropped} oldest turns were"
+        lines.append(f"{turns} left out, to fit the model's {session.context} tokens")
     moved = session.selection.blocks != before
     if not terminal:
         lines.append(describe(session.selection) + " · new path" * moved)
     elif moved and session.selection.labels:
         lines.append("→ " + " › ".join(session.selection.labels))
-    return lines
+    for line in lines:
+        (console if terminal else notes).print(line, style="dim", markup=False, soft_wrap=not terminal)

@@ -1,4 +1,4 @@
-"""What several commands print in the same way: byte counts, a selection in one line, progress bars."""
+"""What several commands print in the same way: byte counts, a selection in one line, replies, progress."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 if TYPE_CHECKING:
+    from mlx_hiermem.bank.bank import MemoryBank
+    from mlx_hiermem.config import Path
     from mlx_hiermem.model import Selection
 
 console = Console(highlight=False)
 notes = Console(stderr=True, highlight=False)  # beside the output, never in it
 
 Progress = Callable[[int, int], None]  # (done, total)
+
+# Control characters but tab and newline: a reply must not control the terminal.
+UNSAFE = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
 
 
 def size(count: float) -> str:
@@ -41,6 +46,27 @@ def describe(selection: Selection) -> str:
         f"route {selection.route_ms:.1f} fetch {selection.fetch_ms:.1f} attach {selection.attach_ms:.1f} ms",
     ]
     return " · ".join(part for part in parts if part)
+
+
+def blocked_note(bank: MemoryBank, node: Path) -> str:
+    """About a node that a text would have entered."""
+    return f"{node} {bank.manifest.label(node)} would be nearer, but is blocked"
+
+
+def write(piece: str) -> None:
+    """A piece of a reply, as it is but for control characters."""
+    console.file.write(piece.translate(UNSAFE))  # Rich would turn tabs into spaces
+    console.file.flush()
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """A turning wheel where somebody sees it, for what takes seconds and has no measure."""
+    if not notes.is_terminal:
+        yield
+        return
+    with notes.status(what, spinner="dots", spinner_style="dim"):
+        yield
 
 
 @contextmanager

@@ -6,12 +6,13 @@ transformers. Errors that the project raises on purpose print as one line and ex
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import NoReturn
 
 import typer
 
-from mlx_hiermem.apps.cli import ask, bank, chat, convert, demo, plan, use
+from mlx_hiermem.apps.cli import ask, bank, chat, convert, demo, plan, serve, use
 from mlx_hiermem.errors import HierMemError
 
 app = typer.Typer(
@@ -23,7 +24,17 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
 )
-for command in (demo.demo, convert.convert, convert.verify, chat.chat, ask.ask, use.generate, use.route, plan.plan):
+for command in (
+    demo.demo,
+    convert.convert,
+    convert.verify,
+    chat.chat,
+    ask.ask,
+    serve.serve,
+    use.generate,
+    use.route,
+    plan.plan,
+):
     app.command()(command)
 app.add_typer(bank.app, name="bank")
 
@@ -54,6 +65,7 @@ def _ask_where_no_command(arguments: list[str]) -> list[str]:
 def main() -> None:
     """Entry point of the console script."""
     debug = "--debug" in sys.argv
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are for programmers
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         app(args=_ask_where_no_command(arguments))

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 def plan(
-    model: str = typer.Argument("", help="Folder or hub id (nothing large is downloaded). Not needed with --list."),
+    model: str = typer.Argument(
+        "", help="Folder or hub id (nothing large is downloaded). Default: the last one used."
+    ),
     device: str = typer.Option("", help="One device of --list. Default: a line for each."),
     context: list[int] | None = typer.Option(
         None, min=1, help="Context length in tokens; may be given several times."
@@ -27,20 +29,21 @@ def plan(
     Example: `hiermem plan my-model --device iphone-15`
     """
     from mlx_hiermem import plan as plans
+    from mlx_hiermem.apps.cli import recent
 
     if show_list:
         _show_devices(list(plans.devices().values()), as_json)
         return
-    if not model:
-        raise typer.BadParameter("give a model, or --list", param_hint="MODEL")
     wanted = [plans.device(device)] if device else list(plans.devices().values())
-    measured = plans.measure(model)
+    measured = plans.measure(model or recent.preferred())
     results = [plans.plan(measured, one, context or plans.CONTEXTS) for one in wanted]
     if as_json:
         data = [result.to_json() for result in results]
         console.print_json(json.dumps(data[0] if device else data, ensure_ascii=False))
     elif device:
         _show(results[0])
+        if context and max(context) > measured.max_context:
+            console.print(f"The anchor was made for no more than {measured.max_context} tokens.", style="dim")
     else:
         _compare(results)
 
@@ -53,7 +56,8 @@ def _show_devices(devices: list[Device], as_json: bool) -> None:
         return
     from rich.table import Table
 
-    table = Table("device", "figure", "", "basis", "source", box=None, header_style="dim")
+    table = Table("device", "figure", "", "basis", box=None, header_style="dim")
+    table.add_column("source", overflow="fold")  # an address must stay whole
     for device in devices:
         rows = (
             ("memory", f"{device.memory.value:g} GB", device.memory),

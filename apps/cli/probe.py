@@ -7,7 +7,7 @@ import pathlib
 import re
 from dataclasses import dataclass
 
-from mlx_hiermem.apps.cli.display import progress_bar
+from mlx_hiermem.apps.cli.display import UNSAFE, progress_bar
 from mlx_hiermem.errors import HierMemError
 
 
@@ -60,7 +60,8 @@ def ask(model: pathlib.Path, questions: list[Question], max_tokens: int, when: s
     loaded, replies = load(model), []
     with progress_bar(f"asking {when}", unit="questions") as progress:
         for question in questions:
-            replies.append(" ".join(loaded.generate(question.prompt, max_tokens=max_tokens).split()))
+            reply = loaded.generate(question.prompt, max_tokens=max_tokens).translate(UNSAFE)
+            replies.append(" ".join(reply.split()))
             if progress:
                 progress(len(replies), len(questions))
     return replies

@@ -1,12 +1,30 @@
-"""Which model a command means that names none: $HIERMEM_MODEL, the last one used, or the demo's."""
+"""Opening a model, and which one a command means that names none: $HIERMEM_MODEL, the last one used, the demo's."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import pathlib
+from typing import TYPE_CHECKING
 
+from mlx_hiermem.apps.cli.display import waiting
 from mlx_hiermem.errors import AnchorError
+
+if TYPE_CHECKING:
+    from mlx_hiermem.model import MemoryModel
+
+
+def open_model(name: str, cache_bytes: int = 512 << 20) -> MemoryModel:
+    """Loads a model by folder or hub id, and notes it as the last one used."""
+    from mlx_hiermem.share.resolve import resolve
+
+    folder = resolve(name)  # first: a download has a bar of its own
+    with waiting("loading"):
+        from mlx_hiermem.model import load
+
+        model = load(folder, cache_bytes=cache_bytes)
+    remember(name)
+    return model
 
 
 def remember(model: str | pathlib.Path) -> None:

@@ -87,9 +87,9 @@ def pull(
     console.print(f"written  {out}", markup=False)
 
 
-def parse_size(text: str) -> int:
-    """`500M`, `2 GB`, `1500000` -> bytes; a usage error for anything else."""
+def parse_size(text: str, option: str = "--disk-budget") -> int:
+    """`500M`, `2 GB`, `1500000` -> bytes; a usage error of that option for anything else."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
     if not found:
-        raise typer.BadParameter(f"'{text}' is no size; write 500M or 2G", param_hint="--disk-budget")
+        raise typer.BadParameter(f"'{text}' is no size; write 500M or 2G", param_hint=option)
     return int(float(found[1]) * UNITS[found[2].upper()])

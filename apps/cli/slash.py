@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from mlx_hiermem.apps.cli.display import console, size
+from mlx_hiermem.apps.cli.display import blocked_note, console, size
 from mlx_hiermem.errors import HierMemError, OutputError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def _help(session: Session, argument: str) -> None:
     table.add_row("/quit", "leave, as Ctrl-D does")
     table.add_row("Esc Enter, or \\ Enter", "start a new line")
     table.add_row("Ctrl-C", "stop a reply; what was said stays")
-    console.print(table, markup=False)
+    console.print(table)
 
 
 def _route(session: Session, argument: str) -> None:
@@ -67,31 +67,42 @@ def _route(session: Session, argument: str) -> None:
         turn = session.route(argument)
     if turn is None:
         raise HierMemError("nothing was routed yet", "Write a text behind /route.")
-    bank = session.model.bank
-    assert bank is not None  # the router has seen to it
-    _path_table(bank, turn.alone.path, dict(zip(turn.alone.path.prefixes(), turn.alone.distances, strict=True)))
-    _say(f"alone it takes {turn.alone.path or 'none'}; {_verdict(turn)}")
+    distances = dict(zip(turn.alone.path.prefixes(), turn.alone.distances, strict=True))
+    _path_table(session, turn.alone.path, distances)
+    _verdict(session, turn)
 
 
-def _verdict(turn: Turn) -> str:
+def _verdict(session: Session, turn: Turn) -> None:
     """Why the conversation stays or moves, in numbers: see `turns`."""
-    figures = f"decided {turn.decided:.3f}"
+    bank = _bank(session)
+    for node in turn.alone.avoided:
+        _say(blocked_note(bank, node))
+    goes = f"the conversation stays on {turn.topic.path}" if turn.stayed else "the conversation takes it"
+    figures = f"decided by {turn.decided:.3f}"
     if turn.needed:
-        figures += f", needed to leave the path before {turn.needed:.3f}"
-    if turn.stayed:
-        return f"the conversation stays on {turn.topic.path} ({figures})"
-    return f"the conversation takes it ({figures})"
+        figures += f", and more than {turn.needed:.3f} leaves the path before"
+    _say(f"alone it takes {turn.alone.path or 'none'}; {goes} ({figures})")
 
 
-def _path_table(bank: MemoryBank, path: Path, distances: dict[Path, float], beside: tuple[Path, ...] = ()) -> None:
-    """The nodes of a path and those beside it, with what the manifest and the disk have on each."""
+def _bank(session: Session) -> MemoryBank:
+    """The bank of a session in which something was routed."""
+    assert session.model.bank is not None
+    return session.model.bank
+
+
+def _path_table(session: Session, path: Path, distances: dict[Path, float], beside: tuple[Path, ...] = ()) -> None:
+    """The nodes of a path and those beside it: distance, label, and where each block is."""
     from rich.table import Table
     from rich.text import Text
 
+    bank, cache = _bank(session), session.model.cache
     table = Table("node", "distance", "label", "block", box=None, header_style="dim")
     for node in sorted((*path.prefixes(), *beside), key=lambda node: (len(node), distances[node])):
         entry = bank.manifest.blocks.get(node)
-        block = f"{size(entry.bytes)}, {bank.state(node)}" if entry else "none"
+        state = bank.state(node)
+        if state == "on disk" and cache and node in cache:
+            state = "in memory"
+        block = f"{size(entry.bytes)}, {state}" if entry else "none"
         taken = node in path.prefixes()
         row = (f"{node}", f"{distances[node]:.3f}", Text(bank.manifest.label(node)), block)
         table.add_row(*row, style="" if taken else "dim")
@@ -112,8 +123,8 @@ def _why(session: Session, argument: str) -> None:
                     distances[Path((*parent, child))] = distance
         beside = tuple(node for node in distances if node not in path.prefixes())
         console.print(f"“{turn.text}” was answered on {path}", markup=False)
-        _path_table(bank, path, distances, beside)
-        _say(f"alone it takes {turn.alone.path or 'none'}; {_verdict(turn)}")
+        _path_table(session, path, distances, beside)
+        _verdict(session, turn)
     else:
         console.print(f"the memory is {session.memory}; questions are not routed", markup=False)
     _sources(bank, path)
@@ -214,7 +225,7 @@ def _load(session: Session, argument: str) -> None:
 
 def _file(argument: str, command: str) -> pathlib.Path:
     if not argument:
-        raise HierMemError("which file?", f"{command} FILE")
+        raise HierMemError("no file is named", f"Write {command} FILE.")
     return pathlib.Path(argument).expanduser()
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from mlx_hiermem.apps.cli.display import console, describe, notes, size
+from mlx_hiermem.apps.cli.display import blocked_note, console, describe, notes, size, write
 
 if TYPE_CHECKING:
     from mlx_hiermem.bank.bank import MemoryBank
@@ -58,7 +58,7 @@ def generate(
     for piece in stream:
         pieces.append(piece)
         if not as_json:
-            console.print(piece, end="", markup=False, soft_wrap=True)
+            write(piece)
     last = loaded.last
     figures = {
         "prompt_tokens": last.prompt_tokens if last else 0,
@@ -70,13 +70,12 @@ def generate(
         console.print_json(json.dumps(result, ensure_ascii=False))
         return
     console.print()
-    notes.print(
-        f"{describe(loaded.selection)} · {figures['tokens_per_second']} tokens/s", style="dim", markup=False
-    )
+    line = f"{describe(loaded.selection)} · {figures['tokens_per_second']} tokens/s"
+    notes.print(line, style="dim", markup=False, soft_wrap=True)
 
 
 def route(
-    model: pathlib.Path = MODEL,
+    model: pathlib.Path = BANK,
     text: str = typer.Argument(..., help="The text to route."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of a table."),
 ) -> None:
@@ -118,8 +117,6 @@ def route(
         table.add_row(row["node"], f"{row['distance']:.3f}", Text(row["label"]), str(row["documents"]), block)
     console.print(table)
     for node in routed.avoided:
-        console.print(
-            f"{node} {bank.manifest.label(node)} would be nearer, but is blocked", style="dim", markup=False
-        )
+        console.print(blocked_note(bank, node), style="dim", markup=False)
     total = sum(row["bytes"] for row in rows)
     console.print(f"path {routed.path} · {size(total)} to fetch · {routed.milliseconds:.1f} ms", style="dim")

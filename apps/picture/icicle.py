@@ -4,7 +4,8 @@ Siblings share their parent's width in proportion to the bytes of their subtrees
 own bytes then ask for. That tiles the picture without a gap: a node of width w whose subtree has S bytes reaches
 S/w down, which is the same for all siblings, whatever the tree's shape.
 
-Only numbers and words here; `page` and `png` draw them.
+Only numbers and words here; `png` draws them. The web page lays the blocks out in the same way, for its own size
+(`apps/server/page/layout.js`).
 """
 
 from __future__ import annotations
@@ -26,14 +27,13 @@ CELL = 0.58 * FONT  # px that a letter takes, on average and a little over
 STEP = 1.25 * FONT  # from line to line
 PAD = 5.0
 STATES = ("on disk", "remote", "blocked", "missing")
-SOURCES = 3  # named in a block's title
 
 
 @dataclass(frozen=True)
 class Block:
-    """One rectangle, in px from the top left, and what is written in and about it."""
+    """One rectangle, in px from the top left, and what is written in it."""
 
-    path: Path
+    entry: BlockEntry
     x: float
     y: float
     width: float
@@ -41,11 +41,10 @@ class Block:
     state: str
     lines: tuple[str, ...]  # as much as has room; none in a small block
     upright: bool  # the lines run from bottom to top
-    facts: tuple[str, ...]  # path and label, bytes, state; documents and sources where they are known
 
     @property
-    def title(self) -> str:
-        return " · ".join(self.facts)
+    def path(self) -> Path:
+        return self.entry.path
 
     def line_place(self, number: int) -> tuple[float, float, bool]:
         """Where line `number` goes: x of its start and y of its middle; where it stands upright, its centre."""
@@ -103,15 +102,7 @@ def _block(entry: BlockEntry, x: float, y: float, width: float, height: float, s
     longest = max(map(cell_len, label.split()), default=0)
     upright = height > width < longest * CELL + 2 * PAD  # rather than break words
     lines = _fit(label, size(entry.bytes), *((height, width) if upright else (width, height)))
-    sources = ", ".join(entry.sources[:SOURCES])
-    if len(entry.sources) > SOURCES:
-        sources += f" and {len(entry.sources) - SOURCES} more"
-    facts = [f"{entry.path} {entry.label}".strip(), size(entry.bytes), state]
-    if entry.documents:
-        facts.append(f"{entry.documents} documents")
-    if sources:
-        facts.append(f"from {sources}")
-    return Block(entry.path, x, y, width, height, state, lines, upright, tuple(facts))
+    return Block(entry, x, y, width, height, state, lines, upright)
 
 
 def _fit(label: str, amount: str, length: float, across: float) -> tuple[str, ...]:

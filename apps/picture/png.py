@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 DPI = 100  # of the picture's own px; the image has twice as many
 TOP, BOTTOM, SIDE = 64.0, 48.0, 20.0  # px for the title, the legend, the margins
-# state -> fill, edge, hatch: told apart without colours too.
+# state -> fill, edge, hatch: told apart without colours too. The colours are those of picture.css.
 STYLE = {
-    "on disk": ("#cfe3f5", "#5b8fbf", ""),
-    "remote": ("#ece6f6", "#8a76b8", ".."),
-    "blocked": ("#f7d4cf", "#b3483a", "//"),
-    "missing": ("#ffffff", "#8a8a8a", ""),
+    "on disk": ("#d6e4ef", "#a5c1d8", ""),
+    "remote": ("#ece7f5", "#8d7ab8", ".."),
+    "blocked": ("#f8dfdb", "#b3483a", "//"),
+    "missing": ("#f9f8f5", "#5b6670", ""),
 }
-INK, QUIET = "#1b2733", "#5c6873"
+PAGE, INK, QUIET = "#f9f8f5", "#1b2530", "#5b6670"
 
 
 def png(picture: Picture) -> bytes:
@@ -34,7 +34,7 @@ def png(picture: Picture) -> bytes:
             "a PNG picture needs matplotlib", "pip install 'mlx-hiermem[plots]', or take --html."
         ) from error
     width, height = picture.width + 2 * SIDE, TOP + picture.height + BOTTOM
-    figure = Figure(figsize=(width / DPI, height / DPI), dpi=2 * DPI, facecolor="white")
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=2 * DPI, facecolor=PAGE)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(-SIDE, picture.width + SIDE), ylim=(picture.height + BOTTOM, -TOP))
     axes.axis("off")

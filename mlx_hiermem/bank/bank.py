@@ -85,7 +85,7 @@ class MemoryBank:
             raise BankError(f"the bank has no block {node}", "`hiermem route` shows the paths of a text.")
         if self.remote:
             self.remote.bring(node, block_name(node))
-        return read_block(self.root / block_name(node), self.config, self.config.block_sizes[len(node) - 1])
+        return read_block(self.root / block_name(node), self.config, len(node))
 
     def read_generic(self) -> MemoryBlock:
         """Reads the control block of the fetched size."""

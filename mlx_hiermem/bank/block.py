@@ -1,7 +1,8 @@
 """One memory block: a file, the stacked tensors in it, and several blocks joined along a path.
 
 A block file is an ordinary safetensors file whose tensors are [L, r, width], contiguous, so that reading a
-block is one sequential read. Units are axis 1 of every tensor, therefore blocks join and slice there.
+block is one sequential read. Units are axis 1 of every tensor, therefore blocks join and slice there. A tensor of a
+quantised block is three: integers, scales and biases. They stay so in memory until the block is joined.
 """
 
 from __future__ import annotations
@@ -15,18 +16,27 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_hiermem.config import MemoryConfig, Path
+from mlx_hiermem.config import BIASES, SCALES, MemoryConfig, Path, Quantization
 from mlx_hiermem.errors import BankError
 
-SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32"}
 
 
 @dataclass(frozen=True)
 class MemoryBlock:
-    """The tensors of one block (each [L, r, width]) and the bytes its file has."""
+    """The tensors of one block as its file has them (see `MemoryConfig.stored`), and the bytes of the file."""
 
     tensors: dict[str, mx.array]
     nbytes: int
+    quantization: Quantization | None = None
+
+    def values(self, name: str) -> mx.array:
+        """One tensor [L, r, width] in the bank's dtype, dequantised where the block is quantised."""
+        how, tensor = self.quantization, self.tensors[name]
+        if how is None:
+            return tensor
+        scales, biases = self.tensors[name + SCALES], self.tensors[name + BIASES]
+        return mx.dequantize(tensor, scales, biases, how.group_size, how.bits)
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,7 @@ class FetchedMemory:
         """Concatenates blocks along axis 1 (arXiv:2510.02375, Eq. 2.2)."""
         joined = {}
         for name in config.widths:
-            parts = [block.tensors[name] for block in blocks]
+            parts = [block.values(name) for block in blocks]
             if name.endswith(".b"):
                 parts = [part * (config.alpha / part.shape[1]) for part in parts]
             joined[name] = mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
@@ -65,8 +75,11 @@ def block_name(path: Path) -> str:
     return "blocks/" + "/".join(map(str, path)) + ".safetensors"
 
 
-def read_block(file: pathlib.Path, config: MemoryConfig, units: int | None = None) -> MemoryBlock:
-    """Reads a block whole. Raises BankError if it is missing, damaged or of another shape."""
+def read_block(file: pathlib.Path, config: MemoryConfig, level: int = 0) -> MemoryBlock:
+    """Reads a block of a level whole; level 0 is the generic block, which may have any number of units.
+
+    Raises BankError if the file is missing, damaged or of other tensors than `MemoryConfig.stored` says.
+    """
     try:
         tensors = mx.load(str(file), format="safetensors")
         assert isinstance(tensors, dict)
@@ -77,29 +90,37 @@ def read_block(file: pathlib.Path, config: MemoryConfig, units: int | None = Non
             f"cannot read the block {file}: {error}",
             "Run `hiermem verify`; fetch or convert the block again.",
         ) from error
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    units = units if units is not None else next(iter(found.values()), (0, 0, 0))[1]
-    if found != config.shapes(units):
-        raise BankError(
-            f"the block {file} holds {found}, expected {config.shapes(units)}",
-            "It belongs to another bank or another version of this one.",
-        )
-    return MemoryBlock({name: tensors[name] for name in config.widths}, nbytes)
+    found = {name: (str(tensor.dtype).removeprefix("mlx.core."), tensor.shape) for name, tensor in tensors.items()}
+    some_shape = next((shape for _, shape in found.values() if len(shape) == 3), (0, 0, 0))
+    expected = config.stored(level, config.block_sizes[level - 1] if level else some_shape[1])
+    for name in expected | found:
+        if found.get(name) != expected.get(name):
+            raise BankError(
+                f"the block {file} holds {_described(found, name)}, expected {_described(expected, name)}",
+                "It belongs to another bank or another version of this one.",
+            )
+    return MemoryBlock({name: tensors[name] for name in expected}, nbytes, config.quantized(level))
+
+
+def _described(tensors: Mapping[str, tuple[str, Sequence[int]]], name: str) -> str:
+    """`gate float16 [10, 24, 576]`, or `no gate`."""
+    dtype, shape = tensors.get(name, ("", ()))
+    return f"{name} {dtype} {list(shape)}" if dtype else f"no {name}"
 
 
 def write_block(
-    file: pathlib.Path, tensors: Mapping[str, tuple[Sequence[int], Any]], dtype: str
+    file: pathlib.Path, tensors: Mapping[str, tuple[Sequence[int], Any]], dtype: str | Mapping[str, str]
 ) -> tuple[int, str]:
     """Writes name -> (shape, bytes-like) as safetensors, in the order given; returns (bytes, sha256).
 
-    Takes raw buffers rather than arrays because numpy has no bfloat16, and because a converter that streams
-    a bank should not copy each block once more.
+    `dtype` is that of all tensors, or name -> dtype. Takes raw buffers rather than arrays because numpy has no
+    bfloat16, and because a converter that streams a bank should not copy each block once more.
     """
     header, offset = {}, 0
     for name, (shape, data) in tensors.items():
         size = memoryview(data).nbytes
         header[name] = {
-            "dtype": SAFETENSORS_DTYPES[dtype],
+            "dtype": SAFETENSORS_DTYPES[dtype if isinstance(dtype, str) else dtype[name]],
             "shape": list(shape),
             "data_offsets": [offset, offset + size],
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from mlx_hiermem.bank.bank import MemoryBank
+from mlx_hiermem.bank.bank import TREE, MemoryBank, file_digest
 from mlx_hiermem.bank.block import block_name
 from mlx_hiermem.bank.commit import interrupted
 from mlx_hiermem.errors import BankError
@@ -31,3 +31,22 @@ def check(bank: MemoryBank, progress: Callable[[int, int], None] | None = None) 
     for file in sorted((bank.root / "blocks").rglob("*.safetensors")):
         if (name := file.relative_to(bank.root).as_posix()) not in known:
             yield f"{name} is not in the manifest"
+
+
+def require_tree(bank: MemoryBank) -> None:
+    """Raises BankError unless the tree is the manifest's: a damaged one must not get a new digest."""
+    file = bank.root / TREE
+    if not file.is_file() or file_digest(file) != bank.manifest.tree.sha256:
+        raise BankError(f"{file} is not the manifest's", "See `hiermem bank verify`; fetch or convert it again.")
+
+
+def require_whole(bank: MemoryBank) -> None:
+    """Raises BankError unless another bank can be made from this one: all blocks here, no change half made."""
+    if line := interrupted(bank.root):
+        raise BankError(f"{bank.root}: {line}")
+    missing = [bank.root / name for name, _, _ in bank.files() if not (bank.root / name).is_file()]
+    if missing:
+        raise BankError(
+            f"{len(missing)} files of the bank are not here, such as {missing[0]}", "Pull or convert it whole."
+        )
+    require_tree(bank)

@@ -16,12 +16,14 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_hiermem.bank.bank import MANIFEST, TREE, MemoryBank, file_digest
-from mlx_hiermem.bank.block import block_name, read_block
+from mlx_hiermem.bank.block import MemoryBlock, block_name, read_block, write_block
+from mlx_hiermem.bank.check import require_tree
 from mlx_hiermem.bank.commit import Edit, editing
 from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
 from mlx_hiermem.bank.policy import POLICY, BankPolicy
+from mlx_hiermem.bank.quantize import quantized
 from mlx_hiermem.bank.remote import REMOTE, Origin
-from mlx_hiermem.config import Path
+from mlx_hiermem.config import MemoryConfig, Path
 from mlx_hiermem.errors import BankError
 from mlx_hiermem.tree import ClusterTree
 
@@ -79,7 +81,8 @@ def add(
     """A block file becomes the block of `path`; returns its row of the table.
 
     A node that the tree lacks needs a `centroid` [dim], by which texts are routed to it; its parent must be
-    there. A file from another bank brings its row along, of which label, documents and sources can be set.
+    there. A file from another bank brings its row along, of which label, documents and sources can be set. A plain
+    block is quantised where the bank is.
     Raises BankError where the block does not fit, or where there is one already and `replacing` is not set.
     """
     row = _provenance(root, file)
@@ -93,7 +96,11 @@ def add(
             raise BankError(f"the bank has a block {path} already", "Replace it with --replace.")
         target = edit.file(block_name(path))
         shutil.copyfile(file, target)  # first, so that what is checked is what joins
-        _check_block(target, file, bank, path)
+        if row.sha256 not in ("", file_digest(target)):
+            raise BankError(
+                f"{file} is not what its bank's manifest says", "See `hiermem bank verify` of that bank."
+            )
+        _fit(target, file, bank, path)
         entry = BlockEntry(
             path,
             target.stat().st_size,
@@ -103,10 +110,6 @@ def add(
             tokens=row.tokens,
             sources=row.sources if sources is None else tuple(sources),
         )
-        if row.sha256 not in ("", entry.sha256):
-            raise BankError(
-                f"{file} is not what its bank's manifest says", "See `hiermem bank verify` of that bank."
-            )
         blocks = dict(
             sorted({**bank.manifest.blocks, path: entry}.items(), key=lambda item: (len(item[0]), item[0]))
         )
@@ -136,12 +139,9 @@ def unblock(root: pathlib.Path, paths: Sequence[Path]) -> BankPolicy:
 
 
 def _open(root: pathlib.Path) -> MemoryBank:
-    """The bank as it is now. A tree that is not the manifest's must not get a new digest and pass for it."""
+    """The bank as it is now."""
     bank = MemoryBank.open(root)
-    if file_digest(root / TREE) != bank.manifest.tree.sha256:
-        raise BankError(
-            f"{root / TREE} is not the manifest's", "See `hiermem bank verify`; fetch or convert it again."
-        )
+    require_tree(bank)
     return bank
 
 
@@ -178,14 +178,25 @@ def _provenance(root: pathlib.Path, file: pathlib.Path) -> BlockEntry:
     return BlockEntry(Path(), 0, "")
 
 
-def _check_block(file: pathlib.Path, given: pathlib.Path, bank: MemoryBank, path: Path) -> None:
-    """Raises BankError unless the file is a block of this bank's shapes and dtype for that level, all finite."""
+def _fit(file: pathlib.Path, given: pathlib.Path, bank: MemoryBank, path: Path) -> None:
+    """Raises BankError unless the file is a block of this bank for that level, finite; quantises a plain one."""
+    how = bank.config.quantized(len(path))
     try:
-        tensors = read_block(file, bank.config, bank.config.block_sizes[len(path) - 1]).tensors
+        block = _read(file, bank.config, len(path))
     except BankError as error:
         raise BankError(error.what.replace(str(file), str(given)), "See `hiermem bank add --help`.") from error
-    for name, tensor in tensors.items():
-        if tensor.dtype != getattr(mx, bank.config.dtype):
-            raise BankError(f"{name} in {given} is {tensor.dtype}, the bank's blocks are {bank.config.dtype}")
-        if not mx.isfinite(tensor).all().item():
+    for name in bank.config.widths:
+        if not mx.isfinite(block.values(name)).all().item():
             raise BankError(f"{name} in {given} has values that are not finite numbers")
+    if how and not block.quantization:
+        write_block(file, *quantized(block, how))
+
+
+def _read(file: pathlib.Path, config: MemoryConfig, level: int) -> MemoryBlock:
+    """A block as the bank stores it, or a plain one of the same sizes."""
+    try:
+        return read_block(file, config, level)
+    except BankError:
+        if not config.quantized(level):
+            raise
+        return read_block(file, replace(config, quantization=()), level)

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 
-from mlx_hiermem.bank.bank import GENERIC, MemoryBank
+from mlx_hiermem.bank.bank import GENERIC, MANIFEST, MemoryBank, file_digest
 from mlx_hiermem.bank.block import block_name
+from mlx_hiermem.bank.check import require_whole
 from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
-from mlx_hiermem.bank.policy import POLICY, BankPolicy
+from mlx_hiermem.bank.policy import OPEN, POLICY, BankPolicy
 from mlx_hiermem.bank.writer import BankWriter
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import BankError
@@ -31,18 +32,19 @@ def merge(
     second: MemoryBank,
     out: pathlib.Path,
     prefer: str = "",
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> MemoryBank:
     """Writes a bank with the blocks of both to `out`, a folder that is not there yet.
 
     Blocks that differ for one node, and differing generic blocks, are conflicts: refused, or decided by
     `prefer` (first or second). What either bank blocks stays blocked. Raises BankError for banks of different
-    anchors, designs, embedders or trees; `progress` gets (bytes copied, bytes in all).
+    anchors, designs, embedders or trees, and for damaged ones. `resume` continues an interrupted run;
+    `progress` gets (bytes copied, bytes in all).
     """
-    first.manifest.check_anchor(second.manifest.anchor)
-    for what in ("memory", "embedder"):
-        if getattr(first.manifest, what) != getattr(second.manifest, what):
-            raise BankError(f"{first.root} and {second.root} are banks of different {what} settings")
+    _check_designs(first, second)
+    for bank in (first, second):
+        require_whole(bank)
     tree = merge_trees(first.tree, second.tree)
     clashes = conflicts(first.manifest, second.manifest)
     if clashes and prefer not in ("first", "second"):
@@ -52,20 +54,36 @@ def merge(
             "Say whose count with --prefer first or --prefer second.",
         )
     above, below = (second, first) if prefer == "second" else (first, second)
-    with BankWriter(out, "merge") as writer:
+    fingerprint = " ".join(file_digest(bank.root / MANIFEST) for bank in (above, below))
+    with BankWriter(out, fingerprint, resume) as writer:
         files = _files(above, below)
         writer.reserve({name: entry.bytes for name, (_, entry) in files.items()})
         done, total = 0, sum(entry.bytes for _, entry in files.values())
         for name, (bank, entry) in files.items():
-            writer.copy(name, bank.root / name, entry)
+            if not writer.finished(name):
+                writer.copy(name, bank.root / name, entry)
             done += entry.bytes
             if progress:
                 progress(done, total)
         policy = merge_policies(first.policy, second.policy)
-        if policy.blocked:
+        if policy != OPEN:
             policy.write(writer.partial / POLICY)
         writer.finish(replace(merge_manifests(above.manifest, below.manifest), tree=writer.write_tree(tree)))
     return MemoryBank.open(out)
+
+
+def _check_designs(first: MemoryBank, second: MemoryBank) -> None:
+    """Raises BankError for banks of different anchors, memories or embedders, naming the settings that differ."""
+    ours, theirs = first.manifest, second.manifest
+    ours.check_anchor(theirs.anchor)
+    for what in ("memory", "embedder"):
+        one, other = getattr(ours, what), getattr(theirs, what)
+        differing = [field.name for field in fields(one) if getattr(one, field.name) != getattr(other, field.name)]
+        if differing:
+            raise BankError(
+                f"{first.root} and {second.root} are banks of different {what} settings: {', '.join(differing)}",
+                "Quantise both alike, or merge first." if differing == ["quantization"] else "",
+            )
 
 
 def conflicts(first: BankManifest, second: BankManifest) -> list[str]:
@@ -118,7 +136,7 @@ def merge_manifests(above: BankManifest, below: BankManifest) -> BankManifest:
 
 
 def _files(above: MemoryBank, below: MemoryBank) -> dict[str, tuple[MemoryBank, FileEntry]]:
-    """File name -> the bank to copy it from, its size and digest there. Raises BankError where one is missing."""
+    """File name -> the bank to copy it from, its size and digest there."""
     files: dict[str, tuple[MemoryBank, FileEntry]] = {}
     for bank in (below, above):
         manifest = bank.manifest
@@ -126,9 +144,4 @@ def _files(above: MemoryBank, below: MemoryBank) -> dict[str, tuple[MemoryBank, 
         if manifest.generic:
             rows[GENERIC] = manifest.generic
         files |= {name: (bank, entry) for name, entry in rows.items()}
-    missing = [bank.root / name for name, (bank, _) in files.items() if not (bank.root / name).is_file()]
-    if missing:
-        raise BankError(
-            f"{len(missing)} blocks are not here, such as {missing[0]}", "Pull or convert that bank whole."
-        )
     return files

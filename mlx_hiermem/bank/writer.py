@@ -110,20 +110,25 @@ class BankWriter:
             return entry
         return None
 
-    def write(self, name: str, tensors: Mapping[str, tuple[Sequence[int], Any]], dtype: str) -> FileEntry:
+    def write(
+        self, name: str, tensors: Mapping[str, tuple[Sequence[int], Any]], dtype: str | Mapping[str, str]
+    ) -> FileEntry:
         """Writes one block file (see `write_block`) and journals it. Safe to call from several threads."""
         try:
             entry = FileEntry(*write_block(self.partial / name, tensors, dtype))
             _start_writeback(self.partial / name)
-            with self._mutex:
-                self._note({"name": name} | asdict(entry))
-                self._journaled[name] = entry
+            self._finished(name, entry)
         except OSError as error:
             raise self._failed(error) from error
         return entry
 
+    def _finished(self, name: str, entry: FileEntry) -> None:
+        with self._mutex:
+            self._note({"name": name} | asdict(entry))
+            self._journaled[name] = entry
+
     def copy(self, name: str, source: pathlib.Path, entry: FileEntry) -> None:
-        """Copies a bank's file. Raises BankError where it is not what its manifest says."""
+        """Copies a bank's file and journals it. Raises BankError where it is not what its manifest says."""
         target = self.partial / name
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -132,6 +137,7 @@ class BankWriter:
                 raise BankError(
                     f"{source} is not what its manifest says", "See `hiermem bank verify` of that bank."
                 )
+            self._finished(name, entry)
         except OSError as error:
             raise self._failed(error) from error
 

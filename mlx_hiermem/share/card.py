@@ -47,7 +47,8 @@ print(model.generate("The atomic number of neon is"))
 | | |
 |---|---|
 | anchor | {anchor.name}: {anchor.layers} layers, hidden size {anchor.hidden}, weights {anchor.weights_digest:.12} |
-| memory | {memory.kind}, {memory.dtype}, in {carriers} layers, {units} units a block at levels 1–{memory.depth} |
+| memory | {memory.kind}, in {carriers} layers, {units} units a block at levels 1–{memory.depth} |
+| stored as | {memory.precision} |
 | tree | {memory.branching} children a node, {memory.depth} levels, routed by {embedder} |
 | bank | {blocks} blocks, {parameters:,} parameters, {bytes:,} bytes |
 | fetched | {fetched:,} parameters for a question that reaches the deepest level |

@@ -79,10 +79,17 @@ def pull(
             "Pull that into another folder, or leave the revision out to add to this one.",
         )
     folder = out if before else out.with_name(out.name + ".partial")
+    fresh = not folder.exists()
     with _alone_in(folder), quiet():
         if not before:
             _take_over(folder, Origin(repo, commit))
-        pulled = _fill(folder, Origin(repo, commit, disk_budget_bytes=disk_budget), only, lazy, tree_only, progress)
+        origin = Origin(repo, commit, disk_budget_bytes=disk_budget)
+        try:
+            pulled = _fill(folder, origin, only, lazy, tree_only, progress)
+        except BankError:
+            if fresh:  # no interruption: the same pull would fail again
+                shutil.rmtree(folder)
+            raise
         shutil.rmtree(folder / INCOMING, ignore_errors=True)
         if not before:
             to_disk(folder)
@@ -160,7 +167,7 @@ def find(manifest: BankManifest, terms: Iterable[str]) -> list[Path]:
     for term in terms:
         matches = [node for node in labels if _named(term, node, labels[node])]
         if not matches:
-            some = ", ".join(sorted({label for label in labels.values() if label})[:6])
+            some = ", ".join(f"“{label}”" for label in sorted({label for label in labels.values() if label})[:6])
             raise BankError(
                 f"nothing in the bank is called '{term}'", f"Labels are, for instance: {some}." * bool(some)
             )

@@ -1,0 +1,81 @@
+"""`hiermem bank quantize`: a bank in fewer bits, and what that costs level by level."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import TYPE_CHECKING
+
+import typer
+
+from mlx_hiermem.apps.cli.display import console, progress_bar, size
+from mlx_hiermem.apps.cli.use import BANK, open_bank
+
+if TYPE_CHECKING:
+    from mlx_hiermem.bank.quantize import LevelReport
+
+
+def quantize(
+    model: pathlib.Path = BANK,
+    out: pathlib.Path = typer.Argument(..., help="Folder to make: a model where MODEL is one, else a bank."),
+    bits: str = typer.Option(
+        ..., help="8 or 4 for all levels, or level by level: 8,4 is level 1 in 8 bits and all below in 4. 16 keeps."
+    ),
+    group_size: int | None = typer.Option(
+        None, help="Values that share a scale: 32, 64 or 128. Default: 64, or 32 where the memory's widths need it."
+    ),
+    resume: bool = typer.Option(False, "--resume", help="Go on after an interruption."),
+    as_json: bool = typer.Option(False, "--json", help="Print a JSON list instead of a table."),
+) -> None:
+    """Write the bank again with smaller blocks (MLX's affine quantisation), and say what each level loses.
+
+    Example: `hiermem bank quantize my-model my-model-8bit --bits 8`
+    """
+    from mlx_hiermem.bank import quantize as quantizing
+    from mlx_hiermem.config import GROUP_SIZES
+    from mlx_hiermem.convert.quantize import quantize_model
+
+    if group_size not in (None, *GROUP_SIZES):
+        raise typer.BadParameter("choose 32, 64 or 128", param_hint="--group-size")
+    bank = open_bank(model)
+    config = quantizing.design(bank.config, _parse(bits), group_size)
+    with progress_bar("quantising", show=not as_json) as progress:
+        if (model / "anchor").is_dir():
+            reports = quantize_model(model, out, config, resume, progress)
+        else:
+            reports = quantizing.quantize(bank, out, config, resume, progress)
+    if as_json:
+        console.print_json(json.dumps([report.to_json() for report in reports]))
+        return
+    _print(reports, next(level.group_size for level in config.quantization if level))
+    console.print(f"written  {out}", markup=False, soft_wrap=True)
+
+
+def _parse(bits: str) -> list[int]:
+    from mlx_hiermem.bank.quantize import KEPT
+    from mlx_hiermem.config import BITS
+
+    parts = bits.replace(" ", "").split(",")
+    if not all(part.isdecimal() and int(part) in (*BITS, KEPT) for part in parts):
+        raise typer.BadParameter("write 8 or 4, or one of 8, 4 and 16 for each level: 8,4", param_hint="--bits")
+    return [int(part) for part in parts]
+
+
+def _print(reports: list[LevelReport], group: int) -> None:
+    from rich.table import Table
+
+    table = Table("level", box=None, header_style="dim")
+    for header in ("blocks", "bits", "before", "after", "largest error", "mean error"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for report in reports:
+        how, errors = report.quantization, (report.largest_error, report.mean_error)
+        cells = [str(how.bits), *(f"{error:.2%}" for error in errors)] if how else ["kept", "", ""]
+        sizes = size(report.bytes_before), size(report.bytes_after)
+        table.add_row(str(report.level or "generic"), str(report.blocks), cells[0], *sizes, *cells[1:])
+    before, after = sum(report.bytes_before for report in reports), sum(report.bytes_after for report in reports)
+    table.add_row("all", str(sum(report.blocks for report in reports)), "", size(before), size(after))
+    console.print(table)
+    console.print(
+        f"{group} values share a scale and a bias. Errors: ‖new − old‖ / ‖old‖ of each layer's matrices.",
+        style="dim",
+    )

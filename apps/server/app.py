@@ -1,0 +1,175 @@
+"""The routes: OpenAI's, the memory's, health and metrics, and the page."""
+
+from __future__ import annotations
+
+import asyncio
+import pathlib
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.responses import FileResponse, JSONResponse
+from starlette.staticfiles import StaticFiles
+
+from mlx_hiermem.apps.server import memory
+from mlx_hiermem.apps.server.engine import Engine
+from mlx_hiermem.apps.server.generate import Service, unknown_model
+from mlx_hiermem.apps.server.guard import Guard, refused
+from mlx_hiermem.apps.server.metrics import Counting, Metrics
+from mlx_hiermem.apps.server.refusal import ApiError
+from mlx_hiermem.apps.server.schema import ChatRequest, CompletionRequest, RouteRequest, paths
+from mlx_hiermem.errors import HierMemError
+
+PAGE = pathlib.Path(__file__).parent / "page"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one server. `model` is the name that clients ask for; without `api_key` only this machine is answered."""
+
+    model: str
+    api_key: str = ""
+    max_request_bytes: int = 1_000_000
+    timeout: float = 300.0  # seconds a request may take
+
+
+def create_app(engine: Engine, settings: Settings) -> FastAPI:
+    """The application for an engine that has been started. It stops the engine when it is shut down itself."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        engine.loop = asyncio.get_running_loop()
+        yield
+        await asyncio.to_thread(engine.stop)
+
+    app = FastAPI(title="mlx-hiermem", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    metrics = Metrics(engine)
+    app.add_middleware(Guard, settings.api_key, settings.max_request_bytes, settings.timeout)
+    app.add_middleware(Counting, metrics)
+    _add_openai(app, Service(engine, metrics, settings.model, settings.timeout))
+    _add_memory(app, engine, settings)
+    _add_others(app, engine, metrics, settings)
+    _add_errors(app)
+    return app
+
+
+def _add_openai(app: FastAPI, service: Service) -> None:
+    row = {"id": service.model, "object": "model", "created": int(time.time()), "owned_by": "mlx-hiermem"}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [row]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        if name != service.model:
+            raise unknown_model(name, service.model)
+        return row
+
+    @app.post("/v1/chat/completions")
+    async def chat(asked: ChatRequest, request: Request) -> Response:
+        return await service.chat(asked, request)
+
+    @app.post("/v1/completions")
+    async def complete(asked: CompletionRequest, request: Request) -> Response:
+        return await service.complete(asked, request)
+
+
+def _add_memory(app: FastAPI, engine: Engine, settings: Settings) -> None:
+    # These two look for files: on a thread of their own.
+    @app.get("/v1/memory")
+    def overview() -> dict[str, Any]:
+        return memory.overview(settings.model, engine.model)
+
+    @app.get("/v1/memory/state")
+    def changing() -> dict[str, Any]:
+        return memory.changing(engine)
+
+    @app.post("/v1/memory/route")
+    async def route(asked: RouteRequest) -> dict[str, Any]:
+        bank, questions = engine.model.bank, asked.questions
+        blocked = paths(asked.blocked, "blocked")
+        if bank is None:
+            raise ApiError(400, "this model has no bank")
+        if not questions:
+            raise ApiError(
+                400, "there is nothing to route; give a text, or messages with one of the user's", "text"
+            )
+        try:
+            async with asyncio.timeout(settings.timeout):
+                choice = await engine.call(lambda: engine.batch.choose("fetched", questions, blocked))
+        except TimeoutError:
+            raise ApiError(503, f"the request took longer than {settings.timeout:g} s", code="timeout") from None
+        return memory.routed(bank, choice)
+
+
+def _add_others(app: FastAPI, engine: Engine, metrics: Metrics, settings: Settings) -> None:
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        status = "ok" if engine.alive else "the engine has stopped"
+        return JSONResponse({"status": status, "model": settings.model}, 200 if engine.alive else 503)
+
+    @app.get("/metrics")
+    async def figures() -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.api_route("/", methods=["GET", "HEAD"])
+    async def page() -> FileResponse:
+        return FileResponse(PAGE / "index.html")
+
+    app.mount("/page", StaticFiles(directory=PAGE))
+
+
+def _add_errors(app: FastAPI) -> None:
+    """Every error is answered in OpenAI's shape."""
+
+    @app.exception_handler(ApiError)
+    async def known(_: Request, error: ApiError) -> JSONResponse:
+        return refused(error)
+
+    @app.exception_handler(HierMemError)
+    async def wrong(_: Request, error: HierMemError) -> JSONResponse:
+        return refused(ApiError(400, str(error)))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        return refused(explained(error))
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        if isinstance(error.__cause__, ApiError):
+            return refused(error.__cause__)
+        message = error.detail
+        if error.status_code in (404, 405):
+            message = f"there is no {request.method} {request.url.path}"
+        answer = refused(ApiError(error.status_code, message))
+        answer.headers.update(error.headers or {})
+        return answer
+
+    @app.exception_handler(Exception)
+    async def unexpected(_: Request, error: Exception) -> JSONResponse:
+        message = f"unexpected {type(error).__name__}; the server's log has more"
+        return refused(ApiError(500, message, code="internal_error"))
+
+
+def explained(invalid: RequestValidationError) -> ApiError:
+    """The first of pydantic's findings in one line, with the field's name as OpenAI writes it."""
+    first = invalid.errors()[0]
+    place, kind = first["loc"][1:], first["type"]
+    if kind == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {first['ctx']['error']}")
+    if not place and kind in ("missing", "model_attributes_type"):
+        return ApiError(400, "the body is not a JSON object; send one with Content-Type: application/json")
+    message = first["msg"].removeprefix("Value error, ")
+    if not place:
+        return ApiError(400, message)
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)[1:]
+    if kind == "extra_forbidden":
+        return ApiError(400, f"unknown field {name}", name, "unknown_parameter")
+    return ApiError(400, f"{name}: {message}", name)

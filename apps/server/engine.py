@@ -1,0 +1,270 @@
+"""The thread that owns MLX, and what the event loop sees of it.
+
+All arrays are made and used on one thread: it loads the model, chooses memories, and decodes one token of every
+sequence in turn. Requests reach it through an inbox of calls; what comes of them goes back to the event loop. A
+block that is on the hub is brought by a thread pool, so that a slow hub delays no other request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from mlx_hiermem.apps.server.job import Event, Job, Started
+from mlx_hiermem.apps.server.refusal import ApiError
+from mlx_hiermem.apps.server.text import Piece
+from mlx_hiermem.batch import MemoryBatch, Token
+from mlx_hiermem.errors import AnchorError, AssetError, BankError, HierMemError, HubError
+from mlx_hiermem.model import Choice, MemoryModel
+
+DOWNLOADS = 4  # at once
+SMOOTHING = 0.2  # of the measured tokens/s: the weight of the newest step
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Engine:
+    """`start` it, give it the `loop`, `submit` jobs; `stop` it. `model` and `batch` are its thread's own."""
+
+    def __init__(self, load: Callable[[], MemoryModel], max_batch: int = 8, max_queue: int = 32) -> None:
+        self.max_batch, self.max_queue = max_batch, max_queue
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.model: MemoryModel
+        self.batch: MemoryBatch
+        self._rate = 0.0
+        self.failure: BaseException | None = None  # what ended the thread
+        self._load = load
+        self._open: set[Job] = set()  # the event loop's: submitted, and not ended yet
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._ready: deque[Job] = deque()
+        self._running: dict[int, Job] = {}
+        self._pool = ThreadPoolExecutor(DOWNLOADS, thread_name_prefix="bring")
+        self._thread = threading.Thread(target=self._live, name="engine", daemon=True)
+        self._loaded: Future[None] = Future()
+
+    # Of the thread that starts the server, and of the event loop.
+
+    def start(self) -> None:
+        """Returns once the model is loaded; raises what loading it raised."""
+        self._thread.start()
+        self._loaded.result()
+
+    def stop(self, timeout: float = 10.0) -> None:
+        """Ends the thread after the step that it is at."""
+        self._inbox.put(None)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._thread.join(timeout)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and self.failure is None
+
+    @property
+    def active(self) -> int:
+        """Sequences that are decoded now."""
+        return len(self._running)
+
+    @property
+    def rate(self) -> float:
+        """Tokens/s of all sequences together."""
+        return self._rate if self._running else 0.0
+
+    @property
+    def queued(self) -> int:
+        """Sequences that wait for room, or for their memory."""
+        return sum(not job.started for job in self._open)
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Queues all of them, or raises ApiError and queues none."""
+        self._check_alive()
+        if len(jobs) > self.max_batch + self.max_queue:
+            most = self.max_batch + self.max_queue
+            raise ApiError(400, f"{len(jobs)} prompts are more than the server takes at once ({most})", "prompt")
+        if len(self._open) + len(jobs) > self.max_batch + self.max_queue:
+            raise ApiError(503, "the queue is full; try again in a moment", code="queue_full")
+        self._open.update(jobs)
+        for job in jobs:
+            self._inbox.put(lambda job=job: self._choose(job))  # type: ignore[misc]
+
+    def cancel(self, job: Job) -> None:
+        """Takes a sequence out, wherever it is by now. No event of it comes any more."""
+        job.cancelled = True
+        self._open.discard(job)
+
+    def fail_open(self, error: ApiError) -> None:
+        """Ends every sequence that has not ended."""
+        for job in list(self._open):
+            self._deliver(job, error)
+            job.cancelled = True
+
+    async def call(self, function: Callable[[], T]) -> T:
+        """What `function` returns, called on the engine's thread."""
+        self._check_alive()
+        if self._inbox.qsize() > self.max_queue:
+            raise ApiError(503, "the server is busy; try again in a moment", code="queue_full")
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except Exception as error:
+                    future.set_exception(error)
+
+        self._inbox.put(run)
+        return await asyncio.wrap_future(future)
+
+    def _check_alive(self) -> None:
+        if not self.alive:
+            raise ApiError(500, "the server's engine has stopped; start the server again", code="engine_stopped")
+
+    def _deliver(self, job: Job, event: Event) -> None:
+        if job not in self._open:
+            return
+        job.started = True
+        if isinstance(event, ApiError) or (isinstance(event, Piece) and event.finish_reason):
+            self._open.discard(job)
+        job.events.put_nowait((job, event))
+
+    # Of the engine's own thread.
+
+    def _live(self) -> None:
+        try:
+            self.model = self._load()
+            if self.model.tokenizer is None:
+                raise AnchorError("this anchor has no tokenizer", "Convert it again with --tokenizer.")
+            if self.model.bank:
+                _ = self.model.router  # its embedder is loaded now, not at the first request
+            self.batch = MemoryBatch(self.model, self.max_batch)
+        except BaseException as error:
+            self._loaded.set_exception(error)
+            return
+        self._loaded.set_result(None)
+        try:
+            while self._turn():
+                pass
+            self.batch.close()
+        except BaseException as error:
+            log.exception("the engine has stopped")
+            self.failure = error
+            self._on_loop(self.fail_open, ApiError(500, "the server's engine has stopped", code="engine_stopped"))
+
+    def _turn(self) -> bool:
+        """At most one call from the inbox, and one step. False at the end."""
+        idle = not self._running and not self._ready
+        with contextlib.suppress(queue.Empty):
+            call = self._inbox.get(block=idle)
+            if call is None:
+                return False
+            call()
+        for uid in [uid for uid, job in self._running.items() if job.cancelled]:
+            self.batch.remove(uid)
+            del self._running[uid]
+        self._admit()
+        self._step()
+        return True
+
+    def _choose(self, job: Job) -> None:
+        """Routes a job; it is ready, or waits for the hub."""
+        if job.cancelled:
+            return
+        try:
+            job.choice = self.batch.choose(job.memory, job.texts, job.blocked)
+            missing = self.batch.missing(job.choice)
+        except (AssetError, HubError) as error:
+            self._post(job, ApiError(503, str(error)))
+        except HierMemError as error:
+            self._post(job, ApiError(400, str(error), "memory"))
+        except Exception as error:
+            self._post(job, unexpected(error))
+        else:
+            if missing:
+                self._pool.submit(self._bring, job, job.choice)
+            else:
+                self._ready.append(job)
+
+    def _bring(self, job: Job, choice: Choice) -> None:
+        """Downloads a job's blocks, on a thread of the pool."""
+        try:
+            self.batch.bring(choice)
+        except HierMemError as error:
+            self._post(job, ApiError(503, str(error), code="hub_unavailable"))
+        except Exception as error:
+            self._post(job, unexpected(error))
+        else:
+            self._inbox.put(lambda: self._ready.append(job))
+
+    def _admit(self) -> None:
+        """Moves jobs into the batch while there is room, oldest first."""
+        while self._ready and self.batch.room:
+            job = self._ready.popleft()
+            if job.cancelled or job.choice is None:
+                continue
+            try:
+                uid, selection = self.batch.add(job.tokens, job.choice, job.sampling)
+            except BankError as error:
+                self._post(job, ApiError(500, str(error)))
+            except HierMemError as error:
+                self._post(job, ApiError(400, str(error)))
+            except Exception as error:
+                self._post(job, unexpected(error))
+            else:
+                self._running[uid] = job
+                self._post(job, Started(selection.to_json(), self.batch.cached_tokens(uid)))
+
+    def _step(self) -> None:
+        if not self._running:
+            self._rate = 0.0
+            return
+        start = time.perf_counter()
+        try:
+            tokens = self.batch.step()
+            for token in tokens:
+                self._take(token)
+        except Exception as error:
+            self._start_over(error)
+            return
+        self._rate += SMOOTHING * (len(tokens) / (time.perf_counter() - start) - self._rate)
+
+    def _take(self, token: Token) -> None:
+        """Hands a token's text on. A stop string ends the sequence, which the batch goes on with otherwise."""
+        job = self._running[token.uid]
+        piece = job.reply.add(token)
+        if piece:
+            self._post(job, piece)
+            if piece.finish_reason:
+                del self._running[token.uid]
+                if not token.finish_reason:
+                    self.batch.remove(token.uid)
+
+    def _start_over(self, error: Exception) -> None:
+        """After a step that failed nothing is known of the batch's state: its sequences end, a new one goes on."""
+        for job in self._running.values():
+            self._post(job, unexpected(error))
+        self._running.clear()
+        with contextlib.suppress(Exception):
+            self.batch.close()
+        self.batch = MemoryBatch(self.model, self.max_batch)
+
+    def _post(self, job: Job, event: Event) -> None:
+        self._on_loop(self._deliver, job, event)
+
+    def _on_loop(self, function: Callable[..., None], *arguments: Any) -> None:
+        if self.loop:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                self.loop.call_soon_threadsafe(function, *arguments)
+
+
+def unexpected(error: Exception) -> ApiError:
+    """What the client is told of an error that nobody foresaw; the log has the rest."""
+    log.error("unexpected error", exc_info=error)
+    return ApiError(500, f"unexpected {type(error).__name__}; the server's log has more", code="internal_error")

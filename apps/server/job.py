@@ -1,0 +1,41 @@
+"""A sequence that the engine is asked for, and what it tells of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_hiermem.apps.server.refusal import ApiError
+from mlx_hiermem.apps.server.text import Piece, ReplyText
+from mlx_hiermem.batch import Sampling
+from mlx_hiermem.config import Path
+from mlx_hiermem.model import Choice
+
+
+@dataclass(frozen=True)
+class Started:
+    """A sequence has its memory (as JSON), and so many tokens of its prompt were known."""
+
+    memory: dict[str, Any]
+    cached_tokens: int
+
+
+Event = Started | Piece | ApiError  # an ApiError, or a Piece with a finish reason, is the last
+
+
+@dataclass(eq=False)
+class Job:
+    """One sequence: what is asked, and where its events go. `texts` are the questions that it is routed by."""
+
+    tokens: list[int]
+    memory: str
+    texts: Sequence[str]
+    blocked: frozenset[Path]
+    sampling: Sampling
+    reply: ReplyText
+    events: asyncio.Queue[tuple[Job, Event]]
+    choice: Choice | None = field(default=None, init=False)
+    started: bool = field(default=False, init=False)
+    cancelled: bool = field(default=False, init=False)  # set on the event loop, heeded before the next step

@@ -1,0 +1,70 @@
+"""/v1/memory: the bank as a picture of it needs it, and what of it is where."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlx_hiermem.apps.picture.rows import row
+from mlx_hiermem.apps.server.engine import Engine
+from mlx_hiermem.bank.bank import MemoryBank
+from mlx_hiermem.cache import BlockCache
+from mlx_hiermem.config import Path
+from mlx_hiermem.model import Choice, MemoryModel
+
+
+def overview(name: str, model: MemoryModel) -> dict[str, Any]:
+    """The model, its memory design and every block. Without a bank there are no nodes."""
+    bank, cache = model.bank, model.cache
+    data = {"model": name, "context": model.context, "cache": cache_json(cache)}
+    if bank is None or cache is None:
+        data["anchor"] = model.config.get("model_type", "")
+        return data | {"memory": None, "branching": 0, "depth": 0, "generic": False, "nodes": []}
+    return data | {
+        "anchor": bank.manifest.anchor.name,
+        "memory": bank.config.to_json(),
+        "branching": bank.config.branching,
+        "depth": bank.config.depth,
+        "generic": bank.manifest.generic is not None,
+        "nodes": [row(entry, state(bank, cache, path)) for path, entry in bank.manifest.blocks.items()],
+    }
+
+
+def changing(engine: Engine) -> dict[str, Any]:
+    """What changes while the server runs, in little."""
+    bank, cache = engine.model.bank, engine.model.cache
+    stats, remote = cache.stats if cache else None, bank.remote if bank else None
+    nodes = bank.manifest.blocks if bank else ()
+    return {
+        "states": {str(path): state(bank, cache, path) for path in nodes} if bank and cache else {},
+        "cache": cache_json(cache),
+        "active": engine.active,
+        "queued": engine.queued,
+        "tokens_per_second": round(engine.rate, 2),
+        "bytes_read": stats.bytes_read if stats else 0,
+        "remote_bytes": remote.bytes if remote else 0,
+    }
+
+
+def state(bank: MemoryBank, cache: BlockCache, node: Path) -> str:
+    """As `MemoryBank.state`, and `in memory` for what is cached. The policy's word counts most."""
+    where = bank.state(node)
+    return "in memory" if where != "blocked" and node in cache else where
+
+
+def cache_json(cache: BlockCache | None) -> dict[str, int]:
+    if cache is None:
+        return {"blocks": 0, "bytes": 0, "budget": 0}
+    return {"blocks": cache.blocks, "bytes": cache.bytes, "budget": cache.budget}
+
+
+def routed(bank: MemoryBank, choice: Choice) -> dict[str, Any]:
+    """Where a text goes; `nodes` are the blocks on the way."""
+    path, labels = choice.path, [bank.manifest.label(node) for node in choice.path.prefixes()]
+    return {
+        "path": str(path),
+        "labels": labels,
+        "distances": list(choice.distances),
+        "nodes": [str(node) for node in bank.nodes_on(path)],
+        "avoided": [str(node) for node in choice.avoided],
+        "milliseconds": round(choice.route_ms, 2),
+    }

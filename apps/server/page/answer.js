@@ -1,0 +1,90 @@
+// One reply in the conversation: its text as it comes, and below it which memory it came with.
+
+import { button, count, element, size } from "./dom.js";
+
+export class Answer {
+  /** `show(memory)` is called when the reader presses the path that the reply came by. */
+  constructor(show) {
+    this.show = show;
+    this.text = "";
+    this.tokens = 0;
+    this.words = element("p", { class: "words" });
+    this.notes = element("p", { class: "note", role: "note" });
+    this.foot = element("footer");
+    this.box = element("article", { class: "turn assistant", "aria-busy": "true" }, this.notes, this.words, this.foot);
+  }
+
+  /** A chunk of the stream. */
+  take(chunk) {
+    const piece = chunk.choices?.[0]?.delta?.content;
+    if (chunk.memory && !this.memory) this.memory = chunk.memory;
+    if (piece) {
+      this.begun ??= performance.now();
+      this.latest = performance.now();
+      this.tokens += 1;
+      this.text += piece;
+      this.words.append(piece);
+    }
+    if (chunk.choices?.[0]?.finish_reason === "length") this.ending = "cut at its longest";
+    if (chunk.usage) this.tokens = chunk.usage.completion_tokens;
+    this.write();
+  }
+
+  /** Tokens per second since the first; 0 while there is no second one. */
+  get speed() {
+    return this.tokens > 1 ? (this.tokens - 1) / Math.max((this.latest - this.begun) / 1000, 1e-3) : 0;
+  }
+
+  /** Where the reply came from, in words. */
+  get origin() {
+    const { memory } = this;
+    if (!memory) return "";
+    if (["none", "generic"].includes(memory.memory)) return memory.memory === "none" ? "No memory" : "Generic memory";
+    const labels = memory.labels.filter(Boolean).join(" › ");
+    return labels || `Memory ${memory.path}`;
+  }
+
+  get details() {
+    const { memory } = this;
+    const details = [];
+    if (memory?.blocks.length) {
+      details.push(memory.bytes_read ? `${size(memory.bytes_read)} fetched` : "already in memory");
+    } else if (memory?.path) details.push("no block on this path");
+    if (memory?.stayed) details.push("kept the topic");
+    if (memory?.avoided?.length) details.push(`went around ${memory.avoided.join(", ")}`);
+    if (this.speed) details.push(`${this.speed.toFixed(1)} tokens/s`);
+    if (this.ending) details.push(this.ending);
+    return details;
+  }
+
+  write() {
+    if (this.memory && !this.path) {
+      this.path = this.memory.path
+        ? button(this.origin, () => this.show(this.memory), { class: "path", title: "Show it in the picture" })
+        : element("span", { class: "path", text: this.origin });
+      this.figures = element("span", { class: "figures" });
+      this.foot.append(this.path, this.figures);
+    }
+    if (this.figures) this.figures.textContent = this.details.join(" · ");
+  }
+
+  /** The reply is over; `how` says so where it did not end by itself. */
+  end(how) {
+    this.ending = how ?? this.ending;
+    this.box.removeAttribute("aria-busy");
+    this.write();
+  }
+
+  fail(message) {
+    this.failed = true;
+    this.end();
+    this.box.classList.add("failed");
+    this.box.append(element("p", { class: "error", text: message }));
+  }
+
+  /** Says that `turns` turns more of the conversation no longer fit. */
+  leaveOut(turns) {
+    this.left = (this.left ?? 0) + turns;
+    this.notes.textContent = `Left out, to fit the model's context: the oldest ${count(this.left, "turn")}.`;
+  }
+}

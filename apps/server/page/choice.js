@@ -1,0 +1,56 @@
+// Which memory the next question gets: chosen by the switch, pinned to a path, or routed around blocked nodes.
+
+import { button, element } from "./dom.js";
+
+const under = (path, top) => path === top || path.startsWith(top + ".");
+
+export class Choice {
+  /** `changed` is called after every change. */
+  constructor(changed) {
+    this.changed = changed;
+    this.use = "auto"; // auto, none, generic, or the path that is pinned
+    this.blocked = new Set();
+  }
+
+  get pinned() {
+    return ["auto", "none", "generic"].includes(this.use) ? null : this.use;
+  }
+
+  /** auto, none, generic or a path. */
+  take(use) {
+    this.use = use;
+    this.changed();
+  }
+
+  /** Blocks a node and all below it; a path pinned through it is let go. */
+  block(path) {
+    this.blocked = new Set([...this.blocked].filter((other) => !under(other, path))).add(path);
+    if (this.pinned && under(this.pinned, path)) this.use = "auto";
+    this.changed();
+  }
+
+  unblock(path) {
+    this.blocked.delete(path);
+    this.changed();
+  }
+
+  /** The `memory` field of a request. */
+  request() {
+    return this.use === "auto" ? { use: "auto", blocked: [...this.blocked] } : { use: this.use };
+  }
+
+  /** A list entry with a way back for what is pinned and for each blocked node; `name` gives a path's label. */
+  entries(name) {
+    const blocked = [...this.blocked].map((path) => ["Blocked", path, "Unblock", () => this.unblock(path)]);
+    const pinned = this.pinned ? [["Pinned", this.pinned, "Unpin", () => this.take("auto")]] : [];
+    return [...pinned, ...blocked].map(([what, path, undo, act]) =>
+      element(
+        "li",
+        {},
+        element("strong", { text: what }),
+        element("span", { text: name(path) }),
+        button(undo, act, { "aria-label": `${undo} ${path}` }),
+      ),
+    );
+  }
+}

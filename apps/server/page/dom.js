@@ -1,0 +1,30 @@
+// Small things that the whole page uses: making elements, and numbers for people.
+
+/** A new element with attributes, `text`, and children. Text stays text, whatever is in it. */
+export function element(tag, { text, ...attributes } = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  if (text !== undefined) made.textContent = text;
+  made.append(...children);
+  return made;
+}
+
+/** A button that does `act` when it is pressed. */
+export function button(text, act, attributes = {}) {
+  const made = element("button", { type: "button", text, ...attributes });
+  made.addEventListener("click", act);
+  return made;
+}
+
+/** Bytes: 830 B, 36.1 MB, 9.2 GB. */
+export function size(bytes) {
+  const units = ["B", "kB", "MB", "GB"];
+  let unit = 0;
+  for (; bytes >= 1000 && unit < 3; unit++) bytes /= 1000;
+  return `${bytes.toFixed(unit ? 1 : 0)} ${units[unit]}`;
+}
+
+/** 1 block, 2 blocks. */
+export function count(number, what) {
+  return `${number.toLocaleString("en")} ${what}${number === 1 ? "" : "s"}`;
+}

@@ -1,0 +1,148 @@
+// The page of `hiermem serve`: brings chat, picture, menu and meters together, and asks the server how it is.
+
+import { ask, get } from "./api.js";
+import { Chat } from "./chat.js";
+import { Choice } from "./choice.js";
+import { count, size } from "./dom.js";
+import { BlockMenu } from "./menu.js";
+import { MemoryPicture } from "./picture.js";
+
+const POLL = 1000; // ms from one look at the memory to the next
+const REPLY = 512; // tokens of a reply at most, as in hiermem chat
+const by = (id) => document.getElementById(id);
+
+const choice = new Choice(showChoice);
+const picture = new MemoryPicture(by("picture"), (node, x, y) => menu.open(node, x, y));
+const menu = new BlockMenu(by("menu"), picture, choice);
+const chat = new Chat(by("log"), () => ({ memory: choice.request(), max_tokens: longest }), {
+  busy: showBusy,
+  memory: showMemory,
+  show: (memory) => light(memory.blocks),
+  speed: (value) => value && (by("speed").textContent = value.toFixed(1)),
+  say: (words) => (by("say").textContent = words),
+});
+let longest = REPLY;
+let connected = false;
+let locked = false; // the reader was asked for the key, and did not give it
+
+function light(blocks) {
+  picture.light(blocks.filter((path) => picture.root.found.has(path)));
+}
+
+/** A reply's memory is attached: its blocks are in memory now, whatever they were. */
+function showMemory(memory) {
+  picture.update(Object.fromEntries(memory.blocks.map((path) => [path, "in memory"])));
+  light(memory.blocks);
+  look();
+}
+
+function showBusy(busy) {
+  by("send").hidden = busy;
+  by("stop").hidden = !busy;
+}
+
+function showChoice() {
+  const name = (path) => [path, picture.root.found.get(path)?.row?.label].filter(Boolean).join(" ");
+  by("pinned").hidden = !choice.pinned;
+  by("pinned").title = choice.pinned ? name(choice.pinned) : "";
+  document.querySelector(`#use [value=${choice.pinned ? "pinned" : choice.use}]`).checked = true;
+  by("chosen").replaceChildren(...choice.entries(name));
+  picture.close(choice.blocked);
+}
+
+/** The bank as it is now. */
+async function open() {
+  const memory = await get("/v1/memory");
+  const blocks = memory.nodes.length;
+  by("model").textContent = memory.model;
+  document.title = `${memory.model} · hiermem`;
+  by("about").textContent = blocks
+    ? `${memory.model} has ${count(blocks, "block")} of memory on disk. Each question brings the blocks on its topic.`
+    : `${memory.model} has no memory bank.`;
+  document.body.classList.toggle("bankless", !blocks);
+  document.querySelector("#use [value=generic]").disabled = !memory.generic;
+  longest = memory.context ? Math.min(REPLY, Math.floor(memory.context / 2)) : REPLY;
+  picture.show(memory.nodes);
+  showCache(memory.cache);
+}
+
+function showCache(cache) {
+  if (!cache) return;
+  by("held").textContent = `${size(cache.bytes)} of ${size(cache.budget)}`;
+  const meter = by("meter");
+  meter.ariaValueMax = cache.budget;
+  meter.ariaValueNow = cache.bytes;
+  meter.ariaValueText = by("held").textContent;
+  meter.firstElementChild.style.width = `${Math.min(100, (100 * cache.bytes) / cache.budget)}%`;
+}
+
+async function look() {
+  try {
+    if (!connected) await open();
+    const state = await get("/v1/memory/state");
+    picture.update(state.states);
+    showCache(state.cache);
+    if (state.tokens_per_second && !chat.busy) by("speed").textContent = state.tokens_per_second.toFixed(1);
+    connected = true;
+  } catch (error) {
+    connected = false;
+    locked = error.code === "no_key";
+  }
+  by("offline").hidden = connected;
+}
+
+/** Looks for as long as the page can be seen; where the answer takes long, less often. */
+async function keepLooking() {
+  for (;;) {
+    const begun = performance.now();
+    if (!document.hidden && !locked) await look();
+    await new Promise((done) => setTimeout(done, Math.max(POLL, 10 * (performance.now() - begun))));
+  }
+}
+
+function send(event) {
+  event?.preventDefault();
+  const input = by("input");
+  const text = input.value.trim();
+  if (!text || chat.busy) return;
+  input.value = "";
+  grow();
+  locked = false;
+  chat.send(text);
+}
+
+/** Gives the input as many lines as it needs. */
+function grow() {
+  const input = by("input");
+  input.style.height = "auto";
+  input.style.height = `${input.scrollHeight}px`;
+}
+
+/** Asks for the API key; null where the reader does not give it. */
+ask.key = (again) =>
+  new Promise((done) => {
+    const dialog = by("key");
+    if (again) by("key-words").textContent = "The server does not take this key.";
+    dialog.addEventListener("close", () => done(dialog.returnValue === "ok" ? by("key-input").value : null), { once: true });
+    dialog.returnValue = "";
+    dialog.showModal();
+  });
+
+by("composer").addEventListener("submit", send);
+by("input").addEventListener("input", grow);
+by("input").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send(event);
+});
+by("stop").addEventListener("click", () => chat.stop());
+by("new").addEventListener("click", () => {
+  chat.clear();
+  picture.light([]);
+  by("input").focus();
+});
+by("key-cancel").addEventListener("click", () => by("key").close());
+by("use").addEventListener("change", (event) => event.target.value !== "pinned" && choice.take(event.target.value));
+by("fold").addEventListener("click", () => {
+  const folded = document.body.classList.toggle("folded");
+  by("fold").ariaExpanded = String(!folded);
+});
+keepLooking();

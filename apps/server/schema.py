@@ -1,0 +1,226 @@
+"""What may be asked of the server: OpenAI's requests as pydantic models, with the field `memory` beside theirs.
+
+A field that is known but not supported is refused unless it says what happens anyway (`n: 1`); an unknown one is
+refused too. Nothing that would change the answer is passed over in silence.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from mlx_hiermem.apps.server.refusal import ApiError
+from mlx_hiermem.config import Path
+from mlx_hiermem.errors import HierMemError
+
+REPLY = 512  # tokens of a chat reply at most, where the request does not say; as for `hiermem chat`
+COMPLETION = 16  # the same for a completion; OpenAI's own default
+
+# They change nothing about the answer.
+HARMLESS = {
+    "user",
+    "store",
+    "metadata",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "parallel_tool_calls",
+}
+# What is not supported, and the values that ask for nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+}
+
+
+class Asked(BaseModel):
+    """Base of all: JSON types are not converted, unknown fields are errors, null means not given."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        if not all(_is_unicode(item) for row in data.items() for item in row):
+            raise ValueError("half of a surrogate pair is no Unicode text")
+        return {key: value for key, value in data.items() if value is not None}
+
+
+def _is_unicode(value: Any) -> bool:
+    """Whether a text, or each text of a list, can be encoded: JSON can write what is none."""
+    if isinstance(value, list):
+        return all(map(_is_unicode, value))
+    try:
+        return not isinstance(value, str) or bool(value.encode()) or not value
+    except UnicodeEncodeError:
+        return False
+
+
+def _in_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _as_parts(value: Any) -> Any:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+def _as_wish(value: Any) -> Any:
+    if isinstance(value, str):
+        return {"use": value}
+    return {"blocked": value} if isinstance(value, list) else value
+
+
+def paths(texts: list[str], param: str = "memory") -> frozenset[Path]:
+    """Nodes as they are written in a request. Raises ApiError."""
+    try:
+        return frozenset(map(Path.parse, texts))
+    except HierMemError as error:
+        raise ApiError(400, str(error), param) from error
+
+
+class Wish(Asked):
+    """The field `memory`: auto, none, generic or a path; nodes that are closed to this request."""
+
+    use: str = "auto"
+    blocked: list[str] = []
+
+    def memory(self, has_bank: bool) -> str:
+        """In the words of `MemoryModel.choose`. auto is the routed memory where there is a bank."""
+        if self.use == "auto":
+            return "fetched" if has_bank else "none"
+        if self.use not in ("none", "generic"):
+            paths([self.use])
+        return self.use
+
+
+class TextPart(Asked):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Asked):
+    """`name` is taken and not used: chat templates know none."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[list[TextPart], BeforeValidator(_as_parts)]
+    name: str = ""
+
+    @property
+    def text(self) -> str:
+        return "".join(part.text for part in self.content)
+
+    def to_template(self) -> dict[str, str]:
+        """As chat templates take it: developer is OpenAI's later word for system."""
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.text}
+
+
+class StreamOptions(Asked):
+    include_usage: bool = False
+    include_obfuscation: bool = False  # it would only pad the stream
+
+
+class Generation(Asked):
+    """What chat and plain completions have in common."""
+
+    model: str = ""
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_in_list), Field(max_length=4)] = []
+    temperature: float = Field(0.0, ge=0, le=2)
+    top_p: float = Field(1.0, ge=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    max_tokens: int | None = Field(None, ge=1)
+    memory: Annotated[Wish, BeforeValidator(_as_wish)] = Wish()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _supported(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        kept = {}
+        for key, value in data.items():
+            if key in cls.model_fields or (key not in NEUTRAL and key not in HARMLESS):
+                kept[key] = value
+            elif key in NEUTRAL and value is not None and value not in NEUTRAL[key]:
+                raise ApiError(400, f"{key} is not supported; leave it out", key, "unsupported_parameter")
+        return kept
+
+    @model_validator(mode="after")
+    def _streamed(self) -> Generation:
+        if "stream_options" in self.model_fields_set and not self.stream:
+            raise ValueError("stream_options goes with stream: true only")
+        return self
+
+
+class ChatRequest(Generation):
+    """POST /v1/chat/completions"""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _together(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs goes with logprobs: true only")
+        if self.max_tokens and self.max_completion_tokens:
+            raise ValueError("max_tokens is the old name of max_completion_tokens; give one of them")
+        return self
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def questions(self) -> list[str]:
+        """The user's turns, oldest first: what a conversation is routed by."""
+        return [message.text for message in self.messages if message.role == "user"]
+
+
+class CompletionRequest(Generation):
+    """POST /v1/completions. `prompt` is one prompt or several, each a text or its token ids."""
+
+    prompt: list[str | list[int]] = Field(min_length=1)
+    logprobs: int | None = Field(None, ge=0, le=5)
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        prompts = value if isinstance(value, list) and not all(type(item) is int for item in value) else [value]
+        for prompt in prompts:
+            ids = isinstance(prompt, list) and all(type(token) is int and token >= 0 for token in prompt)
+            if not prompt or not (ids or isinstance(prompt, str)):
+                raise ValueError("a prompt is a text or a list of token ids, and not empty")
+        return prompts
+
+
+class RouteRequest(Asked):
+    """POST /v1/memory/route. A text, or the messages of a conversation."""
+
+    text: str = ""
+    messages: list[Message] = []
+    blocked: list[str] = []
+
+    @property
+    def questions(self) -> list[str]:
+        return [self.text] if self.text else [m.text for m in self.messages if m.role == "user"]

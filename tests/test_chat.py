@@ -1,0 +1,404 @@
+"""`hiermem chat` and `hiermem "question"`: what is typed, what is shown, the commands inside, and pipes."""
+
+from __future__ import annotations
+
+import io
+import json
+import pathlib
+import shutil
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
+from tiny import Aimed, make_model
+
+from mlx_hiermem import load
+from mlx_hiermem.apps.cli import chat, reader, recent, slash
+from mlx_hiermem.apps.cli.display import console
+from mlx_hiermem.apps.cli.main import main
+from mlx_hiermem.bank.policy import BankPolicy
+from mlx_hiermem.config import Path
+from mlx_hiermem.errors import AnchorError, HierMemError
+from mlx_hiermem.model import MemoryModel, Selection
+from mlx_hiermem.router import Router
+from mlx_hiermem.session import Session
+
+NAMES = {"neon": Path((0, 1)), "iron": Path((2, 0))}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return make_model(tmp_path_factory.mktemp("chat") / "model")
+
+
+@pytest.fixture
+def model(folder: pathlib.Path) -> MemoryModel:
+    loaded = load(folder)
+    assert loaded.bank
+    loaded._router = Router(loaded.bank.tree, Aimed(loaded.bank.tree, NAMES, Path((2, 2))))
+    return loaded
+
+
+@pytest.fixture
+def session(model: MemoryModel) -> Session:
+    return Session(model, max_tokens=4)
+
+
+def say(session: Session, text: str) -> str:
+    return "".join(session.ask(text))
+
+
+def command(session: Session, line: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command prints, in words, however wide the terminal is."""
+    capsys.readouterr()
+    assert slash.run(session, line)
+    return " ".join(capsys.readouterr().out.split())
+
+
+# talking
+
+
+def talk(session: Session, lines: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:
+    read = iter(lines)
+
+    def one() -> str:
+        line = next(read, None)
+        if line is None:
+            raise EOFError
+        if line == "^C":
+            raise KeyboardInterrupt
+        return line
+
+    monkeypatch.setattr(reader, "reader", lambda *_: one)
+    return chat.talk(session)
+
+
+def test_replies_go_to_the_output_and_all_else_beside_it(
+    session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert talk(session, ["about neon", "", "and its symbol?", "now iron"], monkeypatch)
+    out, err = capsys.readouterr()
+    replies = [m["content"] for m in session.messages if m["role"] == "assistant"]
+    assert out == "".join(f"{reply}\n" for reply in replies)
+    lines = err.splitlines()
+    assert [line.endswith("new path") for line in lines if " · " in line and "blocks" in line] == [
+        True,
+        False,
+        True,
+    ]
+    assert lines[0].startswith("0.1 · topic 0 › topic 0.1 · 2 blocks")
+    assert sum("tokens prefilled" in line for line in lines) == 3
+
+
+def test_a_terminal_shows_what_moved_and_the_rest_in_the_status_line(
+    session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "_force_terminal", True)
+    monkeypatch.setattr(console, "_color_system", None)
+    talk(session, ["about neon", "and its symbol?", "now iron"], monkeypatch)
+    out, err = capsys.readouterr()
+    arrows = [line.rstrip() for line in out.splitlines() if line.startswith("→")]
+    assert arrows == ["→ topic 0 › topic 0.1", "→ topic 2 › topic 2.0"]
+    assert "prefilled" not in out + err
+
+
+def test_errors_do_not_end_a_chat(
+    session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not talk(session, ["/nonsense", "^C", "about neon", "/quit", "never read"], monkeypatch)
+    out, err = capsys.readouterr()
+    assert "hiermem: there is no command /nonsense. /help lists them.\n" in err
+    assert "Ctrl-D leaves." in out
+    assert [m["content"] for m in session.messages if m["role"] == "user"] == ["about neon"]
+
+
+def test_ctrl_c_stops_a_reply_and_keeps_the_session(
+    session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = session.model.responses
+
+    def interrupted(*arguments: Any, **options: Any) -> Iterator[Any]:
+        monkeypatch.setattr(session.model, "responses", real)
+        for response in real(*arguments, **options):
+            yield response
+            if response.text:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(session.model, "responses", interrupted)
+    assert talk(session, ["about neon", "and its symbol?"], monkeypatch)
+    assert capsys.readouterr().out.count("[stopped]") == 1
+    assert [m["role"] for m in session.messages] == ["user", "assistant"] * 2
+
+
+def test_dropped_turns_are_named(
+    session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session.model.config["max_position_embeddings"] = 110
+    talk(
+        session,
+        ["about neon, the first", "about neon, the second", "about neon, the third", "x" * 200],
+        monkeypatch,
+    )
+    err = capsys.readouterr().err
+    assert "the 2 oldest turns were left out, to fit the model's 110 tokens" in err
+    assert "hiermem: the question has " in err
+
+
+def test_replies_cannot_control_the_terminal(
+    session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(session, "ask", lambda _: iter(["a\x1b[2J", "\x07b\n\tc"]))
+    talk(session, ["hello"], monkeypatch)
+    assert capsys.readouterr().out == "a[2Jb\n\tc\n"
+
+
+def test_status_line(session: Session) -> None:
+    assert chat.status_line(session, 80) == "0 blocks, 0 B of 536.9 MB"
+    say(session, "about neon")
+    line = chat.status_line(session, 80)
+    assert line.startswith("topic 0 › topic 0.1 · 2 blocks, 5.0 kB of 536.9 MB · ")
+    assert line.endswith(" tokens/s")
+    session.use("2.1")
+    assert chat.status_line(session, 80).startswith("pinned: topic 2 › topic 2.1 · ")
+    session.use("none")
+    assert chat.status_line(session, 80).startswith("no memory · ")
+
+
+@pytest.mark.parametrize("width", [120, 60, 50, 48, 45])
+def test_a_narrow_status_line_keeps_its_figures(session: Session, width: int) -> None:
+    say(session, "about neon")
+    session.selection = Selection("fetched", Path((0, 1)), ("Lanthanides: Neodymium, Thulium", "Noble gases"))
+    right = "2 blocks, 5.0 kB of 536.9 MB"
+    session.last = None
+    line = chat.status_line(session, width)
+    assert len(line) <= width
+    assert line.endswith(right)
+    assert ("Lanthanides" in line) == (width == 120)
+    assert ("… › Noble gases" in line) == (48 <= width <= 60)
+
+
+# the commands
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/foo", "there is no command /foo"),
+        ("/", "there is no command /"),
+        ("/memory lots", "unknown memory 'lots'"),
+        ("/memory 7.7", "has no node 7.7"),
+        ("/pin x", "'x' is not a path"),
+        ("/pin 7.7", "has no node 7.7"),
+        ("/pin", "no path to stay on yet"),
+        ("/pin off", "nothing is pinned"),
+        ("/why", "no memory was used"),
+        ("/route", "nothing was routed yet"),
+        ("/save", "no file is named. Write /save FILE."),
+        ("/load", "no file is named. Write /load FILE."),
+        ("/load nowhere", "cannot read nowhere: No such file"),
+        ("/save nowhere/chat", "cannot write nowhere/chat: No such file"),
+    ],
+)
+def test_bad_commands_are_one_line_and_change_nothing(session: Session, line: str, message: str) -> None:
+    before = json.dumps(session.to_json())
+    with pytest.raises(HierMemError, match=message.replace(".", r"\.")):
+        slash.run(session, line)
+    assert json.dumps(session.to_json()) == before
+
+
+def test_help_and_quit(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
+    text = command(session, "/help", capsys)
+    assert all(name in text for name in slash.names())
+    assert "/memory on|off|generic|PATH" in text
+    assert not slash.run(session, "/quit")
+
+
+def test_route_and_why(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
+    text = command(session, "/route about iron", capsys)
+    assert "topic 2.0" in text
+    assert "alone it takes 2.0; the conversation takes it (decided by " in text
+    assert session.topic is None  # asking changes nothing
+    say(session, "about neon")
+    say(session, "and its symbol?")
+    text = command(session, "/why", capsys)
+    assert "“and its symbol?” was answered on 0.1" in text
+    assert "topic 0.1 1.7 kB, in memory" in text
+    assert "topic 0.2 1.7 kB, on disk" in text  # what else was near
+    assert "alone it takes 2.2; the conversation stays on 0.1 (decided by " in text
+    assert "provenance: what these blocks were learnt from" in text
+    assert "0.1 no sources are recorded" in text
+    assert "alone it takes 2.2" in command(session, "/route", capsys)
+
+
+def test_why_names_sources_and_blocked_nodes(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
+    bank = session.model.bank
+    assert bank
+    entry = bank.manifest.blocks[Path((0,))]
+    bank.manifest.blocks[Path((0,))] = type(entry)(**{**vars(entry), "sources": tuple(f"s{i}" for i in range(11))})
+    bank.policy = session.model.router.policy = BankPolicy(frozenset([Path((0, 1))]))
+    say(session, "about neon")
+    text = command(session, "/why", capsys)
+    assert "0.1 topic 0.1 would be nearer, but is blocked" in text
+    assert "1.7 kB, blocked" in text
+    assert "0 s0, s1, s2, s3, s4, s5, s6, s7 and 3 more" in text
+
+
+def test_memory_and_pin(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(session, "/memory", capsys) == "memory on: each turn is routed"
+    say(session, "about neon")
+    assert command(session, "/pin", capsys) == "memory stays on 0.1"
+    say(session, "now iron")
+    assert session.selection.path == Path((0, 1))
+    assert "questions are not routed" in command(session, "/why", capsys)
+    assert command(session, "/pin off", capsys) == "memory on: each turn is routed"
+    say(session, "now iron")
+    assert session.selection.path == Path((2, 0))
+    for line, memory, answer in (
+        ("/memory off", "none", "memory off"),
+        ("/memory generic", "generic", "memory generic: the same for every turn"),
+        ("/memory 1.2", "1.2", "memory stays on 1.2"),
+        ("/memory on", "fetched", "memory on: each turn is routed"),
+    ):
+        assert command(session, line, capsys) == answer
+        assert session.memory == memory
+
+
+def test_stats_and_system(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "turns 0" in command(session, "/stats", capsys)
+    say(session, "about neon")
+    text = command(session, "/stats", capsys)
+    for part in ("blocks in memory 2, 5.0 kB of 536.9 MB", "misses 2", "turns 1", "last reply", "tokens/s"):
+        assert part in text
+    assert "remote" not in text
+    assert command(session, "/system", capsys) == "no system message; /system TEXT sets one"
+    assert command(session, "/system Be brief.", capsys) == "system message: Be brief."
+    assert session.system == "Be brief."
+    command(session, "/system off", capsys)
+    assert session.system == ""
+
+
+def test_save_and_load(
+    session: Session, model: MemoryModel, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    say(session, "about neon")
+    file = tmp_path / "my chat.json"
+    for _ in range(2):  # a saved conversation may be written over
+        assert "2 messages saved" in command(session, f"/save {file}", capsys)
+    other = Session(model, max_tokens=4)
+    assert command(other, f"/load {file}", capsys) == "2 messages loaded, on 0.1"
+    assert other.messages == session.messages
+    letter = tmp_path / "letter"
+    letter.write_text("Dear all")
+    with pytest.raises(HierMemError, match="exists and is not a saved conversation"):
+        slash.run(session, f"/save {letter}")
+    with pytest.raises(HierMemError, match="is not a saved conversation"):
+        slash.run(session, f"/load {letter}")
+    assert letter.read_text() == "Dear all"
+    assert {child.name for child in tmp_path.iterdir()} == {file.name, letter.name}
+
+
+# typing
+
+
+def typed(keys: str, monkeypatch: pytest.MonkeyPatch, cache: pathlib.Path) -> list[str]:
+    """What the terminal reader makes of keys, until the end of input."""
+    monkeypatch.setenv("HIERMEM_CACHE", str(cache))
+    lines = []
+    with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
+        pipe.send_text(keys)
+        session = reader.terminal(lambda: "status", slash.names())
+        while True:
+            try:
+                lines.append(session.prompt(reader.PROMPT))
+            except EOFError:
+                return lines
+            except KeyboardInterrupt:
+                lines.append("^C")
+
+
+UP, CTRL_C, CTRL_D = "\x1b[A", "\x03", "\x04"
+
+
+def test_typing(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    keys = f"one\ra\\\rb\rc\x1b\rd\rgone{CTRL_C}/mem\r{CTRL_D}"
+    assert typed(keys, monkeypatch, tmp_path) == ["one", "a\nb", "c\nd", "^C", "/mem"]
+    assert typed(f"{UP}{UP}{UP}\r{CTRL_D}", monkeypatch, tmp_path) == ["c\nd"]  # of the session before
+    assert (tmp_path / "chat-history").stat().st_mode & 0o777 == 0o600
+    (tmp_path / "file").touch()
+    assert typed(f"one\r{CTRL_D}", monkeypatch, tmp_path / "file") == ["one"]
+
+
+def test_pasted_lines_stay_together(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    assert typed(f"\x1b[200~a\nb\x1b[201~\r{CTRL_D}", monkeypatch, tmp_path) == ["a\nb"]
+
+
+# as commands
+
+
+def run(
+    capsys: pytest.CaptureFixture[str], *arguments: str | pathlib.Path, stdin: str = ""
+) -> tuple[int, str, str]:
+    """(exit status, output, errors)."""
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["hiermem", *map(str, arguments)])
+        patch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as ended:
+            main()
+    done = capsys.readouterr()
+    return int(ended.value.code or 0), done.out, done.err
+
+
+def test_chat_reads_a_pipe(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "chat", folder, "--memory", "0.1", "-n", "4", stdin="hello \\\nyou\nmore\n")
+    assert code == 0
+    assert err.count("tokens prefilled") == 2
+    assert err.count("0.1 · topic 0 › topic 0.1 · ") == 2
+    code, out, err = run(capsys, "chat", folder, "--cache", "1k", "--memory", "0.1", stdin="/save\n/stats\n")
+    assert (code, err) == (1, "hiermem: no file is named. Write /save FILE.\n")
+    assert "of 1.0 kB" in out
+
+
+def test_a_question_needs_no_command(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, text, err = run(capsys, "ask", "What is it?", "--model", folder, "--memory", "0.1", "-n", "4")
+    assert code == 0
+    assert err.startswith("0.1 · topic 0 › topic 0.1 · ")
+    again = run(capsys, "What is it?", "--memory", "0.1", "-n", "4", "--json")  # of the model used last
+    answer = json.loads(again[1])
+    assert answer["text"] + "\n" == text
+    assert (answer["model"], answer["selection"]["blocks"]) == (str(folder), ["0", "0.1"])
+
+
+def test_a_question_that_is_too_long_is_refused(
+    folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder / "anchor", tmp_path / "plain")
+    config = json.loads((folder / "anchor/config.json").read_text()) | {"max_position_embeddings": 64}
+    (tmp_path / "plain/config.json").write_text(json.dumps(config))
+    code, text, err = run(capsys, "Why? " * 20, "--model", tmp_path / "plain")
+    assert (code, text, err.count("\n")) == (1, "", 1)
+    assert "the question has 118 tokens" in err
+
+
+def test_which_model_is_meant(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HIERMEM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("HIERMEM_MODEL", raising=False)
+    with pytest.raises(AnchorError, match=r"none was used before.*hiermem demo"):
+        recent.preferred()
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    recent.remember("model")
+    assert recent.preferred() == str(tmp_path / "model")
+    (tmp_path / "model").rmdir()
+    with pytest.raises(AnchorError):
+        recent.preferred()
+    recent.remember("me/elements")
+    assert recent.preferred() == "me/elements"
+    monkeypatch.setenv("HIERMEM_MODEL", "other")
+    assert recent.preferred() == "other"
+    monkeypatch.setenv("HIERMEM_CACHE", "/dev/null/cache")
+    recent.remember("model")  # nowhere to note it is no reason to fail

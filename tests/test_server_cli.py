@@ -1,0 +1,98 @@
+"""`hiermem serve` as its user meets it: the line that it prints, Ctrl-C, errors of one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from tiny import make_model
+
+from mlx_hiermem.apps.cli.main import main
+from mlx_hiermem.apps.cli.serve import model_id
+
+MAIN = "from mlx_hiermem.apps.cli.main import main; main()"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return make_model(tmp_path_factory.mktemp("serve") / "tiny")
+
+
+@contextmanager
+def started(*arguments: str | pathlib.Path, **variables: str) -> Iterator[subprocess.Popen[str]]:
+    """The command in a process of its own."""
+    command = [sys.executable, "-c", MAIN, "serve", *map(str, arguments)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=os.environ | variables) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str | pathlib.Path
+) -> str:
+    """The one line that the command fails with."""
+    monkeypatch.delenv("HIERMEM_API_KEY", raising=False)
+    monkeypatch.setattr(sys, "argv", ["hiermem", "serve", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    out, error = capsys.readouterr()
+    assert (ended.value.code, out, error.count("\n")) == (1, "", 1)
+    assert error.startswith("hiermem: ")
+    return error
+
+
+def test_it_serves_until_ctrl_c(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    with started(model, "--port", "0", HIERMEM_API_KEY="secret") as process:
+        assert process.stdout
+        line = process.stdout.readline()
+        found = re.search(r"^tiny at (http://127\.0\.0\.1:\d+) ", line)
+        assert found
+        body = json.dumps({"prompt": "hello", "max_tokens": 4}).encode()
+        headers = {"Authorization": "Bearer secret", "Content-Type": "application/json"}
+        request = urllib.request.Request(f"{found[1]}/v1/completions", body, headers)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            reply = json.load(answer)
+        assert reply["usage"]["completion_tokens"] <= 4
+        assert reply["memory"]["memory"] == "fetched"
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=30)
+    assert (process.returncode, out, error) == (0, "", "")
+
+
+def test_what_cannot_be_served(
+    model: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*arguments: str | pathlib.Path) -> str:
+        return failure(monkeypatch, capsys, *arguments)
+
+    assert "there is no model at nowhere" in fails("nowhere", "--port", "0")
+    assert "0.0.0.0 can be reached from other machines" in fails(model, "--host", "0.0.0.0")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert f"cannot listen on 127.0.0.1 port {port}: Address already in use. " in fails(model, "--port", port)
+    (model / "anchor" / "tokenizer.json").rename(model / "anchor" / "hidden.json")
+    assert "this anchor has no tokenizer" in fails(model, "--port", "0")
+    (model / "anchor" / "hidden.json").rename(model / "anchor" / "tokenizer.json")
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    assert "pip install 'mlx-hiermem[server]'" in fails(model)
+
+
+def test_what_a_model_is_called(model: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert model_id("me/elements") == "me/elements"
+    assert model_id("me/elements@v1") == "me/elements"
+    assert model_id(f"{model}/") == "tiny"
+    monkeypatch.chdir(model)
+    assert model_id(".") == "tiny"
