@@ -208,3 +208,27 @@ def test_truncated_files_are_found(name: str, message: str, copy: pathlib.Path) 
         Program.load(copy)
     with pytest.raises(CoreMLError, match=r"is no \.mlpackage"):
         Program.load(copy.parent)
+
+
+def test_a_state_changed_twice_keeps_what_others_still_see(tmp_path: pathlib.Path) -> None:
+    """An update may take the place of its state's old value, unless that is still looked at, as a part or whole."""
+
+    def body(inputs: Any) -> list[Any]:
+        kept = []
+        for row in range(4):
+            before = mb.read_state(input=inputs["cache"])
+            kept.append(mb.slice_by_index(x=before, begin=[0, 0], end=[2, 2]) if row < 3 else before)
+            after = mb.slice_update(x=before, update=inputs["x"], begin=[row % 2, 0], end=[row % 2 + 1, 2])
+            mb.coreml_update_state(state=inputs["cache"], value=after)
+        return [mb.mul(x=each, y=np.float16(row + 1), name=f"before_{row}") for row, each in enumerate(kept)]
+
+    save({"main": function({"x": tensor([1, 2]), "cache": state([2, 2])}, body)}, tmp_path / "m.mlpackage")
+    program = Program.load(tmp_path / "m.mlpackage")
+    given = np.full((2, 2), 7, np.float16)
+    cache = {"cache": given}
+    found = program.run("main", {"x": np.float16([[1, 2]])}, cache)
+    expected = np.float16([[[7, 7], [7, 7]], [[1, 2], [7, 7]], [[1, 2], [1, 2]], [[1, 2], [1, 2]]])
+    for row in range(4):
+        np.testing.assert_array_equal(found[f"before_{row}"], expected[row] * (row + 1))
+    np.testing.assert_array_equal(cache["cache"], expected[3])
+    assert (given == 7).all()

@@ -20,6 +20,7 @@ from mlx_hiermem.errors import CoreMLError
 
 State = MutableMapping[str, np.ndarray]
 Value = np.ndarray | Constant
+HALF, SINGLE = np.dtype(np.float16), np.dtype(np.float32)
 
 
 class Program:
@@ -37,7 +38,7 @@ class Program:
         program = cls(read_program(pathlib.Path(package)))
         for name, function in program.functions.items():
             for op in function.operations:
-                if op.type not in OPS and op.type not in ("const", "read_state", "write_state"):
+                if op.type not in OPS and op.type not in ("read_state", "write_state"):
                     raise CoreMLError(f"function {name}: the interpreter has no operation {op}")
         return program
 
@@ -62,7 +63,7 @@ class Program:
         something else than declared.
         """
         spec = self._function(function)
-        run = _Run(self._derived, fp16, peaks)
+        run = _Run(spec.constants, self._derived, fp16, peaks)
         state = state if state is not None else {}
         run.values.update(run.given("input", spec.inputs, inputs))
         run.values.update(run.given("state", spec.states, state))
@@ -82,11 +83,16 @@ class _Run:
     """Values by name while a function runs."""
 
     def __init__(
-        self, derived: dict[tuple[Any, ...], Constant], fp16: bool, peaks: dict[str, float] | None
+        self,
+        constants: dict[str, Constant],
+        derived: dict[tuple[Any, ...], Constant],
+        fp16: bool,
+        peaks: dict[str, float] | None,
     ) -> None:
-        self.derived, self.fp16, self.peaks = derived, fp16, peaks
+        self.constants, self.derived, self.fp16, self.peaks = constants, derived, fp16, peaks
         self.values: dict[str, Value] = {}
         self.written: set[str] = set()
+        self.own: dict[str, np.ndarray] = {}  # what a state will hold, in an array that no caller knows
 
     def given(
         self, role: str, specs: dict[str, TensorSpec], arrays: Mapping[str, Any]
@@ -96,22 +102,20 @@ class _Run:
             raise CoreMLError(f"the {role}s {sorted(arrays)} were given", f"Give {sorted(specs)}.")
         for name, spec in specs.items():
             array = np.asarray(arrays[name])
-            dtype = self.stored(spec.dtype)
+            dtype = self.stored(spec.numpy)
             if not spec.allows(array.shape) or not np.can_cast(array.dtype, dtype, "same_kind"):
                 wanted = " or ".join(str(list(shape)) for shape in spec.shapes or (spec.shape,))
                 found = f"{array.dtype} {list(array.shape)}"
                 raise CoreMLError(f"the {role} {name} is {found}", f"Give {spec.dtype} {wanted}.")
             yield name, array.astype(dtype, copy=False)
 
-    def stored(self, dtype: str) -> str:
-        return "float32" if dtype == "float16" and not self.fp16 else dtype
+    def stored(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
+        return SINGLE if dtype == HALF and not self.fp16 else dtype
 
     def step(self, op: Operation) -> None:
         """Runs one operation and checks its results."""
         try:
-            if op.type == "const":
-                self.values[op.outputs[0][0]] = self.lookup(op.inputs["val"])
-            elif op.type == "write_state":
+            if op.type == "write_state":
                 self.write(op)
             elif op.type.startswith("constexpr_"):
                 self.values[op.outputs[0][0]] = self.derive(op)
@@ -127,7 +131,9 @@ class _Run:
     def lookup(self, argument: Any) -> Any:
         if isinstance(argument, tuple):
             return tuple(map(self.lookup, argument))
-        return self.values[argument] if isinstance(argument, str) else argument
+        if not isinstance(argument, str):
+            return argument
+        return self.values[argument] if argument in self.values else self.constants[argument]
 
     def plain(self, argument: Any) -> Any:
         """An argument, or a tuple of them, as it is stored."""
@@ -145,7 +151,7 @@ class _Run:
         value = self.lookup(argument)
         if isinstance(value, Constant):
             return value.wide
-        return value.astype(np.float32) if value.dtype == np.float16 else value
+        return value.astype(SINGLE) if value.dtype == HALF else value
 
     def write(self, op: Operation) -> None:
         name = str(op.inputs["input"])
@@ -160,7 +166,7 @@ class _Run:
         sources = {key: self.lookup(argument) for key, argument in op.inputs.items()}
         key = (op.type, *sorted((name, id(source)) for name, source in sources.items()))
         if key not in self.derived:
-            run = _Run(self.derived, True, None)
+            run = _Run({}, self.derived, True, None)
             (value,) = run.compute(replace(op, inputs=sources)).values()
             self.derived[key] = Constant(value, sources)
         return self.derived[key]
@@ -175,7 +181,7 @@ class _Run:
         if len(results) != len(op.outputs):
             raise ValueError(f"gives {len(results)} results, declared are {len(op.outputs)}")
         for (name, spec), result in zip(op.outputs, results, strict=True):
-            if not spec.allows(result.shape) or result.dtype != self.stored(spec.dtype):
+            if not spec.allows(result.shape) or result.dtype != self.stored(spec.numpy):
                 found = f"{result.dtype} {list(result.shape)}"
                 raise ValueError(f"'{name}' is {found}, declared is {spec.dtype} {list(spec.shape)}")
         return {name: result for (name, _), result in zip(op.outputs, results, strict=True)}
@@ -183,16 +189,28 @@ class _Run:
     def call(self, op: Operation) -> tuple[np.ndarray, ...]:
         entry = OPS[op.type]
         plain = {key: self.plain(argument) for key, argument in op.inputs.items()}
-        if entry.computes:
-            results = entry.function(**{key: self.wide(argument) for key, argument in op.inputs.items()})
-        else:
-            results = entry.function(**plain)
+        if op.replaces and self.is_free(op, plain["x"]):
+            plain["in_place"] = True
+        given = {key: self.wide(argument) for key, argument in op.inputs.items()} if entry.computes else plain
+        results = entry.function(**given)
         results = tuple(map(np.asarray, results if isinstance(results, tuple) else (results,)))
+        if op.replaces:
+            self.own[op.replaces] = results[0]
         self.note(op, results)
         if not entry.computes:
             return results
-        dtype = self.stored(entry.casts(plain)) if entry.casts else _float_type(plain)
+        dtype = self.stored(np.dtype(entry.casts(plain))) if entry.casts else _float_type(plain)
         return tuple(result.astype(dtype, copy=False) if result.dtype.kind == "f" else result for result in results)
+
+    def is_free(self, op: Operation, x: np.ndarray) -> bool:
+        """Whether x may be written over: made by this run, and only seen as the state that is replaced next.
+
+        A cache is tens of megabytes, and each layer changes a few rows of it.
+        """
+        return self.own.get(op.replaces) is x and not any(
+            getattr(value, "base", None) is x or (value is x and name not in (op.inputs["x"], op.replaces))
+            for name, value in self.values.items()
+        )
 
     def note(self, op: Operation, results: tuple[np.ndarray, ...]) -> None:
         if self.peaks is None:
@@ -203,10 +221,10 @@ class _Run:
                 self.peaks[name] = max(peak, self.peaks.get(name, 0.0))
 
 
-def _float_type(arguments: dict[str, Any]) -> str:
+def _float_type(arguments: dict[str, Any]) -> np.dtype[Any]:
     """The one type of the floats among an operation's arguments."""
     flat = [each for value in arguments.values() for each in (value if isinstance(value, tuple) else (value,))]
-    found = {str(value.dtype) for value in flat if isinstance(value, np.ndarray) and value.dtype.kind == "f"}
+    found = {value.dtype for value in flat if isinstance(value, np.ndarray) and value.dtype.kind == "f"}
     if len(found) > 1:
-        raise ValueError(f"takes both {' and '.join(sorted(found))}")
-    return found.pop() if found else "float32"
+        raise ValueError(f"takes both {' and '.join(sorted(map(str, found)))}")
+    return found.pop() if found else SINGLE

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import pathlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from mlx_hiermem.convert.coreml.weights import DTYPES, WeightFile, decode
+from mlx_hiermem.convert.coreml.weights import DTYPES, WeightFile, decode, numpy_dtype
 from mlx_hiermem.errors import CoreMLError, MissingDependencyError
 
 MODEL_PATH = "@model_path/"
@@ -34,6 +34,10 @@ class TensorSpec:
     shape: tuple[int | None, ...]
     dtype: str
     shapes: tuple[tuple[int, ...], ...] = ()
+
+    @cached_property
+    def numpy(self) -> np.dtype[Any]:
+        return numpy_dtype(self.dtype)
 
     def allows(self, shape: tuple[int, ...]) -> bool:
         if self.shapes:
@@ -66,10 +70,18 @@ class Operation:
     name: str
     inputs: dict[str, Argument | tuple[Argument, ...]]
     outputs: tuple[tuple[str, TensorSpec], ...]
-    last_uses: tuple[str, ...] = field(default=(), compare=False)  # values that no later operation needs
+    last_uses: tuple[str, ...] = ()  # values that no later operation needs
+    replaces: str = ""  # the state that this operation's result is written to next, in place of its `x`
 
     def __str__(self) -> str:
         return f"{self.type} '{self.name}'"
+
+    def value(self) -> Constant:
+        """Of a const."""
+        value = self.inputs.get("val")
+        if not isinstance(value, Constant):
+            raise CoreMLError(f"{self} has no value")
+        return value
 
     def names(self) -> Iterator[str]:
         for argument in self.inputs.values():
@@ -83,7 +95,8 @@ class FunctionSpec:
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
     states: dict[str, TensorSpec]
-    operations: tuple[Operation, ...]
+    constants: dict[str, Constant]
+    operations: tuple[Operation, ...]  # the others
 
 
 def read_program(package: pathlib.Path) -> dict[str, FunctionSpec]:
@@ -157,7 +170,8 @@ class _Reader:
             _agree(name, "input", inputs, described.input),
             _agree(name, "output", outputs, described.output),
             _agree(name, "state", states, described.state),
-            _with_last_uses(name, operations, {*inputs, *states}, set(outputs)),
+            {op.outputs[0][0]: op.value() for op in operations if op.type == "const"},
+            _planned(name, operations, {*inputs, *states}, set(outputs)),
         )
 
     def operation(self, op: Any) -> Operation:
@@ -243,11 +257,14 @@ def _agree(name: str, role: str, specs: dict[str, TensorSpec], described: Any) -
     return agreed
 
 
-def _with_last_uses(
+def _planned(
     name: str, operations: tuple[Operation, ...], given: set[str], kept: set[str]
 ) -> tuple[Operation, ...]:
-    """Notes where values may be dropped; CoreMLError for a name used before it is defined, or defined twice."""
-    defined, last = set(given), {}
+    """The operations but constants, with notes of which values may be dropped or written over.
+
+    CoreMLError for a name used before it is defined, or defined twice.
+    """
+    defined, last, constants = set(given), {}, set()
     for index, op in enumerate(operations):
         for used in op.names():
             if used not in defined:
@@ -258,11 +275,20 @@ def _with_last_uses(
                 raise CoreMLError(f"function {name}: {op} computes '{out}' again", DAMAGED)
             defined.add(out)
             last[out] = index
+            if op.type == "const":
+                constants.add(out)
     drop: dict[int, list[str]] = {}
     for used, index in last.items():
-        if used not in kept and used not in given:
+        if used not in kept and used not in given and used not in constants:
             drop.setdefault(index, []).append(used)
-    return tuple(
-        Operation(op.type, op.name, op.inputs, op.outputs, tuple(drop.get(index, ())))
-        for index, op in enumerate(operations)
-    )
+    noted = [replace(op, last_uses=tuple(drop.get(index, ()))) for index, op in enumerate(operations)]
+    noted = [op for op in noted if op.type != "const"]
+    return tuple(_replacing(op, following) for op, following in zip(noted, [*noted[1:], None], strict=True))
+
+
+def _replacing(op: Operation, following: Operation | None) -> Operation:
+    """Notes the state whose part an operation changes, if nothing but that state needs what was there."""
+    if op.type != "slice_update" or following is None or following.type != "write_state":
+        return op
+    changes = following.inputs.get("data") == op.outputs[0][0] and op.inputs.get("x") in op.last_uses
+    return replace(op, replaces=str(following.inputs["input"])) if changes else op

@@ -101,11 +101,13 @@ def slice_update(
     begin_mask: np.ndarray | None = None,
     end_mask: np.ndarray | None = None,
     squeeze_mask: np.ndarray | None = None,
+    in_place: bool = False,
 ) -> np.ndarray:
+    """`in_place` is the interpreter's: x may be written over."""
     part = region(x, begin, end, stride, begin_mask, end_mask, squeeze_mask)
     if x[part].shape != update.shape:
         raise ValueError(f"an update {list(update.shape)} for a region {list(x[part].shape)}")
-    changed = x.copy()
+    changed = x if in_place else x.copy()
     changed[part] = update
     return changed
 
