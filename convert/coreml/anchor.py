@@ -160,7 +160,6 @@ class _Body:
                 y = norm(y, layer.after_ffn, self.weights, f"{name}_after_ffn")
             x.add(y, name)
         y = norm(x.value, sizes.norm, self.weights, "norm")
-        heads = parts(sizes.head or sizes.embeddings)
         heads = enumerate(parts(sizes.head or sizes.embeddings))
         return [linear(y, head, self.weights, f"logits_{number}") for number, head in heads]
 
@@ -170,7 +169,8 @@ class _Body:
         tables = parts(sizes.embeddings)
         for table in tables:
             last = len(table.weight) - 1
-            inside = mb.maximum(x=mb.minimum(x=mb.sub(x=ids, y=np.int32(table.start)), y=np.int32(last)), y=np.int32(0))
+            row = mb.sub(x=ids, y=np.int32(table.start))
+            inside = mb.maximum(x=mb.minimum(x=row, y=np.int32(last)), y=np.int32(0))
             weight = (
                 self.weights.constant(table.name, table.weight)
                 if sizes.head
@@ -202,9 +202,7 @@ class _Body:
             return y
         row, name = self.export.memory_layers.index(index), f"layers_{index}_memory"
         gate, up, down = (take(memory[part], row, f"{name}_{part}") for part in MEMORY)
-        inner = self._gated(
-            mb.matmul(x=x, y=gate, transpose_y=True), mb.matmul(x=x, y=up, transpose_y=True), name
-        )
+        inner = self._gated(mb.matmul(x=x, y=gate, transpose_y=True), mb.matmul(x=x, y=up, transpose_y=True), name)
         return mb.add(x=y, y=mb.matmul(x=inner, y=down), name=f"{name}_added")
 
     def _gated(self, gate: Var, up: Var, name: str) -> Var:

@@ -29,7 +29,7 @@ class Cache:
 class Positions:
     """What all layers need to know of where a call's T tokens stand in the context of C.
 
-    `begin` and `end` [1], `rows` [T] int32; masks by window, rotations by the frequencies' id, made when first used.
+    `begin` and `end` [1], `rows` [T] int32. Masks by window and rotations by frequencies are made when first used.
     """
 
     tokens: int
@@ -73,9 +73,7 @@ class Positions:
             }
             cos, sin = (
                 mb.expand_dims(
-                    x=mb.gather(
-                        x=self.weights.constant(f"rope_{number}_{part}", table), indices=self.rows, axis=0
-                    ),
+                    x=mb.gather(x=self.weights.constant(f"rope_{number}_{part}", table), indices=self.rows, axis=0),
                     axes=[1],
                     name=f"{part}_{number}",
                 )
@@ -105,7 +103,8 @@ def attention(
     q = mb.reshape(x=q, shape=[sizes.kv_heads, group * tokens, width])
     scores = mb.matmul(x=q, y=k, transpose_y=True, name=f"{name}_scores")
     scores = mb.reshape(x=scores, shape=[sizes.kv_heads, group, tokens, at.context])
-    shares = mb.softmax(x=mb.add(x=scores, y=at.mask(layer.window), name=f"{name}_masked"), axis=-1, name=f"{name}_shares")
+    scores = mb.add(x=scores, y=at.mask(layer.window), name=f"{name}_masked")
+    shares = mb.softmax(x=scores, axis=-1, name=f"{name}_shares")
     shares = mb.reshape(x=shares, shape=[sizes.kv_heads, group * tokens, at.context])
     heads = mb.matmul(x=shares, y=v, name=f"{name}_heads")
     heads = mb.reshape(x=heads, shape=[sizes.kv_heads, group, tokens, width])
@@ -142,9 +141,7 @@ def _remember(x: Var, cache: Cache, index: int, at: Positions, name: str) -> Var
     begin = mb.concat(values=[np.array([index, 0], np.int32), at.begin, back], axis=0)
     end = mb.concat(values=[np.array([index + 1, 0], np.int32), at.end, back], axis=0)
     whole = [False, True, False, True]  # axes of which all is written
-    written = mb.slice_update(
-        x=cache.value, update=update, begin=begin, end=end, begin_mask=whole, end_mask=whole
-    )
+    written = mb.slice_update(x=cache.value, update=update, begin=begin, end=end, begin_mask=whole, end_mask=whole)
     cache.value = mb.coreml_update_state(state=cache.state, value=written, name=f"{name}_stored")
     return take(cache.value, index, name)
 

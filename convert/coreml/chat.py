@@ -1,7 +1,7 @@
 """A chat template taken apart, for readers that run no Jinja: what stands between the words of a conversation.
 
-Most templates only put marks between one role's words and the next's. Those are found by rendering a conversation of
-probes, and are held against the template on other conversations. A template that does more gives None.
+Most templates only put marks between one role's words and the next's. Those are found by rendering a conversation
+of probes, and are held against the template on other conversations. A template that does more gives None.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Weights in fewer bits: the formats, and what is left of a matrix after one.
 
-    int8         a scale for each row (output channel), symmetric: 8 bits a weight
-    int8_block   a scale and an offset for each 32 values of a row: 9 bits
-    int4         the same with codes of 4 bits: 5 bits
-    lut4         16 values for each 16 rows, found by k-means; every weight is one of them: 4 bits
+    int8           a scale and an offset for each 32 values of a row: 9 bits a weight
+    int8_channel   a scale for each row (output channel), symmetric: 8 bits
+    int4           as int8 with codes of 4 bits: 5 bits
+    lut4           16 values for each 16 rows, found by k-means; every weight is one of them: 4 bits
 
 All are Core ML's own (iOS 18), unpacked on the device.
 """
@@ -17,7 +17,7 @@ import numpy as np
 from mlx_hiermem.errors import HierMemError
 
 HALF_MAX = float(np.finfo(np.float16).max)
-FORMATS = ("fp16", "int8_block", "int8", "int4", "lut4")  # from fine to coarse
+FORMATS = ("fp16", "int8", "int8_channel", "int4", "lut4")  # from fine to coarse
 BLOCK = 32  # values that share a scale in the block formats
 ROWS = 16  # rows that share a table in lut4
 ENTRIES = 16  # of a table
@@ -50,9 +50,9 @@ class Encoded:
 def encode(values: np.ndarray, form: str) -> Encoded:
     """A matrix [out, in] in a format other than fp16. Raises HierMemError for a format there is not."""
     match form:
-        case "int8":
+        case "int8_channel":
             return _symmetric(values)
-        case "int8_block":
+        case "int8":
             return _blocks(values, 255)
         case "int4":
             return _blocks(values, 15, "uint4")
@@ -86,9 +86,9 @@ def size(shape: tuple[int, ...], form: str) -> int:
     rows, columns = shape
     blocks = columns // block_of(columns)
     match form:
-        case "int8":
+        case "int8_channel":
             return rows * columns + 2 * rows
-        case "int8_block":
+        case "int8":
             return rows * columns + 4 * rows * blocks
         case "int4":
             return rows * columns // 2 + 4 * rows * blocks
@@ -138,7 +138,10 @@ def _tables(values: np.ndarray) -> Encoded:
 
 
 def _centres(values: np.ndarray) -> np.ndarray:
-    """One-dimensional k-means [16], ascending. Begun at quantiles and at the ends: a few outliers can be all-important."""
+    """One-dimensional k-means [16], ascending.
+
+    Begun at quantiles and at the ends: a few outliers can be all-important.
+    """
     ordered = np.sort(values.astype(np.float64), axis=None)
     sums = np.concatenate([[0.0], ordered.cumsum()])
     ends = ordered[[0, -1]]

@@ -7,7 +7,7 @@ of `hiermem verify --against`.
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -63,10 +63,15 @@ class Reference:
     """The anchor in float32, and its logits on the texts that exports are measured on."""
 
     def __init__(self, folder: pathlib.Path, longest: int) -> None:
-        self.model, tokenizer, self.config = load_anchor(folder, mx.float32)
-        self.model = dequantize_model(self.model)
+        self.model, self.tokenizer, self.config = load_anchor(folder, mx.float32)
+        self.notes = list[str]()  # what the user should know of it
+        if self.config.get("quantization"):
+            self.model = dequantize_model(self.model)
+            self.notes.append("the anchor is quantised; it was exported from what its weights stand for")
+        if self.tokenizer is None:
+            self.notes.append("the anchor has no tokenizer: the app has to bring one")
         self.sizes = Architecture.of_model(self.model, self.config)
-        self.ids = token_ids(tokenizer, self.sizes.vocabulary, longest)
+        self.ids = token_ids(self.tokenizer, self.sizes.vocabulary, longest)
         self.modules = {path.removeprefix("model."): module for path, module in self.model.named_modules()}
         self.logits = self.run()
 
@@ -97,11 +102,14 @@ class Reference:
             for module, weight in kept.values():
                 module.weight = weight
 
-    def measure(self, runner: Runner) -> Distance:
-        """How far an exported program is, on the same texts."""
-        return Distance.between(self.logits, (_feed(runner, ids) for ids in self.ids))
+    def measure(self, runner: Runner, did: Callable[[], None] | None = None) -> Distance:
+        """How far an exported program is, on the same texts. `did` is called after each."""
 
+        def feed(ids: np.ndarray) -> np.ndarray:
+            runner.reset()
+            logits = runner.feed(ids)
+            if did:
+                did()
+            return logits
 
-def _feed(runner: Runner, ids: np.ndarray) -> np.ndarray:
-    runner.reset()
-    return runner.feed(ids)
+        return Distance.between(self.logits, map(feed, self.ids))

@@ -20,9 +20,10 @@ from mlx_hiermem.errors import CoreMLError, MissingDependencyError
 logging.getLogger("coremltools").setLevel(logging.ERROR)  # it warns of every torch and numpy it was not tried with
 try:
     import coremltools as ct
-    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil import Builder as mb  # noqa: N813 (coremltools' own name for it)
     from coremltools.converters.mil.converter import mil_convert
-    from coremltools.converters.mil.mil import Function, Program, get_new_symbol, types
+    from coremltools.converters.mil.mil import Function, Program, types
+    from coremltools.converters.mil.mil import get_new_symbol as get_new_symbol
     from coremltools.converters.mil.mil.types.type_int import np_uint4_dtype
 except ImportError as error:
     raise MissingDependencyError(
@@ -37,7 +38,7 @@ PACKED = {"uint4": np_uint4_dtype}
 
 def half(value: Any) -> Any:
     """float16, a scalar or an array."""
-    return np.float16(value) if np.isscalar(value) else np.asarray(value).astype(np.float16)
+    return np.asarray(value).astype(np.float16)[()]
 
 
 class Weights:

@@ -1,8 +1,8 @@
 """Which weights take how many bits: found by measuring, since no rule about layers holds for all models.
 
 A few matrices carry activations so large that four bits in them ruin the model (on SmolLM2 the down projection of
-layer 11 alone does two thirds of the damage). So each matrix is coarsened alone first, and costs so much KL for each
-megabyte it saves. Then the cheapest are coarsened together, as many as the bound allows.
+layer 11 alone does two thirds of the damage). So each matrix is coarsened alone first, and costs so much KL for
+each megabyte it saves. Then the cheapest are coarsened together, as many as the bound allows.
 """
 
 from __future__ import annotations
