@@ -17,7 +17,7 @@ MEMORY = ("gate", "up", "down")
 
 
 class Runner:
-    """`anchor` and `memory` are the manifest's. `peaks` collects each tensor's largest value."""
+    """`anchor` and `memory` are the manifest's. `peaks` and `fp16` are `Program.run`'s."""
 
     def __init__(
         self,
@@ -25,8 +25,10 @@ class Runner:
         anchor: Mapping[str, Any],
         memory: Mapping[str, Any] | None = None,
         peaks: dict[str, float] | None = None,
+        *,
+        fp16: bool = True,
     ) -> None:
-        self.program, self.anchor, self.memory, self.peaks = program, anchor, memory, peaks
+        self.program, self.anchor, self.memory, self.peaks, self.fp16 = program, anchor, memory, peaks, fp16
         self.calls = sorted(anchor["functions"].items(), key=lambda call: -call[1])  # longest first
         self.state = program.make_state(self.calls[0][0])
         self.inputs: dict[str, np.ndarray] = {}
@@ -78,7 +80,7 @@ class Runner:
             padded = np.zeros((1, tokens), np.int32)
             padded[0, :count] = ids[:count]
             given = {"input_ids": padded, "position": np.array([self.position], np.int32)}
-            out = self.program.run(name, given | self.inputs, self.state, peaks=self.peaks)
+            out = self.program.run(name, given | self.inputs, self.state, fp16=self.fp16, peaks=self.peaks)
             logits = np.concatenate([out[part] for part in self.anchor["logits"]], axis=-1)
             rows.append(logits[0, :count, :vocabulary].astype(np.float32))
             self.position, ids = self.position + count, ids[count:]

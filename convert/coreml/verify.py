@@ -10,6 +10,7 @@ import datetime
 import json
 import pathlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,87 +20,107 @@ from mlx_hiermem.bank.bank import file_digest
 from mlx_hiermem.convert.checks import Check
 from mlx_hiermem.convert.coreml.device import open_package
 from mlx_hiermem.convert.coreml.exported import Exported
+from mlx_hiermem.convert.coreml.interfaces import check_interfaces
 from mlx_hiermem.convert.coreml.interpreter import Program
 from mlx_hiermem.convert.coreml.prompts import TEXTS
 from mlx_hiermem.convert.coreml.references import Reference, open_reference
-from mlx_hiermem.convert.coreml.text_checks import check_texts
+from mlx_hiermem.convert.coreml.text_checks import check_choices, check_texts
 from mlx_hiermem.convert.source import tool_versions
 from mlx_hiermem.convert.verify import RECEIPT, Progress, Receipt, write_json
 from mlx_hiermem.embedder import Embedder
+from mlx_hiermem.errors import BankError, CoreMLError
 
 COSINE = 2e-6  # 1 - cos; rounding the weights to float16 alone makes 5e-7
+PROMPTS = 4  # of twenty
 
 
-def verify_export(
-    folder: pathlib.Path, against: str | None = None, *, count: int = 4, progress: Progress | None = None
-) -> Receipt:
-    """Checks an exported folder on the first `count` prompts, and adds what it found to its receipt.json.
+@dataclass(frozen=True)
+class Options:
+    """`against`: the model folder that was exported, or its source. `text`: a file for `check_choices`."""
 
-    `against` is the model folder it was exported from, or the source of that. Raises a HierMemError where there is
-    nothing to check or to compare with.
+    against: str | None = None
+    prompts: int = PROMPTS
+    text: pathlib.Path | None = None
+
+
+def verify_export(folder: pathlib.Path, options: Options, progress: Progress | None = None) -> Receipt:
+    """Checks an exported folder, and adds what it found to its receipt.json.
+
+    Raises a HierMemError where there is nothing to check or to compare with; what is wrong with the folder's own
+    files fails a check.
     """
+    if options.text and not options.against:
+        raise CoreMLError(f"{options.text} needs a model to compare with", "Name it with --against.")
     exported = Exported(folder)
-    reference = open_reference(against, exported.bank) if against else None
+    verification = _Verification(exported, options)
     checks = list[Check]()
-    total = 3 + 2 * len(exported.memories()) + bool(exported.manifest.get("retriever")) * 2
-    for check in _checks(exported, reference, count):
-        checks.append(check)
-        if progress:
-            progress(min(len(checks), total), total)
+    try:
+        for check in verification.run():
+            checks.append(check)
+            if progress:
+                progress(len(checks), max(verification.total, len(checks)))
+    except (BankError, CoreMLError) as error:
+        checks.append(Check("files", error.what, "can be used", False))
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    source = {"by": exported.program.name, "against": reference.name if reference else ""}
-    receipt = Receipt(exported.manifest["name"], date, tool_versions(), source, tuple(checks))
+    receipt = Receipt(exported.manifest["name"], date, tool_versions(), verification.source, tuple(checks))
     file = folder / RECEIPT
     made = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     write_json(file, made | {"verification": receipt.to_json()})
     return receipt
 
 
-def _checks(exported: Exported, reference: Reference | None, count: int) -> Iterator[Check]:
-    yield check_files(exported)
-    yield check_interfaces(exported)
-    yield from check_texts(exported, reference, count)
-    if exported.manifest.get("retriever"):
-        yield from check_retriever(exported)
+class _Verification:
+    """The checks, one after another; what was changed is not run."""
+
+    def __init__(self, exported: Exported, options: Options) -> None:
+        self.exported, self.options = exported, options
+        self.source: dict[str, Any] = {"against": options.against or ""}
+        self.total = 2
+
+    def run(self) -> Iterator[Check]:
+        exported, options = self.exported, self.options
+        for check in (check_files, check_interfaces):
+            found = check(exported)
+            yield found
+            if not found.passed:
+                return
+        reference = self.open_reference()
+        if exported.retriever:
+            yield from check_retriever(exported)
+        yield from check_texts(exported, reference, options.prompts)
+        if reference and options.text:
+            yield check_choices(exported, reference, options.text)
+
+    def open_reference(self) -> Reference | None:
+        exported, against = self.exported, self.options.against
+        reference = open_reference(against, exported.bank) if against else None
+        self.source = {"by": exported.program.name, "against": reference.name if reference else ""}
+        rounds = 1 + len(exported.memories())
+        self.total = 4 + 2 * bool(exported.retriever) + (4 if reference else 2) * rounds + bool(self.options.text)
+        return reference
 
 
 def check_files(exported: Exported) -> Check:
     """Sizes and digests, against the manifest."""
     files = exported.manifest["files"]
-    wrong = [name for name, row in files.items() if not _unchanged(exported.folder / name, row)]
-    figure = f"{', '.join(wrong[:4])} changed" if wrong else f"{len(files)} files"
-    return Check("digests", figure, "all equal", not wrong, {"changed": wrong})
+    wrong = [what for name, row in files.items() if (what := _changed(exported.folder / name, row, name))]
+    figure = ", ".join(wrong[:4]) if wrong else f"{len(files)} files"
+    return Check("digests", figure, "all equal", not wrong, {"wrong": wrong})
 
 
-def _unchanged(file: pathlib.Path, row: dict[str, Any]) -> bool:
-    return file.is_file() and file.stat().st_size == row["bytes"] and file_digest(file) == row["sha256"]
-
-
-def check_interfaces(exported: Exported) -> Check:
-    """What the manifest says of inputs, outputs and states, against the package."""
-    wrong = []
-    for function, tokens in exported.anchor["functions"].items():
-        found = exported.program.functions.get(function)
-        for role in ("inputs", "outputs", "states"):
-            told = {
-                name: (tuple(tokens if size == -1 else size for size in row["shape"]), row["dtype"])
-                for name, row in exported.anchor[role].items()
-            }
-            if found is None or told != {
-                name: (spec.shape, spec.dtype) for name, spec in getattr(found, role).items()
-            }:
-                wrong.append(f"{role} of {function}")
-    figure = f"other {', '.join(wrong)}" if wrong else f"{len(exported.program.functions)} functions"
-    return Check("interfaces", figure, "as in the manifest", not wrong)
+def _changed(file: pathlib.Path, row: dict[str, Any], name: str) -> str:
+    if not file.is_file():
+        return f"{name} is missing"
+    if (size := file.stat().st_size) != row["bytes"]:
+        return f"{name} has {size} of {row['bytes']} bytes"
+    return "" if file_digest(file) == row["sha256"] else f"{name} was changed"
 
 
 def check_retriever(exported: Exported) -> Iterator[Check]:
     """Vectors against those of the embedder in MLX, on sentences of every length; and where the tree sends them."""
-    described, folder = exported.manifest["retriever"], exported.folder
-    program, tokenizer = (
-        open_package(folder / described["package"]),
-        Tokenizer.from_file(str(folder / described["tokenizer"])),
-    )
+    described, folder = exported.retriever, exported.folder
+    program = open_package(folder / described["package"])
+    tokenizer = Tokenizer.from_file(str(folder / described["tokenizer"]))
     embedder = Embedder.load()
     sentences = [text.replace("|", "") for text in TEXTS]
     sentences += [" ".join(sentences[:count]) for count in (2, 5, 20)]
