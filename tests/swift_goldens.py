@@ -2,7 +2,7 @@
 
     python tests/swift_goldens.py              writes the goldens again; test_swift_goldens.py holds the two together
     python tests/swift_goldens.py --inputs     makes the inputs anew too: small tokenizers, embedded conversations
-    python tests/swift_goldens.py --real OUT   goldens of the real tokenizers, for `make test-swift`
+    python tests/swift_goldens.py --real OUT   goldens of real weights, too large to keep, for `make test-swift`
 
 Vectors come from a generator that both languages state (SplitMix64), so that a thousand of them take no space.
 """
@@ -13,7 +13,6 @@ import argparse
 import json
 import pathlib
 from collections.abc import Iterator
-from typing import Any
 
 import mlx_hiermem  # isort: skip  # picks the BLAS before MLX is loaded
 
@@ -56,11 +55,6 @@ def uniform(seed: int, *shape: int) -> np.ndarray:
     return np.array(values, dtype=np.float32).reshape(shape)
 
 
-def write_json(file: pathlib.Path, data: Any) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-
-
 def write_safetensors(file: pathlib.Path, tensors: dict[str, mx.array]) -> None:
     """In the order given, so that equal tensors are equal files."""
     names = {mx.float16: "F16", mx.bfloat16: "BF16", mx.float32: "F32", mx.uint32: "U32"}
@@ -85,7 +79,7 @@ def write_routes(folder: pathlib.Path) -> None:
     ragged.save(folder / "ragged-tree.safetensors")
     vectors = uniform(2, VECTORS, 16)
     cases = {"elements": (ClusterTree.load(ELEMENTS / "tree.safetensors"), uniform(1, VECTORS, 384) / 16, BankPolicy())}
-    blocked = frozenset(map(Path.parse, CLOSED))
+    blocked, goldens = frozenset(map(Path.parse, CLOSED)), {}
     for name, policy in (
         ("ragged", BankPolicy()),
         ("sibling", BankPolicy(blocked, "sibling")),
@@ -99,9 +93,9 @@ def write_routes(folder: pathlib.Path) -> None:
             "avoided": [" ".join(map(str, route.avoided)) for route in routes],
             "distances": [route.distances for route in routes[:50]],
         }
-        (folder / "routes").mkdir(exist_ok=True)
-        text = json.dumps(golden | policy.to_json(), separators=(",", ":"))
-        (folder / f"routes/{name}.json").write_text(text + "\n")
+        goldens[name] = golden | policy.to_json()
+    text = json.dumps(goldens, separators=(",", ":")).replace("]]", "]]\n")
+    (folder / "routes.json").write_text(text + "\n")
 
 
 class Recorded:
@@ -153,6 +147,7 @@ def write_turns(folder: pathlib.Path) -> None:
 
 def write_quantized(folder: pathlib.Path) -> None:
     """Quantised tensors of every kind a bank may have, and their values in float16."""
+    tensors: dict[str, mx.array] = {}
     for dtype in (mx.float16, mx.bfloat16, mx.float32):
         for bits in (4, 8):
             for group in (32, 64, 128):
@@ -162,10 +157,11 @@ def write_quantized(folder: pathlib.Path) -> None:
                 values = mx.array(uniform(seed, 6, 128) * scale).astype(dtype)
                 packed, scales, biases = mx.quantize(values, group, bits, stream=mx.cpu)
                 expected = mx.dequantize(packed, scales, biases, group, bits, stream=mx.cpu).astype(mx.float16)
-                parts = {"packed": packed, "scales": scales, "biases": biases, "values": expected}
-                mx.eval(parts)
                 name = f"{str(dtype).removeprefix('mlx.core.')}-{bits}-{group}"
-                write_safetensors(folder / f"quantized/{name}.safetensors", parts)
+                parts = {"packed": packed, "scales": scales, "biases": biases, "values": expected}
+                tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+    mx.eval(tensors)
+    write_safetensors(folder / "quantized.safetensors", tensors)
 
 
 def write_samples(folder: pathlib.Path) -> None:

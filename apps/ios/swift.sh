@@ -3,6 +3,7 @@
 #
 #   apps/ios/swift.sh build --package-path apps/ios/HierMemKit
 #
+# It runs at the top of the repository, which is all that the root sees of this machine.
 # Debian has Swift from trixie on. On an older Debian, as root, a trixie root is made from the mirror that this
 # machine's apt uses (3 GB, some minutes), in HIERMEM_SWIFT_ROOT. It is a folder like any other: remove it at will.
 set -euo pipefail
@@ -55,6 +56,7 @@ inside() {
 }
 
 if command -v swift > /dev/null; then
+  cd "$REPOSITORY"
   exec swift "$@"
 fi
 [ "$(id -u)" = 0 ] || no_swift "only root can make a Debian root"
@@ -65,8 +67,9 @@ if [ ! -d "$ROOT" ]; then
 fi
 # The compiler lies in folders of its own; the package's wrappers in /usr/bin are few.
 inside "$ROOT" '
+  cd "$1"
+  shift
   bin=$(dirname "$(dpkg -L swiftlang | grep "/bin/swift-build$" | head -n 1)")
   lib=$(dirname "$(dpkg -L libswiftlang | grep "/swift/linux/libswiftCore.so$" | head -n 1)")
-  cd "$0" 2>/dev/null || true
   PATH=$bin:$PATH LD_LIBRARY_PATH=$lib swift "$@"
-' "$@"
+' "$REPOSITORY" "$@"

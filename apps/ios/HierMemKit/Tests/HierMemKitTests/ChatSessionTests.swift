@@ -160,11 +160,13 @@ struct ChatSessionTests {
   }
 
   @Test func oneQuestionAtATime() async throws {
-    let session = ChatSession(model: model, options: ChatOptions(memory: .none, maxTokens: 200))
+    let session = ChatSession(model: model, options: ChatOptions(memory: .none, maxTokens: 10))
+    await anchor.hold()
     var iterator = session.ask("Hi").makeAsyncIterator()
     _ = try await iterator.next()
     #expect(await hierMemError { _ = try await say(session, "And?") }?.kind == .usage)
     #expect(await hierMemError { try await session.reset() }?.kind == .usage)
+    await anchor.release()
     while try await iterator.next() != nil {}
     try await session.reset()
     #expect(await session.messages.isEmpty)

@@ -11,16 +11,16 @@ struct QuantizationTests {
   /// Equal to MLX's dequantisation in the stored type, bit for bit.
   @Test(arguments: kinds)
   func dequantisesAsMLX(_ dtype: ScalarType, _ how: Quantization) throws {
-    let name = "quantized/\(dtype.rawValue)-\(how.bits)-\(how.groupSize).safetensors"
-    let file = try SafetensorsFile(contentsOf: Fixtures.url(name))
-    let found = try file.withBytes(of: "packed") { packed in
-      try file.withBytes(of: "scales") { scales in
-        try file.withBytes(of: "biases") { biases in
+    let name = "\(dtype.rawValue)-\(how.bits)-\(how.groupSize)"
+    let file = try SafetensorsFile(contentsOf: Fixtures.url("quantized.safetensors"))
+    let found = try file.withBytes(of: "\(name).packed") { packed in
+      try file.withBytes(of: "\(name).scales") { scales in
+        try file.withBytes(of: "\(name).biases") { biases in
           how.dequantized(packed: packed, scales: scales, biases: biases, dtype: dtype)
         }
       }
     }
-    let expected = try file.withBytes(of: "values") { bytes in
+    let expected = try file.withBytes(of: "\(name).values") { bytes in
       (0..<bytes.count / 2).map { bytes.loadUnaligned(fromByteOffset: 2 * $0, as: UInt16.self) }
     }
     #expect(expected.count == 6 * 128)
@@ -38,7 +38,7 @@ struct QuantizationTests {
 
   /// A quantised bank's blocks, through bank.json and the block files.
   @Test func readsAQuantisedBlock() throws {
-    let source = try SafetensorsFile(contentsOf: Fixtures.url("quantized/float16-4-64.safetensors"))
+    let source = try SafetensorsFile(contentsOf: Fixtures.url("quantized.safetensors"))
     let json = """
       {"kind": "ffn", "branching": 2, "block_sizes": [3], "layers": [0, 1], "hidden": 128,
        "quantization": [{"bits": 4, "group_size": 64}]}
@@ -49,7 +49,7 @@ struct QuantizationTests {
     var data = Data()
     for tensor in MemoryConfig.tensorNames {
       for (ending, part, dtype, width) in parts {
-        let bytes = try source.withBytes(of: part) { Data($0) }
+        let bytes = try source.withBytes(of: "float16-4-64.\(part)") { Data($0) }
         header.append(
           #""\#(tensor)\#(ending)":{"dtype":"\#(dtype)","shape":[2,3,\#(width)],"data_offsets":[\#(data.count),\#(data.count + bytes.count)]}"#)
         data += bytes
@@ -60,7 +60,7 @@ struct QuantizationTests {
     let length = (0..<8).map { UInt8(truncatingIfNeeded: text.utf8.count >> (8 * $0)) }
     try (Data(length) + Data(text.utf8) + data).write(to: url)
     let block = try MemoryBlock(contentsOf: url, config: config, level: 1)
-    let expected = try source.withBytes(of: "values") { bytes in
+    let expected = try source.withBytes(of: "float16-4-64.values") { bytes in
       (0..<bytes.count / 2).map { Float16(bitPattern: bytes.loadUnaligned(fromByteOffset: 2 * $0, as: UInt16.self)) }
     }
     for name in MemoryConfig.tensorNames { #expect(block.tensors[name] == expected) }

@@ -24,7 +24,8 @@ struct RoutingTests {
     let file = isElements
       ? Fixtures.elements.appendingPathComponent("tree.safetensors") : Fixtures.url("ragged-tree.safetensors")
     let tree = try ClusterTree(contentsOf: file)
-    let golden: Golden = try Fixtures.decode("routes/\(name).json")
+    let goldens: [String: Golden] = try Fixtures.decode("routes.json")
+    let golden = try #require(goldens[name])
     let policy = BankPolicy(
       blocked: Set(try golden.blocked.map(NodePath.init(parsing:))), onBlocked: golden.onBlocked)
     let vectors = isElements

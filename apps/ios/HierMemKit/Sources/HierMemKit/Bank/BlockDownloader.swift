@@ -15,7 +15,7 @@ public actor BlockDownloader {
   public nonisolated let folder: URL
   /// How often a file is asked for before giving up, while the connection breaks.
   private let attempts: Int
-  private let session: URLSession
+  private let configuration: URLSessionConfiguration
 
   /// Hears how many bytes of the files asked for have come.
   public typealias Progress = @Sendable (_ received: Int) -> Void
@@ -26,7 +26,7 @@ public actor BlockDownloader {
     self.remote = remote
     self.folder = folder
     self.attempts = attempts
-    session = URLSession(configuration: configuration)
+    self.configuration = configuration
   }
 
   /// Brings the blocks of a bank that are not here, one after another.
@@ -78,7 +78,7 @@ public actor BlockDownloader {
     for _ in 0..<attempts {
       let transfer = try Transfer(partial: partial, limit: entry.bytes, progress: progress)
       if transfer.received == entry.bytes { return }
-      switch try await transfer.run(session, from: remote.appendingPathComponent(name)) {
+      switch try await transfer.run(configuration, from: remote.appendingPathComponent(name)) {
       case .complete: return
       case .broken(let what): problem = what
       case .refused(let what):

@@ -6,8 +6,9 @@ import Foundation
 
 /// One request for the rest of a file, whose bytes go to disk as they come.
 ///
-/// Unchecked because URLSession calls a task's delegate from one serial queue, and `run` reads what it
-/// left only after the task's end.
+/// It is the delegate of a session of its own: outside Apple's systems, Foundation has no delegates for
+/// single tasks. Unchecked because a session calls its delegate from one serial queue, and `run` reads
+/// what it left only after the task's end.
 final class Transfer: NSObject, URLSessionDataDelegate, @unchecked Sendable {
   enum Outcome {
     case complete
@@ -44,13 +45,14 @@ final class Transfer: NSObject, URLSessionDataDelegate, @unchecked Sendable {
   deinit { try? file.close() }
 
   /// Asks for what is missing. Throws `CancellationError` when the surrounding task is cancelled.
-  func run(_ session: URLSession, from url: URL) async throws -> Outcome {
+  func run(_ configuration: URLSessionConfiguration, from url: URL) async throws -> Outcome {
     try Task.checkCancellation()
+    let session = URLSession(configuration: configuration, delegate: self, delegateQueue: nil)
+    defer { session.finishTasksAndInvalidate() }  // a session holds its delegate until then
     var request = URLRequest(url: url)
     request.setValue("identity", forHTTPHeaderField: "Accept-Encoding")
     if received > 0 { request.setValue("bytes=\(received)-", forHTTPHeaderField: "Range") }
     let task = session.dataTask(with: request)
-    task.delegate = self
     return try await withTaskCancellationHandler {
       try await withCheckedThrowingContinuation { continuation in
         self.continuation = continuation

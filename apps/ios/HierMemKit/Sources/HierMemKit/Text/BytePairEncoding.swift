@@ -1,6 +1,6 @@
 /// Byte-level BPE: a word's bytes are joined pair by pair, the pair that was learnt first at first.
 struct BytePairEncoding: Sendable {
-  private let vocabulary: Vocabulary
+  let vocabulary: Vocabulary
   /// Words that are tokens as they are need no merging.
   private let ignoresMerges: Bool
   private let merges: [Pair: Merge]
@@ -45,9 +45,8 @@ struct BytePairEncoding: Sendable {
   }
 
   /// The bytes of tokens, as text.
-  func decode(_ tokens: [Int]) -> String {
-    let bytes = tokens.flatMap { vocabulary.token(of: $0).map(ByteAlphabet.bytes(of:)) ?? [] }
-    return String(decoding: bytes, as: UTF8.self)
+  func decode(_ tokens: [String]) -> String {
+    String(decoding: tokens.flatMap(ByteAlphabet.bytes(of:)), as: UTF8.self)
   }
 
   /// The leftmost of the neighbours that were learnt first.
@@ -86,8 +85,9 @@ enum ByteAlphabet {
     String(String.UnicodeScalarView(text.utf8.map { characters[Int($0)] }))
   }
 
-  /// Characters outside the alphabet, as added tokens may have them, stand for themselves.
+  /// A token with characters outside the alphabet, as added tokens may be, stands for itself.
   static func bytes(of token: String) -> [UInt8] {
-    token.unicodeScalars.flatMap { values[$0].map { [$0] } ?? Array(String($0).utf8) }
+    let bytes = token.unicodeScalars.compactMap { values[$0] }
+    return bytes.count == token.unicodeScalars.count ? bytes : Array(token.utf8)
   }
 }

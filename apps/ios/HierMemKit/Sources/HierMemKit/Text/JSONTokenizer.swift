@@ -63,9 +63,12 @@ public struct JSONTokenizer: TextTokenizer {
 
   public func decode(_ tokens: [Int]) -> String {
     let shown = tokens.filter { !specialIDs.contains($0) }
+    func texts(_ vocabulary: Vocabulary) -> [String] {
+      shown.compactMap { addedTexts[$0] ?? vocabulary.token(of: $0) }
+    }
     switch model {
-    case .wordPiece(let model): return model.decode(shown)
-    case .bytePairs(let model): return model.decode(shown)
+    case .wordPiece(let model): return model.decode(texts(model.vocabulary))
+    case .bytePairs(let model): return model.decode(texts(model.vocabulary))
     }
   }
 

@@ -39,8 +39,8 @@ struct WordPiece: Sendable {
     return ids
   }
 
-  func decode(_ tokens: [Int]) -> String {
-    tokens.compactMap(vocabulary.token(of:)).enumerated().map { index, token in
+  func decode(_ tokens: [String]) -> String {
+    tokens.enumerated().map { index, token in
       if index == 0 { return token }
       return token.hasPrefix(prefix) ? String(token.dropFirst(prefix.count)) : " " + token
     }.joined()

@@ -11,6 +11,8 @@ actor TinyAnchor: Anchor {
   private(set) var attachments = 0
   /// The call that fails, counted from now; for tests of what remains of a conversation then.
   private var failing: Int?
+  /// Whoever waits for `release`, while calls are held up.
+  private var waiting: [CheckedContinuation<Void, Never>]?
 
   private let embeddings: [[Double]]
   private let head: [[Double]]
@@ -27,12 +29,21 @@ actor TinyAnchor: Anchor {
 
   func clearCalls() { calls = [] }
 
+  /// Lets no call end before `release`.
+  func hold() { waiting = [] }
+
+  func release() {
+    waiting?.forEach { $0.resume() }
+    waiting = nil
+  }
+
   func attach(_ memory: FetchedMemory?) {
     self.memory = memory
     attachments += 1
   }
 
-  func logits(after tokens: [Int], at position: Int) throws -> [Float] {
+  func logits(after tokens: [Int], at position: Int) async throws -> [Float] {
+    if waiting != nil { await withCheckedContinuation { waiting?.append($0) } }
     if let left = failing {
       failing = left > 1 ? left - 1 : nil
       if left == 1 { throw HierMemError(.model, "the anchor fails") }
