@@ -1,8 +1,9 @@
 """Goldens for the Swift tests in apps/ios/HierMemKit: what the Python side makes of given inputs.
 
-    python tests/swift_goldens.py              writes the goldens again; test_swift_goldens.py holds the two together
+    python tests/swift_goldens.py              writes the goldens again; test_swift_goldens.py compares them
     python tests/swift_goldens.py --inputs     makes the inputs anew too: small tokenizers, embedded conversations
-    python tests/swift_goldens.py --real OUT   goldens of real weights, too large to keep, for `make test-swift`
+    python tests/swift_goldens.py --real OUT   what is too large to keep, for `make test-swift`: goldens of the real
+                                               tokenizers, and an exported folder with what Python reads from it
 
 Vectors come from a generator that both languages state (SplitMix64), so that a thousand of them take no space.
 """
@@ -14,7 +15,7 @@ import json
 import pathlib
 from collections.abc import Iterator
 
-import mlx_hiermem  # isort: skip  # picks the BLAS before MLX is loaded
+import mlx_hiermem  # noqa: F401  # isort: skip  # picks the BLAS before MLX is loaded
 
 import mlx.core as mx
 import numpy as np
@@ -78,7 +79,9 @@ def write_routes(folder: pathlib.Path) -> None:
     )
     ragged.save(folder / "ragged-tree.safetensors")
     vectors = uniform(2, VECTORS, 16)
-    cases = {"elements": (ClusterTree.load(ELEMENTS / "tree.safetensors"), uniform(1, VECTORS, 384) / 16, BankPolicy())}
+    cases = {
+        "elements": (ClusterTree.load(ELEMENTS / "tree.safetensors"), uniform(1, VECTORS, 384) / 16, BankPolicy())
+    }
     blocked, goldens = frozenset(map(Path.parse, CLOSED)), {}
     for name, policy in (
         ("ragged", BankPolicy()),
@@ -211,9 +214,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--inputs", action="store_true")
     parser.add_argument("--real", type=pathlib.Path)
+    parser.add_argument("--export", type=pathlib.Path, help="with --real: this exported folder, not a tiny model's")
     arguments = parser.parse_args()
     if arguments.real:
+        from swift_export import write_export
+
         write_real_tokens(arguments.real)
+        write_export(arguments.real, arguments.export)
     else:
         if arguments.inputs:
             write_embedded(FIXTURES)

@@ -1,8 +1,8 @@
 """A conversation on a tiny anchor that both languages state, run here by the real Session.
 
 The anchor has what a session can get wrong: a key/value cache whose entries were computed under some memory, and
-logits that depend on all of them. So Swift's session gives the same tokens only if it routes, swaps, reuses and drops
-as Python's does. `TinyAnchor` in the Swift tests is its twin.
+logits that depend on all of them. So Swift's session gives the same tokens only if it routes, swaps, reuses and
+drops as Python's does. `TinyAnchor` in the Swift tests is its twin.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def write_session(folder: pathlib.Path) -> None:
         "context": CONTEXT,
         "eos": [EOS],
         "maxTokens": MAX_TOKENS,
-        "chat": {"marks": MARKS, "trim": False},
+        "chat": {"marks": MARKS, "trim": False, "thoughts": ""},
         "vectors": {text: vector.tolist() for text, vector in said.vectors.items()},
         "logits": _logits(model),
         "sessions": {name: _run(session) for name, session in sessions.items()},

@@ -158,5 +158,3 @@ def _write(source: pathlib.Path, texts: list[str], golden: pathlib.Path) -> None
     golden.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) for row in rows)
     golden.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-
-

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs `swift` from wherever there is one: on the PATH, or in a Debian root of its own that is built at first use.
+# Runs a command with Swift from wherever there is one: on the PATH, or in a Debian root that is built at first use.
 #
-#   apps/ios/swift.sh build --package-path apps/ios/HierMemKit
+#   apps/ios/swift.sh swift build --package-path apps/ios/HierMemKit
 #
 # It runs at the top of the repository, which is all that the root sees of this machine.
 # Debian has Swift from trixie on. On an older Debian, as root, a trixie root is made from the mirror that this
@@ -57,10 +57,11 @@ inside() {
 
 if command -v swift > /dev/null; then
   cd "$REPOSITORY"
-  exec swift "$@"
+  exec "$@"
 fi
 [ "$(id -u)" = 0 ] || no_swift "only root can make a Debian root"
 command -v apt-get > /dev/null || no_swift "this is no Debian"
+unshare --mount true 2> /dev/null || no_swift "nothing can be mounted here"
 if [ ! -d "$ROOT" ]; then
   echo "no swift on the PATH: making a Debian root with one in $ROOT" >&2
   build_root > "$ROOT.log" 2>&1 < /dev/null || { tail -n 20 "$ROOT.log" >&2; no_swift "no root could be made, see $ROOT.log"; }
@@ -71,5 +72,5 @@ inside "$ROOT" '
   shift
   bin=$(dirname "$(dpkg -L swiftlang | grep "/bin/swift-build$" | head -n 1)")
   lib=$(dirname "$(dpkg -L libswiftlang | grep "/swift/linux/libswiftCore.so$" | head -n 1)")
-  PATH=$bin:$PATH LD_LIBRARY_PATH=$lib swift "$@"
+  PATH=$bin:$PATH LD_LIBRARY_PATH=$lib "$@"
 ' "$REPOSITORY" "$@"

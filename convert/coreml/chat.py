@@ -6,6 +6,7 @@ of probes, and are held against the template on other conversations. A template 
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any, Protocol
 
 Messages = list[dict[str, str]]
@@ -14,7 +15,9 @@ PROBES = ("Ωone", "Ωtwo", "Ωthree", "Ωfour")  # in no template, and none a p
 CHECKS = (  # what is said in the conversations that the result is checked on
     ["Hi", "Hello.", "What is neon?", "A gas.", "  And its symbol?\n", "Ne\n\n"],
     ["{{ x }} <b>", "Two\nlines", "😀 ¿qué?", "", " "],
+    ["Hi", "<think>\nWell.\n</think>\n\nHello.", "And?", "<think></think>", "So?"],
 )
+THOUGHTS = "</think>"  # ends what a model says to itself
 
 
 class ChatTemplate(Protocol):
@@ -24,19 +27,20 @@ class ChatTemplate(Protocol):
 
 
 def chat_format(template: ChatTemplate) -> dict[str, Any] | None:
-    """{"marks": {"start>user": …, "user>assistant": …, "assistant>user": …, "user>reply": …}, "trim": …}, or None.
+    """{"marks": {"start>user": …, "user>assistant": …, "assistant>user": …, "user>reply": …}, "trim", "thoughts"}.
 
     `reply` is where the assistant is to speak. With a system message there are also "start>system" and
     "system>user"; they are absent where the template takes none. `trim` says that white space around what is said
-    is dropped. None where the template is not made of such parts.
+    is dropped, `thoughts` that a reply loses all that stands in front of this mark. None where the template is not
+    made of such parts.
     """
     marks = _marks(template, [])
     if marks is None:
         return None
     with_system = _marks(template, _said("system", PROBES[3]))
     for system in (with_system, {}) if with_system else ({},):
-        for trim in (False, True):
-            form = {"marks": (system or {}) | marks, "trim": trim}
+        for trim, thoughts in product((False, True), ("", THOUGHTS)):
+            form = {"marks": (system or {}) | marks, "trim": trim, "thoughts": thoughts}
             if _same(template, form):
                 return form
     return None
@@ -46,8 +50,10 @@ def render(form: dict[str, Any], messages: Messages) -> str:
     """The prompt of a conversation, ready for the assistant's words; HierMemKit's ChatFormat does the same."""
     text, before = "", "start"
     for message in messages:
-        said = message["content"].strip() if form["trim"] else message["content"]
-        text, before = text + form["marks"][f"{before}>{message['role']}"] + said, message["role"]
+        role, said = message["role"], message["content"].strip() if form["trim"] else message["content"]
+        if role == "assistant" and form["thoughts"]:
+            said = said.split(form["thoughts"])[-1].lstrip("\n")
+        text, before = text + form["marks"][f"{before}>{role}"] + said, role
     return str(text + form["marks"][f"{before}>reply"])
 
 

@@ -11,9 +11,6 @@ struct TokenizerTests {
     let decoded: String?
   }
 
-  /// Where `make test-swift` has put the tokenizers of SmolLM2 and MiniLM, too large to be kept here.
-  private static let real = ProcessInfo.processInfo.environment["HIERMEM_REAL_TOKENIZERS"]
-
   private func check(_ tokenizer: JSONTokenizer, _ goldens: [Golden]) {
     for golden in goldens {
       // Compared by bytes: to Swift, composed and decomposed letters are equal.
@@ -33,11 +30,12 @@ struct TokenizerTests {
     check(tokenizer, goldens)
   }
 
-  @Test(.enabled(if: real != nil, "run by `make test-swift`"), arguments: ["smollm2", "minilm"])
+  @Test(
+    .enabled(if: Fixtures.isMade("minilm/tokens.json"), "run by `make test-swift`"),
+    arguments: ["smollm2", "minilm"])
   func encodesAsTheRealTokenizers(_ name: String) throws {
-    let folder = URL(fileURLWithPath: Self.real!).appendingPathComponent(name)
-    let tokenizer = try JSONTokenizer(contentsOf: folder.appendingPathComponent("tokenizer.json"))
-    let data = try Data(contentsOf: folder.appendingPathComponent("tokens.json"))
+    let tokenizer = try JSONTokenizer(contentsOf: Fixtures.made("\(name)/tokenizer.json"))
+    let data = try Data(contentsOf: Fixtures.made("\(name)/tokens.json"))
     let goldens = try JSONDecoder().decode([Golden].self, from: data)
     #expect(goldens.count > 10_000)
     check(tokenizer, goldens)
@@ -85,6 +83,9 @@ struct TokenizerTests {
     let talk = [Message(.user, " Hi "), Message(.assistant, "Yes?"), Message(.user, "No")]
     #expect(try ChatFormat(marks: marks).prompt(talk) == "<u> Hi </u><a>Yes?</a><u>No</u><a>")
     #expect(try ChatFormat(marks: marks, trim: true).prompt(talk) == "<u>Hi</u><a>Yes?</a><u>No</u><a>")
+    let thinking = [Message(.user, "a</t>b"), Message(.assistant, "<t>Hm.</t>\n\nNo.\n"), Message(.user, "Oh")]
+    #expect(
+      try ChatFormat(marks: marks, thoughts: "</t>").prompt(thinking) == "<u>a</t>b</u><a>No.\n</a><u>Oh</u><a>")
     let system = [Message(.system, "Be brief.")] + talk
     #expect(!ChatFormat(marks: marks).takesSystemMessage)
     #expect(await hierMemError { _ = try ChatFormat(marks: marks).prompt(system) }?.kind == .usage)

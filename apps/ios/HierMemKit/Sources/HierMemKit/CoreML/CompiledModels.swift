@@ -21,7 +21,7 @@
       let name = package.deletingPathExtension().lastPathComponent
       let beside = package.deletingPathExtension().appendingPathExtension("mlmodelc")
       if files.fileExists(atPath: beside.path) { return beside }
-      let kept = cache.appendingPathComponent("\(name)-\(digest.prefix(16)).mlmodelc")
+      let kept = cache.appendingPathComponent("\(name)-\(digest.prefix(16)).mlmodelc", isDirectory: true)
       if files.fileExists(atPath: kept.path) { return kept }
       do {
         let compiled = try await MLModel.compileModel(at: package)

@@ -23,10 +23,13 @@ public struct ChatFormat: Decodable, Equatable, Sendable {
   private let marks: [String: String]
   /// Whether white space around what is said is dropped.
   private let trim: Bool
+  /// The mark that a reply loses all in front of, for models that think aloud; empty for none.
+  private let thoughts: String
 
-  public init(marks: [String: String], trim: Bool = false) {
+  public init(marks: [String: String], trim: Bool = false, thoughts: String = "") {
     self.marks = marks
     self.trim = trim
+    self.thoughts = thoughts
   }
 
   /// Whether there is a place for a system message.
@@ -39,8 +42,12 @@ public struct ChatFormat: Decodable, Equatable, Sendable {
     var text = ""
     var before = "start"
     for message in messages {
-      let said = trim
+      var said = trim
         ? message.content.trimmingCharacters(in: .whitespacesAndNewlines) : message.content
+      if message.role == .assistant, !thoughts.isEmpty {
+        let spoken = said.components(separatedBy: thoughts).last ?? said
+        said = String(spoken.drop { $0 == "\n" })
+      }
       text += try mark(before, message.role.rawValue) + said
       before = message.role.rawValue
     }

@@ -48,7 +48,7 @@ extension Normalizer.Bert {
     }
     if stripAccents {
       let decomposed = String(scalars).decomposedStringWithCanonicalMapping.unicodeScalars
-      scalars = String.UnicodeScalarView(decomposed.filter { $0.properties.generalCategory != .nonspacingMark })
+      scalars = String.UnicodeScalarView(decomposed.filter { $0.categoryForBert != .nonspacingMark })
     }
     // Scalar by scalar, because String.lowercased() looks at the neighbours of a final sigma.
     return lowercase
@@ -57,6 +57,18 @@ extension Normalizer.Bert {
 }
 
 extension Unicode.Scalar {
+  /// The general category in Unicode 8, by whose tables the tokenizers library goes here: what came later
+  /// is nothing to it, neither punctuation nor a mark. Three characters have moved since.
+  fileprivate var categoryForBert: Unicode.GeneralCategory {
+    switch value {
+    case 0x1734: return .nonspacingMark
+    case 0x166D, 0x111C9: return .otherPunctuation
+    default: break
+    }
+    guard let age = properties.age, age.major <= 8 else { return .unassigned }
+    return properties.generalCategory
+  }
+
   var isSpaceForBert: Bool { properties.isWhitespace }
 
   /// Control characters and their like, apart from the white space among them.
@@ -65,7 +77,7 @@ extension Unicode.Scalar {
     case "\t", "\n", "\r": return false
     case "\0", "\u{FFFD}": return true
     default:
-      switch properties.generalCategory {
+      switch categoryForBert {
       case .control, .format, .surrogate, .privateUse: return true
       default: return false
       }
@@ -88,7 +100,7 @@ extension Unicode.Scalar {
     case 0x21...0x2F, 0x3A...0x40, 0x5B...0x60, 0x7B...0x7E: return true
     default: break
     }
-    switch properties.generalCategory {
+    switch categoryForBert {
     case .connectorPunctuation, .dashPunctuation, .openPunctuation, .closePunctuation,
       .initialPunctuation, .finalPunctuation, .otherPunctuation:
       return true

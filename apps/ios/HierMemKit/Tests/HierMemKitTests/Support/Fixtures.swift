@@ -14,6 +14,11 @@ enum Fixtures {
 
   static let elements = repository.appendingPathComponent("apps/demo/bank")
 
+  /// What `make test-swift` makes beside the fixtures, because it is too large to be kept.
+  static func made(_ name: String) -> URL { repository.appendingPathComponent("build/swift/\(name)") }
+
+  static func isMade(_ name: String) -> Bool { FileManager.default.fileExists(atPath: made(name).path) }
+
   static func url(_ name: String) -> URL { folder.appendingPathComponent(name) }
 
   static func decode<Value: Decodable>(_ name: String, as type: Value.Type = Value.self) throws -> Value {

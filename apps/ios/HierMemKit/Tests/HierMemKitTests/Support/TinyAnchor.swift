@@ -2,8 +2,49 @@ import Foundation
 
 @testable import HierMemKit
 
-/// The twin of `TinyAnchor` in tests/swift_session.py: logits that depend on every cached token, and on
-/// the memory that each was computed under.
+/// The arithmetic of `TinyAnchor` in tests/swift_session.py: logits that depend on every token so far, and
+/// on the memory that each was computed under.
+struct TinyModel: Sendable {
+  typealias Tensors = [String: [Float16]]
+
+  let embeddings: [[Double]]
+  let head: [[Double]]
+
+  init(vocabulary: Int, hidden: Int) {
+    embeddings = Fixtures.uniform(31, vocabulary, hidden).map { $0.map(Double.init) }
+    head = Fixtures.uniform(32, vocabulary, hidden).map { $0.map(Double.init) }
+  }
+
+  /// What is cached for a token: its hidden state, and nine tenths of what is cached for the one before.
+  ///
+  /// - Parameter memory: gate, up and down, [layers, units, hidden].
+  func state(of token: Int, after before: [Double]?, memory: Tensors?, layers: Int) -> [Double] {
+    var x = embeddings[token]
+    for layer in 0..<(memory == nil ? 0 : layers) {
+      let part = memory!.mapValues { $0.count / layers }
+      var added = [Double](repeating: 0, count: x.count)
+      for unit in 0..<part["gate"]! / x.count {
+        func row(_ name: String) -> [Double] {
+          let start = layer * part[name]! + unit * x.count
+          return memory![name]![start..<start + x.count].map(Double.init)
+        }
+        let gate = dot(row("gate"), x)
+        let inner = gate / (1 + exp(-gate)) * dot(row("up"), x)
+        for (column, value) in row("down").enumerated() { added[column] += inner * value }
+      }
+      for column in x.indices { x[column] += added[column] }
+    }
+    return before.map { zip(x, $0).map { $0 + 0.9 * $1 } } ?? x
+  }
+
+  func logits(_ state: [Double]) -> [Float] { head.map { Float(dot($0, state)) } }
+
+  private func dot(_ a: [Double], _ b: [Double]) -> Double {
+    zip(a, b).reduce(0) { $0 + $1.0 * $1.1 }
+  }
+}
+
+/// The tiny model behind the protocol, without Core ML.
 actor TinyAnchor: Anchor {
   nonisolated let context: Int
   /// How many tokens each call was given.
@@ -14,15 +55,13 @@ actor TinyAnchor: Anchor {
   /// Whoever waits for `release`, while calls are held up.
   private var waiting: [CheckedContinuation<Void, Never>]?
 
-  private let embeddings: [[Double]]
-  private let head: [[Double]]
+  private let model: TinyModel
   private var memory: FetchedMemory?
-  private var rows: [[Double]] = []
+  private var states: [[Double]] = []
 
   init(vocabulary: Int, hidden: Int, context: Int) {
     self.context = context
-    embeddings = Fixtures.uniform(31, vocabulary, hidden).map { $0.map(Double.init) }
-    head = Fixtures.uniform(32, vocabulary, hidden).map { $0.map(Double.init) }
+    model = TinyModel(vocabulary: vocabulary, hidden: hidden)
   }
 
   func failAtCall(_ call: Int) { failing = call }
@@ -48,40 +87,14 @@ actor TinyAnchor: Anchor {
       failing = left > 1 ? left - 1 : nil
       if left == 1 { throw HierMemError(.model, "the anchor fails") }
     }
-    precondition(position <= rows.count && position + tokens.count <= context)
+    precondition(position <= states.count && position + tokens.count <= context)
     calls.append(tokens.count)
-    rows.removeSubrange(position...)
-    rows += tokens.map { widened(embeddings[$0]) }
-    var sum = [Double](repeating: 0, count: embeddings[0].count)
-    for (index, row) in rows.enumerated() {
-      let weight = pow(0.9, Double(rows.count - 1 - index))
-      for column in sum.indices { sum[column] += weight * row[column] }
+    states.removeSubrange(position...)
+    for token in tokens {
+      states.append(
+        model.state(of: token, after: states.last, memory: memory?.tensors, layers: memory?.layers ?? 0))
     }
-    return head.map { Float(dot($0, sum)) }
-  }
-
-  /// A token's hidden state, with what the memory adds in each of its layers.
-  private func widened(_ embedding: [Double]) -> [Double] {
-    guard let memory else { return embedding }
-    var x = embedding
-    for layer in 0..<memory.layers {
-      var added = [Double](repeating: 0, count: memory.hidden)
-      for unit in 0..<memory.units {
-        func row(_ name: String) -> [Double] {
-          let start = (layer * memory.units + unit) * memory.hidden
-          return memory.tensors[name]![start..<start + memory.hidden].map(Double.init)
-        }
-        let gate = dot(row("gate"), x)
-        let inner = gate / (1 + exp(-gate)) * dot(row("up"), x)
-        for (column, value) in row("down").enumerated() { added[column] += inner * value }
-      }
-      for column in x.indices { x[column] += added[column] }
-    }
-    return x
-  }
-
-  private func dot(_ a: [Double], _ b: [Double]) -> Double {
-    zip(a, b).reduce(0) { $0 + $1.0 * $1.1 }
+    return model.logits(states[states.count - 1])
   }
 }
 
