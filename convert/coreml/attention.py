@@ -114,7 +114,10 @@ def attention(
 
 def linear(x: Var, of: Linear, weights: Weights, name: str = "") -> Var:
     """x [..., in] -> [..., out]."""
-    bias = None if of.bias is None else weights.constant(f"{of.name}_bias", of.bias)
+    if of.bias is None:  # coremltools would write zeros of its own for each, and each function
+        bias = weights.constant(f"zeros_{len(of.weight)}", np.zeros(len(of.weight)))
+    else:
+        bias = weights.constant(f"{of.name}_bias", of.bias)
     return mb.linear(x=x, weight=weights.matrix(of.name, of.weight), bias=bias, name=name or f"{of.name}_out")
 
 

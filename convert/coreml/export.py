@@ -135,6 +135,9 @@ class _Exporter:
     def write(self, folder: pathlib.Path, out: pathlib.Path) -> Report:
         """Fills `folder`, which will become `out`."""
         reference, choice = self.reference, self.choice
+        if choice:  # first, as what is wrong with a bank is found quickly
+            self.steps.expect(len(choice.bundled))
+            bundle.write_bank(choice, folder / package.BANK, self.steps.did)
         weights = matrices(reference.sizes)
         plan = find_plan(reference, weights, self.options.weights, self.bound, self.steps.within)
         sizes.check_weights(sizes.weight_bytes(reference.sizes, self.shape, plan.formats), out)
@@ -143,7 +146,7 @@ class _Exporter:
         memory = package.describe_memory(choice.bank.config, self.options.memory) if choice else None
         gate = self._measure(folder, anchor, memory)
         gate.check(self.bound)
-        retriever = self._write_bank(choice, folder) if choice else None
+        retriever = self._write_retriever(choice, folder) if choice else None
         bundle.write_tokenizer(self.anchor, reference.tokenizer, folder / package.TOKENIZER)
         sizes.check_files(folder)
         manifest = {
@@ -174,10 +177,8 @@ class _Exporter:
         self.steps.expect(len(self.reference.ids) + WITH_MEMORY * len(memories))
         return measure_package(folder / package.ANCHOR, anchor, memory, self.reference, memories, self.steps.did)
 
-    def _write_bank(self, choice: Choice, folder: pathlib.Path) -> dict[str, Any]:
-        """The bank, and the retriever that finds its paths; returns the manifest's `retriever`."""
-        self.steps.expect(len(choice.bundled))
-        bundle.write_bank(choice, folder / package.BANK, self.steps.did)
+    def _write_retriever(self, choice: Choice, folder: pathlib.Path) -> dict[str, Any]:
+        """What finds the bank's paths; returns the manifest's `retriever`."""
         embedder = load_embedder(choice.bank.manifest.embedder)
         found = export_retriever(embedder, folder / package.RETRIEVER, folder / package.RETRIEVER_TOKENIZER)
         return {"package": package.RETRIEVER, "tokenizer": package.RETRIEVER_TOKENIZER} | found

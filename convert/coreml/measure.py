@@ -75,16 +75,23 @@ class Reference:
         self.modules = {path.removeprefix("model."): module for path, module in self.model.named_modules()}
         self.logits = self.run()
 
-    def run(self) -> list[np.ndarray]:
-        """Logits [T, V] of each text, in one call: the texts are filled up at their ends, which changes nothing."""
-        batch = np.zeros((len(self.ids), max(map(len, self.ids))), np.int32)
-        for row, ids in zip(batch, self.ids, strict=True):
+    def run(self, texts: int | None = None) -> list[np.ndarray]:
+        """Logits [T, V] of each text, or of the first, in one call.
+
+        The texts are filled up at their ends, which changes nothing.
+        """
+        wanted = self.ids[:texts]
+        batch = np.zeros((len(wanted), max(map(len, wanted))), np.int32)
+        for row, ids in zip(batch, wanted, strict=True):
             row[: len(ids)] = ids
         logits = np.array(self.model(mx.array(batch)).astype(mx.float32))[..., : self.sizes.vocabulary]
-        return [rows[: len(ids)] for rows, ids in zip(logits, self.ids, strict=True)]
+        return [rows[: len(ids)] for rows, ids in zip(logits, wanted, strict=True)]
 
-    def with_weights(self, changes: Iterable[tuple[Linear, np.ndarray]]) -> Distance:
-        """How far the anchor is from itself with other values in some matrices; they are put back."""
+    def with_weights(self, changes: Iterable[tuple[Linear, np.ndarray]], texts: int | None = None) -> Distance:
+        """How far the anchor is from itself with other values in some matrices; they are put back.
+
+        On the first of the texts, or on all.
+        """
         kept: dict[str, tuple[nn.Module, mx.array]] = {}
         try:
             for matrix, values in changes:
@@ -97,7 +104,7 @@ class Reference:
                     end = matrix.start + len(values)
                     whole = mx.concatenate([module.weight[: matrix.start], whole, module.weight[end:]])
                 module.weight = whole
-            return Distance.between(self.logits, self.run())
+            return Distance.between(self.logits[:texts], self.run(texts))
         finally:
             for module, weight in kept.values():
                 module.weight = weight

@@ -6,6 +6,8 @@ functions use carries a `weight_id`, and is stored once.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import pathlib
 import re
@@ -127,15 +129,16 @@ def save(functions: Mapping[str, Any], package: pathlib.Path) -> None:
     program.default_function_name = next(iter(functions))
     program.export_as_multifunction = len(functions) > 1
     program.skip_all_passes = True
-    mil_convert(
-        program,
-        convert_from="milinternal",
-        convert_to="mlprogram",
-        compute_units=ct.ComputeUnit.CPU_ONLY,
-        specification_version=OPSET,
-        pass_pipeline=ct.PassPipeline.EMPTY,
-        skip_model_load=True,
-        package_dir=str(package),
-    )
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
+        mil_convert(
+            program,
+            convert_from="milinternal",
+            convert_to="mlprogram",
+            compute_units=ct.ComputeUnit.CPU_ONLY,
+            specification_version=OPSET,
+            pass_pipeline=ct.PassPipeline.EMPTY,
+            skip_model_load=True,
+            package_dir=str(package),
+        )
     for file in package.rglob("*"):
         file.chmod(0o755 if file.is_dir() else 0o644)  # it makes some of them unreadable to others

@@ -18,6 +18,8 @@ from mlx_hiermem.errors import HierMemError
 
 Progress = Callable[[int, int], None]
 
+FINER = ("int8", "fp16")  # what is left in a search
+RANKED = 5  # texts on which single matrices are compared; plans are measured on all
 SHOWN = 10  # of the dearest matrices, in a receipt
 
 
@@ -40,21 +42,19 @@ class Plan:
 def find_plan(
     reference: Reference, weights: Sequence[Linear], form: str, bound: float, progress: Progress | None = None
 ) -> Plan:
-    """As many weights in `form` as keep the mean KL at most `bound`; the others one step finer.
+    """As many weights in `form` as keep the mean KL at most `bound`; the others in 8 bits, or else in 16.
 
-    The finer step is 8 bits for a format of 4, and 16 for int8. Raises HierMemError where not even float16 keeps
-    the bound.
+    Raises HierMemError where not even float16 keeps the bound.
     """
-    plan = _uniform(reference, weights, "fp16")
-    if not plan.distance.kl <= bound:
-        raise HierMemError(f"in float16 the KL is {plan.distance.kl:.2g} already", f"The bound is {bound:g}.")
-    for step in dict.fromkeys(("int8", form)) if form != "fp16" else ():
-        whole = _uniform(reference, weights, step)
-        if whole.distance.kl <= bound:
-            plan = whole
-            continue
-        return _search(reference, weights, plan, step, bound, progress)
-    return plan
+    whole = _uniform(reference, weights, form)
+    if whole.distance.kl <= bound:
+        return whole
+    for finer in FINER[FINER.index(form) + 1 if form in FINER else 0 :]:
+        fine = _uniform(reference, weights, finer)
+        if fine.distance.kl <= bound:
+            return _search(reference, weights, fine, form, bound, progress)
+        whole = fine
+    raise HierMemError(f"in float16 the KL is {whole.distance.kl:.2g} already", f"The bound is {bound:g}.")
 
 
 def _uniform(reference: Reference, weights: Sequence[Linear], form: str) -> Plan:
@@ -63,7 +63,8 @@ def _uniform(reference: Reference, weights: Sequence[Linear], form: str) -> Plan
 
 
 def _measure(reference: Reference, weights: Sequence[Linear], formats: dict[str, str]) -> Distance:
-    return reference.with_weights((weight, rounded(weight.weight, formats[weight.name])) for weight in weights)
+    changes = ((weight, rounded(weight.weight, formats[weight.name])) for weight in weights)
+    return reference.with_weights(changes)
 
 
 def _search(
@@ -72,7 +73,7 @@ def _search(
     """Coarsens the matrices that cost the least KL per megabyte; how many, by bisection."""
     costs = []
     for number, weight in enumerate(weights):
-        alone = reference.with_weights([(weight, rounded(weight.weight, form))]).kl
+        alone = reference.with_weights([(weight, rounded(weight.weight, form))], RANKED).kl
         shape = (weight.weight.shape[0], weight.weight.shape[1])
         saved = (size(shape, fine.formats[weight.name]) - size(shape, form)) / 1e6
         costs.append((weight.name, alone, alone / saved))
