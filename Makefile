@@ -31,7 +31,7 @@ test: setup  ## run the tests on tiny random models and on the real weights
 
 test-swift: setup  ## build and test the Swift package; on Debian, as root, this may make a root with Swift (3 GB)
 	$(BIN)/python tests/swift_goldens.py --real build/swift
-	$(SWIFT) swift test --package-path $(KIT)
+	$(SWIFT) swift test --package-path $(KIT) -Xswiftc -O
 	$(SWIFT) swiftc -parse $(CHAT)/*.swift
 	$(SWIFT) swiftc -typecheck -swift-version 6 -I $(KIT)/.build/debug/Modules $(CHAT)/Assistant.swift
 

@@ -13,7 +13,7 @@ REPOSITORY=$(cd "$(dirname "$0")/../.." && pwd)
 PACKAGES=(swiftlang libc6-dev libstdc++-14-dev git)
 
 no_swift() {
-  echo "no swift on the PATH, and $1: install Swift 5.9 or newer (swift.org/install)" >&2
+  echo "no swift on the PATH, and $1: install Swift 6 or newer (swift.org/install)" >&2
   exit 1
 }
 

@@ -1,6 +1,8 @@
 import HierMemKit
 import SwiftUI
 
+/// A sample over HierMemKit: chat, topics, memory, knowledge packs. It was parsed and partly type-checked on
+/// Linux, and has not run on a device; docs/ios.md says what is not known.
 @main struct HierMemChatApp: App {
   @State private var assistant = Assistant()
 

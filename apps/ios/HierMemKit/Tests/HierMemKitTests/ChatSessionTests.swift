@@ -3,52 +3,18 @@ import Testing
 
 @testable import HierMemKit
 
-/// The sessions of tests/swift_session.py, which Python's own Session ran.
 struct ChatSessionTests {
-  private struct Golden: Decodable {
-    struct Session: Decodable {
-      let memory: String
-      let system: String
-      let blocked: [String]
-      let turns: [Turn]
-    }
-
-    struct Turn: Decodable {
-      let text: String
-      let reply: String
-      let path: String
-      let stayed: Bool
-      let blocks: [String]
-      let first: Int
-      let prefilled: Int
-    }
-
-    struct Logits: Decodable {
-      let memory: String
-      let blocks: [String]
-      let logits: [Double]
-    }
-
-    let context: Int
-    let eos: [Int]
-    let maxTokens: Int
-    let chat: ChatFormat
-    let vectors: [String: [Float]]
-    let logits: [Logits]
-    let sessions: [String: Session]
-  }
-
-  private let golden: Golden
+  private let golden: SessionGolden
   private let anchor: TinyAnchor
   private let model: ChatModel
 
   init() throws {
-    golden = try Fixtures.decode("session.json")
+    golden = try SessionGolden.read()
     let bank = try Fixtures.tinyBank()
     anchor = TinyAnchor(vocabulary: 400, hidden: bank.manifest.memory.hidden, context: golden.context)
     model = ChatModel(
       anchor: anchor, tokenizer: try JSONTokenizer(contentsOf: Fixtures.url("inputs/digits/tokenizer.json")),
-      format: golden.chat, eos: Set(golden.eos),
+      format: golden.format, eos: Set(golden.eos),
       router: Router(tree: bank.tree, embedder: KnownEmbedder(vectors: golden.vectors)),
       blocks: BlockCache(bank: bank))
   }
@@ -96,7 +62,7 @@ struct ChatSessionTests {
 
   @Test func theTinyAnchorIsPythons() async throws {
     let blocks = try #require(model.blocks)
-    let prompt = try golden.chat.prompt([Message(.user, "What is the atomic number of neon?")])
+    let prompt = try golden.format.prompt([Message(.user, "What is the atomic number of neon?")])
     for expected in golden.logits {
       let fetch: Fetch? = switch try memory(expected.memory) {
       case .none, .routed: nil

@@ -12,7 +12,8 @@
     @Test(arguments: TinyExport.Memory.allCases)
     func theAnchorComputesAsWithoutCoreML(_ memory: TinyExport.Memory) async throws {
       let export = try TinyExport(memory: memory)
-      let model = try await ChatModel.load(try export.open(), compiled: export.compiled)
+      let program = try TinyProgram(export, memory: memory)
+      let model = try await ChatModel.load(try export.open(), compiled: program.compiled)
       let plain = TinyAnchor(vocabulary: 400, hidden: 32, context: 320)
       let blocks = try #require(model.blocks)
       let tokens = (0..<21).map { $0 * 37 % 400 }
@@ -29,21 +30,42 @@
       }
       let once = ["prefill 8", "prefill 8", "prefill 8", "decode 1", "prefill 8"]
       let swap = memory == .loadBlock ? ["load_block"] : []
-      #expect(export.program.calls == (0..<5).flatMap { _ in swap + once })
+      #expect(program.calls == (0..<5).flatMap { _ in swap + once })
+    }
+
+    /// A whole conversation through the folder, the retriever and the anchor's functions.
+    @Test(arguments: TinyExport.Memory.allCases)
+    func aConversationGoesAsInPython(_ memory: TinyExport.Memory) async throws {
+      let golden = try SessionGolden.read()
+      let expected = try #require(golden.sessions["routed"])
+      let export = try TinyExport(memory: memory, context: golden.context)
+      let program = try TinyProgram(export, memory: memory, logits: .float32, vectors: golden.vectors)
+      let model = try await ChatModel.load(try export.open(), compiled: program.compiled)
+      let session = ChatSession(
+        model: model, options: ChatOptions(system: expected.system, maxTokens: golden.maxTokens))
+      for turn in expected.turns {
+        var reply = ""
+        for try await event in session.ask(turn.text) {
+          if case .text(let piece) = event { reply += piece }
+        }
+        #expect(Array(reply.utf8) == Array(turn.reply.utf8))
+        #expect(await session.topic?.path.description == turn.path)
+      }
     }
 
     @Test func nothingReachesBeyondTheContext() async throws {
       let export = try TinyExport(context: 20)
-      let model = try await ChatModel.load(try export.open(), compiled: export.compiled)
+      let program = try TinyProgram(export)
+      let model = try await ChatModel.load(try export.open(), compiled: program.compiled)
       _ = try await model.anchor.logits(after: [Int](repeating: 3, count: 20), at: 0)
-      #expect(export.program.calls == ["prefill 8", "prefill 8"] + [String](repeating: "decode 1", count: 4))
+      #expect(program.calls == ["prefill 8", "prefill 8"] + [String](repeating: "decode 1", count: 4))
       let error = await hierMemError { _ = try await model.anchor.logits(after: [1, 2], at: 19) }
       #expect(error?.kind == .usage)
     }
 
     @Test func refusesAMemoryOfAnotherShape() async throws {
       let export = try TinyExport()
-      let model = try await ChatModel.load(try export.open(), compiled: export.compiled)
+      let model = try await ChatModel.load(try export.open(), compiled: TinyProgram(export).compiled)
       let text = """
         {"kind": "ffn", "branching": 3, "block_sizes": [4], "layers": [1, 3], "hidden": 32, "dtype": "float16"}
         """

@@ -4,7 +4,8 @@ struct BytePairEncoding: Sendable {
   /// Words that are tokens as they are need no merging.
   private let ignoresMerges: Bool
   private let merges: [Pair: Merge]
-  private let byteTokens: [Int]
+  /// By byte. Some vocabularies lack bytes that UTF-8 has no use for, or control characters: they are left out.
+  private let byteTokens: [Int?]
 
   private struct Pair: Hashable, Sendable {
     let left: Int
@@ -18,6 +19,7 @@ struct BytePairEncoding: Sendable {
 
   init(_ model: TokenizerFile.Model) throws {
     if model.byteFallback == true { throw unsupported("byte fallback") }
+    if model.unknownToken != nil { throw unsupported("a token for unknown bytes") }
     let vocabulary = try Vocabulary(model.vocab)
     func id(_ token: String) throws -> Int {
       guard let id = vocabulary.id(of: token) else { throw unsupported("no token '\(token)'") }
@@ -31,12 +33,12 @@ struct BytePairEncoding: Sendable {
     self.vocabulary = vocabulary
     self.merges = merges
     ignoresMerges = model.ignoreMerges ?? false
-    byteTokens = try ByteAlphabet.characters.map { try id(String($0)) }
+    byteTokens = ByteAlphabet.characters.map { vocabulary.id(of: String($0)) }
   }
 
   func encode(_ word: String) -> [Int] {
     if ignoresMerges, let whole = vocabulary.id(of: ByteAlphabet.spelled(word)) { return [whole] }
-    var ids = word.utf8.map { byteTokens[Int($0)] }
+    var ids = word.utf8.compactMap { byteTokens[Int($0)] }
     while let (index, merge) = best(ids) {
       ids[index] = merge.joined
       ids.remove(at: index + 1)

@@ -26,6 +26,17 @@ public struct ChatFormat: Decodable, Equatable, Sendable {
   /// The mark that a reply loses all in front of, for models that think aloud; empty for none.
   private let thoughts: String
 
+  private enum CodingKeys: CodingKey {
+    case marks, trim, thoughts
+  }
+
+  public init(from decoder: any Decoder) throws {
+    let values = try decoder.container(keyedBy: CodingKeys.self)
+    marks = try values.decode([String: String].self, forKey: .marks)
+    trim = try values.decode(Bool.self, forKey: .trim)
+    thoughts = try values.decodeIfPresent(String.self, forKey: .thoughts) ?? ""
+  }
+
   public init(marks: [String: String], trim: Bool = false, thoughts: String = "") {
     self.marks = marks
     self.trim = trim

@@ -58,10 +58,12 @@ extension Normalizer.Bert {
 
 extension Unicode.Scalar {
   /// The general category in Unicode 8, by whose tables the tokenizers library goes here: what came later
-  /// is nothing to it, neither punctuation nor a mark. Three characters have moved since.
+  /// is nothing to it, neither punctuation nor a mark. A few characters have moved since.
   fileprivate var categoryForBert: Unicode.GeneralCategory {
     switch value {
     case 0x1734: return .nonspacingMark
+    case 0x1885, 0x1886: return .otherLetter
+    case 0xA9BD: return .spacingMark
     case 0x166D, 0x111C9: return .otherPunctuation
     default: break
     }
