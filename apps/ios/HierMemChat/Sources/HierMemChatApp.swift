@@ -15,7 +15,7 @@ import SwiftUI
 }
 
 private struct Screens: View {
-  @Bindable var assistant: Assistant
+  let assistant: Assistant
 
   var body: some View {
     switch assistant.stage {

@@ -107,10 +107,18 @@ import Testing
   @Test func cancellingKeepsThePartialFile() async throws {
     defer { server.stop() }
     let block = try entry("0")
-    let task = Task { [downloader = downloader()] in try await downloader.download([block]) }
+    let partial = try file("0").appendingPathExtension("partial")
+    try FileManager.default.createDirectory(
+      at: partial.deletingLastPathComponent(), withIntermediateDirectories: true)
+    try Data(contentsOf: Fixtures.url("bank/blocks/0.safetensors")).prefix(100).write(to: partial)
+    let task = Task { [downloader = downloader()] in
+      try? await Task.sleep(for: .seconds(60))  // until it is cancelled
+      try await downloader.download([block])
+    }
     task.cancel()
     await #expect(throws: CancellationError.self) { try await task.value }
     try await downloader().download([block])
+    #expect(server.requests.map(\.range) == ["bytes=100-"])
     #expect(try fileDigest(file("0")) == block.file.sha256)
   }
 }

@@ -8,10 +8,14 @@
     private let sources: [any DispatchSourceMemoryPressure]
 
     public init(relieving cache: BlockCache) {
-      sources = [(.warning, MemoryPressure.warning), (.critical, .critical)].map { event, pressure in
+      let kinds: [(DispatchSource.MemoryPressureEvent, MemoryPressure)] = [
+        (.warning, .warning), (.critical, .critical),
+      ]
+      sources = kinds.map { event, pressure in
         let source = DispatchSource.makeMemoryPressureSource(eventMask: event)
         source.setEventHandler { [weak cache] in
-          Task { await cache?.relieve(pressure) }
+          guard let cache else { return }
+          Task { await cache.relieve(pressure) }
         }
         source.activate()
         return source
