@@ -48,7 +48,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def folder(model: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """One export by the command itself; do not write into it."""
     out = tmp_path_factory.mktemp("out") / "Model"
-    options = ["--context", str(CONTEXT), "--weights", "int8_channel", "--bound", "0.1"]
+    options = ["--context", str(CONTEXT), "--weights", "fp16"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["hiermem", "export", "coreml", str(model), str(out), *options])
         with pytest.raises(SystemExit) as stop:
@@ -78,7 +78,7 @@ def test_the_folder(folder: pathlib.Path) -> None:
     assert [path.name for path in folder.parent.iterdir()] == ["Model"]
     anchor = manifest["anchor"]
     assert (anchor["functions"], anchor["load_block"]) == ({"decode": 1, "prefill": 32}, "load_block")
-    assert (anchor["context"], anchor["vocabulary"], anchor["compression"]) == (CONTEXT, 260, {"int8_channel": 29})
+    assert (anchor["context"], anchor["vocabulary"], anchor["compression"]) == (CONTEXT, 260, {"fp16": 29})
     assert anchor["states"]["k_cache"]["shape"] == [4, 2, CONTEXT, 8]
     assert anchor["states"]["down"]["shape"] == [2, 6, 32]
     assert manifest["memory"]["block_sizes"] == [4, 2]
@@ -90,7 +90,7 @@ def test_the_folder(folder: pathlib.Path) -> None:
 def test_the_receipt(folder: pathlib.Path) -> None:
     receipt = read(folder / "receipt.json")
     assert receipt["measured"]["tokens"] > 300
-    assert 0 < receipt["measured"]["kl"] <= receipt["weights"]["bound"] == 0.1
+    assert 0 < receipt["measured"]["kl"] <= receipt["weights"]["bound"] == 5e-4
     assert receipt["overflow"]["tensors"] > 200
     assert 0 < max(receipt["overflow"]["peaks"].values()) < 65_504
     assert {row["device"] for row in receipt["devices"]} == set(plan.devices())
@@ -108,7 +108,7 @@ def test_the_same_logits_as_in_mlx(folder: pathlib.Path, model: pathlib.Path) ->
         found.append(runner.feed(ids))
         attachment.set(BlockCache(exported.bank).fetch(Path.parse(memory)).memory)
         expected = np.array(ours(mx.array(ids)[None]))[0]
-        assert np.abs(found[-1] - expected).max() < 0.05 * np.abs(expected).max()
+        assert np.abs(found[-1] - expected).max() < 0.02 * np.abs(expected).max()
     assert np.abs(found[0] - found[1]).max() > 0.2 * np.abs(expected).max()
 
 
