@@ -109,6 +109,15 @@ def test_a_memory_by_input(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
     assert not failed_texts(out, model)
 
 
+def test_an_anchor_without_memory(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    out = tmp_path / "app"
+    export.export(model / "anchor", out, export.Options(context=64, weights="int8"))
+    checks = checked(out, against=str(model / "anchor"), prompts=2)
+    assert not [check for check in checks.values() if not check.passed]
+    assert "logits, memory none" in checks
+    assert not [name for name in checks if "0.0" in name]
+
+
 def without_decode(model: Any) -> None:
     del model.mlProgram.functions["decode"]
     names = [one.name for one in model.description.functions]
