@@ -34,7 +34,7 @@ from mlx_hiermem.convert.coreml.verify import check_files
 from mlx_hiermem.errors import AnchorMismatchError, BankError, HierMemError
 from mlx_hiermem.memory.attach import attach
 
-CONTEXT, TOP = 48, Path((0,))
+CONTEXT, TOP = 32, Path((0,))
 QUICK = Options(context=CONTEXT, weights="int8_channel", bound=0.1)
 
 
@@ -230,7 +230,7 @@ def config(**changes: Any) -> Callable[[pathlib.Path], None]:
 UP = "model.layers.1.mlp.up_proj.weight"
 REFUSED: dict[str, tuple[Callable[[pathlib.Path], Any], dict[str, Any], str]] = {
     "architecture": (config(model_type="mistral"), {}, "anchors of type mistral cannot be exported to Core ML"),
-    "long context": (config(max_position_embeddings=40), {}, r"made for 40 tokens, not 48\. Give a shorter"),
+    "long context": (config(max_position_embeddings=24), {}, r"made for 24 tokens, not 32\. Give a shorter"),
     "short context": (lambda _: None, {"context": 20}, r"a context of 20 tokens is too short\. A call takes 32"),
     "memory kind": (lora, {}, r"memories of kind lora-qk cannot be exported to Core ML\. Only ffn"),
     "other anchor": (another_anchor, {}, "the bank was made for the anchor"),

@@ -144,7 +144,9 @@ def _remember(x: Var, cache: Cache, index: int, at: Positions, name: str) -> Var
     begin = mb.concat(values=[np.array([index, 0], np.int32), at.begin, back], axis=0)
     end = mb.concat(values=[np.array([index + 1, 0], np.int32), at.end, back], axis=0)
     whole = [False, True, False, True]  # axes of which all is written
-    written = mb.slice_update(x=cache.value, update=update, begin=begin, end=end, begin_mask=whole, end_mask=whole)
+    written = mb.slice_update(
+        x=cache.value, update=update, begin=begin, end=end, begin_mask=whole, end_mask=whole, name=f"{name}_cache"
+    )
     cache.value = mb.coreml_update_state(state=cache.state, value=written, name=f"{name}_stored")
     return take(cache.value, index, name)
 

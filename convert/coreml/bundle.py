@@ -69,8 +69,6 @@ def choose(bank: MemoryBank, blocks: str = "all", only: tuple[str, ...] = (), ur
     BankError for a subtree that does not exist, for blocks that are not here, and where level 1 would be all there
     ever is.
     """
-    if blocks not in BLOCKS:
-        raise BankError(f"--blocks is '{blocks}'", f"Choose {' or '.join(BLOCKS)}.")
     origin = bank.remote.origin if bank.remote else None
     if not url and origin:
         url = f"https://huggingface.co/{origin.repo}/resolve/{origin.revision}/bank/"

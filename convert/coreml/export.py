@@ -52,6 +52,8 @@ class Options:
             raise HierMemError(f"--memory is '{self.memory}'", f"Choose {' or '.join(MODES)}.")
         if self.weights not in FORMATS:
             raise HierMemError(f"unknown weight format '{self.weights}'", f"Known: {', '.join(FORMATS)}.")
+        if self.blocks not in bundle.BLOCKS:
+            raise HierMemError(f"--blocks is '{self.blocks}'", f"Choose {' or '.join(bundle.BLOCKS)}.")
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,8 @@ class _Exporter:
             self.steps.expect(len(choice.bundled))
             bundle.write_bank(choice, folder / package.BANK, self.steps.did)
         weights = matrices(reference.sizes)
+        for one in weights:
+            mil.Weights.check(one.name, one.weight)
         plan = find_plan(reference, weights, self.options.weights, self.bound, self.steps.within)
         sizes.check_weights(sizes.weight_bytes(reference.sizes, self.shape, plan.formats), out)
         mil.save(build(reference.sizes, self.shape, plan.formats), folder / package.ANCHOR)

@@ -25,8 +25,13 @@ class Overflow:
 
     @classmethod
     def of(cls, peaks: Mapping[str, float]) -> Overflow:
-        """Of what the interpreter saw. Masks are left out: they are large by intention."""
-        return cls({name: peak for name, peak in peaks.items() if "mask" not in name})
+        """Of what the interpreter saw.
+
+        Masks are left out, which are large by intention, and whole caches: they hold what was counted before.
+        """
+        return cls(
+            {name: peak for name, peak in peaks.items() if "mask" not in name and not name.endswith("_cache")}
+        )
 
     @property
     def highest(self) -> tuple[str, float]:
