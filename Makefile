@@ -23,7 +23,7 @@ demo: .venv/demo.stamp  ## the tour on real weights; works on a fresh clone
 
 test: setup  ## run the tests on tiny random models and on the real weights
 	$(BIN)/python -c 'from mlx_hiermem.assets import ASSETS, fetch; [fetch(name, print) for name in ASSETS]'
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -rs
 
 lint: setup  ## check style, format, types, and the page of commands
 	$(BIN)/ruff check
