@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mlx_hiermem.apps.cli.display import console, describe, notes, size, waiting, write
+from mlx_hiermem.apps.cli.display import console, describe, notes, size, utf8, waiting, write
 from mlx_hiermem.apps.cli.share import parse_size
 
 if TYPE_CHECKING:
@@ -40,7 +40,10 @@ def chat(
 
     cache_bytes = parse_size(cache, "--cache")
     loaded = recent.open_model(model or recent.preferred(), cache_bytes)
-    well = talk(Session(loaded, memory, system, max_tokens=max_tokens, temperature=temperature))
+    session = Session(loaded, system=system, max_tokens=max_tokens, temperature=temperature)
+    if memory:
+        session.use(memory)
+    well = talk(session)
     if not well and not sys.stdin.isatty():
         raise typer.Exit(1)
 
@@ -57,7 +60,7 @@ def talk(session: Session) -> bool:
     while (text := _next(read)) is not None:
         try:
             if not text.startswith("/"):
-                _reply(session, text)
+                _reply(session, utf8(text))
             elif not slash.run(session, text):
                 break
         except HierMemError as error:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from mlx_hiermem.errors import HierMemError
+
 if TYPE_CHECKING:
     from mlx_hiermem.bank.bank import MemoryBank
     from mlx_hiermem.config import Path
@@ -51,6 +53,15 @@ def describe(selection: Selection) -> str:
 def blocked_note(bank: MemoryBank, node: Path) -> str:
     """About a node that a text would have entered."""
     return f"{node} {bank.manifest.label(node)} would be nearer, but is blocked"
+
+
+def utf8(text: str) -> str:
+    """A text that was typed or piped in. HierMemError where its bytes are none, for no tokenizer takes them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise HierMemError("the text is not valid UTF-8", "Convert it: iconv -t utf-8.") from error
+    return text
 
 
 def write(piece: str) -> None:
