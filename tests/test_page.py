@@ -410,24 +410,54 @@ def test_a_file_has_the_same_picture(browser: Browser, folder: pathlib.Path, tmp
         assert drawn(page) == ["1", "1.0", "1.1", "1.2"]
 
 
-def test_a_large_bank_is_quick(page: Page) -> None:
-    """16 + 256 + 4096 blocks: what is narrower than a pixel is not drawn, but can be walked to."""
-    sizes = (256, 64, 16)
-    row = {"label": "", "documents": 0, "sources": [], "more_sources": 0, "state": "on disk"}
+def test_a_large_bank_is_folded(page: Page) -> None:
+    """16 + 256 + 4096 blocks: a fold stands for those that are too narrow, and opens to pointer and keys."""
+    sizes, topics = (256, 64, 16), "ABCDEFGHIJKLMNOP"
     paths = [path for level in (1, 2, 3) for path in itertools.product(range(16), repeat=level)]
-    nodes = [row | {"path": ".".join(map(str, path)), "bytes": sizes[len(path) - 1]} for path in paths]
+    nodes = [
+        {
+            "path": ".".join(map(str, path)),
+            "label": "".join(topics[step] for step in path) * 3,
+            "bytes": sizes[len(path) - 1],
+            "state": "remote" if path[0] == 5 else "on disk",
+        }
+        for path in paths
+    ]
     script = """async nodes => {
         const { MemoryPicture } = await import("/page/picture.js");
-        const picture = new MemoryPicture(document.getElementById("picture"));
+        window.picture = new MemoryPicture(document.getElementById("picture"));
         const start = performance.now();
         picture.show(nodes);
-        picture.focus(picture.root.found.get("7.7"));
+        picture.light(["7", "7.7", "7.7.7"]);
         return performance.now() - start;
     }"""
     assert page.evaluate(script, nodes) < 2000  # ms
-    assert page.locator(".blocks .block").count() < 300
+    fold = page.locator("[data-fold]")
+    assert drawn(page) == sorted(
+        [*map(str, range(16)), "7.7", "7.7.7"], key=lambda path: [*map(int, path.split("."))]
+    )
+    assert fold.all_inner_texts() == [f"{topic * 3}\n272 blocks" for topic in topics]
+    leaf, around = page.locator("[data-path='7.7.7']").bounding_box(), fold.nth(7).bounding_box()
+    assert leaf
+    assert around
+    assert leaf["width"] == 3
+    assert (leaf["x"] - around["x"]) / around["width"] == pytest.approx((7 + 7 / 16) / 16, abs=0.03)
+    backgrounds = [fold.nth(n).evaluate("it => getComputedStyle(it).backgroundImage") for n in (4, 5, 6)]
+    assert backgrounds[0] == backgrounds[2] != backgrounds[1]
+    fold.nth(5).hover()
+    assert page.locator(".facts p").all_inner_texts()[:2] == ["Below 5 FFF", "272 blocks · 5.1 kB · 272 remote"]
+
+    fold.nth(5).click(position={"x": 20, "y": 200})
+    assert page.locator(".trail button").all_inner_texts() == ["Whole bank", "FFF"]
+    assert drawn(page) == ["5", *(f"5.{n}" for n in range(16))]
+    focus = page.locator(":focus")
+    assert focus.get_attribute("data-path") == "5.0"
     page.keyboard.press("ArrowDown")
-    assert page.locator(":focus").get_attribute("data-path") == "7.7.0"
-    box = page.locator(":focus").bounding_box()
-    assert box
-    assert box["width"] == 3
+    assert focus.get_attribute("data-path") == "5.0.0"
+    assert drawn(page) == ["5.0", *(f"5.0.{n}" for n in range(16))]
+    for seen in ("5", "0"):
+        page.keyboard.press("Escape")
+        assert drawn(page)[0] == seen
+    assert focus.get_attribute("data-path") == "5"
+    page.evaluate("picture.reveal(['7', '7.7', '7.7.7'])")
+    assert drawn(page) == ["7.7", *(f"7.7.{n}" for n in range(16))]
