@@ -11,6 +11,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,7 @@ from serving import CONTEXT, Gate, Running, eventually, serving
 from tiny import Aimed, make_model
 
 from mlx_hiermem import load
+from mlx_hiermem.apps.demo import tour
 from mlx_hiermem.apps.picture.icicle import HEIGHT, WIDTH, icicle
 from mlx_hiermem.apps.picture.page import page as picture_page
 from mlx_hiermem.bank import edit
@@ -42,6 +44,7 @@ QUIET = (
     "--disable-sync",
 )
 NAMES = {"neon": Path((1, 1)), "iron": Path((2, 0))}
+WAIT = 30_000  # ms
 LENGTH = 12  # tokens of a reply: a tiny model does not end by itself
 EVIL = "<img src=x onerror=alert(1)> & more"
 
@@ -140,8 +143,8 @@ def ask(page: Page, text: str) -> str:
     """Asks, and waits for the end; returns the reply."""
     page.fill("#input", text)
     page.press("#input", "Enter")
-    expect(page.locator(".words").last).not_to_be_empty()
-    expect(page.locator("#send")).to_be_visible()
+    expect(page.locator(".words").last).not_to_be_empty(timeout=WAIT)
+    expect(page.locator("#send")).to_be_visible(timeout=WAIT)
     return page.locator(".words").last.text_content() or ""
 
 
@@ -151,6 +154,11 @@ def direct(server: Running, text: str, memory: Any) -> tuple[str, dict[str, Any]
     status, answer = server.json("POST", "/v1/chat/completions", body)
     assert status == 200
     return answer["choices"][0]["message"]["content"], answer["memory"]
+
+
+def held(server: Running) -> str:
+    """What the page says is in memory."""
+    return f"{server.engine.model.cache.bytes / 1000:.1f} kB"
 
 
 def lit(page: Page) -> list[str | None]:
@@ -177,19 +185,25 @@ def caption(page: Page) -> str:
 
 
 def test_a_conversation_and_a_change_of_topic(page: Page, server: Running) -> None:
+    assert page.locator("#speed").inner_text() == "–"
     first = ask(page, "tell me of neon")
     assert first == direct(server, "tell me of neon", "auto")[0]
     assert lit(page) == ["1", "1.1"]
     assert "Topic 1 › Topic 1.1" in caption(page)
     assert "fetched" in caption(page)
     assert "tokens/s" in caption(page)
+    assert float(page.locator("#speed").inner_text()) > 0
+    expect(page.locator("#held")).to_have_text(f"{held(server)} of 536.9 MB")
+    assert int(page.locator("#meter").get_attribute("aria-valuenow") or 0) == server.engine.model.cache.bytes
+    before = held(server)
     ask(page, "and its colour?")
     assert lit(page) == ["1", "1.1"]
     assert "already in memory · kept the topic" in caption(page)
     ask(page, "now of iron")
     assert lit(page) == ["2", "2.0"]
     assert state(page, "1.1") == "in-memory"
-    expect(page.locator("#held")).to_contain_text("of 536.9 MB")
+    assert held(server) != before
+    expect(page.locator("#held")).to_have_text(f"{held(server)} of 536.9 MB")
     expect(page.locator("#say")).to_contain_text("Topic 2 › Topic 2.0")
     page.locator("button.path").first.click()
     assert lit(page) == ["1", "1.1"]
@@ -214,6 +228,7 @@ def test_blocking_a_node_changes_the_answer(page: Page, server: Running) -> None
     choose(page, "1.1", "Block")
     assert state(page, "1.1") == "blocked"
     assert page.locator("#chosen li").all_inner_texts() == ["Blocked\n1.1 Topic 1.1\nUnblock"]
+    assert "blocked here" in page.locator(".facts p").nth(1).inner_text()
     page.click("#new")
     after = ask(page, "tell me of neon")
     expected, memory = direct(server, "tell me of neon", {"blocked": ["1.1"]})
@@ -224,6 +239,26 @@ def test_blocking_a_node_changes_the_answer(page: Page, server: Running) -> None
     assert page.locator("#chosen li").count() == 0
     page.click("#new")
     assert ask(page, "tell me of neon") == before
+
+
+def test_real_weights(browser: Browser, smollm2_anchor: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """The demo's bank: what was learnt is known, and no longer once its block is closed."""
+    (tmp_path / "anchor").symlink_to(smollm2_anchor)
+    (tmp_path / "bank").symlink_to(tour.BANK)
+    question = "What is the atomic number of iron?"
+    with serving(lambda: load(tmp_path)) as server, watched(browser) as context:
+        page = opened(context, server)
+        assert "26" in ask(page, question)
+        assert "Transition metals: Cobalt, Iron, Zinc" in caption(page)
+        group, leaf = lit(page)
+        assert leaf
+        ask(page, "What is the atomic number of gold?")
+        assert not {group, leaf} & {*lit(page)}
+        choose(page, leaf, "Block")
+        page.click("#new")
+        assert "26" not in ask(page, question)
+        assert f"went around {leaf}" in caption(page)
+        assert leaf not in lit(page)
 
 
 def test_blocking_a_node_closes_all_below(page: Page) -> None:
@@ -364,11 +399,48 @@ def test_stop(page: Page, server: Running, monkeypatch: pytest.MonkeyPatch) -> N
     expect(page.locator("[aria-busy=true] .words")).not_to_be_empty()
     page.click("#stop")
     expect(page.locator("footer")).to_contain_text("stopped")
+    expect(page.locator("#send")).to_be_focused()  # it has taken the place of the other
     assert len(page.locator(".words").text_content() or "") < LENGTH
     gate.open()
     assert eventually(lambda: server.engine.active == 0)
     ask(page, "tell me of iron")
     assert lit(page) == ["2", "2.0"]
+
+
+def test_escape_stops_a_reply(page: Page, server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(monkeypatch)
+    gate.let(4)
+    page.fill("#input", "tell me of neon")
+    page.press("#input", "Enter")
+    expect(page.locator("[aria-busy=true] .words")).not_to_be_empty()
+    page.press("#input", "Escape")
+    expect(page.locator("footer")).to_contain_text("stopped")
+    gate.open()
+    assert eventually(lambda: server.engine.active == 0)
+
+
+def test_a_full_queue_and_a_server_that_is_gone(
+    browser: Browser, loading: Callable[[], MemoryModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    with watched(browser) as context:
+        with serving(loading, max_batch=1, max_queue=0) as server, ThreadPoolExecutor(1) as pool:
+            page = opened(context, server)
+            other = pool.submit(direct, server, "tell me of iron", "auto")
+            assert eventually(lambda: server.engine.active == 1)
+            page.fill("#input", "tell me of neon")
+            page.press("#input", "Enter")
+            expect(page.locator(".error")).to_have_text("The queue is full; try again in a moment.")
+            gate.open()
+            other.result()
+            page.get_by_role("button", name="Try again").click()
+            expect(page.locator("footer")).to_contain_text("tokens/s")
+        expect(page.locator("#offline")).to_be_visible()
+        page.fill("#input", "now of iron")
+        page.press("#input", "Enter")
+        expect(page.locator(".error")).to_contain_text(
+            "The server cannot be reached. Is hiermem serve still running?"
+        )
 
 
 def test_an_api_key_is_asked_for(browser: Browser, loading: Callable[[], MemoryModel]) -> None:

@@ -129,7 +129,7 @@ export class MemoryPicture {
   tell() {
     const lit = [...this.lit].map((path) => this.root.found.get(path)).findLast((found) => found?.row);
     const shown = this.blocks.contains(document.activeElement) ? this.focused : lit;
-    const words = this.pointed ?? (shown && this.describe(shown));
+    const words = this.pointed ? this.pointed() : shown && this.describe(shown);
     const hint = element("p", { text: this.focused ? this.hint : "" });
     this.facts.replaceChildren(...(words ? paragraphs(words) : [hint]));
   }
@@ -267,8 +267,8 @@ export class MemoryPicture {
 
   point(target) {
     const { node, fold } = target ? this.under(target) : {};
-    if (fold) this.pointed = node && describeFold(node, this.folds.get(node));
-    else this.pointed = node && this.describe(node);
+    const words = fold ? () => describeFold(node, this.folds.get(node)) : () => this.describe(node);
+    this.pointed = node && words;
     this.tell();
   }
 }
