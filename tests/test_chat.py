@@ -201,6 +201,7 @@ def test_a_narrow_status_line_keeps_its_figures(session: Session, width: int) ->
         ("/load", "no file is named. Write /load FILE."),
         ("/load nowhere", "cannot read nowhere: No such file"),
         ("/save nowhere/chat", "cannot write nowhere/chat: No such file"),
+        ("/save /dev/null/chat", "cannot write /dev/null/chat: Not a directory"),
     ],
 )
 def test_bad_commands_are_one_line_and_change_nothing(session: Session, line: str, message: str) -> None:

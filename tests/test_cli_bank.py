@@ -276,6 +276,7 @@ def test_quantize(run: Run, model: pathlib.Path, tmp_path: pathlib.Path) -> None
         (("ls", "MODEL", "7"), "no node 7"),
         (("ls", "MODEL", "chemistry"), "'chemistry' is not a path"),
         (("show", "nowhere", "--html", "x.html"), "there is no bank in nowhere"),
+        (("show", "MODEL", "--html", "/dev/null/x.html"), "cannot write /dev/null/x.html: Not a directory"),
         (("verify", "nowhere"), "there is no bank in nowhere"),
         (("path", "nowhere", "text"), "there is no bank in nowhere"),
         (("block", "MODEL", "7"), "no node 7"),

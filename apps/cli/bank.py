@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -118,7 +119,7 @@ def verify(
 
 
 def _tree(bank: MemoryBank, depth: int) -> Tree:
-    """The nodes of the block table and those above them; below `depth` only their number and bytes."""
+    """The nodes of the block table and those above them, down to level `depth`; 0 is all of them."""
     from rich.text import Text
     from rich.tree import Tree
 
@@ -178,7 +179,8 @@ def _save(file: pathlib.Path, data: bytes) -> None:
         beside.write_bytes(data)
         os.replace(beside, file)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
         raise OutputError(f"cannot write {file}: {error.strerror or error}") from error
     console.print(f"written  {file}", markup=False, soft_wrap=True)
 

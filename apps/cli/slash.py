@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -209,7 +210,8 @@ def _save(session: Session, argument: str) -> None:
         temp.write_text(json.dumps(session.to_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         temp.replace(file)
     except OSError as error:
-        temp.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temp.unlink()
         raise OutputError(f"cannot write {file}: {error.strerror}") from error
     _say(f"{len(session.messages)} messages saved in {file}")
 
