@@ -44,7 +44,7 @@ QUIET = (
     "--disable-sync",
 )
 NAMES = {"neon": Path((1, 1)), "iron": Path((2, 0))}
-WAIT = 30_000  # ms
+WAIT = 60_000  # ms for a reply; a busy machine is slow
 LENGTH = 12  # tokens of a reply: a tiny model does not end by itself
 EVIL = "<img src=x onerror=alert(1)> & more"
 
@@ -57,6 +57,7 @@ def browser() -> Iterator[Browser]:
         if not found:
             message = "no Chromium: install one, or let `playwright install chromium` do it"
             pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+        expect.set_options(timeout=15_000)
         browser = driver.chromium.launch(executable_path=found, args=list(QUIET))
         yield browser
         browser.close()
@@ -246,7 +247,7 @@ def test_real_weights(browser: Browser, smollm2_anchor: pathlib.Path, tmp_path: 
     (tmp_path / "anchor").symlink_to(smollm2_anchor)
     (tmp_path / "bank").symlink_to(tour.BANK)
     question = "What is the atomic number of iron?"
-    with serving(lambda: load(tmp_path)) as server, watched(browser) as context:
+    with serving(lambda: load(tmp_path), timeout=120) as server, watched(browser) as context:
         page = opened(context, server)
         assert "26" in ask(page, question)
         assert "Transition metals: Cobalt, Iron, Zinc" in caption(page)
