@@ -17,6 +17,7 @@ from tiny import make_anchor, make_model
 from mlx_hiermem.apps.cli import probe
 from mlx_hiermem.apps.cli.main import main
 from mlx_hiermem.bank.bank import MemoryBank
+from mlx_hiermem.bank.remote import Origin
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import HierMemError
 
@@ -154,6 +155,14 @@ def test_verify(run: Run, model: pathlib.Path) -> None:
     assert result.err.startswith("hiermem: 2 problems in")
     result = run("verify", model, "--json")
     assert (result.code, len(json.loads(result.out)["problems"])) == (1, 2)
+
+
+def test_verify_does_not_vouch_for_what_is_on_the_hub(run: Run, model: pathlib.Path) -> None:
+    Origin("me/tiny", "c" * 40).write(model / "bank")
+    (model / "bank/blocks/0/1.safetensors").unlink()
+    assert run("verify", model).out == "12 files, all as the manifest says; 1 more is on the hub\n"
+    answer = json.loads(run("verify", model, "--json").out)
+    assert answer == {"files": 12, "remote": 1, "problems": []}
 
 
 def test_block_and_unblock(run: Run, model: pathlib.Path) -> None:

@@ -155,6 +155,7 @@ def test_push_refuses(
     assert hub.repos == {}
     refused("may not write to foreign/x", repo="foreign/x")
     refused("is no repository id", repo="a/b/c")
+    refused("is no repository id", repo="x")
     hub.repo("me/public").commit({"weights.bin": b"?"})
     refused("exists and is public", repo="me/public", private=True)
     refused("exists and holds something else", repo="me/public")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mlx_hiermem.apps.cli.display import console, describe, notes, size, utf8, waiting, write
+from mlx_hiermem.apps.cli.display import console, describe, notes, several, size, utf8, waiting, write
 from mlx_hiermem.apps.cli.share import parse_size
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def status_line(session: Session, width: int) -> str:
     """`Noble gases › Helium, Neon · 4 blocks, 3.3 MB of 536.9 MB · 61.3 tokens/s`, in so many columns."""
     selection, figures = session.selection, list[str]()
     if cache := session.model.cache:
-        figures.append(f"{cache.blocks} blocks, {size(cache.bytes)} of {size(cache.budget)}")
+        figures.append(f"{several(cache.blocks, 'block')}, {size(cache.bytes)} of {size(cache.budget)}")
     if session.last:
         figures.append(f"{session.last.generation_tps:.1f} tokens/s")
     right = "".join(f" · {figure}" for figure in figures)
