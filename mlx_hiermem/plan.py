@@ -170,15 +170,17 @@ def device(name: str) -> Device:
 
 def measure(model: str | pathlib.Path) -> ModelSize:
     """Reads a model's sizes from its folder, or from the hub by its id, without downloading weights."""
+    from mlx_hiermem.share.resolve import home, peek
+
     folder = pathlib.Path(model)
+    if not folder.is_dir():
+        folder = home(model)
     if folder.is_dir():
         anchor = folder / "anchor" if (folder / "anchor").is_dir() else folder
         manifest = folder / "bank" / MANIFEST
         bank = BankManifest.read(manifest) if manifest.parent.is_dir() else None
         weights = sum(file.stat().st_size for file in anchor.glob("model*.safetensors"))
         return _size(str(model), read_config(anchor), weights, bank)
-    from mlx_hiermem.share.resolve import peek
-
     config, bank, weights = peek(str(model))
     return _size(str(model), config, weights, bank)
 
