@@ -48,7 +48,9 @@ def ls(
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("path", "label", box=None, header_style="dim")
+    table = Table(box=None, header_style="dim")
+    table.add_column("path", no_wrap=True)
+    table.add_column("label")
     for header in ("bytes", "documents"):
         table.add_column(header, justify="right", no_wrap=True)
     if bank.config.quantization:
