@@ -56,7 +56,7 @@ def talk(session: Session) -> bool:
 
     read, well = reader(lambda: status_line(session, console.width), slash.names()), True
     if sys.stdin.isatty():
-        console.print(WELCOME, style="dim")
+        (console if console.is_terminal else notes).print(WELCOME, style="dim")
     while (text := _next(read)) is not None:
         try:
             if not text.startswith("/"):
