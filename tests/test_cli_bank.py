@@ -16,6 +16,7 @@ from tiny import make_anchor, make_model
 
 from mlx_hiermem.apps.cli import probe
 from mlx_hiermem.apps.cli.main import main
+from mlx_hiermem.bank import commit, edit
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.remote import Origin
 from mlx_hiermem.config import Path
@@ -155,6 +156,17 @@ def test_verify(run: Run, model: pathlib.Path) -> None:
     assert result.err.startswith("hiermem: 2 problems in")
     result = run("verify", model, "--json")
     assert (result.code, len(json.loads(result.out)["problems"])) == (1, 2)
+
+
+def test_verify_says_how_an_interrupted_change_is_finished(run: Run, model: pathlib.Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commit, "finish", lambda _: frozenset())  # the process dies where it would carry it out
+        edit.remove(model / "bank", [Path((1,))])
+    result = run("verify", model)
+    assert (result.code, "a change was interrupted" in result.out) == (1, True)
+    assert result.err.endswith("Make a change, then verify again.\n")
+    assert run("remove", model, "1").code == 0
+    assert run("verify", model).code == 0
 
 
 def test_verify_does_not_vouch_for_what_is_on_the_hub(run: Run, model: pathlib.Path) -> None:

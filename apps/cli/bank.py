@@ -104,6 +104,7 @@ def verify(
     Example: `hiermem bank verify my-model`
     """
     from mlx_hiermem.bank.check import check
+    from mlx_hiermem.bank.commit import interrupted
     from mlx_hiermem.errors import BankError
 
     bank = open_bank(model)
@@ -117,7 +118,8 @@ def verify(
         for problem in problems:
             console.print(problem, style="red", markup=False, soft_wrap=True)
     if problems:
-        raise BankError(f"{several(len(problems), 'problem')} in {bank.root}", "Pull or convert the bank again.")
+        hint = "Make a change, then verify again." if interrupted(bank.root) else "Pull or convert the bank again."
+        raise BankError(f"{several(len(problems), 'problem')} in {bank.root}", hint)
     if not as_json:
         on_hub = f"; {remote} more {'are' if remote > 1 else 'is'} on the hub" if remote else ""
         console.print(f"{several(files, 'file')}, all as the manifest says{on_hub}", markup=False)
