@@ -27,7 +27,7 @@ demo: .venv/demo.stamp  ## the tour on real weights; works on a fresh clone
 
 test: setup  ## run the tests on tiny random models and on the real weights
 	$(BIN)/python -c 'from mlx_hiermem.assets import ASSETS, fetch; [fetch(name, print) for name in ASSETS]'
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -rs
 
 test-swift: setup  ## build and test the Swift package; on Debian, as root, this may make a root with Swift (3 GB)
 	$(BIN)/python tests/swift_goldens.py --real build/swift

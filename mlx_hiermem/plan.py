@@ -181,17 +181,19 @@ def measure(model: str | pathlib.Path) -> ModelSize:
 
     A folder that `hiermem export coreml` wrote is a model too, run by an app instead of Python.
     """
+    from mlx_hiermem.share.resolve import home, peek
+
     folder = pathlib.Path(model)
     if (folder / EXPORT).is_file():
         return _exported(folder)
+    if not folder.is_dir():
+        folder = home(model)
     if folder.is_dir():
         anchor = folder / "anchor" if (folder / "anchor").is_dir() else folder
         manifest = folder / "bank" / MANIFEST
         bank = BankManifest.read(manifest) if manifest.parent.is_dir() else None
         weights = sum(file.stat().st_size for file in anchor.glob("model*.safetensors"))
         return _size(str(model), read_config(anchor), weights, bank)
-    from mlx_hiermem.share.resolve import peek
-
     config, bank, weights = peek(str(model))
     return _size(str(model), config, weights, bank)
 

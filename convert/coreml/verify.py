@@ -26,7 +26,7 @@ from mlx_hiermem.convert.coreml.prompts import TEXTS
 from mlx_hiermem.convert.coreml.references import Reference, open_reference
 from mlx_hiermem.convert.coreml.text_checks import check_choices, check_texts
 from mlx_hiermem.convert.source import tool_versions
-from mlx_hiermem.convert.verify import RECEIPT, Progress, Receipt, write_json
+from mlx_hiermem.convert.verify import RECEIPT, Progress, Receipt, write_receipt
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import BankError, CoreMLError
 
@@ -66,7 +66,7 @@ def verify_export(folder: pathlib.Path, options: Options, progress: Progress | N
     receipt = Receipt(exported.manifest["name"], date, tool_versions(), verification.source, tuple(checks))
     file = folder / RECEIPT
     made = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    write_json(file, made | {"verification": receipt.to_json()})
+    write_receipt(file, made | {"verification": receipt.to_json()})
     return receipt
 
 
