@@ -96,7 +96,7 @@ def check(model: torch.nn.Module, anchor: pathlib.Path, folder: pathlib.Path) ->
         exact.set_memory(tensors)
         close(exact.feed(TOKENS), expected[name], EXACT)
     exact.set_memory(first, "load_block")
-    close(exact.feed(TOKENS, only="decode"), expected["1"], EXACT)  # token by token
+    close(exact.feed(TOKENS[:10], only="decode"), expected["1"][:10], EXACT)  # token by token
     half = Runner(Program.load(saved), described, memory)
     close(half.feed(TOKENS), expected[""], HALF)
 
@@ -108,8 +108,7 @@ def test_huggingface(kind: str, tmp_path: pathlib.Path) -> None:
     check(model, tmp_path / "anchor", tmp_path)
 
 
-@pytest.mark.parametrize("norm", ["gain_only_lp_layer_norm", "rms_norm"])
-@pytest.mark.parametrize("position", ["rotary", "head_rotary"])
+@pytest.mark.parametrize(("norm", "position"), [("gain_only_lp_layer_norm", "rotary"), ("rms_norm", "head_rotary")])
 def test_openlm(norm: str, position: str, tmp_path: pathlib.Path) -> None:
     model = halves(random_openlm(norm=norm, position=position, qk_norm=position == "rotary", rope_base=100_000.0))
     make_tokenizer(tmp_path)

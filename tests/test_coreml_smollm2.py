@@ -19,6 +19,7 @@ from mlx_hiermem.convert.coreml.measure import Distance, Reference
 from mlx_hiermem.convert.coreml.mil import Var, Weights, half, mb
 from mlx_hiermem.convert.coreml.overflow import Overflow
 from mlx_hiermem.convert.coreml.runner import Runner
+from mlx_hiermem.convert.coreml.search import uniform
 from mlx_hiermem.errors import CoreMLError
 
 CONTEXT, TEXTS = 192, 5
@@ -59,7 +60,7 @@ def make(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Make
     def get(form: str) -> Made:
         if form not in made:
             path = tmp_path_factory.mktemp("coreml") / f"{form}.mlpackage"
-            plan = {one.name: form for one in matrices(reference.sizes)}
+            plan = uniform(matrices(reference.sizes), form)
             mil.save(build(reference.sizes, SHAPE, plan), path)
             program, peaks = Program.load(path), dict[str, float]()
             described = package.describe_anchor(reference.sizes, SHAPE, plan)
@@ -169,11 +170,11 @@ def test_select_declares_a_wrong_shape_and_is_found_out(tmp_path: pathlib.Path) 
 
 
 def test_eight_bits(make: Make, reference: Reference) -> None:
-    """Half the size; as far from the anchor as rounding its weights alone makes it."""
-    assert make("int8").weight_bytes < 0.57 * make("fp16").weight_bytes
+    """Two thirds of the size with the head in float16, and the same choices."""
+    assert make("int8").weight_bytes < 0.66 * make("fp16").weight_bytes
     distance = reference.measure(make("int8").runner)
-    assert distance.kl < 1e-3
-    assert distance.agreement > 0.97
+    assert distance.kl < 2e-4
+    assert distance.agreement >= 0.99
 
 
 def test_the_layer_of_massive_activations(reference: Reference) -> None:

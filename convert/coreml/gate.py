@@ -18,8 +18,8 @@ from mlx_hiermem.convert.coreml.overflow import Overflow
 from mlx_hiermem.convert.coreml.runner import Runner
 from mlx_hiermem.errors import VerificationError
 
-# Mean KL from the anchor, in nats: of SmolLM2 measured 1e-5, 2.7e-4, 6.8e-3, and 7.1e-2 for int4 throughout.
-BOUNDS = {"fp16": 5e-4, "int8": 2e-3, "int8_channel": 2e-2, "int4": 5e-2, "lut4": 5e-2}
+# Mean KL from the anchor, in nats. Of SmolLM2: 2.8e-5 for fp16, 6.8e-3 for int8_channel, 7.1e-2 for int4.
+BOUNDS = {"fp16": 5e-4, "int8": 5e-4, "int8_channel": 2e-2, "int4": 5e-2, "lut4": 5e-2}
 WITH_MEMORY = 2  # texts that are run with each memory, for the peaks
 
 Memories = Mapping[str, Mapping[str, np.ndarray]]

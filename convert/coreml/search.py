@@ -57,8 +57,16 @@ def find_plan(
     raise HierMemError(f"in float16 the KL is {whole.distance.kl:.2g} already", f"The bound is {bound:g}.")
 
 
+def uniform(weights: Sequence[Linear], form: str) -> dict[str, str]:
+    """One format for all; but with int8 the head stays float16.
+
+    On SmolLM2 the head in int8 makes nine tenths of the divergence, for a fifth of the weights.
+    """
+    return {weight.name: "fp16" if form == "int8" and weight.part is not None else form for weight in weights}
+
+
 def _uniform(reference: Reference, weights: Sequence[Linear], form: str) -> Plan:
-    formats = {weight.name: form for weight in weights}
+    formats = uniform(weights, form)
     return Plan(formats, _measure(reference, weights, formats))
 
 
