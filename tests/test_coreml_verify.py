@@ -246,6 +246,22 @@ def forget(outputs: dict[str, np.ndarray], state: Any) -> None:
     state["up"] = state["up"] * 0
 
 
+@pytest.mark.parametrize(("gap", "passes"), [(0.0, True), (0.04, True), (0.06, False)])
+def test_only_a_tie_excuses_another_choice(gap: float, passes: bool) -> None:
+    ours = np.zeros((20, 8), np.float32)
+    ours[:, 3] = 4.0
+    theirs = ours.copy()
+    theirs[-1, 5] = 4.0 + gap
+
+    class Source:
+        def logits(self, ids: np.ndarray, memory: str) -> np.ndarray:
+            return theirs
+
+    checks = text_checks._parity("fp16", Source(), "none", [(np.arange(20), ours)])
+    found = {check.name: check.passed for check in checks}
+    assert found["choices, memory none"] is passes
+
+
 def test_a_wrong_decode_is_found(copy: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Program, "run", broken("decode", add_noise))
     assert failed_texts(copy) == {
