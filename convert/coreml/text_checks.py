@@ -119,7 +119,7 @@ def _parity(form: str, reference: Reference, memory: str, texts: Texts) -> Itera
     bound, kl = BOUNDS[form], KL[form]
     theirs = [reference.logits(ids, memory)[:, : logits.shape[1]] for ids, logits in texts]
     distance = Distance.between(theirs, [logits for _, logits in texts])
-    gaps = [_gaps(a, b)[-GENERATED:].max() for a, (_, b) in zip(theirs, texts, strict=True)]
+    gaps = [float(_gaps(a, b)[-GENERATED:].max()) for a, (_, b) in zip(theirs, texts, strict=True)]
     same, tied = sum(gap == 0 for gap in gaps), sum(0 < gap <= TIE for gap in gaps)
     passed = distance.logit <= bound.logit and distance.kl <= kl
     yield Check(
