@@ -11,10 +11,14 @@ BIN = .venv/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint elements bench
+SWIFT = apps/ios/swift.sh
+KIT = apps/ios/HierMemKit
+CHAT = apps/ios/HierMemChat/Sources
+
+.PHONY: help setup demo test test-swift lint elements bench
 
 help:  ## show this help
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: .venv/dev.stamp  ## make .venv with everything for developing
 
@@ -23,7 +27,13 @@ demo: .venv/demo.stamp  ## the tour on real weights; works on a fresh clone
 
 test: setup  ## run the tests on tiny random models and on the real weights
 	$(BIN)/python -c 'from mlx_hiermem.assets import ASSETS, fetch; [fetch(name, print) for name in ASSETS]'
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -rs
+
+test-swift: setup  ## build and test the Swift package; on Debian, as root, this may make a root with Swift (3 GB)
+	$(BIN)/python tests/swift_goldens.py --real build/swift
+	$(SWIFT) swift test --package-path $(KIT) -Xswiftc -O
+	$(SWIFT) swiftc -parse $(CHAT)/*.swift
+	$(SWIFT) swiftc -typecheck -swift-version 6 -I $(KIT)/.build/debug/Modules $(CHAT)/Assistant.swift
 
 lint: setup  ## check style, format, types, and the page of commands
 	$(BIN)/ruff check

@@ -1,4 +1,4 @@
-"""Foreign tensor names -> documented ones, by a small TOML table (`--key-map`; docs/key-map.md).
+"""Foreign tensor names -> documented ones, by a small TOML table (`--key-map`; docs/convert.md).
 
 transpose = ["memory.level{level}.w3"]          # stored [.., d, r] there; read as [.., r, d]
 ignore = ["optimizer.*"]                        # shell patterns of names that are not wanted
@@ -49,7 +49,7 @@ class KeyMap:
             if not all(isinstance(name, str) for name in (*keys.values(), *transpose, *ignore)):
                 raise ValueError("every entry must be a text")
         except (OSError, ValueError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"cannot read the key map {file}: {error}", "See docs/key-map.md.") from error
+            raise CheckpointError(f"cannot read the key map {file}: {error}", "See docs/convert.md.") from error
         return cls(keys, tuple(transpose), tuple(ignore))
 
     def documented(self, names: Iterable[str]) -> dict[str, str]:

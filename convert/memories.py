@@ -52,7 +52,7 @@ def convert_memory(
     licence: str = "",
     progress: Progress | None = None,
 ) -> BankManifest:
-    """Writes the bank folder `out_bank` from a checkpoint of the documented layout (docs/checkpoints.md).
+    """Writes the bank folder `out_bank` from a checkpoint of the documented layout (docs/convert.md).
 
     Values keep the dtype they have, unless `dtype` asks for another (float64 becomes float32). Peak memory is
     some hundred MB plus the largest block. Raises CheckpointError for a bad checkpoint, AnchorMismatchError

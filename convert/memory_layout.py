@@ -1,6 +1,6 @@
 """What a memory checkpoint holds, worked out from its headers and settings before anything is written.
 
-The documented layout (docs/checkpoints.md) is dense: one row per cluster, in the order of the path read as a
+The documented layout (docs/convert.md) is dense: one row per cluster, in the order of the path read as a
 base-k number. Settings that shapes tell may be left out; whatever is said twice must agree; and every tensor
 has to be accounted for, none left over and none missing.
 """
@@ -161,7 +161,7 @@ def _infer_kind(source: TensorSource, blocks: Mapping[int, Mapping[str, str]]) -
         seen = f"has {some(source.names())}" if not found else f"the tensors {some(sorted(found))} fit no one kind"
         raise CheckpointError(
             f"{source.files[0]} is not a memory checkpoint of a known kind: {seen}",
-            "Expected memory.level1.w1 and so on (docs/checkpoints.md); --key-map maps other names.",
+            "Expected memory.level1.w1 and so on (docs/convert.md); --key-map maps other names.",
         )
     return fitting[0]
 

@@ -72,7 +72,7 @@ def read_settings(checkpoint: pathlib.Path, source: TensorSource) -> MemorySetti
     try:
         return MemorySettings.from_json(plain)
     except (TypeError, ValueError, KeyError, AttributeError, HierMemError) as error:
-        raise CheckpointError(f"the settings in {where} do not fit: {error}", "See docs/checkpoints.md.") from error
+        raise CheckpointError(f"the settings in {where} do not fit: {error}", "See docs/convert.md.") from error
 
 
 def _find(checkpoint: pathlib.Path, source: TensorSource) -> tuple[pathlib.Path, Mapping[str, Any]]:

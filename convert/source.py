@@ -16,7 +16,7 @@ from mlx_hiermem.convert.checkpoint import open_checkpoint
 from mlx_hiermem.convert.readers import TORCH_SUFFIXES
 from mlx_hiermem.errors import CheckpointError
 
-TOOLS = ("mlx-hiermem", "mlx", "mlx-lm", "numpy", "gguf", "torch", "transformers")
+TOOLS = ("mlx-hiermem", "mlx", "mlx-lm", "numpy", "coremltools", "gguf", "torch", "transformers")
 
 
 @dataclass(frozen=True)

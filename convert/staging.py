@@ -37,7 +37,7 @@ def partial_folder(out: pathlib.Path, resume: bool, overwrite: bool = False) -> 
         if _disk_full(error):
             raise OutputError(f"the disk is full: cannot write {out}", "Free some space.") from error
         if isinstance(error, OSError):
-            raise OutputError(f"cannot make {out}: {error}") from error
+            raise OutputError(f"cannot make {out}: {error.strerror or error}") from error
         raise
 
 

@@ -36,7 +36,7 @@ from mlx_hiermem.convert.memory_layout import MemoryLayout, read_layout
 from mlx_hiermem.convert.memory_settings import read_settings
 from mlx_hiermem.convert.pipeline import ANCHOR, BANK, anchor_dims
 from mlx_hiermem.convert.source import Source, find_source, tool_versions
-from mlx_hiermem.errors import AnchorError, BankError, HierMemError, MissingDependencyError
+from mlx_hiermem.errors import AnchorError, BankError, HierMemError, MissingDependencyError, OutputError
 
 if TYPE_CHECKING:
     from mlx_hiermem.convert.parity import Figures
@@ -112,7 +112,7 @@ def verify(
                 progress(min(len(checks), total), total)
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     receipt = Receipt(model.resolve().name, date, tool_versions(), found, tuple(checks))
-    _write(model / RECEIPT, receipt)
+    write_receipt(model / RECEIPT, receipt.to_json())
     return receipt
 
 
@@ -223,7 +223,13 @@ def _line(name: str, value: float, bound: float, suffix: str = "", details: dict
     return Check(name, f"{value:.1e}", f"{bound:g}{suffix}", value <= bound, details or {})
 
 
-def _write(file: pathlib.Path, receipt: Receipt) -> None:
+def write_receipt(file: pathlib.Path, content: dict[str, Any]) -> None:
+    """Beside it first: a reader finds the old file or the new one."""
     new = file.with_suffix(".new")
-    new.write_text(json.dumps(receipt.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(new, file)
+    try:
+        new.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(new, file)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {file}: {error.strerror}", "A receipt lies beside what was checked."
+        ) from error

@@ -57,3 +57,7 @@ class MissingDependencyError(HierMemError):
 
 class VerificationError(HierMemError):
     """A converted model differs from its source by more than the stated bound."""
+
+
+class CoreMLError(HierMemError):
+    """A Core ML package is damaged, or its program contradicts its own declarations."""

@@ -21,6 +21,8 @@ from mlx_hiermem.errors import HierMemError
 GIB = 1 << 30
 EMBEDDER_BYTES = 90_868_376  # all-MiniLM-L6-v2 in float32
 PROGRAM_BYTES = 270_000_000  # Python, MLX and mlx-lm: resident after import, on Linux; a native app needs less
+APP_BYTES = 100_000_000  # assumed: a native app with Core ML, which has been measured on no device
+EXPORT = "manifest.json"  # of a folder that `hiermem export coreml` wrote
 FILE_MS = 0.1  # assumed: opening a file and the first answer of the storage
 CONTEXTS = (512, 2048, 4096, 8192, 32768)
 KV_TYPES = {"float32": 4}  # bytes per value; everything else runs in half precision
@@ -79,6 +81,8 @@ class ModelSize:
     kv_bytes: int  # per token of context, at most: windows of sliding attention need less
     max_context: int
     levels: tuple[Level, ...] = ()
+    embedder_bytes: int = EMBEDDER_BYTES
+    program_bytes: int = PROGRAM_BYTES
 
     @property
     def path_bytes(self) -> int:
@@ -147,7 +151,11 @@ class Plan:
         data = asdict(self)
         data["device"]["usable_bytes"] = self.device.usable
         data["model"] |= {"path_bytes": self.model.path_bytes, "bank_bytes": self.model.bank_bytes}
-        return data | {"fits": self.fits, "embedder_bytes": EMBEDDER_BYTES, "program_bytes": PROGRAM_BYTES}
+        return (
+            data
+            | {"fits": self.fits}
+            | {key: data["model"].pop(key) for key in ("embedder_bytes", "program_bytes")}
+        )
 
 
 @cache
@@ -169,28 +177,58 @@ def device(name: str) -> Device:
 
 
 def measure(model: str | pathlib.Path) -> ModelSize:
-    """Reads a model's sizes from its folder, or from the hub by its id, without downloading weights."""
+    """Reads a model's sizes from its folder, or from the hub by its id, without downloading weights.
+
+    A folder that `hiermem export coreml` wrote is a model too, run by an app instead of Python.
+    """
+    from mlx_hiermem.share.resolve import home, peek
+
     folder = pathlib.Path(model)
+    if (folder / EXPORT).is_file():
+        return _exported(folder)
+    if not folder.is_dir():
+        folder = home(model)
     if folder.is_dir():
         anchor = folder / "anchor" if (folder / "anchor").is_dir() else folder
         manifest = folder / "bank" / MANIFEST
         bank = BankManifest.read(manifest) if manifest.parent.is_dir() else None
         weights = sum(file.stat().st_size for file in anchor.glob("model*.safetensors"))
         return _size(str(model), read_config(anchor), weights, bank)
-    from mlx_hiermem.share.resolve import peek
-
     config, bank, weights = peek(str(model))
     return _size(str(model), config, weights, bank)
 
 
 def _size(name: str, config: Mapping[str, Any], weights: int, bank: BankManifest | None) -> ModelSize:
     text = config.get("text_config") or config
+    longest = text.get("max_position_embeddings") or max(CONTEXTS)
+    return ModelSize(name, weights, kv_bytes(text), int(longest), levels_of(bank))
+
+
+def levels_of(bank: BankManifest | None) -> tuple[Level, ...]:
     levels = []
     for level in range(1, bank.memory.depth + 1) if bank else ():
         sizes = [entry.bytes for node, entry in bank.blocks.items() if len(node) == level] if bank else []
         levels.append(Level(level, len(sizes), max(sizes, default=0), sum(sizes)))
-    longest = text.get("max_position_embeddings") or max(CONTEXTS)
-    return ModelSize(name, weights, kv_bytes(text), int(longest), tuple(levels))
+    return tuple(levels)
+
+
+def _exported(folder: pathlib.Path) -> ModelSize:
+    """The caches are as long as the context that was chosen on exporting, however short a text is."""
+    try:
+        data = json.loads((folder / EXPORT).read_text(encoding="utf-8"))
+        anchor, retriever, bank = data["anchor"], data["retriever"], data["bank"]
+        layers, heads, context, width = anchor["states"]["k_cache"]["shape"]
+        packages = [
+            sum(
+                row["bytes"] for name, row in data["files"].items() if one and name.startswith(one["package"] + "/")
+            )
+            for one in (anchor, retriever)
+        ]
+        manifest = BankManifest.read(folder / bank["folder"] / MANIFEST) if bank else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise HierMemError(f"{folder} is no exported folder: {error!r}", "See `hiermem export coreml`.") from error
+    kv = 2 * layers * heads * width * 2
+    return ModelSize(data["name"], packages[0], kv, context, levels_of(manifest), packages[1], APP_BYTES)
 
 
 def kv_bytes(config: Mapping[str, Any]) -> int:
@@ -213,8 +251,8 @@ def plan(model: ModelSize, on: Device, contexts: Sequence[int] = CONTEXTS) -> Pl
     """What fits on a device, at several context lengths (its own where the anchor does not reach so far)."""
     lengths = sorted({min(length, model.max_context) for length in contexts})
     level_1 = model.levels[0].bytes if model.has_bank else 0
-    memory = EMBEDDER_BYTES + level_1 + model.path_bytes if model.has_bank else 0
-    fixed = model.anchor_bytes + PROGRAM_BYTES + memory
+    memory = model.embedder_bytes + level_1 + model.path_bytes if model.has_bank else 0
+    fixed = model.anchor_bytes + model.program_bytes + memory
     rows = []
     for length in lengths:
         left = on.usable - fixed - model.kv_bytes * length

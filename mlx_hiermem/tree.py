@@ -148,9 +148,11 @@ class ClusterTree:
         """A copy in which `node` is present, with this [dim] centroid. Raises BankError where it cannot be."""
         self.check_place(node)
         vector = np.asarray(centroid)
-        if vector.shape != (self.dim,) or vector.dtype.kind != "f" or not np.isfinite(vector).all():
+        numbers = vector.shape == (self.dim,) and vector.dtype.kind == "f" and np.isfinite(vector).all()
+        if not (numbers and vector.any()):  # to zero every text is equally near
+            what = "all zero" if numbers else f"{vector.dtype} {vector.shape}"
             raise BankError(
-                f"a centroid is {self.dim} finite numbers, this is {vector.dtype} {vector.shape}",
+                f"a centroid is {self.dim} finite numbers, this is {what}",
                 "Embed an example text instead.",
             )
         copy = self.without([]) if self.has(node) else self.without([node])  # nothing stale below a new node
@@ -173,7 +175,9 @@ class ClusterTree:
         """Opens a tree file; centroids stay memory-mapped."""
         try:
             arrays = _map_safetensors(file)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except OSError as error:
+            raise BankError(f"cannot read the tree {file}: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BankError(f"cannot read the tree {file}: {error}") from error
         centroids: list[np.ndarray] = []
         present: list[np.ndarray] = []

@@ -3,7 +3,8 @@
 A follow-up such as "and its symbol?" does not say what it is about. Alone it goes anywhere, because it is nearly
 as near to one child of a node as to the next; a turn that names its subject is not. So a turn leaves the current
 path only if it is decided enough, compared with the turns that chose that path. The measure is relative, so its
-setting does not depend on the tree. `benchmarks/turns.py` compares it with other rules; docs/chat.md has the table.
+setting does not depend on the tree. `benchmarks/turns.py` compares it with other rules; the table is in
+docs/decisions.md.
 """
 
 from __future__ import annotations

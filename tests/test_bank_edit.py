@@ -334,6 +334,7 @@ def test_blocks_that_do_not_fit(
         ("2.0", np.full(384, np.nan), "384 finite numbers"),
         ("2.0", np.zeros(384, dtype=int), "384 finite numbers"),
         ("2.0", np.array("text"), "384 finite numbers"),
+        ("2.0", np.zeros(384), "all zero"),
     ],
 )
 def test_places_that_do_not_exist(root: pathlib.Path, path: str, centroid: np.ndarray | None, message: str) -> None:
@@ -347,7 +348,7 @@ def test_a_parent_comes_before_its_child(root: pathlib.Path) -> None:
     edit.remove(root, paths("1"))
     file = save(root.parent / "new.safetensors", lambda tensors: tensors)
     with pytest.raises(BankError, match="no node 1"):
-        edit.add(root, file, Path((1, 0)), centroid=np.zeros(384))
+        edit.add(root, file, Path((1, 0)), centroid=np.ones(384))
 
 
 def test_a_damaged_file_or_none_is_not_added(root: pathlib.Path, whole: pathlib.Path) -> None:

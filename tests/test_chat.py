@@ -201,6 +201,7 @@ def test_a_narrow_status_line_keeps_its_figures(session: Session, width: int) ->
         ("/load", "no file is named. Write /load FILE."),
         ("/load nowhere", "cannot read nowhere: No such file"),
         ("/save nowhere/chat", "cannot write nowhere/chat: No such file"),
+        ("/save /dev/null/chat", "cannot write /dev/null/chat: Not a directory"),
     ],
 )
 def test_bad_commands_are_one_line_and_change_nothing(session: Session, line: str, message: str) -> None:
@@ -220,7 +221,7 @@ def test_help_and_quit(session: Session, capsys: pytest.CaptureFixture[str]) -> 
 def test_route_and_why(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
     text = command(session, "/route about iron", capsys)
     assert "topic 2.0" in text
-    assert "alone it takes 2.0; the conversation takes it (decided by " in text
+    assert "alone it takes 2.0; the conversation would take it (decided by " in text
     assert session.topic is None  # asking changes nothing
     say(session, "about neon")
     say(session, "and its symbol?")
@@ -361,6 +362,28 @@ def test_chat_reads_a_pipe(folder: pathlib.Path, capsys: pytest.CaptureFixture[s
     code, out, err = run(capsys, "chat", folder, "--cache", "1k", "--memory", "0.1", stdin="/save\n/stats\n")
     assert (code, err) == (1, "hiermem: no file is named. Write /save FILE.\n")
     assert "of 1.0 kB" in out
+
+
+def test_what_cannot_be_is_said_before_the_first_question(
+    folder: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(capsys, "chat", folder, "--memory", "lots", stdin="hello\n")
+    assert (code, out, err) == (
+        1,
+        "",
+        "hiermem: unknown memory 'lots'. Use none, generic, fetched or a path.\n",
+    )
+    code, _, err = run(capsys, "chat", folder / "anchor", "--memory", "generic")
+    assert (code, err.count("\n")) == (1, 1)
+
+
+def test_bytes_that_are_no_text_are_refused(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = b"caf\xe9 ?".decode(errors="surrogateescape")  # as Python hands them over
+    for arguments in (["ask", wrong, "--model", folder], ["generate", folder, wrong], ["route", folder, wrong]):
+        code, out, err = run(capsys, *arguments)
+        assert (code, out, err) == (1, "", "hiermem: the text is not valid UTF-8. Convert it: iconv -t utf-8.\n")
+    code, out, err = run(capsys, "chat", folder, "--memory", "none", "-n", "1", stdin=f"{wrong}\nhello\n")
+    assert (code, err.count("not valid UTF-8"), err.count("tokens prefilled")) == (1, 1, 1)
 
 
 def test_a_question_needs_no_command(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

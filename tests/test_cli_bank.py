@@ -16,7 +16,9 @@ from tiny import make_anchor, make_model
 
 from mlx_hiermem.apps.cli import probe
 from mlx_hiermem.apps.cli.main import main
+from mlx_hiermem.bank import commit, edit
 from mlx_hiermem.bank.bank import MemoryBank
+from mlx_hiermem.bank.remote import Origin
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import HierMemError
 
@@ -156,6 +158,25 @@ def test_verify(run: Run, model: pathlib.Path) -> None:
     assert (result.code, len(json.loads(result.out)["problems"])) == (1, 2)
 
 
+def test_verify_says_how_an_interrupted_change_is_finished(run: Run, model: pathlib.Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commit, "finish", lambda _: frozenset())  # the process dies where it would carry it out
+        edit.remove(model / "bank", [Path((1,))])
+    result = run("verify", model)
+    assert (result.code, "a change was interrupted" in result.out) == (1, True)
+    assert result.err.endswith("Make a change, then verify again.\n")
+    assert run("remove", model, "1").code == 0
+    assert run("verify", model).code == 0
+
+
+def test_verify_does_not_vouch_for_what_is_on_the_hub(run: Run, model: pathlib.Path) -> None:
+    Origin("me/tiny", "c" * 40).write(model / "bank")
+    (model / "bank/blocks/0/1.safetensors").unlink()
+    assert run("verify", model).out == "12 files, all as the manifest says; 1 more is on the hub\n"
+    answer = json.loads(run("verify", model, "--json").out)
+    assert answer == {"files": 12, "remote": 1, "problems": []}
+
+
 def test_block_and_unblock(run: Run, model: pathlib.Path) -> None:
     assert "blocked  1.2, 2" in run("block", model, "2.1", "2", "1.2").out
     result = run("block", model, "--on-blocked", "parent")
@@ -276,6 +297,7 @@ def test_quantize(run: Run, model: pathlib.Path, tmp_path: pathlib.Path) -> None
         (("ls", "MODEL", "7"), "no node 7"),
         (("ls", "MODEL", "chemistry"), "'chemistry' is not a path"),
         (("show", "nowhere", "--html", "x.html"), "there is no bank in nowhere"),
+        (("show", "MODEL", "--html", "/dev/null/x.html"), "cannot write /dev/null/x.html: Not a directory"),
         (("verify", "nowhere"), "there is no bank in nowhere"),
         (("path", "nowhere", "text"), "there is no bank in nowhere"),
         (("block", "MODEL", "7"), "no node 7"),

@@ -34,23 +34,47 @@ def test_links_lead_somewhere(page: pathlib.Path) -> None:
             assert anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
 
 
-def commands_in(page: pathlib.Path) -> Iterator[str]:
-    """Lines of the fenced blocks that call hiermem; in blocks with output they have a prompt in front."""
-    for block in re.findall(r"```(?:bash|text|console)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
-            if found := re.match(r"(?:\$ )?(hiermem [a-z].*)", line):
-                yield found[1]
+def calls_in(text: str) -> Iterator[list[str]]:
+    """The words of each call of hiermem in the fenced blocks, and in the `code` of the prose.
+
+    A call begins a line, or stands behind a prompt, a variable or a pipe. One whose command is a placeholder
+    (`hiermem COMMAND`) or a question is none.
+    """
+    fenced = re.findall(r"```(?:bash|sh|console|text)\n(.*?)```", text, re.DOTALL)
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    lines = "\n".join([*fenced, *re.findall(r"`([^`]+)`", prose)]).replace("\\\n", " ")
+    for call in re.findall(r"^(?:\$ )?(?:.*(?:\||&&) |[A-Z_]+=\S+ )?hiermem (-*[a-z].*)", lines, re.MULTILINE):
+        yield shlex.split(re.sub(r"\[OPTIONS\]| [|>&2].*", "", call), comments=True)
+
+
+def unknown(words: list[str]) -> set[str]:
+    """The command of a call that is none, or the options that its command does not have."""
+    command: Any = typer.main.get_command(app)
+    rest = list(words)
+    while (children := getattr(command, "commands", None)) and rest and not rest[0].startswith("-"):
+        name = rest.pop(0)
+        if name not in children:
+            return {name}
+        command = children[name]
+    options = {name for param in command.params for name in (*param.opts, *param.secondary_opts)}
+    used = {word.partition("=")[0] for word in rest if re.match(r"--?[a-z]", word)}
+    return used - options - {"--help", "-h", "--debug"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_in_pages_exist(page: pathlib.Path) -> None:
-    for line in commands_in(page):
-        command: Any = typer.main.get_command(app)
-        words = iter(shlex.split(line.replace("[OPTIONS]", ""), comments=True)[1:])
-        while children := getattr(command, "commands", None):
-            name = next(words)
-            assert name in children, line
-            command = children[name]
-        options = {name for param in command.params for name in (*param.opts, *param.secondary_opts)}
-        used = {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)}
-        assert used <= options | {"--help", "-h", "--debug"}, line
+    wrong = {shlex.join(call): unknown(call) for call in calls_in(page.read_text(encoding="utf-8"))}
+    assert {call: names for call, names in wrong.items() if names} == {}
+
+
+def test_commands_that_do_not_exist_are_found() -> None:
+    page = """`hiermem bank vanish m` `hiermem COMMAND` `hiermem "why?"`
+```console
+$ hiermem chat m --loud -n 3
+$ KEY=x hiermem serve --lan 2>/dev/null
+$ echo hi | hiermem chat m > file
+$ hiermem bank add m f \\
+    --path 1 --colour=red  # --not-an-option
+```
+"""
+    assert [unknown(call) for call in calls_in(page)] == [{"--loud"}, {"--lan"}, set(), {"--colour"}, {"vanish"}]

@@ -26,6 +26,7 @@ from mlx_hiermem.bank.remote import Origin, node_of
 from mlx_hiermem.cache import BlockCache
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import AnchorError, AnchorMismatchError, BankError, HierMemError, HubError, OutputError
+from mlx_hiermem.plan import measure
 from mlx_hiermem.share import card
 from mlx_hiermem.share.pull import pull
 from mlx_hiermem.share.push import push
@@ -155,6 +156,7 @@ def test_push_refuses(
     assert hub.repos == {}
     refused("may not write to foreign/x", repo="foreign/x")
     refused("is no repository id", repo="a/b/c")
+    refused("is no repository id", repo="x")
     hub.repo("me/public").commit({"weights.bin": b"?"})
     refused("exists and is public", repo="me/public", private=True)
     refused("exists and holds something else", repo="me/public")
@@ -536,6 +538,8 @@ def test_load_by_hub_id(shared: Repository, hub: HubServer, tmp_path: pathlib.Pa
     )
     hub.requests.clear()
     load(REPO).select("1.2", "")
+    sizes = [dataclasses.replace(measure(name), name="") for name in (REPO, model)]
+    assert sizes[0] == sizes[1]
     assert hub.requests == []
     assert resolve(f"{REPO}@{shared.branches['main']}") != resolve(REPO)
     assert resolve(model) == model

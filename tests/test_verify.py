@@ -21,7 +21,7 @@ from mlx_hiermem.convert import parity
 from mlx_hiermem.convert.pipeline import convert
 from mlx_hiermem.convert.quantize import quantize_model
 from mlx_hiermem.convert.verify import EXACT, Receipt, verify
-from mlx_hiermem.errors import AnchorError, CheckpointError, HierMemError, MissingDependencyError
+from mlx_hiermem.errors import AnchorError, CheckpointError, HierMemError, MissingDependencyError, OutputError
 
 
 def failed(receipt: Receipt) -> list[str]:
@@ -101,6 +101,12 @@ def test_without_the_source(model: pathlib.Path, monkeypatch: pytest.MonkeyPatch
     assert [check.name for check in receipt.checks] == [
         "anchor digests", "anchor tensors", "bank digests", "block tensors", "bank's anchor",
     ]  # fmt: skip
+
+
+def test_a_receipt_that_cannot_be_written(model: pathlib.Path) -> None:
+    (model / "receipt.new").mkdir()
+    with pytest.raises(OutputError, match=r"cannot write .*receipt.json: Is a directory"):
+        verify(model)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import typer
 
-from mlx_hiermem.apps.cli.display import console, describe, notes, write
+from mlx_hiermem.apps.cli.display import console, describe, notes, utf8, write
 
 
 def ask(
@@ -28,7 +28,7 @@ def ask(
     from mlx_hiermem.apps.cli import recent
     from mlx_hiermem.session import Session
 
-    name = model or recent.preferred()
+    name, question = model or recent.preferred(), utf8(question)
     loaded = recent.open_model(name)
     reply: Iterator[str]
     if loaded.tokenizer is not None and loaded.tokenizer.chat_template is not None:

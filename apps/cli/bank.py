@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from mlx_hiermem.apps.cli import bank_edit, bank_quantize, share, use
-from mlx_hiermem.apps.cli.display import console, progress_bar, size
+from mlx_hiermem.apps.cli.display import console, progress_bar, several, size
 from mlx_hiermem.apps.cli.use import BANK, open_bank
 
 if TYPE_CHECKING:
@@ -47,7 +48,9 @@ def ls(
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("path", "label", box=None, header_style="dim")
+    table = Table(box=None, header_style="dim")
+    table.add_column("path", no_wrap=True)
+    table.add_column("label")
     for header in ("bytes", "documents"):
         table.add_column(header, justify="right", no_wrap=True)
     if bank.config.quantization:
@@ -94,31 +97,36 @@ def verify(
     model: pathlib.Path = BANK,
     as_json: bool = typer.Option(False, "--json", help="Print a JSON object instead of text."),
 ) -> None:
-    """Check every file's size and digest, the policy, and that no change was interrupted. 1 where all is not well.
+    """Check the size and digest of every file that is here, the policy, and that no change was interrupted.
+
+    Exits with 1 where all is not well. What is still on the hub is counted; it is checked when it arrives.
 
     Example: `hiermem bank verify my-model`
     """
     from mlx_hiermem.bank.check import check
+    from mlx_hiermem.bank.commit import interrupted
     from mlx_hiermem.errors import BankError
 
     bank = open_bank(model)
     with progress_bar("checking", show=not as_json) as progress:
         problems = list(check(bank, progress))
-    files = sum(1 for _ in bank.files())
+    here = [(bank.root / name).is_file() for name, _, _ in bank.files()]
+    files, remote = sum(here), here.count(False) if bank.remote else 0
     if as_json:
-        console.print_json(json.dumps({"files": files, "problems": problems}, ensure_ascii=False))
+        console.print_json(json.dumps({"files": files, "remote": remote, "problems": problems}, ensure_ascii=False))
     else:
         for problem in problems:
             console.print(problem, style="red", markup=False, soft_wrap=True)
     if problems:
-        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
-        raise BankError(f"{count} in {bank.root}", "Pull or convert the bank again.")
+        hint = "Make a change, then verify again." if interrupted(bank.root) else "Pull or convert the bank again."
+        raise BankError(f"{several(len(problems), 'problem')} in {bank.root}", hint)
     if not as_json:
-        console.print(f"{files} files, all as the manifest says", markup=False)
+        on_hub = f"; {remote} more {'are' if remote > 1 else 'is'} on the hub" if remote else ""
+        console.print(f"{several(files, 'file')}, all as the manifest says{on_hub}", markup=False)
 
 
 def _tree(bank: MemoryBank, depth: int) -> Tree:
-    """The nodes of the block table and those above them; below `depth` only their number and bytes."""
+    """The nodes of the block table and those above them, down to level `depth`; 0 is all of them."""
     from rich.text import Text
     from rich.tree import Tree
 
@@ -157,7 +165,7 @@ def _bits(bank: MemoryBank, node: Path) -> int:
 def _totals(bank: MemoryBank, nodes: list[Path]) -> str:
     """`11 blocks · 74.5 kB · float16 · 2 blocked: their texts go to the nearest open sibling`"""
     states = [bank.state(node) for node in nodes]
-    parts = [f"{len(nodes)} block{'s' * (len(nodes) != 1)}"]
+    parts = [several(len(nodes), "block")]
     parts.append(size(sum(bank.manifest.blocks[node].bytes for node in nodes)))
     parts.append(bank.config.precision)
     for state in ("remote", "missing", "blocked"):
@@ -178,7 +186,8 @@ def _save(file: pathlib.Path, data: bytes) -> None:
         beside.write_bytes(data)
         os.replace(beside, file)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
         raise OutputError(f"cannot write {file}: {error.strerror or error}") from error
     console.print(f"written  {file}", markup=False, soft_wrap=True)
 

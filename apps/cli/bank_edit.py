@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mlx_hiermem.apps.cli.display import console, progress_bar, size
+from mlx_hiermem.apps.cli.display import console, progress_bar, several, size
 from mlx_hiermem.apps.cli.use import BANK, open_bank
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def remove(
     going = [node for node in bank.manifest.blocks if any(top in node.prefixes() for top in nodes)]
     amount = size(sum(bank.manifest.blocks[node].bytes for node in going))
     if not yes and sys.stdin.isatty():
-        typer.confirm(f"Delete {_blocks(going)}, {amount}, from {bank.root}?", abort=True)
+        typer.confirm(f"Delete {several(len(going), 'block')}, {amount}, from {bank.root}?", abort=True)
     before = probing.ask(model, questions, max_tokens, "before")
     removed = edit.remove(bank.root, nodes)
     after = probing.ask(model, questions, max_tokens, "after")
@@ -110,7 +110,7 @@ def remove(
         return
     if questions:
         _print_probe(questions, before, after)
-    console.print(f"removed  {_blocks(removed.nodes)}, {size(removed.bytes)}", markup=False)
+    console.print(f"removed  {several(len(removed.nodes), 'block')}, {size(removed.bytes)}", markup=False)
     copies = f" The copy in {bank.remote.origin.repo} stays." if bank.remote else ""
     retained = RETAINED.format(holders=_holders(left, above))
     console.print(retained + copies, style="dim", markup=False)
@@ -174,13 +174,11 @@ def merge(
         merged = merging.merge(*banks, out, prefer, resume, progress)
     totals = merged.manifest.totals()
     console.print(
-        f"written  {out}: {totals['blocks']} blocks, {size(totals['bytes'])}", markup=False, soft_wrap=True
+        f"written  {out}: {several(totals['blocks'], 'block')}, {size(totals['bytes'])}",
+        markup=False,
+        soft_wrap=True,
     )
     console.print("To use it, make it the bank/ beside that anchor.", style="dim")
-
-
-def _blocks(nodes: Sequence[Path]) -> str:
-    return f"{len(nodes)} block{'s' * (len(nodes) != 1)}"
 
 
 def _holders(left: BankManifest, above: Sequence[Path]) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mlx_hiermem.apps.cli.display import console, describe, notes, size, waiting, write
+from mlx_hiermem.apps.cli.display import console, describe, notes, several, size, utf8, waiting, write
 from mlx_hiermem.apps.cli.share import parse_size
 
 if TYPE_CHECKING:
@@ -40,7 +40,10 @@ def chat(
 
     cache_bytes = parse_size(cache, "--cache")
     loaded = recent.open_model(model or recent.preferred(), cache_bytes)
-    well = talk(Session(loaded, memory, system, max_tokens=max_tokens, temperature=temperature))
+    session = Session(loaded, system=system, max_tokens=max_tokens, temperature=temperature)
+    if memory:
+        session.use(memory)
+    well = talk(session)
     if not well and not sys.stdin.isatty():
         raise typer.Exit(1)
 
@@ -53,11 +56,11 @@ def talk(session: Session) -> bool:
 
     read, well = reader(lambda: status_line(session, console.width), slash.names()), True
     if sys.stdin.isatty():
-        console.print(WELCOME, style="dim")
+        (console if console.is_terminal else notes).print(WELCOME, style="dim")
     while (text := _next(read)) is not None:
         try:
             if not text.startswith("/"):
-                _reply(session, text)
+                _reply(session, utf8(text))
             elif not slash.run(session, text):
                 break
         except HierMemError as error:
@@ -84,7 +87,7 @@ def status_line(session: Session, width: int) -> str:
     """`Noble gases › Helium, Neon · 4 blocks, 3.3 MB of 536.9 MB · 61.3 tokens/s`, in so many columns."""
     selection, figures = session.selection, list[str]()
     if cache := session.model.cache:
-        figures.append(f"{cache.blocks} blocks, {size(cache.bytes)} of {size(cache.budget)}")
+        figures.append(f"{several(cache.blocks, 'block')}, {size(cache.bytes)} of {size(cache.budget)}")
     if session.last:
         figures.append(f"{session.last.generation_tps:.1f} tokens/s")
     right = "".join(f" · {figure}" for figure in figures)

@@ -65,17 +65,32 @@ def verify(
     memory: pathlib.Path | None = typer.Option(None, help="The memory checkpoint it was converted from."),
     config: pathlib.Path | None = typer.Option(None, help="OpenLM: the config that was given to convert."),
     key_map: pathlib.Path | None = typer.Option(None, help="The key map that was given to convert."),
+    coreml: bool = typer.Option(False, "--coreml", help="MODEL is an exported folder; its source a model folder."),
+    prompts: int = typer.Option(4, min=1, max=20, help="With --coreml: so many prompts are written on."),
+    text: pathlib.Path | None = typer.Option(None, help="With --coreml: choices in 2 000 tokens of a file, too."),
     as_json: bool = typer.Option(False, "--json", help="Print the receipt instead of a table."),
 ) -> None:
     """Check digests, shapes and finite values; with --against, parity with the source. Writes receipt.json.
 
+    With --coreml, an export is run: by Core ML on a Mac, elsewhere by an interpreter of its saved program.
+
     Example: `hiermem verify my-model --against SmolLM2-135M --memory memories.safetensors`
     """
-    from mlx_hiermem.convert.verify import verify as run
     from mlx_hiermem.errors import VerificationError
 
+    if coreml and (memory or config or key_map):
+        raise typer.BadParameter("an export has its memory in it", param_hint="--memory, --config, --key-map")
+    if text and not coreml:
+        raise typer.BadParameter("is for an export", param_hint="--text")
     with progress_bar("verifying", unit="checks", show=not as_json) as progress:
-        receipt = run(model, against, memory, config=config, key_map=key_map, progress=progress)
+        if coreml:
+            from mlx_hiermem.convert.coreml.verify import Options, verify_export
+
+            receipt = verify_export(model, Options(against, prompts, text), progress)
+        else:
+            from mlx_hiermem.convert.verify import verify as run
+
+            receipt = run(model, against, memory, config=config, key_map=key_map, progress=progress)
     if as_json:
         console.print_json(json.dumps(receipt.to_json(), ensure_ascii=False))
     else:
@@ -88,5 +103,5 @@ def verify(
         console.print(table)
         console.print(f"written  {model / 'receipt.json'}", markup=False, soft_wrap=True)
     if not receipt.passed:
-        failed = [check.name for check in receipt.checks if not check.passed]
+        failed = [f"{check.name} ({check.figure})" for check in receipt.checks if not check.passed]
         raise VerificationError(f"{model} did not pass: {', '.join(failed)}", "receipt.json has the figures.")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from mlx_hiermem.errors import HierMemError
+
 if TYPE_CHECKING:
     from mlx_hiermem.bank.bank import MemoryBank
     from mlx_hiermem.config import Path
@@ -32,17 +34,22 @@ def size(count: float) -> str:
     return f"{count:.1f} GB"
 
 
+def several(count: int, noun: str) -> str:
+    """1 block, 2 blocks."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 def describe(selection: Selection) -> str:
     """`10.7 · Noble gases › Helium, Neon · 2 blocks, 1.7 MB (read 0 B) · route 3.1 fetch 0.2 attach 1.0 ms`"""
     if not selection.blocks:
         where = str(selection.path) or "no memory"
         return f"{where} · nothing attached" if selection.path else where
     labels = " › ".join(label for label in selection.labels if label)
-    count = len(selection.blocks)
+    blocks = several(len(selection.blocks), "block")
     parts = [
         str(selection.path) or selection.memory,
         labels,
-        f"{count} block{'s' * (count > 1)}, {size(selection.memory_bytes)} (read {size(selection.bytes_read)})",
+        f"{blocks}, {size(selection.memory_bytes)} (read {size(selection.bytes_read)})",
         f"route {selection.route_ms:.1f} fetch {selection.fetch_ms:.1f} attach {selection.attach_ms:.1f} ms",
     ]
     return " · ".join(part for part in parts if part)
@@ -51,6 +58,15 @@ def describe(selection: Selection) -> str:
 def blocked_note(bank: MemoryBank, node: Path) -> str:
     """About a node that a text would have entered."""
     return f"{node} {bank.manifest.label(node)} would be nearer, but is blocked"
+
+
+def utf8(text: str) -> str:
+    """A text that was typed or piped in. HierMemError where its bytes are none, for no tokenizer takes them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise HierMemError("the text is not valid UTF-8", "Convert it: iconv -t utf-8.") from error
+    return text
 
 
 def write(piece: str) -> None:

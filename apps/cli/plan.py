@@ -120,13 +120,11 @@ def _show(result: Plan) -> None:
 def _show_memory(result: Plan) -> None:
     from rich.table import Table
 
-    from mlx_hiermem.plan import EMBEDDER_BYTES, PROGRAM_BYTES
-
     model = result.model
-    parts = [("anchor", model.anchor_bytes), ("program", PROGRAM_BYTES)]
+    parts = [("anchor", model.anchor_bytes), ("program", model.program_bytes)]
     if model.has_bank:
         level_1 = model.levels[0]
-        parts += [("embedder", EMBEDDER_BYTES), (f"level 1, all {level_1.blocks} blocks", level_1.bytes)]
+        parts += [("embedder", model.embedder_bytes), (f"level 1, all {level_1.blocks} blocks", level_1.bytes)]
         parts += [("one path, attached", model.path_bytes)]
     table = Table("always in memory", box=None, header_style="dim")
     table.add_column("", justify="right")

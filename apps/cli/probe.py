@@ -31,8 +31,10 @@ def read(file: pathlib.Path) -> list[Question]:
     """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise HierMemError(f"cannot read {file}: {error}") from error
+    except OSError as error:
+        raise HierMemError(f"cannot read {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise HierMemError(f"cannot read {file}: it is not UTF-8 text") from error
     questions = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

@@ -8,7 +8,7 @@ import re
 
 import typer
 
-from mlx_hiermem.apps.cli.display import console, progress_bar, size
+from mlx_hiermem.apps.cli.display import console, progress_bar, several, size
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -36,7 +36,7 @@ def push(
     if as_json:
         console.print_json(json.dumps(pushed.to_json()))
         return
-    console.print(f"pushed   {pushed.blocks} blocks, {size(pushed.bytes)}, and the anchor", markup=False)
+    console.print(f"pushed   {several(pushed.blocks, 'block')}, {size(pushed.bytes)}, and the anchor", markup=False)
     console.print(f"commit   {pushed.commit}", markup=False)
     console.print(f"see      {pushed.url}", markup=False, soft_wrap=True)
     console.print(f"use      hiermem chat {repo}", style="dim", markup=False)
@@ -79,9 +79,10 @@ def pull(
     if as_json:
         console.print_json(json.dumps(pulled.to_json()))
         return
-    console.print(f"pulled   {pulled.files} files, {size(pulled.bytes)}, {pulled.blocks} blocks", markup=False)
+    files, blocks = several(pulled.files, "file"), several(pulled.blocks, "block")
+    console.print(f"pulled   {files}, {size(pulled.bytes)}, {blocks}", markup=False)
     if pulled.remote_blocks:
-        left = f"{pulled.remote_blocks} blocks, {size(pulled.remote_bytes)}"
+        left = f"{several(pulled.remote_blocks, 'block')}, {size(pulled.remote_bytes)}"
         console.print(f"remote   {left}: fetched when first needed", markup=False)
     console.print(f"commit   {pulled.revision}", markup=False)
     console.print(f"written  {out}", markup=False)

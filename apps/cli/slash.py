@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -53,6 +54,8 @@ def _help(session: Session, argument: str) -> None:
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2))
+    table.add_column(overflow="fold")  # whole where the terminal is narrow
+    table.add_column()
     for command in COMMANDS.values():
         table.add_row(command.usage, command.what)
     table.add_row("/quit", "leave, as Ctrl-D does")
@@ -69,15 +72,16 @@ def _route(session: Session, argument: str) -> None:
         raise HierMemError("nothing was routed yet", "Write a text behind /route.")
     distances = dict(zip(turn.alone.path.prefixes(), turn.alone.distances, strict=True))
     _path_table(session, turn.alone.path, distances)
-    _verdict(session, turn)
+    _verdict(session, turn, tried=bool(argument))
 
 
-def _verdict(session: Session, turn: Turn) -> None:
-    """Why the conversation stays or moves, in numbers: see `turns`."""
+def _verdict(session: Session, turn: Turn, tried: bool = False) -> None:
+    """Why the conversation stays or moves, or would, in numbers: see `turns`."""
     bank = _bank(session)
     for node in turn.alone.avoided:
         _say(blocked_note(bank, node))
-    goes = f"the conversation stays on {turn.topic.path}" if turn.stayed else "the conversation takes it"
+    stays, takes = ("would stay", "would take") if tried else ("stays", "takes")
+    goes = f"the conversation {stays} on {turn.topic.path}" if turn.stayed else f"the conversation {takes} it"
     figures = f"decided by {turn.decided:.3f}"
     if turn.needed:
         figures += f", and more than {turn.needed:.3f} leaves the path before"
@@ -206,7 +210,8 @@ def _save(session: Session, argument: str) -> None:
         temp.write_text(json.dumps(session.to_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         temp.replace(file)
     except OSError as error:
-        temp.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temp.unlink()
         raise OutputError(f"cannot write {file}: {error.strerror}") from error
     _say(f"{len(session.messages)} messages saved in {file}")
 

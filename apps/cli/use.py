@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from mlx_hiermem.apps.cli.display import blocked_note, console, describe, notes, size, write
+from mlx_hiermem.apps.cli.display import blocked_note, console, describe, notes, size, utf8, write
 
 if TYPE_CHECKING:
     from mlx_hiermem.bank.bank import MemoryBank
@@ -51,7 +51,7 @@ def generate(
     from mlx_hiermem.model import load
 
     mx.random.seed(seed)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = utf8(sys.stdin.read() if prompt == "-" else prompt)
     loaded = load(model)
     pieces = []
     stream = loaded.stream(text, memory=memory or None, chat=chat, max_tokens=max_tokens, temperature=temperature)
@@ -86,7 +86,7 @@ def route(
     from mlx_hiermem.router import Router
 
     bank = open_bank(model)
-    routed = Router.of_bank(bank).route(text)
+    routed = Router.of_bank(bank).route(utf8(text))
     rows: list[dict[str, Any]] = []
     for node, distance in zip(routed.path.prefixes(), routed.distances, strict=True):
         entry = bank.manifest.blocks.get(node)

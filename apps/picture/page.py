@@ -17,7 +17,8 @@ from mlx_hiermem.apps.picture.icicle import Block, Picture
 from mlx_hiermem.apps.picture.rows import row
 
 SHARED = pathlib.Path(__file__).parent.parent / "server" / "page"
-SCRIPTS = ("dom.js", "facts.js", "label.js", "layout.js", "picture.js")  # each after those that it imports
+# Each after those that it imports.
+SCRIPTS = ("dom.js", "facts.js", "label.js", "fold.js", "layout.js", "picture.js")
 
 # The policy lets nothing in from elsewhere, whatever a bank's labels hold.
 PAGE = Template("""<!doctype html>

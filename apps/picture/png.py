@@ -20,9 +20,9 @@ STYLE = {
     "on disk": ("#d6e4ef", "#a5c1d8", ""),
     "remote": ("#ece7f5", "#8d7ab8", ".."),
     "blocked": ("#f8dfdb", "#b3483a", "//"),
-    "missing": ("#f9f8f5", "#5b6670", ""),
+    "missing": ("#f9f8f5", "#55606a", ""),
 }
-PAGE, INK, QUIET = "#f9f8f5", "#1b2530", "#5b6670"
+PAGE, INK, QUIET = "#f9f8f5", "#1b2530", "#55606a"
 
 
 def png(picture: Picture) -> bytes:

@@ -86,7 +86,11 @@ def _as_parts(value: Any) -> Any:
 def _as_wish(value: Any) -> Any:
     if isinstance(value, str):
         return {"use": value}
-    return {"blocked": value} if isinstance(value, list) else value
+    if isinstance(value, list):
+        return {"blocked": value}
+    if not isinstance(value, dict | None):
+        raise ValueError("it is auto, none, generic, a path, a list of blocked nodes, or {use, blocked}")
+    return value
 
 
 def paths(texts: list[str], param: str = "memory") -> frozenset[Path]:
@@ -107,9 +111,13 @@ class Wish(Asked):
         """In the words of `MemoryModel.choose`. auto is the routed memory where there is a bank."""
         if self.use == "auto":
             return "fetched" if has_bank else "none"
-        if self.use not in ("none", "generic"):
-            paths([self.use])
-        return self.use
+        if self.use in ("none", "generic"):
+            return self.use
+        try:
+            return str(Path.parse(self.use))
+        except HierMemError:
+            message = f"there is no memory '{self.use}'; take auto, none, generic, or a path such as 10.7"
+            raise ApiError(400, message, "memory") from None
 
 
 class TextPart(Asked):

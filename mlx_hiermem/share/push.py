@@ -57,6 +57,8 @@ def push(
     """
     from huggingface_hub import HfApi, get_token
 
+    if repo.count("/") != 1:
+        raise HubError(f"'{repo}' is no repository id", "Write organisation/name.")
     if not get_token():
         raise HubError("no token for the hub is at hand", NO_TOKEN)
     bank = _checked(folder, progress)

@@ -35,7 +35,7 @@ def resolve(name: str | pathlib.Path) -> pathlib.Path:
     if folder.is_dir():
         return folder
     repo, revision = hub_id(name)
-    ours = cache_folder() / "models" / (f"{repo}@{revision}" if revision else repo)
+    ours = home(name)
     if ours.is_dir():
         return ours
     if snapshot := _snapshot(repo, revision):
@@ -62,6 +62,12 @@ def hub_id(name: str | pathlib.Path) -> tuple[str, str | None]:
             f"there is no model at {name}", "`hiermem convert SRC OUT` makes one; org/name takes one from the hub."
         )
     return f"{found[1]}/{found[2]}", found[3]
+
+
+def home(name: str | pathlib.Path) -> pathlib.Path:
+    """Where a hub id's model is pulled to when it is used; the folder need not be there yet."""
+    repo, revision = hub_id(name)
+    return cache_folder() / "models" / (f"{repo}@{revision}" if revision else repo)
 
 
 def peek(name: str) -> tuple[dict[str, Any], BankManifest | None, int]:

@@ -11,7 +11,7 @@ export class Answer {
     this.words = element("p", { class: "words" });
     this.notes = element("p", { class: "note", role: "note" });
     this.foot = element("footer");
-    this.box = element("article", { class: "turn assistant", "aria-busy": "true" }, this.notes, this.words, this.foot);
+    this.box = element("article", { class: "turn assistant", "aria-label": "Reply", "aria-busy": "true" }, this.notes, this.words, this.foot);
   }
 
   /** A chunk of the stream. */

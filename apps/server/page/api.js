@@ -42,10 +42,12 @@ async function newKey(wrong) {
 
 async function refusal(response) {
   const { error } = await response.json().catch(() => ({}));
-  const wait = response.headers.get("Retry-After");
-  const words = error?.message ?? `The server answered ${response.status} ${response.statusText}.`;
-  return new ServerError(wait ? `${words} Try again in ${wait} s.` : words, error?.code ?? "");
+  const words = error?.message ?? `the server answered ${response.status} ${response.statusText}`;
+  return new ServerError(sentence(words), error?.code ?? "");
 }
+
+/** A message as a sentence. */
+const sentence = (words) => (words[0].toUpperCase() + words.slice(1)).replace(/[^.!?]$/, "$&.");
 
 export async function get(path) {
   return (await request(path)).json();
@@ -62,7 +64,7 @@ export async function* reply(body, signal) {
   for await (const data of events(response.body)) {
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);
-    if (chunk.error) throw new ServerError(chunk.error.message, chunk.error.code ?? "");
+    if (chunk.error) throw new ServerError(sentence(chunk.error.message), chunk.error.code ?? "");
     yield chunk;
   }
   throw new ServerError("The connection to the server broke off.", "unreachable");

@@ -33,7 +33,7 @@ export class Chat {
 
   async send(text) {
     const running = (this.running = new AbortController());
-    const question = element("div", { class: "turn user" }, element("p", { text }));
+    const question = element("article", { class: "turn user", "aria-label": "Question" }, element("p", { text }));
     const answer = new Answer(this.on.show);
     this.log.append(question, answer.box);
     this.follow(true);

@@ -48,7 +48,7 @@ export class Choice {
         "li",
         {},
         element("strong", { text: what }),
-        element("span", { text: name(path) }),
+        element("span", { text: name(path), title: name(path) }),
         button(undo, act, { "aria-label": `${undo} ${path}` }),
       ),
     );

@@ -22,8 +22,8 @@ export function paragraphs({ name, figures, from }) {
   ];
 }
 
-/** A list entry for each state that occurs among [state, bytes] pairs, for `lit` blocks, and for `fine` ones. */
-export function legend(pairs, lit, fine) {
+/** A list entry for each state that occurs among [state, bytes] pairs, for `lit` blocks, and for `folds`. */
+export function legend(pairs, lit, folds) {
   const found = new Map(STATES.map((state) => [state, { blocks: 0, bytes: 0 }]));
   for (const [state, bytes] of pairs) {
     found.get(state).blocks += 1;
@@ -33,7 +33,7 @@ export function legend(pairs, lit, fine) {
   for (const [state, { blocks, bytes }] of found) {
     if (blocks) entries.push(entry(state.replace(" ", "-"), state, `${count(blocks, "block")}, ${size(bytes)}`));
   }
-  if (fine) entries.push(entry("fine", "too narrow to draw", ""));
+  if (folds) entries.push(entry("fold", "several blocks", "click to look closer"));
   return entries;
 }
 

@@ -1,12 +1,14 @@
-// Where each block of a memory bank goes in the icicle, in a square of side 1, and which block lies where.
+// Where each block of a memory bank goes in the icicle, in a square of side 1, and which of them can be seen.
 //
 // Siblings share their parent's width in proportion to the bytes of their subtrees, and a block is as tall as its own
 // bytes then ask for: areas are bytes, and every branch reaches the lower edge. apps/picture/icicle.py does the same
 // for the PNG; tests/test_page.py compares the two.
 
+const THIN = 6; // px: children that are narrower, on average, are not drawn one by one
+
 /**
  * The tree above `nodes`, rows of /v1/memory: its root. `levels[n]` lists the blocks of level n from left to right,
- * `blocks` all of them, each before what is below it, and `found` is a map from path to node.
+ * `blocks` all of them, each before what is below it (its `order` counts them), and `found` maps paths to nodes.
  */
 export function layout(nodes) {
   const root = branch("", null);
@@ -56,9 +58,10 @@ function place(root) {
       left.push([child, start, y + height, share]);
     }
   }
-  for (const node of root.blocks) {
+  for (const [order, node] of root.blocks.entries()) {
     root.levels[node.level] ??= [];
     node.index = root.levels[node.level].push(node) - 1;
+    node.order = order;
   }
 }
 
@@ -67,13 +70,20 @@ export function within(node, top) {
   return !top.path || node.path === top.path || node.path.startsWith(top.path + ".");
 }
 
-/** The node whose block covers the point (x, y) of the square; null where there is none. */
-export function at(root, x, y) {
-  let node = root;
-  while (node && !(node.row && y < node.y + node.height)) {
-    node = node.children.find((child) => x >= child.x && x < child.x + child.width);
+/**
+ * What can be seen of `top`, drawn so many px wide: the `blocks` that are broad enough, and as one each the `folds`,
+ * nodes whose children are not. The children of `top` itself are always drawn.
+ */
+export function unfold(top, width) {
+  const [blocks, folds, left] = [[], [], [top]];
+  while (left.length) {
+    const node = left.pop();
+    if (node.row) blocks.push(node);
+    const each = (width * node.width) / top.width / node.children.length;
+    if (node !== top && each < THIN) folds.push(node);
+    else left.push(...node.children.toReversed()); // the first comes out first
   }
-  return node ?? null;
+  return { blocks, folds };
 }
 
 /** The node that an arrow key, Home or End leads to from `node`, no higher than `top`; null where there is none. */

@@ -12,12 +12,18 @@ const REPLY = 512; // tokens of a reply at most, as in hiermem chat
 const by = (id) => document.getElementById(id);
 
 const choice = new Choice(showChoice);
-const picture = new MemoryPicture(by("picture"), (node, x, y) => menu.open(node, x, y));
+const picture = new MemoryPicture(
+  by("picture"),
+  (node, x, y) => menu.open(node, x, y),
+  matchMedia("(hover: none)").matches
+    ? "Tap a block to see what is in it, to pin it or to block it."
+    : "Point at a block to see what is in it. Click it to pin it or to block it.",
+);
 const menu = new BlockMenu(by("menu"), picture, choice);
 const chat = new Chat(by("log"), () => ({ memory: choice.request(), max_tokens: longest }), {
   busy: showBusy,
   memory: showMemory,
-  show: (memory) => light(memory.blocks),
+  show: (memory) => picture.reveal(known(memory.blocks)),
   speed: (value) => value && (by("speed").textContent = value.toFixed(1)),
   say: (words) => (by("say").textContent = words),
 });
@@ -25,20 +31,20 @@ let longest = REPLY;
 let connected = false;
 let locked = false; // the reader was asked for the key, and did not give it
 
-function light(blocks) {
-  picture.light(blocks.filter((path) => picture.root.found.has(path)));
-}
+const known = (blocks) => blocks.filter((path) => picture.root.found.has(path));
 
 /** A reply's memory is attached: its blocks are in memory now, whatever they were. */
 function showMemory(memory) {
   picture.update(Object.fromEntries(memory.blocks.map((path) => [path, "in memory"])));
-  light(memory.blocks);
+  picture.light(known(memory.blocks));
   look();
 }
 
 function showBusy(busy) {
+  const focused = [by("send"), by("stop")].includes(document.activeElement);
   by("send").hidden = busy;
   by("stop").hidden = !busy;
+  if (focused) by(busy ? "stop" : "send").focus(); // the other took its place
 }
 
 function showChoice() {
@@ -54,10 +60,11 @@ function showChoice() {
 async function open() {
   const memory = await get("/v1/memory");
   const blocks = memory.nodes.length;
+  const bytes = memory.nodes.reduce((sum, node) => sum + node.bytes, 0);
   by("model").textContent = memory.model;
   document.title = `${memory.model} · hiermem`;
   by("about").textContent = blocks
-    ? `${memory.model} has ${count(blocks, "block")} of memory on disk. Each question brings the blocks on its topic.`
+    ? `${memory.model} has ${count(blocks, "block")} of memory, ${size(bytes)}. Each question brings only those on its topic.`
     : `${memory.model} has no memory bank.`;
   document.body.classList.toggle("bankless", !blocks);
   document.querySelector("#use [value=generic]").disabled = !memory.generic;
@@ -115,7 +122,7 @@ function send(event) {
 function grow() {
   const input = by("input");
   input.style.height = "auto";
-  input.style.height = `${input.scrollHeight}px`;
+  input.style.height = `${input.scrollHeight + input.offsetHeight - input.clientHeight}px`; // with its border
 }
 
 /** Asks for the API key; null where the reader does not give it. */
@@ -132,6 +139,7 @@ by("composer").addEventListener("submit", send);
 by("input").addEventListener("input", grow);
 by("input").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send(event);
+  if (event.key === "Escape") chat.stop();
 });
 by("stop").addEventListener("click", () => chat.stop());
 by("new").addEventListener("click", () => {

@@ -1,29 +1,34 @@
 // The picture of a memory bank: an icicle of its blocks that can be pointed at, walked through and looked into.
 //
-// `hiermem serve` shows it beside the chat, and `hiermem bank show --html` writes it into a file. A block narrower
-// than a pixel is not drawn, but it can be pointed at and walked to like any other.
+// `hiermem serve` shows it beside the chat, and `hiermem bank show --html` writes it into a file. Where blocks are too
+// narrow, a fold stands for all that are below a node; a click on it, or walking into it, makes them large.
 
-import { button, element } from "./dom.js";
+import { button, count, element, size } from "./dom.js";
 import { describe, legend, paragraphs } from "./facts.js";
+import { describeFold, stripes, tally } from "./fold.js";
 import { useFont, writeLabel } from "./label.js";
-import { at, firstBlock, layout, neighbour, within } from "./layout.js";
+import { firstBlock, layout, neighbour, unfold, within } from "./layout.js";
 
-const HINT = "Point at a block, or walk from one to the next with the arrow keys.";
+const HINT = "Point at a block to see what is in it; click to look closer.";
 
 export class MemoryPicture {
-  /** Draws into `place`. `choose(node, x, y)` is called when a block is clicked, or Enter is pressed on it. */
-  constructor(place, choose = (node) => this.look(node)) {
+  /**
+   * Draws into `place`. `choose(node, x, y)` is called when a block is clicked, or Enter is pressed on it; `hint` says
+   * so to the reader.
+   */
+  constructor(place, choose = (node) => this.look(node), hint = HINT) {
     this.trail = element("nav", { class: "trail", "aria-label": "Part of the bank that is shown" });
     this.blocks = element("div", { class: "blocks", role: "tree", "aria-label": "Blocks of the memory bank" });
-    this.cursor = element("div", { class: "cursor", "aria-hidden": "true", hidden: "" });
     this.facts = element("div", { class: "facts" });
     this.legend = element("ul", { class: "legend", "aria-label": "Colours" });
-    const frame = element("div", { class: "frame" }, this.blocks, this.cursor);
+    const frame = element("div", { class: "frame" }, this.blocks);
     place.replaceChildren(this.trail, frame, this.legend, this.facts);
-    this.choose = choose;
+    Object.assign(this, { choose, hint });
     this.closed = new Set(); // paths that the page's reader has blocked, beside the bank's policy
     this.lit = new Set(); // paths of the blocks that answer
-    this.drawn = new Map(); // path -> element
+    this.drawn = new Map(); // path -> element of a block; path/ -> of a fold
+    this.whole = new Set(); // nodes whose blocks are drawn, and not folded away
+    this.folds = new Map(); // node -> what is below it
     this.show([]);
     this.listen();
     new ResizeObserver(() => this.draw()).observe(this.blocks);
@@ -50,10 +55,18 @@ export class MemoryPicture {
     if (changed) this.change();
   }
 
-  /** Lights these blocks, and no others. */
+  /** Lights these blocks, and no others, and sees to it that some can be seen. */
   light(paths) {
     this.lit = new Set(paths);
-    this.change();
+    if (paths.length && !paths.some((path) => within(this.root.found.get(path), this.top))) this.look(this.root);
+    else this.change();
+  }
+
+  /** Shows these lit, and the last of them large enough to read. */
+  reveal(paths) {
+    this.light(paths);
+    const last = this.root.found.get(paths.at(-1));
+    if (last && !this.whole.has(last)) this.look(last.parent);
   }
 
   /** Shows these nodes, and all below them, as blocked. */
@@ -70,6 +83,7 @@ export class MemoryPicture {
   /** Shows what is around a node as large as the picture. */
   look(node) {
     const top = (this.top = this.around(node));
+    this.pointed = null; // something else lies there now
     if (this.focused && !within(this.focused, top)) this.focused = top.row ? top : firstBlock(top);
     this.change();
     const steps = [];
@@ -89,7 +103,8 @@ export class MemoryPicture {
   /** Moves the keyboard's focus to a node. */
   focus(node) {
     this.focused = node;
-    this.draw();
+    if (this.whole.has(node)) this.draw();
+    else this.look(node.parent);
     this.drawn.get(node.path).focus();
   }
 
@@ -106,16 +121,17 @@ export class MemoryPicture {
   change() {
     this.draw();
     const pairs = this.root.blocks.map((node) => [this.state(node), node.row.bytes]);
-    this.legend.replaceChildren(...legend(pairs, this.lit.size, this.blocks.classList.contains("fine")));
-    this.tell(this.pointed);
+    this.legend.replaceChildren(...legend(pairs, this.lit.size, this.folds.size));
+    this.tell();
   }
 
-  /** Tells about a node below the picture; without one about that in focus, or else the last that is lit. */
-  tell(node) {
+  /** Tells below the picture about what is pointed at; else about the block in focus, or the last that is lit. */
+  tell() {
     const lit = [...this.lit].map((path) => this.root.found.get(path)).findLast((found) => found?.row);
-    const shown = node ?? (this.blocks.contains(document.activeElement) ? this.focused : lit);
-    const hint = element("p", { text: this.focused ? HINT : "" });
-    this.facts.replaceChildren(...(shown ? paragraphs(this.describe(shown)) : [hint]));
+    const shown = this.blocks.contains(document.activeElement) ? this.focused : lit;
+    const words = this.pointed ? this.pointed() : shown && this.describe(shown);
+    const hint = element("p", { text: this.focused ? this.hint : "" });
+    this.facts.replaceChildren(...(words ? paragraphs(words) : [hint]));
   }
 
   describe(node) {
@@ -128,32 +144,42 @@ export class MemoryPicture {
     if (!across || !down) return;
     const { root, top } = this;
     useFont(this.blocks);
-    const [scaleX, scaleY] = [across / top.width, down / (1 - top.y)];
+    const { blocks, folds } = unfold(top, across);
+    this.whole = new Set(blocks);
+    this.folds = tally(folds, root.blocks, (node) => this.state(node));
+    while (this.focused && !this.whole.has(this.focused)) this.focused = this.focused.parent ?? blocks[0];
+    const shown = new Set(blocks);
+    for (const node of root.blocks) if (this.least(node) && within(node, top)) shown.add(node);
+    const scale = [across / top.width, down / (1 - top.y)];
     const kept = new Map();
-    let fine = false; // whether some are too narrow
-    for (const node of root.blocks) {
-      if (!within(node, top)) continue;
-      const [start, width] = [(node.x - top.x) * scaleX, node.width * scaleX];
-      const least = this.least(node);
-      if (width < 1 && !least) {
-        fine = true;
-        continue;
-      }
-      const [left, upper] = [Math.round(start), Math.round((node.y - top.y) * scaleY)];
-      const right = Math.max(Math.round(start + width), left + least);
-      const lower = Math.max(Math.round((node.y + node.height - top.y) * scaleY), upper + 1);
+    for (const node of [...shown].sort((a, b) => a.order - b.order)) {
       const box = this.drawn.get(node.path) ?? this.box(node);
-      this.dress(box, node, [left, upper, right - left, lower - upper]);
+      this.dress(box, node, this.place(node, node.y, node.y + node.height, scale));
       kept.set(node.path, box);
     }
-    this.blocks.classList.toggle("fine", fine);
+    for (const node of folds) {
+      const name = `${node.path}/`;
+      const box = this.drawn.get(name) ?? element("div", { class: "fold", "data-fold": node.path, "aria-hidden": "true" });
+      this.dressFold(box, node, this.place(node, node.y + node.height, 1, scale));
+      kept.set(name, box);
+    }
     this.arrange(kept);
   }
 
-  /** Px that a block is drawn broad however narrow it is. */
+  /** Whole px of what is as wide as a node and reaches from `upper` to `lower`, parts of the square. */
+  place(node, upper, lower, [scaleX, scaleY]) {
+    const left = Math.round((node.x - this.top.x) * scaleX);
+    const top = Math.round((upper - this.top.y) * scaleY);
+    const right = Math.round((node.x - this.top.x + node.width) * scaleX);
+    const width = Math.max(right - left, this.least(node), 1);
+    const height = Math.max(Math.round((lower - this.top.y) * scaleY) - top, 1);
+    return { left, top, width: width - (width > 6 ? 1 : 0), height: height - (height > 6 ? 1 : 0) };
+  }
+
+  /** Px that a block is drawn broad however narrow it is, over a fold too. */
   least(node) {
-    if (node === this.focused || this.lit.has(node.path)) return 3;
-    return node.row.state === "in memory" ? 1 : 0;
+    if (this.lit.has(node.path)) return 3;
+    return node.row?.state === "in memory" ? 1 : 0;
   }
 
   /** Brings the elements into the document. What stays is not moved, or it would lose the focus. */
@@ -177,29 +203,38 @@ export class MemoryPicture {
     return box;
   }
 
-  dress(box, node, [left, upper, width, height]) {
-    const px = { left, top: upper, width: width - (width > 6 ? 1 : 0), height: height - (height > 6 ? 1 : 0) };
+  dress(box, node, px) {
     for (const [side, length] of Object.entries(px)) box.style[side] = `${length}px`;
     const lit = this.lit.has(node.path) && this.state(node) !== "blocked";
-    const marks = { lit, fetched: node.row.fetched, thin: width < 5 };
+    const marks = { lit, fetched: node.row.fetched, thin: px.width < 5 };
     const kinds = ["block", this.state(node).replace(" ", "-"), ...Object.keys(marks).filter((mark) => marks[mark])];
     box.className = kinds.join(" ");
     box.tabIndex = node === this.focused ? 0 : -1;
     const { name, figures, from } = this.describe(node);
     const used = lit ? "answering" : "";
     box.setAttribute("aria-label", [name, used, figures, from].filter(Boolean).join(", "));
-    writeLabel(box, node.row, px.width, px.height);
+    writeLabel(box, node.row.label || node.path, size(node.row.bytes), px.width, px.height);
+  }
+
+  dressFold(box, node, px) {
+    for (const [side, length] of Object.entries(px)) box.style[side] = `${length}px`;
+    const sum = this.folds.get(node);
+    box.style.background = stripes(sum);
+    const name = this.drawn.get(node.path)?.hasChildNodes() ? "" : node.row?.label || node.path;
+    const blocks = count(sum.blocks, "block");
+    writeLabel(box, name || blocks, name ? blocks : size(sum.bytes), px.width, px.height);
   }
 
   listen() {
     const { blocks } = this;
-    blocks.addEventListener("pointermove", (event) => this.point(this.under(event)));
+    blocks.addEventListener("pointermove", (event) => this.point(event.target));
     blocks.addEventListener("pointerleave", () => this.point(null));
-    blocks.addEventListener("focusin", () => this.tell(null));
-    blocks.addEventListener("focusout", () => requestAnimationFrame(() => this.tell(this.pointed)));
+    blocks.addEventListener("focusin", () => this.tell());
+    blocks.addEventListener("focusout", () => requestAnimationFrame(() => this.tell()));
     blocks.addEventListener("click", (event) => {
-      const node = this.under(event);
-      if (!node) return;
+      const { node, fold } = this.under(event.target);
+      if (fold) this.focus(firstBlock(node));
+      if (fold || !node) return;
       this.focus(node);
       this.choose(node, event.clientX, event.clientY);
     });
@@ -216,27 +251,24 @@ export class MemoryPicture {
     else if (key === "Enter" || key === " ") {
       const { left, bottom } = this.drawn.get(this.focused.path).getBoundingClientRect();
       this.choose(this.focused, left, bottom);
-    } else if (key === "Escape" && this.top.parent) this.look(this.top.parent);
+    } else if (key === "Escape" && this.top.parent) {
+      this.look(this.top.parent);
+      this.focus(this.focused);
+    }
     else return key.startsWith("Arrow"); // at an edge: the page is not to scroll instead
     return true;
   }
 
-  /** The node below the pointer. */
-  under(event) {
-    const { left, top, width, height } = this.blocks.getBoundingClientRect();
-    const { x, y, width: share } = this.top;
-    return at(this.top, x + ((event.clientX - left) / width) * share, y + ((event.clientY - top) / height) * (1 - y));
+  /** The node that an element of the picture stands for, and whether as a fold. */
+  under(target) {
+    const { path, fold } = target.closest("[data-path], [data-fold]")?.dataset ?? {};
+    return { node: this.root.found.get(path ?? fold), fold: path === undefined };
   }
 
-  point(node) {
-    if (node === this.pointed) return;
-    this.pointed = node;
-    this.tell(node);
-    this.cursor.hidden = !node;
-    if (!node) return;
-    const { x, y, width: share } = this.top;
-    const [left, upper] = [(node.x - x) / share, (node.y - y) / (1 - y)];
-    const place = { left, top: upper, width: node.width / share, height: node.height / (1 - y) };
-    for (const [side, part] of Object.entries(place)) this.cursor.style[side] = `${part * 100}%`;
+  point(target) {
+    const { node, fold } = target ? this.under(target) : {};
+    const words = fold ? () => describeFold(node, this.folds.get(node)) : () => this.describe(node);
+    this.pointed = node && words;
+    this.tell();
   }
 }

@@ -1,0 +1,86 @@
+"""`hiermem export`: models for where no Python runs."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import typer
+
+from mlx_hiermem.apps.cli.display import console, notes, progress_bar, size
+from mlx_hiermem.apps.cli.use import MODEL
+
+app = typer.Typer(help="Export a model for where no Python runs.", no_args_is_help=True)
+
+
+@app.callback()
+def export() -> None:
+    """Export a model for where no Python runs."""
+
+
+@app.command()
+def coreml(
+    model: pathlib.Path = MODEL,
+    out: pathlib.Path = typer.Argument(..., help="Folder to make, for an app to bundle."),
+    memory: str = typer.Option(
+        "state", help="How the app gives a memory: state (written once) or input (each call)."
+    ),
+    context: int | None = typer.Option(None, min=1, help="Most tokens of a conversation. Default: 1024."),
+    weights: str = typer.Option(
+        "int8", help="fp16, int8, int8_channel, int4 or lut4; 4 bits only where --bound allows it."
+    ),
+    bound: float | None = typer.Option(
+        None, min=0.0, help="Most that the anchor may differ, as mean KL in nats. Default: by --weights."
+    ),
+    blocks: str = typer.Option("all", help="Blocks to bundle: all, or level-1 with the rest to download."),
+    only: list[str] | None = typer.Option(
+        None, help="Bundle a subtree: a path such as 2.1, or a word of a label. May be given several times."
+    ),
+    url: str = typer.Option("", help="Where the bank's folder will lie for the app. Default: where it came from."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of text."),
+) -> None:
+    """Write the folder that an iOS app bundles: Core ML packages, tokenizers, bank, manifest, receipt.
+
+    Example: `hiermem export coreml my-model MyApp/Model --only "noble gases"`
+    """
+    from mlx_hiermem.convert.coreml.export import Options
+    from mlx_hiermem.convert.coreml.export import export as run
+
+    options = Options(context, memory, weights, bound, blocks, tuple(only or ()), url)
+    with progress_bar("exporting", unit="steps", show=not as_json) as progress:
+        report = run(model, out, options, progress)
+    if as_json:
+        console.print_json(json.dumps(report.to_json(), ensure_ascii=False))
+        return
+    for warning in report.warnings:
+        notes.print(f"note: {warning}", style="yellow", markup=False, soft_wrap=True)
+    for line in _lines(report.manifest, report.receipt):
+        console.print(line, markup=False, soft_wrap=True)
+    console.print(f"written  {out}", markup=False, soft_wrap=True)
+    console.print(
+        f"check    hiermem verify {out} --coreml --against {model}", style="dim", markup=False, soft_wrap=True
+    )
+
+
+def _lines(manifest: dict, receipt: dict) -> list[str]:
+    anchor, files, measured = manifest["anchor"], manifest["files"], receipt["measured"]
+
+    def total(start: str) -> str:
+        return size(sum(row["bytes"] for name, row in files.items() if name.startswith(start)))
+
+    weights = ", ".join(f"{count} weights {form}" for form, count in anchor["compression"].items())
+    found = (
+        f"KL {measured['kl']:.1e}, {measured['agreement']:.1%} of choices the same on {measured['tokens']} tokens"
+    )
+    name, peak = next(iter(receipt["overflow"]["peaks"].items()))
+    lines = [
+        f"anchor   {anchor['architecture']}, {total(anchor['package'])}, context {anchor['context']}, {weights}",
+        f"measured {found}",
+        f"largest  {peak:.0f} of the {receipt['overflow']['limit']:.0f} that float16 holds, in {name}",
+    ]
+    if manifest["bank"]:
+        blocks = sum(name.startswith("bank/blocks/") for name in files)
+        left = len(manifest["bank"]["download"])
+        lines.append(f"bank     {blocks} blocks, {total('bank/')}" + (f"; {left} to download" if left else ""))
+        lines.append(f"routing  {total('retriever')}")
+    return [*lines, f"together {total('')}"]

@@ -1,0 +1,67 @@
+import Foundation
+
+/// policy.json: which nodes of a bank are closed to everyone who asks.
+///
+/// A blocked node stands for all that is below it. Blocking is no removal: the bytes stay.
+public struct BankPolicy: Equatable, Sendable {
+  /// What becomes of a text whose nearest child is blocked.
+  public enum OnBlocked: String, Decodable, Sendable {
+    /// It goes to the nearest child that is open.
+    case sibling
+    /// Its path ends above.
+    case parent
+  }
+
+  public let blocked: Set<NodePath>
+  public let onBlocked: OnBlocked
+
+  /// Blocks nothing.
+  public static let open = BankPolicy()
+
+  public init(blocked: Set<NodePath> = [], onBlocked: OnBlocked = .sibling) {
+    self.blocked = blocked
+    self.onBlocked = onBlocked
+  }
+
+  /// Reads policy.json; no file blocks nothing.
+  ///
+  /// - Throws: ``HierMemError`` of kind `bank` for a damaged one: what it blocked must not come open.
+  public init(contentsOf file: URL) throws {
+    guard FileManager.default.fileExists(atPath: file.path) else {
+      self = .open
+      return
+    }
+    self = try readJSON(file, as: BankPolicy.self, kind: .bank)
+  }
+
+  /// The node that closes this path: itself or the highest blocked node above; `nil` where it is open.
+  public func blocker(of path: NodePath) -> NodePath? {
+    path.prefixes.first { blocked.contains($0) }
+  }
+
+  /// The same policy with more nodes closed. What a blocked node covers is not listed any more.
+  public func blocking(_ nodes: some Sequence<NodePath>) -> BankPolicy {
+    let wanted = blocked.union(nodes)
+    let tops = wanted.filter { node in !node.prefixes.dropLast().contains { wanted.contains($0) } }
+    return BankPolicy(blocked: tops, onBlocked: onBlocked)
+  }
+}
+
+extension BankPolicy: Decodable {
+  enum CodingKeys: String, CodingKey, CaseIterable {
+    case blocked
+    case onBlocked = "on_blocked"
+  }
+
+  public init(from decoder: any Decoder) throws {
+    let found = Set(try decoder.container(keyedBy: AnyKey.self).allKeys.map(\.stringValue))
+    let unknown = found.subtracting(CodingKeys.allCases.map(\.rawValue)).sorted()
+    guard unknown.isEmpty else {
+      throw HierMemError(.bank, "unknown settings \(unknown.joined(separator: ", "))")
+    }
+    let values = try decoder.container(keyedBy: CodingKeys.self)
+    let nodes = try values.decode([String].self, forKey: .blocked).map(NodePath.init(parsing:))
+    blocked = Set(nodes)
+    onBlocked = try values.decodeIfPresent(OnBlocked.self, forKey: .onBlocked) ?? .sibling
+  }
+}

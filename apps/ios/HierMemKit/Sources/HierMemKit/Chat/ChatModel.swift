@@ -1,0 +1,76 @@
+/// What a conversation needs: an anchor, its text format, and where its memories come from.
+public struct ChatModel: Sendable {
+  public let anchor: any Anchor
+  public let tokenizer: any TextTokenizer
+  public let format: ChatFormat
+  /// The tokens that end a reply.
+  public let eos: Set<Int>
+  /// `nil` for a model without a bank, as are the blocks.
+  public let router: Router?
+  public let blocks: BlockCache?
+
+  public init(
+    anchor: any Anchor, tokenizer: any TextTokenizer, format: ChatFormat, eos: Set<Int>,
+    router: Router? = nil, blocks: BlockCache? = nil
+  ) {
+    self.anchor = anchor
+    self.tokenizer = tokenizer
+    self.format = format
+    self.eos = eos
+    self.router = router
+    self.blocks = blocks
+  }
+}
+
+/// How a conversation is answered.
+public struct ChatOptions: Sendable {
+  /// Which memory a turn gets.
+  public enum Memory: Equatable, Sendable {
+    case none
+    /// The control block, tied to no cluster.
+    case generic
+    /// Each turn's own, found by the router.
+    case routed
+    case path(NodePath)
+  }
+
+  public var memory: Memory
+  /// Stands in front of the conversation; empty for none.
+  public var system: String
+  /// The most tokens of a reply.
+  public var maxTokens: Int
+  public var sampling: Sampler.Settings
+  /// Equal seeds give equal replies, where the temperature is not 0.
+  public var seed: UInt64
+  /// Nodes that are closed to this conversation beside those of the bank's policy.
+  public var blocked: Set<NodePath>
+
+  public init(
+    memory: Memory = .routed, system: String = "", maxTokens: Int = 256,
+    sampling: Sampler.Settings = .init(), seed: UInt64 = 0, blocked: Set<NodePath> = []
+  ) {
+    self.memory = memory
+    self.system = system
+    self.maxTokens = maxTokens
+    self.sampling = sampling
+    self.seed = seed
+    self.blocked = blocked
+  }
+}
+
+/// What happens while a question is answered.
+public enum ChatEvent: Sendable {
+  /// The memory is attached, and the reply begins.
+  case started(ChatStart)
+  /// The next piece of the reply.
+  case text(String)
+}
+
+/// How a question was routed, and which of its blocks are attached.
+public struct ChatStart: Sendable {
+  /// `nil` where the memory is not found by routing.
+  public let turn: Turn?
+  public let nodes: [NodePath]
+  /// Blocks of the path that have not been downloaded.
+  public let missing: [NodePath]
+}

@@ -1,0 +1,211 @@
+/// A conversation: its messages, the path it is on, and the key/value cache that goes with that path.
+///
+/// Each question is routed, and held on the conversation's path unless it is decided enough (see
+/// ``Topic``). After a change of blocks the whole prompt is computed again; otherwise only what is
+/// new. A conversation that outgrows the context loses its oldest turns. The rules are those of
+/// mlx_hiermem/session.py.
+public actor ChatSession {
+  public let model: ChatModel
+  public private(set) var options: ChatOptions
+  /// The user's and the assistant's.
+  public private(set) var messages: [Message] = []
+  public private(set) var topic: Topic?
+  /// The first of the messages that the model is still shown.
+  public private(set) var firstShown = 0
+
+  private var sampler: Sampler
+  private var cache = KeyValueCache()
+  private var attached: [NodePath]?
+  private var isAnswering = false
+
+  /// The share of the prompt's room that is filled after turns were dropped, so that not every turn
+  /// drops another.
+  private static let kept = 0.75
+
+  /// Begins a conversation. The model's anchor must not be used by another at the same time.
+  public init(model: ChatModel, options: ChatOptions) {
+    self.model = model
+    self.options = options
+    sampler = Sampler(options.sampling, seed: options.seed)
+  }
+
+  /// Asks a question; the reply comes piece by piece.
+  ///
+  /// A reply that is broken off, by ending the iteration, keeps what was said so far; where nothing was
+  /// said the question is forgotten. Throws ``HierMemError``, for example where the question alone is
+  /// too long, or another is still being answered.
+  public nonisolated func ask(_ text: String) -> AsyncThrowingStream<ChatEvent, any Error> {
+    AsyncThrowingStream { continuation in
+      let task = Task {
+        do {
+          try await answer(text) { continuation.yield($0) }
+          continuation.finish()
+        } catch {
+          continuation.finish(throwing: error)
+        }
+      }
+      continuation.onTermination = { _ in task.cancel() }
+    }
+  }
+
+  /// Changes the memory of the turns to come; the first that is routed again is routed alone.
+  ///
+  /// - Throws: ``HierMemError`` of kind `usage` while a question is being answered.
+  public func use(_ memory: ChatOptions.Memory) throws {
+    try checkIsIdle()
+    options.memory = memory
+    topic = nil
+  }
+
+  /// Forgets the conversation; the options stay.
+  ///
+  /// - Throws: ``HierMemError`` of kind `usage` while a question is being answered.
+  public func reset() throws {
+    try checkIsIdle()
+    messages = []
+    topic = nil
+    firstShown = 0
+  }
+
+  /// Reads the blocks that a draft would be answered with, so that they are there when it is sent.
+  public func prepare(for draft: String) async throws {
+    guard options.memory == .routed, let router = model.router, let blocks = model.blocks else { return }
+    let turn = try await router.turn(draft, topic: topic, blocked: options.blocked)
+    await blocks.prefetch(blocks.bank.nodes(on: turn.path))
+  }
+
+  private func answer(_ text: String, emit: (ChatEvent) -> Void) async throws {
+    try checkIsIdle()
+    isAnswering = true
+    defer { isAnswering = false }
+    let asked = messages.count
+    messages.append(Message(.user, text))
+    var reply = ""
+    var complete = false
+    defer {
+      if complete || !reply.isEmpty {
+        messages.append(Message(.assistant, reply))
+      } else {
+        messages.removeSubrange(asked...)
+      }
+    }
+    let prompt = try await prepareAnswer(text, emit: emit)
+    var stream = TextStream(model.tokenizer)
+    let room = min(options.maxTokens, model.anchor.context - prompt.count)
+    do {
+      try await decode(prompt, limit: room) { token in
+        let piece = stream.append(token)
+        reply += piece
+        if !piece.isEmpty { emit(.text(piece)) }
+      }
+    } catch {
+      if !(error is CancellationError) { cache.clear() }
+      throw error
+    }
+    let rest = stream.finish()
+    reply += rest
+    if !rest.isEmpty { emit(.text(rest)) }
+    complete = true
+  }
+
+  private func checkIsIdle() throws {
+    guard !isAnswering else {
+      throw HierMemError(.usage, "the last question is still being answered", hint: "Wait, or stop it.")
+    }
+  }
+
+  /// Routes the question, attaches its memory and returns the prompt's tokens.
+  private func prepareAnswer(_ text: String, emit: (ChatEvent) -> Void) async throws -> [Int] {
+    let turn = options.memory == .routed
+      ? try await model.router?.turn(text, topic: topic, blocked: options.blocked) : nil
+    let (first, prompt) = try fit()
+    let fetch = try await fetch(turn)
+    try await attach(fetch)
+    firstShown = first
+    topic = turn?.topic
+    emit(.started(ChatStart(turn: turn, nodes: fetch?.nodes ?? [], missing: fetch?.missing ?? [])))
+    return prompt
+  }
+
+  private func fetch(_ turn: Turn?) async throws -> Fetch? {
+    if options.memory == .none { return nil }
+    guard let blocks = model.blocks else {
+      throw HierMemError(.usage, "this model has no bank", hint: "Use memory none.")
+    }
+    switch options.memory {
+    case .none: return nil
+    case .generic: return try await blocks.fetchGeneric()
+    case .routed: return try await turn.asyncMap { try await blocks.fetch($0.path) }
+    case .path(let path):
+      try check(path, in: blocks.bank)
+      return try await blocks.fetch(path)
+    }
+  }
+
+  private func check(_ path: NodePath, in bank: MemoryBank) throws {
+    guard bank.tree.has(path) else {
+      throw HierMemError(.bank, "the bank's tree has no node \(path)")
+    }
+    if let closed = bank.policy.blocking(options.blocked).blocker(of: path) {
+      throw HierMemError(
+        .bank, "the memory \(path) is blocked (at \(closed))", hint: "Take another path, or unblock it.")
+    }
+  }
+
+  /// Attaches a memory, unless its blocks are attached already.
+  private func attach(_ fetch: Fetch?) async throws {
+    let nodes = fetch?.nodes ?? []
+    if nodes == attached { return }
+    attached = nil
+    cache.clear()
+    try await model.anchor.attach(fetch?.memory)
+    attached = nodes
+  }
+
+  /// Computes a prompt and samples its continuation.
+  private func decode(_ prompt: [Int], limit: Int, onToken: (Int) -> Void) async throws {
+    var position = cache.reuse(prompt, blocks: attached ?? [])
+    var tokens = Array(prompt[position...])
+    for _ in 0..<limit {
+      try Task.checkCancellation()
+      let logits = try await model.anchor.logits(after: tokens, at: position)
+      cache.append(tokens)
+      position += tokens.count
+      let token = sampler.sample(logits)
+      if model.eos.contains(token) { return }
+      onToken(token)
+      tokens = [token]
+    }
+  }
+
+  /// The newest turns that leave room for the reply, and their prompt.
+  private func fit() throws -> (first: Int, prompt: [Int]) {
+    let context = model.anchor.context
+    let room = context - min(options.maxTokens, context / 2)
+    var prompt = try self.prompt(from: firstShown)
+    if prompt.count <= room { return (firstShown, prompt) }
+    // What is left has to be computed again as a whole, so make room for more than this turn.
+    let starts = messages.indices.filter { $0 >= firstShown && messages[$0].role == .user }
+    let goal = Int(Self.kept * Double(room))
+    let start = try starts.dropFirst().first { try self.prompt(from: $0).count <= goal } ?? starts.last!
+    prompt = try self.prompt(from: start)
+    guard prompt.count <= room else {
+      throw HierMemError(
+        .usage, "the question has \(prompt.count) tokens, system message included; the model has room "
+          + "for \(room) beside its reply", hint: "Ask a shorter question, or allow a shorter reply.")
+    }
+    return (start, prompt)
+  }
+
+  private func prompt(from first: Int) throws -> [Int] {
+    let system = options.system.isEmpty ? [] : [Message(.system, options.system)]
+    return try model.tokenizer.encode(model.format.prompt(system + messages[first...]))
+  }
+}
+
+extension Optional {
+  fileprivate func asyncMap<T>(_ transform: (Wrapped) async throws -> T) async rethrows -> T? {
+    guard let self else { return nil }
+    return try await transform(self)
+  }
+}

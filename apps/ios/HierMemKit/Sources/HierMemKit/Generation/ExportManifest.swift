@@ -1,0 +1,145 @@
+import Foundation
+
+/// manifest.json of an exported folder, version 1. convert/coreml/package.py describes it.
+public struct ExportManifest: Sendable {
+  public static let format = "mlx-hiermem-coreml"
+  public static let version = 1
+
+  public struct Anchor: Decodable, Sendable {
+    public let package: String
+    /// The tokens that each function takes.
+    public let functions: [String: Int]
+    /// The function that writes the memory states from inputs, where there is one.
+    public let loadBlock: String?
+    public let context: Int
+    /// Ids from here on are padding.
+    public let vocabulary: Int
+    /// The outputs that make up the logits, in order.
+    public let logits: [String]
+
+    enum CodingKeys: String, CodingKey {
+      case package, functions, context, vocabulary, logits
+      case loadBlock = "load_block"
+    }
+  }
+
+  public struct Memory: Decodable, Sendable {
+    /// How a model gets its memory.
+    public enum Mode: String, Decodable, Sendable {
+      /// It is written once, and stays.
+      case state
+      /// It is given to every call.
+      case input
+    }
+
+    public let mode: Mode
+    public let layers: [Int]
+    public let units: Int
+    public let hidden: Int
+    public let blockSizes: [Int]
+
+    enum CodingKeys: String, CodingKey {
+      case mode, layers, units, hidden
+      case blockSizes = "block_sizes"
+    }
+  }
+
+  public struct Retriever: Decodable, Sendable {
+    public let package: String
+    /// Its tokenizer.json.
+    public let tokenizer: String
+    /// The token counts that it takes, ascending.
+    public let lengths: [Int]
+    public let dimension: Int
+
+    enum CodingKeys: String, CodingKey {
+      case package, tokenizer, lengths
+      case dimension = "dim"
+    }
+  }
+
+  public struct Bank: Decodable, Sendable {
+    public struct Remote: Decodable, Sendable {
+      /// Of the bank's folder; ends with a slash.
+      public let url: URL
+    }
+
+    public let folder: String
+    public let remote: Remote?
+    /// The files that are not bundled.
+    public let download: [String: FileEntry]
+  }
+
+  private struct Sampling: Decodable {
+    let temperature: Double
+    let topP: Double
+    let topK: Int
+    let maxTokens: Int
+
+    enum CodingKeys: String, CodingKey {
+      case temperature
+      case topP = "top_p"
+      case topK = "top_k"
+      case maxTokens = "max_tokens"
+    }
+  }
+
+  public let name: String
+  public let anchor: Anchor
+  /// `nil` for an anchor without memories.
+  public let memory: Memory?
+  public let retriever: Retriever?
+  /// The folder with the anchor's tokenizer.json.
+  public let tokenizer: String
+  /// `nil` where the chat template does more than to put marks between the messages.
+  public let chat: ChatFormat?
+  /// The tokens that end a reply.
+  public let eos: [Int]
+  public let sampling: Sampler.Settings
+  /// The most tokens of a reply.
+  public let maxTokens: Int
+  public let bank: Bank?
+  /// Every bundled file but manifest.json and receipt.json.
+  public let files: [String: FileEntry]
+}
+
+extension ExportManifest: Decodable {
+  enum CodingKeys: String, CodingKey {
+    case format, version, name, anchor, memory, retriever, tokenizer, chat, eos, sampling, bank, files
+  }
+
+  public init(from decoder: any Decoder) throws {
+    let values = try decoder.container(keyedBy: CodingKeys.self)
+    try checkFormat(
+      try values.decode(String.self, forKey: .format), Self.format,
+      version: try values.decode(Int.self, forKey: .version), Self.version, kind: .model)
+    name = try values.decode(String.self, forKey: .name)
+    anchor = try values.decode(Anchor.self, forKey: .anchor)
+    memory = try values.decodeIfPresent(Memory.self, forKey: .memory)
+    retriever = try values.decodeIfPresent(Retriever.self, forKey: .retriever)
+    tokenizer = try values.decode(String.self, forKey: .tokenizer)
+    chat = try values.decodeIfPresent(ChatFormat.self, forKey: .chat)
+    eos = try values.decode([Int].self, forKey: .eos)
+    let sampling = try values.decode(Sampling.self, forKey: .sampling)
+    self.sampling = Sampler.Settings(
+      temperature: sampling.temperature, topP: sampling.topP, topK: sampling.topK)
+    maxTokens = sampling.maxTokens
+    bank = try values.decodeIfPresent(Bank.self, forKey: .bank)
+    files = try values.decode([String: FileEntry].self, forKey: .files)
+    try check()
+  }
+
+  private func check() throws {
+    guard anchor.functions.values.contains(1), anchor.functions.values.allSatisfy({ $0 > 0 }),
+      anchor.context > 0, anchor.vocabulary > 0, !anchor.logits.isEmpty
+    else {
+      throw HierMemError(.model, "the anchor has no function for one token, no context or no logits")
+    }
+    guard (memory == nil) == (bank == nil), (bank == nil) == (retriever == nil) else {
+      throw HierMemError(.model, "memory, bank and retriever go together, and one of them is missing")
+    }
+    guard retriever.map({ !$0.lengths.isEmpty && $0.lengths == $0.lengths.sorted() }) ?? true else {
+      throw HierMemError(.model, "the retriever's lengths are not ascending")
+    }
+  }
+}

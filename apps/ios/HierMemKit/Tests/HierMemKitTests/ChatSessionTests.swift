@@ -1,0 +1,161 @@
+import Foundation
+import Testing
+
+@testable import HierMemKit
+
+struct ChatSessionTests {
+  private let golden: SessionGolden
+  private let anchor: TinyAnchor
+  private let model: ChatModel
+
+  init() throws {
+    golden = try SessionGolden.read()
+    let bank = try Fixtures.tinyBank()
+    anchor = TinyAnchor(vocabulary: 400, hidden: bank.manifest.memory.hidden, context: golden.context)
+    model = ChatModel(
+      anchor: anchor, tokenizer: try JSONTokenizer(contentsOf: Fixtures.url("inputs/digits/tokenizer.json")),
+      format: golden.format, eos: Set(golden.eos),
+      router: Router(tree: bank.tree, embedder: KnownEmbedder(vectors: golden.vectors)),
+      blocks: BlockCache(bank: bank))
+  }
+
+  private func memory(_ text: String) throws -> ChatOptions.Memory {
+    switch text {
+    case "none": .none
+    case "generic": .generic
+    case "fetched": .routed
+    default: .path(try NodePath(parsing: text))
+    }
+  }
+
+  private func say(_ session: ChatSession, _ text: String) async throws -> (start: ChatStart?, reply: String) {
+    var said: (start: ChatStart?, reply: String) = (nil, "")
+    for try await event in session.ask(text) {
+      switch event {
+      case .started(let start): said.start = start
+      case .text(let piece): said.reply += piece
+      }
+    }
+    return said
+  }
+
+  @Test(arguments: ["routed", "blocked", "generic", "path", "none"])
+  func goesAsInPython(_ name: String) async throws {
+    let expected = try #require(golden.sessions[name])
+    let options = ChatOptions(
+      memory: try memory(expected.memory), system: expected.system, maxTokens: golden.maxTokens,
+      blocked: Set(try expected.blocked.map(NodePath.init(parsing:))))
+    let session = ChatSession(model: model, options: options)
+    for turn in expected.turns {
+      await anchor.clearCalls()
+      let (start, reply) = try await say(session, turn.text)
+      #expect(Array(reply.utf8) == Array(turn.reply.utf8))
+      #expect(await session.topic?.path.description ?? "" == turn.path)
+      #expect(start?.turn?.stayed ?? false == turn.stayed)
+      #expect(start?.nodes.map { $0 == .root ? "generic" : $0.description } == turn.blocks)
+      #expect(await session.firstShown == turn.first)
+      #expect(await anchor.calls.first == turn.prefilled)
+    }
+    let roles = await session.messages.map(\.role)
+    #expect(roles == expected.turns.flatMap { _ in [Role.user, .assistant] })
+  }
+
+  @Test func theTinyAnchorIsPythons() async throws {
+    let blocks = try #require(model.blocks)
+    let prompt = try golden.format.prompt([Message(.user, "What is the atomic number of neon?")])
+    for expected in golden.logits {
+      let fetch: Fetch? = switch try memory(expected.memory) {
+      case .none, .routed: nil
+      case .generic: try await blocks.fetchGeneric()
+      case .path(let path): try await blocks.fetch(path)
+      }
+      await anchor.attach(fetch?.memory)
+      let logits = try await anchor.logits(after: model.tokenizer.encode(prompt), at: 0)
+      for (found, wanted) in zip(logits, expected.logits) {
+        #expect(abs(Double(found) - wanted) < 1e-4 * max(1, abs(wanted)))
+      }
+    }
+  }
+
+  @Test func equalSeedsGiveEqualReplies() async throws {
+    func replies(_ seed: UInt64) async throws -> [String] {
+      let options = ChatOptions(
+        memory: .none, maxTokens: 12, sampling: .init(temperature: 1, topP: 0.9), seed: seed)
+      let session = ChatSession(model: model, options: options)
+      return [try await say(session, "Hi").reply, try await say(session, "And?").reply]
+    }
+    let first = try await replies(1)
+    #expect(try await replies(1) == first)
+    #expect(try await replies(2) != first)
+  }
+
+  @Test func aTooLongQuestionChangesNothing() async throws {
+    let session = ChatSession(model: model, options: ChatOptions(memory: .none, maxTokens: golden.maxTokens))
+    _ = try await say(session, "Hi")
+    let error = await hierMemError { _ = try await say(session, String(repeating: "neon ", count: 400)) }
+    #expect(error?.kind == .usage)
+    #expect(await session.messages.count == 2)
+    #expect(await session.firstShown == 0)
+  }
+
+  @Test func aFailureLeavesAUsableConversation() async throws {
+    let options = ChatOptions(maxTokens: 10)
+    let (session, untroubled) = (ChatSession(model: model, options: options), ChatSession(model: model, options: options))
+    let question = "What is the atomic number of neon?"
+    await anchor.failAtCall(1)
+    #expect(await hierMemError { _ = try await say(session, question) }?.kind == .model)
+    #expect(await session.messages.isEmpty)
+    let reply = try await say(session, question).reply
+    #expect(try await say(untroubled, question).reply == reply)
+    await anchor.failAtCall(4)  // in the midst of the reply, which stays as far as it went
+    #expect(await hierMemError { _ = try await say(session, "And its symbol?") }?.kind == .model)
+    #expect(await session.messages.count == 4)
+    #expect(try await !say(session, "Is it a metal?").reply.isEmpty)
+  }
+
+  @Test func breakingOffKeepsWhatWasSaid() async throws {
+    let session = ChatSession(model: model, options: ChatOptions(memory: .none, maxTokens: 200))
+    var pieces = 0
+    for try await event in session.ask("Hi") {
+      if case .text = event { pieces += 1 }
+      if pieces == 3 { break }
+    }
+    while await session.messages.count < 2 { try await Task.sleep(for: .milliseconds(1)) }
+    #expect(await session.messages.last?.role == .assistant)
+    #expect(try await !say(session, "And?").reply.isEmpty)
+  }
+
+  @Test func oneQuestionAtATime() async throws {
+    let session = ChatSession(model: model, options: ChatOptions(memory: .none, maxTokens: 10))
+    await anchor.hold()
+    var iterator = session.ask("Hi").makeAsyncIterator()
+    _ = try await iterator.next()
+    #expect(await hierMemError { _ = try await say(session, "And?") }?.kind == .usage)
+    #expect(await hierMemError { try await session.reset() }?.kind == .usage)
+    await anchor.release()
+    while try await iterator.next() != nil {}
+    try await session.reset()
+    #expect(await session.messages.isEmpty)
+  }
+
+  @Test func preparingReadsAheadAndChangesNothing() async throws {
+    let session = ChatSession(model: model, options: ChatOptions(maxTokens: 10))
+    try await session.prepare(for: "What is the atomic number of neon?")
+    #expect(await model.blocks?.statistics.misses == 2)
+    #expect(await session.topic == nil)
+    _ = try await say(session, "What is the atomic number of neon?")
+    #expect(await model.blocks?.statistics.misses == 2)
+  }
+
+  @Test func refusesMemoriesThatThereAreNot() async throws {
+    let bare = ChatModel(
+      anchor: anchor, tokenizer: model.tokenizer, format: model.format, eos: model.eos)
+    let session = ChatSession(model: bare, options: ChatOptions(memory: .generic))
+    #expect(await hierMemError { _ = try await say(session, "Hi") }?.kind == .usage)
+    let closed = ChatSession(
+      model: model, options: ChatOptions(memory: .path(try NodePath("1.2")), blocked: [try NodePath("1")]))
+    #expect(await hierMemError { _ = try await say(closed, "Hi") }?.what.contains("blocked (at 1)") == true)
+    try await closed.use(.path(try NodePath("7")))
+    #expect(await hierMemError { _ = try await say(closed, "Hi") }?.kind == .bank)
+  }
+}

@@ -1,0 +1,107 @@
+import Foundation
+import Testing
+
+@testable import HierMemKit
+
+struct RoutingTests {
+  private struct Golden: Decodable {
+    let paths: [String]
+    let avoided: [String]
+    let distances: [[Float]]
+    let blocked: [String]
+    let onBlocked: BankPolicy.OnBlocked
+
+    enum CodingKeys: String, CodingKey {
+      case paths, avoided, distances, blocked
+      case onBlocked = "on_blocked"
+    }
+  }
+
+  /// A thousand vectors, where Python sends them.
+  @Test(arguments: ["elements", "ragged", "sibling", "parent"])
+  func routesAsPython(_ name: String) throws {
+    let isElements = name == "elements"
+    let file = isElements
+      ? Fixtures.elements.appendingPathComponent("tree.safetensors") : Fixtures.url("ragged-tree.safetensors")
+    let tree = try ClusterTree(contentsOf: file)
+    let goldens: [String: Golden] = try Fixtures.decode("routes.json")
+    let golden = try #require(goldens[name])
+    let policy = BankPolicy(
+      blocked: Set(try golden.blocked.map(NodePath.init(parsing:))), onBlocked: golden.onBlocked)
+    let vectors = isElements
+      ? Fixtures.uniform(1, 1000, 384).map { $0.map { $0 / 16 } } : Fixtures.uniform(2, 1000, 16)
+    #expect(golden.paths.count == vectors.count)
+    for (index, vector) in vectors.enumerated() {
+      let route = try tree.route(vector, policy: policy)
+      #expect(route.path.description == golden.paths[index])
+      #expect(route.avoided.map(\.description).joined(separator: " ") == golden.avoided[index])
+      if index < golden.distances.count {
+        #expect(route.distances.count == golden.distances[index].count)
+        for (a, b) in zip(route.distances, golden.distances[index]) { #expect(abs(a - b) < 1e-5) }
+      }
+    }
+  }
+
+  private struct GoldenTurn: Decodable {
+    let row: Int
+    let alone: String
+    let path: String
+    let stayed: Bool
+    let decided: Double
+    let needed: Double
+  }
+
+  /// Real conversations, with embeddings of the real MiniLM.
+  @Test func turnsGoWherePythonSendsThem() async throws {
+    let file = try SafetensorsFile(contentsOf: Fixtures.url("inputs/conversations.safetensors"))
+    let values = try file.withBytes(of: "vectors") { bytes in
+      (0..<bytes.count / 2).map { ScalarType.float16.load(bytes, $0) }
+    }
+    let rows = values.count / 384
+    let vectors = Dictionary(
+      uniqueKeysWithValues: (0..<rows).map { ("\($0)", Array(values[$0 * 384..<($0 + 1) * 384])) })
+    let tree = try ClusterTree(contentsOf: Fixtures.elements.appendingPathComponent("tree.safetensors"))
+    let router = Router(tree: tree, embedder: KnownEmbedder(vectors: vectors))
+    let talks: [[GoldenTurn]] = try Fixtures.decode("turns.json")
+    #expect(talks.joined().contains { $0.stayed })
+    for talk in talks {
+      var topic: Topic?
+      for golden in talk {
+        let turn = try await router.turn("\(golden.row)", topic: topic)
+        topic = turn.topic
+        #expect(turn.alone.path.description == golden.alone)
+        #expect(turn.path.description == golden.path)
+        #expect(turn.stayed == golden.stayed)
+        #expect(abs(turn.decided - golden.decided) < 1e-5)
+        #expect(abs(turn.needed - golden.needed) < 1e-5)
+      }
+    }
+  }
+
+  @Test func aBlockedTopicIsLeft() async throws {
+    let tree = try ClusterTree(contentsOf: Fixtures.url("ragged-tree.safetensors"))
+    let vector = Fixtures.uniform(3, 1, 16)[0]
+    let router = Router(tree: tree, embedder: KnownEmbedder(vectors: ["": vector]))
+    let alone = try tree.route(vector).path
+    let other = try #require(tree.children(of: .root).first { !alone.isWithin($0) })
+    let held = try await router.turn("", topic: Topic(path: other, decided: 100))
+    #expect(held.path == other)
+    #expect(held.stayed)
+    let freed = try await router.turn("", topic: Topic(path: other, decided: 100), blocked: [other])
+    #expect(freed.path == alone)
+    #expect(!freed.stayed)
+  }
+
+  @Test func refusesWhatDoesNotFit() async throws {
+    let tree = try ClusterTree(contentsOf: Fixtures.url("ragged-tree.safetensors"))
+    let vector = [Float](repeating: 0, count: 16)
+    #expect(await hierMemError { _ = try tree.route([1, 2]) }?.kind == .usage)
+    let absent = BankPolicy(blocked: [try NodePath("9")])
+    #expect(await hierMemError { _ = try tree.route(vector, policy: absent) }?.kind == .bank)
+    #expect(!tree.has(try NodePath("4")))
+    #expect(!tree.has(.root))
+    #expect(!tree.has(try NodePath("0.0.0.0")))
+    let block = Fixtures.url("bank/blocks/0.safetensors")
+    #expect(await hierMemError { _ = try ClusterTree(contentsOf: block) }?.kind == .bank)
+  }
+}

@@ -1,0 +1,214 @@
+"""The anchor as a Core ML program: `decode` (one token), `prefill` (32) and, if wanted, `load_block`.
+
+    input_ids [1, T], position [1]  ->  logits_0, logits_1, … [1, T, at most 16 384]
+
+Keys and values, and the memory that widens the feed-forward layers (arXiv:2510.02375, §2.2), are states: the app
+writes a memory once, and no decode step sends it again. The functions share every weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mlx_hiermem.convert.coreml import mil
+from mlx_hiermem.convert.coreml.architecture import Architecture, Layer, Linear
+from mlx_hiermem.convert.coreml.attention import Cache, Positions, attention, linear, take
+from mlx_hiermem.convert.coreml.mil import Var, Weights, half, mb
+from mlx_hiermem.convert.coreml.norm import norm
+
+DECODE, PREFILL, LOAD = "decode", "prefill", "load_block"
+PREFILL_TOKENS = 32  # the Neural Engine takes updates of a slice only of more than one token
+PART = 16_384  # the longest axis that the Neural Engine takes, reportedly
+CACHES, MEMORY = ("k_cache", "v_cache"), ("gate", "up", "down")
+
+
+@dataclass(frozen=True)
+class Export:
+    """What to build. `memory_layers` and `units` are 0 for an anchor without memory; `mode` is state or input."""
+
+    context: int
+    memory_layers: tuple[int, ...] = ()
+    units: int = 0
+    mode: str = "state"
+    load_block: bool = False
+    prefill: int = PREFILL_TOKENS
+
+    @property
+    def functions(self) -> dict[str, int]:
+        """Name -> tokens a call takes."""
+        return {DECODE: 1, PREFILL: self.prefill}
+
+    def memory_shape(self, sizes: Architecture) -> tuple[int, int, int]:
+        return len(self.memory_layers), self.units, sizes.hidden
+
+    def cache_shape(self, sizes: Architecture) -> tuple[int, int, int, int]:
+        return len(sizes.layers), sizes.kv_heads, self.context, sizes.head_dim
+
+
+def build(sizes: Architecture, export: Export, plan: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The functions, ready for `mil.save`. `plan`: formats of compressed weights by name, see `matrices`."""
+    weights = Weights(plan)
+    functions = {
+        name: mil.function(_inputs(sizes, export, tokens), _Body(sizes, export, tokens, weights))
+        for name, tokens in export.functions.items()
+    }
+    if export.load_block:
+        shape = export.memory_shape(sizes)
+        new = {f"new_{name}": mil.tensor(shape) for name in MEMORY}
+        functions[LOAD] = mil.function(new | _states(sizes, export), _load)
+    return functions
+
+
+def matrices(sizes: Architecture) -> list[Linear]:
+    """The weights that may be compressed: what is multiplied with.
+
+    Rotary tables and norms are not among them, nor embeddings that no head shares, of which a call reads a row.
+    """
+    found = parts(sizes.head or sizes.embeddings)
+    for layer in sizes.layers:
+        found += [layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down]
+    return found
+
+
+def parts(table: Linear) -> list[Linear]:
+    """A table [V, d] in equal parts of at most 16 384 rows, the last perhaps shorter."""
+    size = math.ceil(len(table.weight) / math.ceil(len(table.weight) / PART))
+    return [
+        Linear(
+            table.path,
+            table.weight[start : start + size],
+            None if table.bias is None else table.bias[start : start + size],
+            part=number,
+            start=start,
+        )
+        for number, start in enumerate(range(0, len(table.weight), size))
+    ]
+
+
+def _states(sizes: Architecture, export: Export) -> dict[str, Any]:
+    states = {name: mil.state(export.cache_shape(sizes)) for name in CACHES}
+    if export.units and export.mode == "state":
+        states |= {name: mil.state(export.memory_shape(sizes)) for name in MEMORY}
+    return states
+
+
+def _inputs(sizes: Architecture, export: Export, tokens: int) -> dict[str, Any]:
+    inputs = {"input_ids": mil.tensor((1, tokens), "int32"), "position": mil.tensor((1,), "int32")}
+    if export.units and export.mode == "input":
+        inputs |= {name: mil.tensor(export.memory_shape(sizes)) for name in MEMORY}
+    return inputs | _states(sizes, export)
+
+
+def _load(given: Mapping[str, Var]) -> Sequence[Var]:
+    """Writes the memory states from inputs; returns the largest value that `down` now has."""
+    for name in MEMORY:
+        written = mb.coreml_update_state(state=given[name], value=given[f"new_{name}"])
+    for name in CACHES:  # so that one state serves all functions
+        mb.read_state(input=given[name])
+    peak = mb.reduce_max(x=mb.abs(x=written), axes=[0, 1, 2], keep_dims=True)
+    return [mb.reshape(x=peak, shape=[1], name="peak")]
+
+
+class Stream:
+    """The residual stream, and what float16 rounded off when it was last added to (Kahan's summation).
+
+    Where one channel is huge, the others' sums would lose more than all other roundings together: on SmolLM2 the
+    largest error of a logit is halved.
+    """
+
+    def __init__(self, value: Var) -> None:
+        self.value, self.lost = value, None
+
+    def add(self, x: Var, name: str) -> None:
+        if self.lost is not None:
+            x = mb.add(x=x, y=self.lost)
+        total = mb.add(x=self.value, y=x, name=name)
+        self.lost = mb.sub(x=x, y=mb.sub(x=total, y=self.value), name=f"{name}_lost")
+        self.value = total
+
+
+@dataclass
+class _Body:
+    """One function's operations, for a call of `tokens`."""
+
+    sizes: Architecture
+    export: Export
+    tokens: int
+    weights: Weights
+
+    def __call__(self, given: Mapping[str, Var]) -> Sequence[Var]:
+        sizes = self.sizes
+        self.weights.begin()
+        at = Positions(self.tokens, self.export.context, given["position"], self.weights)
+        memory, caches = self._memory(given), [Cache(given[name]) for name in CACHES]
+        x = Stream(self._embed(given["input_ids"]))
+        for index, layer in enumerate(sizes.layers):
+            name = f"layers_{index}"
+            y = norm(x.value, layer.before_attention, self.weights, f"{name}_before_attention")
+            y = attention(y, index, layer, sizes, at, caches, self.weights)
+            if layer.after_attention:
+                y = norm(y, layer.after_attention, self.weights, f"{name}_after_attention")
+            x.add(y, f"{name}_attended")
+            y = norm(x.value, layer.before_ffn, self.weights, f"{name}_before_ffn")
+            y = self._feed_forward(y, index, layer, memory)
+            if layer.after_ffn:
+                y = norm(y, layer.after_ffn, self.weights, f"{name}_after_ffn")
+            x.add(y, name)
+        y = norm(x.value, sizes.norm, self.weights, "norm")
+        heads = enumerate(parts(sizes.head or sizes.embeddings))
+        return [linear(y, head, self.weights, f"logits_{number}") for number, head in heads]
+
+    def _embed(self, ids: Var) -> Var:
+        """[1, T] -> [1, T, d]. Each part gives its rows or zeros, so that the head's parts serve here too."""
+        sizes, found = self.sizes, None
+        tables = parts(sizes.embeddings)
+        for table in tables:
+            last = len(table.weight) - 1
+            row = mb.sub(x=ids, y=np.int32(table.start))
+            inside = mb.maximum(x=mb.minimum(x=row, y=np.int32(last)), y=np.int32(0))
+            weight = (
+                self.weights.constant(table.name, table.weight)
+                if sizes.head
+                else self.weights.matrix(table.name, table.weight)
+            )
+            rows = mb.gather(x=weight, indices=inside, axis=0, name=f"{table.name}_rows")
+            if len(tables) > 1:
+                here = mb.equal(x=mb.add(x=inside, y=np.int32(table.start)), y=ids)
+                here = mb.expand_dims(x=mb.cast(x=here, dtype="fp16"), axes=[-1])
+                rows = mb.mul(x=rows, y=here)
+            found = rows if found is None else mb.add(x=found, y=rows)
+        if sizes.embedding_scale != 1.0:
+            found = mb.mul(x=found, y=half(sizes.embedding_scale), name="embedded_scaled")
+        if sizes.embedding_norm:
+            found = norm(found, sizes.embedding_norm, self.weights, "embedding_norm")
+        return found
+
+    def _memory(self, given: Mapping[str, Var]) -> dict[str, Var]:
+        if not self.export.units:
+            return {}
+        if self.export.mode == "input":
+            return {name: given[name] for name in MEMORY}
+        return {name: mb.read_state(input=given[name], name=f"memory_{name}") for name in MEMORY}
+
+    def _feed_forward(self, x: Var, index: int, layer: Layer, memory: dict[str, Var]) -> Var:
+        gate, up = linear(x, layer.gate, self.weights), linear(x, layer.up, self.weights)
+        y = linear(self._gated(gate, up, f"layers_{index}_ffn"), layer.down, self.weights)
+        if not memory or index not in self.export.memory_layers:
+            return y
+        row, name = self.export.memory_layers.index(index), f"layers_{index}_memory"
+        gate, up, down = (take(memory[part], row, f"{name}_{part}") for part in MEMORY)
+        inner = self._gated(mb.matmul(x=x, y=gate, transpose_y=True), mb.matmul(x=x, y=up, transpose_y=True), name)
+        return mb.add(x=y, y=mb.matmul(x=inner, y=down), name=f"{name}_added")
+
+    def _gated(self, gate: Var, up: Var, name: str) -> Var:
+        if self.sizes.activation == "silu":
+            active = mb.silu(x=gate)
+        else:
+            mode = "TANH_APPROXIMATION" if self.sizes.activation == "gelu_tanh" else "EXACT"
+            active = mb.gelu(x=gate, mode=mode)
+        return mb.mul(x=active, y=up, name=f"{name}_gated")
