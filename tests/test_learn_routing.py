@@ -26,6 +26,7 @@ from mlx_hiermem.learn.stages import (
     TreeSettings,
     describe_nodes,
     given_agreement,
+    is_held_out,
     plant,
     read_corpus,
 )
@@ -226,10 +227,10 @@ def test_generated_questions_shape_the_tree_and_some_measure_it(tmp_path: pathli
     planted = plant(work, corpus, embedder)
     held_out = [row["text"] for row in read_lines(work.path(PROBES)) if row.get("held_out")]
     shaping = [row["text"] for row in read_lines(work.path(PROBES)) if not row.get("held_out")]
-    assert held_out == asked[9::10]
+    assert held_out == [text for i, text in enumerate(asked) if is_held_out(i, text)]
     assert not set(held_out) & set(shaping)
     assert set(asked) - set(held_out) <= set(shaping)
-    assert planted.agreement["questions"] == 4
+    assert planted.agreement["questions"] == len(held_out) > 1
     assert planted.agreement["agreement"] >= 0.75
     assert 1 <= planted.agreement["leaves_a_window"] <= routing.LEAVES
 

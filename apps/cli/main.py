@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import typer
 
-from mlx_hiermem.apps.cli import ask, bank, chat, convert, demo, export, plan, serve, use
+from mlx_hiermem.apps.cli import ask, bank, chat, convert, demo, export, learn, plan, serve, use
 from mlx_hiermem.errors import HierMemError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ for command in (
     demo.demo,
     convert.convert,
     convert.verify,
+    learn.learn,
     chat.chat,
     ask.ask,
     serve.serve,

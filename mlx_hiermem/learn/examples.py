@@ -64,7 +64,7 @@ class TrainingSet:
     def __init__(self, folder: pathlib.Path, leaves: Sequence[Path], ends: np.ndarray, digest: str) -> None:
         self.folder, self.leaves, self.digest = folder, list(leaves), digest
         self._ends = dict(zip(self.leaves, ends.tolist(), strict=True))
-        self._starts = dict(zip(self.leaves, [0, *ends[:-1].tolist()], strict=True))
+        self._starts = dict(zip(self.leaves, [0, *ends.tolist()][: len(ends)], strict=True))
         self._tokens, self._learn = _map(folder / "tokens", np.int32), _map(folder / "learn", np.bool_)
         self._teachers = _map(folder / "teachers", np.int32)
         self.assigned = _map(folder / "assigned", np.int64)  # leaf by leaf, the examples learnt there

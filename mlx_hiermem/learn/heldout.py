@@ -6,18 +6,19 @@ Without memory, with the generic block, and with the fetched ones level by level
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+import mlx.core as mx
 import numpy as np
 
 from mlx_hiermem.config import Path
-from mlx_hiermem.learn.examples import TrainingSet
+from mlx_hiermem.learn.examples import Example, TrainingSet
 from mlx_hiermem.learn.learner import Inputs
 from mlx_hiermem.learn.packing import batch, cut
 from mlx_hiermem.learn.schedule import GENERIC, carriers
 from mlx_hiermem.learn.trainer import Trainer
 
-EXAMPLES = 1024  # of all held-out texts, at most; the same ones for every memory
+EXAMPLES = 256  # of all held-out texts, at most; the same ones for every memory
 GROUP_TOKENS = 1024
 Sums = dict[str, tuple[float, int]]  # name of a memory -> summed loss, tokens
 
@@ -36,10 +37,19 @@ def measure(trainer: Trainer, heldout: TrainingSet) -> Sums:
             memories |= _levels(trainer, leaf)
         trainer.use({node for nodes in memories.values() for node in nodes})
         for group in cut(numbers, heldout.lengths[numbers], GROUP_TOKENS, np.random.default_rng(0)):
-            inputs = Inputs(batch([heldout.read(int(number)) for number in group]))
+            inputs = _inputs(trainer, [heldout.read(int(number)) for number in group])
             learnt = int(heldout.learnts[group].sum())
             _add(found, {name: (float(trainer.losses(n, inputs).sum()), learnt) for name, n in memories.items()})
     return found
+
+
+def _inputs(trainer: Trainer, texts: Sequence[Example]) -> Inputs:
+    """Texts as a batch; what no memory changes is computed once for all memories."""
+    packed, layer = batch(texts), trainer.learner.first_layer
+    if trainer.settings.cotrain or not layer:
+        return Inputs(packed)
+    documents = mx.array(packed.documents) if packed.packed else None
+    return Inputs(packed, trainer.learner.anchor.states(mx.array(packed.tokens), layer, documents))
 
 
 def _levels(trainer: Trainer, leaf: Path) -> dict[str, list[Path]]:

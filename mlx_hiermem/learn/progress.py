@@ -14,7 +14,7 @@ from mlx_hiermem.errors import MissingDependencyError
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a rank's training is. `doing` is `hidden states` (of one job) or `learning`."""
+    """Where a rank's training is. `doing` is `hidden states` (of one job), `learning` or `measured`."""
 
     doing: str
     job: str
@@ -22,6 +22,7 @@ class Progress:
     total: int
     tokens_per_second: float  # since this run started
     loss: float | None = None  # mean of the latest steps
+    losses: dict[str, float] | None = None  # of the job's held-out texts, by memory, where they were measured
 
     @property
     def seconds_left(self) -> float | None:

@@ -14,6 +14,7 @@ from mlx_hiermem.memory.lora import projection
 from mlx_hiermem.memory.slot import sizes
 
 PLACEMENTS = ("uniform", "early", "middle", "late")
+FINEST, COARSER = 8, 3  # units of a block at the finest level, and times more at each level above
 ATTENTION, OBJECTIVES = ("document", "row"), ("next-token", "distillation")
 
 
@@ -101,3 +102,19 @@ def memory_config(
         q_width=query[1],
         kv_width=key[1],
     )
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """The memory's design. Without `sizes`, a level's blocks are `COARSER` times those of the level below."""
+
+    kind: str = "ffn"
+    sizes: tuple[int, ...] = ()
+    placement: str | tuple[int, ...] = "late"
+    dtype: str = "float16"
+
+    def of(self, model: nn.Module, branching: int, depth: int) -> MemoryConfig:
+        """For a tree of this shape. A small corpus may have grown fewer levels than there are sizes."""
+        sizes = self.sizes[:depth] or tuple(FINEST * COARSER ** (depth - level) for level in range(1, depth + 1))
+        sizes += (0,) * (depth - len(sizes))
+        return memory_config(model, self.kind, branching, sizes, self.placement, self.dtype)

@@ -13,7 +13,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import pathlib
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -29,7 +31,7 @@ from mlx_hiermem.learn.clustering import EVEN, Shape, grow
 from mlx_hiermem.learn.duplicates import Seen
 from mlx_hiermem.learn.routing import LEAVES, ProbeVectors, Separation, agreement, place
 from mlx_hiermem.learn.windows import TOKENS, splintered, split, untruncated
-from mlx_hiermem.learn.work import Work, read_lines, write_lines, write_text
+from mlx_hiermem.learn.work import Work, read_lines, with_rows, write_lines, write_text
 from mlx_hiermem.router import TextEmbedder
 from mlx_hiermem.tree import ClusterTree
 
@@ -38,6 +40,7 @@ PROBE_VECTORS, MEANS = "probes.npy", "means.npy"
 TREE, LEAVES_FILE, AGREEMENT, NODES = "tree.safetensors", "leaves.jsonl", "agreement.json", "nodes.json"
 FOREIGN = 0.25  # see `splintered`
 LOOKED_AT = 500  # windows, to tell the language
+LONGEST_LINE = 1 << 20  # bytes; a window is of some hundred tokens
 HELD_OUT = 10  # one generated question in so many measures the routing and shapes nothing
 
 
@@ -79,6 +82,14 @@ class Corpus:
     @property
     def count(self) -> int:
         return _count(self.work.path(WINDOWS))
+
+    @property
+    def documents(self) -> int:
+        """How many there are, by the last window's."""
+        with self.work.path(WINDOWS).open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, size - LONGEST_LINE))
+            return int(json.loads(stream.read().splitlines()[-1])["document"]) + 1
 
     def windows(self) -> Iterator[Window]:
         return (Window(**row) for row in read_lines(self.work.path(WINDOWS)))
@@ -218,28 +229,30 @@ def plant(
 
 
 def _write_probes(work: Work, made: Corpus) -> None:
-    """Window by window; last the one generated question in `HELD_OUT` that is kept for measuring."""
+    """Window by window; last the generated questions that are kept for measuring."""
     study = work.path(STUDY)
-    questions = defaultdict[int, list[str]](list)
-    # Generated questions are held, and nothing else: a hundred bytes each.
-    for row in read_lines(study) if study.exists() else ():
-        if row.get("question"):
-            questions[row["window"]].append(row["question"])
 
     def rows() -> Iterator[dict[str, Any]]:
-        number, held_out = 0, list[dict[str, Any]]()
-        for window, subject in probes.with_subjects(made.windows()):
-            own = list[str]()
-            for question in dict.fromkeys(questions.pop(window.id, ())):
-                number += 1
-                if number % HELD_OUT:
-                    own.append(question)
-                else:
-                    held_out.append({"window": window.id, "text": question, "held_out": True})
+        named = probes.with_subjects(made.windows())
+        for (window, subject), studied in with_rows(named, study, lambda pair: pair[0].id):
+            own = [question for question in _questions(studied) if not is_held_out(window.id, question)]
             yield from ({"window": window.id, "text": text} for text in probes.probes(window.text, subject, own))
-        yield from held_out
+        for number, studied in with_rows(range(made.count), study, lambda number: number):
+            for question in _questions(studied):
+                if is_held_out(number, question):
+                    yield {"window": number, "text": question, "held_out": True}
 
     write_lines(work.path(PROBES), rows())
+
+
+def _questions(studied: Iterable[dict[str, Any]]) -> dict[str, None]:
+    """The questions among a window's rows, each once."""
+    return dict.fromkeys(row["question"] for row in studied if row.get("question"))
+
+
+def is_held_out(window: int, question: str) -> bool:
+    """Whether a generated question is one of those that measure, by what it is alone."""
+    return zlib.crc32(f"{window} {question}".encode()) % HELD_OUT == 0
 
 
 def _grow(work: Work, made: Corpus, settings: TreeSettings) -> None:

@@ -10,6 +10,7 @@ news that they are done, and their blocks are, bit for bit, what one rank alone 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -21,7 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_hiermem.config import MemoryConfig, Path
-from mlx_hiermem.errors import HierMemError, OutputError
+from mlx_hiermem.errors import HierMemError, MissingDependencyError, OutputError
 from mlx_hiermem.learn.blocks import ANCHOR, GO_ON, Tensors, TrainedBlocks, new_block
 from mlx_hiermem.learn.examples import TrainingSet
 from mlx_hiermem.learn.heldout import measure, perplexities
@@ -32,6 +33,7 @@ from mlx_hiermem.learn.schedule import Job, Schedule, jobs, share
 from mlx_hiermem.learn.settings import TrainingSettings
 from mlx_hiermem.learn.trainer import Trainer
 
+LOG, PLOT = "log.jsonl", "loss.png"
 Tick = Callable[[Progress], None]
 
 
@@ -79,8 +81,8 @@ class Training:
     def run(self, tick: Tick = lambda progress: None) -> dict[str, float]:
         """Trains this rank's jobs and waits for the others'; returns held-out perplexities by memory.
 
-        Rank 0 then joins the logs in `log.jsonl` and draws `loss.png`. Raises OutputError where the disk is full:
-        what was committed stays, and the next call goes on from there.
+        Rank 0 then joins the logs in `log.jsonl`, and draws `loss.png` if it can. Raises OutputError where the disk
+        is full: what was committed stays, and the next call goes on from there.
         """
         ticker = _Ticker(tick, sum(self._tokens(job) * self.settings.epochs for job in self.mine))
         try:
@@ -95,15 +97,16 @@ class Training:
                 "The ranks must share their work folder.",
             )
         if self.group.rank() == 0:
-            merge_logs([self._folder(job) / "log.jsonl" for job in self.jobs], self.work / "log.jsonl")
-            plot(self.work / "log.jsonl", self.work / "loss.png")
+            merge_logs([self._folder(job) / LOG for job in self.jobs], self.work / LOG)
+            with contextlib.suppress(MissingDependencyError):  # a picture is not worth what was learnt
+                plot(self.work / LOG, self.work / PLOT)
         return self.perplexities()
 
     def perplexities(self) -> dict[str, float]:
         """Of the held-out texts at the end: none, generic, fetched, and fetched down to each level."""
         last: dict[str, Any] = {}
         for job in self.jobs:
-            for row in read_log(self._folder(job) / "log.jsonl"):
+            for row in read_log(self._folder(job) / LOG):
                 if "heldout" in row:
                     last[job.name] = row["heldout"]
         return perplexities(last.values())
@@ -129,13 +132,14 @@ class Training:
     def _train(self, job: Job, ticker: _Ticker) -> None:
         trainer = self.trainer(job)
         ticker.begin(job.name, trainer.tokens)
-        trainer.run(ticker, self._evaluate)
 
-    def _evaluate(self, trainer: Trainer) -> None:
-        if self.heldout is not None:
-            sums = measure(trainer, self.heldout)
+        def evaluate(trainer: Trainer) -> None:
+            sums = measure(trainer, self.heldout) if self.heldout is not None else {}
             if sums:
                 trainer.note({"heldout": sums})
+                ticker.measured({name: loss / tokens for name, (loss, tokens) in sums.items()})
+
+        trainer.run(ticker, evaluate)
 
     def _first(self, node: Path) -> Tensors:
         """The weights that a block begins with, in float32."""
@@ -185,6 +189,11 @@ class _Ticker:
         """A job starts, which has these tokens behind it."""
         self._job, self._loss, self._last = job, 0.0, time.perf_counter()
         self._tokens += tokens
+
+    def measured(self, losses: dict[str, float]) -> None:
+        """Mean losses on held-out texts, by memory."""
+        self._last = time.perf_counter()
+        self._tick(Progress("measured", self._job, self._tokens, self._total, 0.0, losses=losses))
 
     def states(self, done: int, total: int) -> None:
         self._last = time.perf_counter()

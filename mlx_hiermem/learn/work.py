@@ -7,16 +7,20 @@ follow are made again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
-from mlx_hiermem.errors import OutputError
+from mlx_hiermem.errors import CorpusError, OutputError
 
 STAGES = "stages.json"
+Row = dict[str, Any]
+T = TypeVar("T")
 
 
 class Work:
@@ -41,16 +45,22 @@ class Work:
         """Runs `make` unless the stage is done with these settings, after these digests; returns its own digest."""
         digest = hashlib.sha256(json.dumps([name, settings, list(after)]).encode()).hexdigest()
         if self._done.get(name) != digest:
-            try:
+            with self.writing():
                 self._note({key: value for key, value in self._done.items() if key != name})
                 make()
                 self._note(self._done | {name: digest})
-            except OSError as error:
-                raise OutputError(
-                    f"cannot write {error.filename or self.folder}: {error.strerror or error}",
-                    "What was done is kept: free space and run the same command again.",
-                ) from error
         return digest
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """What cannot be written raises an OutputError that says so."""
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {error.filename or self.folder}: {error.strerror or error}",
+                "What was done is kept: free space and run the same command again.",
+            ) from error
 
     def _note(self, done: dict[str, str]) -> None:
         self._done = done
@@ -79,3 +89,24 @@ def read_lines(file: pathlib.Path) -> Iterator[Any]:
     with file.open(encoding="utf-8") as stream:
         for line in stream:
             yield json.loads(line)
+
+
+def with_rows(
+    windows: Iterable[T], file: pathlib.Path, number: Callable[[T], int]
+) -> Iterator[tuple[T, list[Row]]]:
+    """Each window with its rows of a file, those whose `window` is its `number`; without a file none has rows.
+
+    Raises CorpusError where the file does not go window by window.
+    """
+    groups = itertools.groupby(read_lines(file) if file.exists() else (), key=lambda row: row["window"])
+    following: tuple[int, list[Row]] | None = None
+    for window in windows:
+        if following is None:
+            following = next(((at, list(rows)) for at, rows in groups), None)
+        if following is not None and following[0] == number(window):
+            yield window, following[1]
+            following = None
+        else:
+            yield window, []
+    if following is not None or next(groups, None) is not None:
+        raise CorpusError(f"{file} does not go window by window", "Remove it: it is written again.")

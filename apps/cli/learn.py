@@ -1,0 +1,253 @@
+"""`hiermem learn`: documents become a model with a memory bank."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import typer
+
+from mlx_hiermem.apps.cli.display import console, notes, several, size
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+    from mlx_hiermem.learn.progress import Progress
+    from mlx_hiermem.learn.run import AnchorSource, Learnt
+
+LINE_SECONDS = 60.0  # between lines about the training where there is no terminal
+GO_ON = "What was learnt is kept: the same command goes on from there."
+DEFAULTS = "Chosen by the corpus' size."
+
+
+def learn(
+    docs: list[str] = typer.Argument(
+        ..., help="Folders and files (.txt .md .html .pdf .jsonl), or hf://owner/name."
+    ),
+    out: pathlib.Path = typer.Argument(..., help="Folder of the model to make."),
+    anchor: str = typer.Option("SmolLM2", "--anchor", "-a", help="Model folder or hub id, or what convert takes."),
+    field: str = typer.Option("text", help="Field of a .jsonl line that holds the text."),
+    title: str = typer.Option("", help="Field that holds its title. Default: title, name, heading or subject."),
+    tokens: int = typer.Option(192, min=16, max=240, help="Length of the windows that documents are cut into."),
+    any_language: bool = typer.Option(False, "--any-language", help="Learn a corpus that is not in English, too."),
+    branching: int = typer.Option(0, min=0, help=f"Children of a node. {DEFAULTS}"),
+    depth: int = typer.Option(0, min=0, help=f"Levels of the tree. {DEFAULTS}"),
+    leaves: int = typer.Option(2, min=1, help="In so many leaves a window is learnt at most."),
+    memory: str = typer.Option("ffn", help="Kind: ffn, lora-qk, lora-vo, lora-ffn or kv."),
+    sizes: str = typer.Option(
+        "", help="Units of a block at each level, such as 24,8. Default: 8, threefold upwards."
+    ),
+    layers: str = typer.Option("late", help="Layers with memory: uniform, early, middle, late, or such as 20-29."),
+    objective: str = typer.Option("next-token", help="next-token or distillation (of answers from self-study)."),
+    attention: str = typer.Option("document", help="document: texts see only themselves. row: all in their row."),
+    epochs: int = typer.Option(4, min=1, help="How often each text is learnt."),
+    rate: float = typer.Option(6e-3, min=0.0, help="Learning rate at its highest."),
+    cotrain: bool = typer.Option(
+        False, "--cotrain", help="The anchor learns too; the bank then fits that copy only."
+    ),
+    heldout: float = typer.Option(0.0, min=0.0, max=0.5, help="Share of the windows that only measure."),
+    questions: pathlib.Path | None = typer.Option(
+        None, help="Questions to measure the routing by: a JSON line each, with question and document."
+    ),
+    licence: str = typer.Option("", help="Of the documents, for the bank's manifest."),
+    seed: int = typer.Option(0, help="Of everything that is drawn at random."),
+    keep: bool = typer.Option(False, "--keep", help="Keep the work folder OUT.learn."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object in the end instead of text."),
+) -> None:
+    """Learn documents: a tree of their topics, and a block of memory for each. Run again, it goes on.
+
+    Example: `hiermem learn ./docs my-model --anchor SmolLM2`
+    """
+    from mlx_hiermem.errors import HierMemError
+    from mlx_hiermem.learn import run
+    from mlx_hiermem.learn.settings import MemorySettings, TrainingSettings
+    from mlx_hiermem.learn.stages import CorpusSettings, TreeSettings
+
+    units = _numbers(sizes, "--sizes") if sizes else ()
+    settings = run.LearnSettings(
+        CorpusSettings(field, title, tokens, any_language),
+        TreeSettings(branching, depth or len(units), leaves, seed=seed),
+        MemorySettings(memory, units, _layers(layers)),
+        heldout,
+        TrainingSettings(
+            epochs=epochs, rate=rate, objective=objective, attention=attention, cotrain=cotrain, seed=seed
+        ),
+        tuple(_questions(questions)) if questions else (),
+        licence,
+        keep,
+    )
+    try:
+        with _screen(not as_json) as screen:
+            learnt = run.learn(docs, out, lambda: find_anchor(anchor), settings, screen)
+    except KeyboardInterrupt as error:
+        raise HierMemError("stopped", GO_ON) from error
+    if learnt and as_json:
+        console.print_json(json.dumps(learnt.to_json()))
+    elif learnt:
+        _print(out, learnt)
+
+
+def find_anchor(name: str) -> AnchorSource:
+    """An anchor by its name: one that the project knows, a memory model's, or a checkpoint that is converted."""
+    import shutil
+
+    from mlx_hiermem import assets
+    from mlx_hiermem.anchor import identify
+    from mlx_hiermem.convert.pipeline import convert
+    from mlx_hiermem.convert.source import find_source
+    from mlx_hiermem.learn.run import AnchorSource
+
+    folder = pathlib.Path(name)
+    if (folder / "anchor").is_dir():
+        identity = identify(folder / "anchor", _noted_name(folder))
+
+        def copy(target: pathlib.Path) -> None:
+            shutil.copytree(folder / "anchor", target / "anchor")
+            if (folder / "source.json").is_file():
+                shutil.copy(folder / "source.json", target)
+
+        return AnchorSource(identity.name, identity.to_json(), copy)
+    known = re.fullmatch(r"smollm2(-135m(-instruct)?)?", name.lower()) and not folder.exists()
+    checkpoint = str(assets.fetch("smollm2-135m-instruct-gguf", _say)) if known else name
+    source = find_source(checkpoint)
+    files = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in source.files]
+
+    def put(target: pathlib.Path) -> None:
+        convert(checkpoint, target)
+
+    return AnchorSource(source.name, [source.kind, source.revision, files], put)
+
+
+def _noted_name(folder: pathlib.Path) -> str:
+    """What the anchor of a model folder is called there."""
+    for file, keys in ((folder / "bank" / "bank.json", ("anchor", "name")), (folder / "source.json", ("name",))):
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            for key in keys:
+                found = found[key]
+            return str(found)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return folder.resolve().name
+
+
+def _say(line: str) -> None:
+    notes.print(line, style="dim", markup=False)
+
+
+def _numbers(text: str, option: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise typer.BadParameter("write numbers with commas between: 24,8", param_hint=option)
+    return tuple(map(int, text.split(",")))
+
+
+def _layers(text: str) -> str | tuple[int, ...]:
+    """`late`, or `0,3,20-29`."""
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+        return text
+    ends = [tuple(map(int, part.split("-"))) for part in text.split(",")]
+    return tuple(layer for part in ends for layer in range(part[0], part[-1] + 1))
+
+
+def _questions(file: pathlib.Path) -> Iterator[tuple[str, str]]:
+    """(question, document) of each line; `prompt` and `title` are taken too."""
+    from mlx_hiermem.errors import HierMemError
+
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise HierMemError(f"cannot read {file}: {getattr(error, 'strerror', '') or 'it is not UTF-8'}") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+            if row is not None:
+                yield str(row.get("question") or row["prompt"]), str(row.get("document") or row["title"])
+        except (ValueError, KeyError, AttributeError) as error:
+            raise HierMemError(
+                f"line {number} of {file} is no question",
+                'A line is {"question": "…", "document": "its title, or its file"}.',
+            ) from error
+
+
+class Screen:
+    """Shows a run: a line a stage, and in a terminal a bar below them."""
+
+    def __init__(self, bar: Bar | None, lines: bool) -> None:
+        self._bar, self._lines, self._stage, self._said = bar, lines, "", time.monotonic()
+        self._task = bar.add_task("", total=None, note="") if bar else None
+
+    def begin(self, stage: str) -> None:
+        self._stage = stage
+        if self._bar is not None and self._task is not None:
+            self._bar.reset(self._task, description=stage, total=None, note="")
+
+    def advance(self, done: int, total: int | None, unit: str) -> None:
+        self._show(done, total, f"{done:,} {unit}" if total is None else f"{done:,} of {total:,} {unit}")
+
+    def end(self, line: str) -> None:
+        if self._lines:
+            console.print(f"{self._stage:<10}{line}", markup=False, soft_wrap=True)
+
+    def training(self, progress: Progress) -> None:
+        if progress.losses:
+            losses = ", ".join(f"{name} {loss:.3f}" for name, loss in progress.losses.items())
+            self._say(f"loss in subtree {progress.job}: {losses}")
+        elif progress.doing == "learning":
+            left = f", {_duration(progress.seconds_left)} left" if progress.seconds_left is not None else ""
+            note = f"loss {progress.loss or 0:.3f}, {progress.tokens_per_second:,.0f} tokens/s{left}"
+            self._show(progress.tokens, progress.total, note)
+            if self._bar is None and time.monotonic() - self._said > LINE_SECONDS:
+                self._say(f"{progress.tokens / progress.total:.0%}, {note}")
+        else:
+            note = f"{progress.doing} of subtree {progress.job}"
+            self._show(progress.tokens, progress.total, note)
+
+    def _say(self, line: str) -> None:
+        self._said = time.monotonic()
+        if self._lines:
+            notes.print(f"{self._stage:<10}{line}", style="dim", markup=False, soft_wrap=True)
+
+    def _show(self, done: int, total: int | None, note: str) -> None:
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, total=total, note=note)
+
+
+@contextmanager
+def _screen(lines: bool) -> Iterator[Screen]:
+    """A screen with a bar where somebody sees it. `lines`: whether anything is said at all."""
+    if not (lines and sys.stderr.isatty()):
+        yield Screen(None, lines)
+        return
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description:<9}"), BarColumn(), TextColumn("{task.fields[note]}", style="dim"))
+    with Progress(*columns, console=notes, transient=True) as bar:
+        yield Screen(bar, lines)
+
+
+def _print(out: pathlib.Path, learnt: Learnt) -> None:
+    totals = learnt.totals
+    figures = (
+        f"{several(totals['blocks'], 'block')}, {size(totals['bytes'])}; "
+        f"{totals['fetched_parameters'] / 1e6:.2f} M parameters fetched for a question"
+    )
+    times = ", ".join(f"{stage} {_duration(seconds)}" for stage, seconds in learnt.seconds.items())
+    console.print(f"{'written':<10}{out}: {figures}", markup=False, soft_wrap=True)
+    console.print(f"{'times':<10}{times}", markup=False, soft_wrap=True)
+    if (picture := out / "learning" / "loss.png").exists():
+        console.print(f"{'plot':<10}{picture}", markup=False, soft_wrap=True)
+    console.print(f"Talk to it: hiermem chat {out}", markup=False, soft_wrap=True)
+
+
+def _duration(seconds: float | None) -> str:
+    """4 s, 12 min, 3.1 h."""
+    seconds = seconds or 0.0
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

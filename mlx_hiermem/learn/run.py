@@ -1,0 +1,311 @@
+"""All of `hiermem learn`: every stage in its turn, then the model folder. What is done is not done again.
+
+    learnt = learn(["./docs"], out, lambda: AnchorSource("SmolLM2", ..., put), LearnSettings(), listener)
+
+Of several ranks (`mlx.launch`) the first does everything but the training, which they share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import pathlib
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_hiermem import __version__
+from mlx_hiermem.anchor import identify, load_anchor
+from mlx_hiermem.config import EmbedderIdentity
+from mlx_hiermem.embedder import Embedder
+from mlx_hiermem.errors import AnchorError, OutputError
+from mlx_hiermem.learn import telling
+from mlx_hiermem.learn.forward import Anchor
+from mlx_hiermem.learn.making import EXAMPLES, ExampleSettings, make_examples, open_examples
+from mlx_hiermem.learn.settings import MemorySettings, TrainingSettings
+from mlx_hiermem.learn.stages import (
+    AGREEMENT,
+    SKIPPED,
+    STUDY,
+    TREE,
+    CorpusSettings,
+    TreeSettings,
+    describe_nodes,
+    given_agreement,
+    plant,
+    read_corpus,
+)
+from mlx_hiermem.learn.training import LOG, PLOT, Training
+from mlx_hiermem.learn.work import Work, write_text
+from mlx_hiermem.learn.writing import About, Nodes, link, publish, write_anchor, write_bank
+from mlx_hiermem.memory.attach import attach
+from mlx_hiermem.tree import ClusterTree
+
+ANCHOR, BANK, LEARNING = "anchor", "bank", "learning"  # of a model
+BASE, MODEL, TRAINING = "base", "model", "training"  # of the work folder
+TIMES, REPORT = "times.json", "report.json"
+
+
+@dataclass(frozen=True)
+class LearnSettings:
+    """All that a user may choose. `questions` are (question, document that answers it), to measure routing by."""
+
+    corpus: CorpusSettings = field(default_factory=CorpusSettings)
+    tree: TreeSettings = field(default_factory=TreeSettings)
+    memory: MemorySettings = field(default_factory=MemorySettings)
+    heldout: float = 0.0
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    questions: tuple[tuple[str, str], ...] = ()
+    licence: str = ""
+    keep: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """What a bank's manifest says of them."""
+        data = asdict(self)
+        return {name: data[name] for name in ("corpus", "tree", "heldout", "training")}
+
+
+@dataclass(frozen=True)
+class AnchorSource:
+    """An anchor to be: `put` makes its folder, with `anchor/` in it and perhaps `source.json`.
+
+    `made_of` says what it is made of, by which an interrupted run knows it again.
+    """
+
+    name: str
+    made_of: Any
+    put: Callable[[pathlib.Path], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What there is before the training; `given` is the agreement on given questions."""
+
+    documents: int
+    windows: int
+    skipped: int
+    agreement: dict[str, Any]
+    given: float | None
+    nodes: Nodes
+    embedder: EmbedderIdentity
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What came of it. `seconds` are those of each stage, added up over interrupted runs."""
+
+    documents: int
+    windows: int
+    skipped: int
+    agreement: dict[str, Any]
+    given_agreement: float | None
+    memory: dict[str, Any]
+    totals: dict[str, int]
+    perplexity: dict[str, float]  # by memory: none, generic, level 1 ..., fetched
+    perplexity_of: str  # held-out texts, or learnt ones
+    seconds: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def work_folder(out: pathlib.Path) -> pathlib.Path:
+    """Where everything is until OUT is whole."""
+    return out.absolute().with_name(out.name + ".learn")
+
+
+def learn(
+    sources: Sequence[str],
+    out: pathlib.Path,
+    find_anchor: Callable[[], AnchorSource],
+    settings: LearnSettings,
+    listener: telling.Listener,
+) -> Learnt | None:
+    """Learns documents into the model folder `out`. On other ranks than the first it returns None.
+
+    Raises CorpusError, AnchorError and OutputError, each for what is wrong with what was given. What is done stays
+    in `work_folder(out)`, and the same call goes on from there.
+    """
+    if out.exists():
+        raise OutputError(f"{out} exists already", "Choose another folder, or remove it first.")
+    if mx.distributed.init().rank():
+        _meet()  # everything is ready
+        run = _Run(Work(work_folder(out)), settings, listener)
+        run.train()
+        return None
+    with _locked(work_folder(out)) as work:
+        run = _Run(work, settings, listener)
+        anchor = find_anchor()
+        prepared = run.prepare(sources, anchor)
+        _meet()
+        learnt = run.write(anchor.name, prepared, *run.train())
+        publish(work.path(MODEL), out)
+    if not settings.keep:
+        shutil.rmtree(work.folder, ignore_errors=True)
+    return learnt
+
+
+def _meet() -> None:
+    """All ranks have come so far."""
+    mx.eval(mx.distributed.all_sum(mx.array(1.0)))
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path) -> Iterator[Work]:
+    """The work folder, for one command at a time."""
+    work = Work(folder)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield work
+    except BlockingIOError as error:
+        raise OutputError(f"another process is at work in {folder}", "Wait for it to end.") from error
+    finally:
+        os.close(descriptor)
+
+
+class _Run:
+    """One command's work, stage by stage."""
+
+    def __init__(self, work: Work, settings: LearnSettings, listener: telling.Listener) -> None:
+        self.work, self.settings, self.listener = work, settings, listener
+        self.folder = work.path(BASE) / ANCHOR
+
+    @cached_property
+    def loaded(self) -> tuple[nn.Module, Any, dict[str, Any]]:
+        """The anchor's model, tokenizer and configuration."""
+        return load_anchor(self.folder)
+
+    def prepare(self, sources: Sequence[str], anchor: AnchorSource) -> Prepared:
+        """Everything before the training."""
+        with self._stage("anchor"):
+            self.work.stage("anchor", anchor.made_of, (), lambda: self._put(anchor))
+            self._check()
+            self.listener.end(anchor.name)
+        embedder, tokenizer = Embedder.load(), self.loaded[1]
+        with self._stage("corpus"):
+            read = itertools.count(1)
+
+            def told(source: str) -> None:
+                self.listener.advance(next(read), None, "documents")
+
+            corpus = read_corpus(self.work, sources, embedder.tokenizer, self.settings.corpus, told)
+            skipped = sum(1 for _ in corpus.skipped())
+            self.listener.end(telling.corpus_line(corpus, skipped))
+        with self._stage("tree"):
+            planted = plant(self.work, corpus, embedder, self.settings.tree, self._progress("texts embedded"))
+            asked = self.settings.questions
+            given = given_agreement(planted, embedder, asked) if asked else None
+            self.listener.end(telling.tree_line(planted.agreement, given))
+        with self._stage("examples"):
+            nodes = describe_nodes(self.work, planted, lambda text: len(tokenizer.encode(text)))
+            chosen = ExampleSettings(self.settings.heldout, self.settings.training.objective == "distillation")
+            make_examples(self.work, planted, embedder, tokenizer, chosen, self._progress("windows"))
+            learnt, _ = open_examples(self.work)
+            self.listener.end(f"{len(learnt):,} texts, {int(learnt.lengths.sum()):,} tokens")
+        return Prepared(corpus.documents, corpus.count, skipped, planted.agreement, given, nodes, embedder.identity)
+
+    def train(self) -> tuple[Training, dict[str, float]]:
+        """Trains this rank's share; returns the perplexities too."""
+        model, _, config = self.loaded
+        examples, heldout = open_examples(self.work)
+        shape = ClusterTree.load(self.work.path(TREE))
+        memory = self.settings.memory.of(model, shape.branching, shape.depth)
+        with self._stage("training"):
+            training = Training(
+                self.work.path(TRAINING),
+                model,
+                memory,
+                examples,
+                self.settings.training,
+                heldout,
+                identity=identify(self.folder).weights_digest,
+                vocabulary=config.get("effective_vocab_size"),
+            )
+            self.listener.end(telling.memory_line(memory))
+            self.listener.begin("training")
+            perplexity = training.run(self.listener.training)
+            self.listener.end(telling.perplexity_line(perplexity, self._measured))
+        return training, perplexity
+
+    def write(self, name: str, prepared: Prepared, training: Training, perplexity: dict[str, float]) -> Learnt:
+        """Puts the model folder together in the work folder."""
+        model, settings = self.work.path(MODEL), self.settings
+        shutil.rmtree(model, ignore_errors=True)
+        with self._stage("bank"), self.work.writing():
+            weights = training.anchor()
+            if weights is None:
+                link(self.work.path(BASE), model)
+            else:
+                write_anchor(self.folder, model / ANCHOR, weights)
+            recipe = {"name": "learn", "by": f"mlx-hiermem {__version__}", "documents": prepared.documents}
+            recipe |= {"windows": prepared.windows, "settings": settings.to_json()}
+            about = About(
+                identify(model / ANCHOR, name), prepared.embedder, prepared.nodes, recipe, settings.licence
+            )
+            manifest = write_bank(model / BANK, training, ClusterTree.load(self.work.path(TREE)), about)
+            for file in (SKIPPED, AGREEMENT, EXAMPLES):
+                link(self.work.path(file), model / LEARNING / file)
+            for file in (LOG, PLOT):
+                if (source := self.work.path(TRAINING) / file).exists():
+                    link(source, model / LEARNING / file)
+        learnt = Learnt(
+            prepared.documents,
+            prepared.windows,
+            prepared.skipped,
+            prepared.agreement,
+            prepared.given,
+            manifest.memory.to_json(),
+            manifest.totals(),
+            perplexity,
+            self._measured,
+            self._times(),
+        )
+        with self.work.writing():
+            write_text(model / LEARNING / REPORT, json.dumps(learnt.to_json(), indent=1) + "\n")
+        return learnt
+
+    def _put(self, anchor: AnchorSource) -> None:
+        shutil.rmtree(self.work.path(BASE), ignore_errors=True)
+        anchor.put(self.work.path(BASE))
+
+    def _check(self) -> None:
+        """Raises AnchorError where this anchor cannot learn, before anything that takes long."""
+        model, tokenizer, _ = self.loaded
+        if tokenizer is None:
+            raise AnchorError("this anchor has no tokenizer", "Convert it again with --tokenizer.")
+        attach(model, self.settings.memory.of(model, 2, max(1, len(self.settings.memory.sizes)))).detach()
+        Anchor(model).check()
+
+    @property
+    def _measured(self) -> str:
+        """What the perplexities are of."""
+        return "held-out texts" if self.settings.heldout or self.work.path(STUDY).exists() else "learnt texts"
+
+    def _progress(self, unit: str) -> Callable[[int, int], None]:
+        return lambda done, total: self.listener.advance(done, total, unit)
+
+    @contextlib.contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        """Tells of a stage, and adds up its seconds; on the first rank."""
+        self.listener.begin(name)
+        start = time.perf_counter()
+        yield
+        if mx.distributed.init().rank() == 0:
+            times = self._times()
+            times[name] = round(times.get(name, 0.0) + time.perf_counter() - start, 1)
+            with self.work.writing():
+                write_text(self.work.path(TIMES), json.dumps(times) + "\n")
+
+    def _times(self) -> dict[str, float]:
+        file = self.work.path(TIMES)
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
