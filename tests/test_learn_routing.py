@@ -15,21 +15,10 @@ from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import CorpusError
 from mlx_hiermem.learn import Window, routing, vectors
 from mlx_hiermem.learn.clustering import Shape, grow
+from mlx_hiermem.learn.planting import TreeSettings, describe_nodes, given_agreement, is_held_out, plant
 from mlx_hiermem.learn.probes import FRAME, probes, with_subjects
 from mlx_hiermem.learn.routing import ProbeVectors, Separation, agreement, descend, place
-from mlx_hiermem.learn.stages import (
-    NODES,
-    PROBES,
-    STUDY,
-    TREE,
-    CorpusSettings,
-    TreeSettings,
-    describe_nodes,
-    given_agreement,
-    is_held_out,
-    plant,
-    read_corpus,
-)
+from mlx_hiermem.learn.stages import NODES, PROBES, STUDY, TREE, CorpusSettings, read_corpus
 from mlx_hiermem.learn.work import Work, read_lines, write_lines
 from mlx_hiermem.tree import ClusterTree
 

@@ -66,8 +66,9 @@ def learn(
     """
     from mlx_hiermem.errors import HierMemError
     from mlx_hiermem.learn import run
+    from mlx_hiermem.learn.planting import TreeSettings
     from mlx_hiermem.learn.settings import MemorySettings, TrainingSettings
-    from mlx_hiermem.learn.stages import CorpusSettings, TreeSettings
+    from mlx_hiermem.learn.stages import CorpusSettings
 
     units = _numbers(sizes, "--sizes") if sizes else ()
     settings = run.LearnSettings(
@@ -83,7 +84,7 @@ def learn(
         keep,
     )
     try:
-        with _screen(not as_json) as screen:
+        with _screen(not as_json and _is_first()) as screen:
             learnt = run.learn(docs, out, lambda: find_anchor(anchor), settings, screen)
     except KeyboardInterrupt as error:
         raise HierMemError("stopped", GO_ON) from error
@@ -135,6 +136,13 @@ def _noted_name(folder: pathlib.Path) -> str:
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return folder.resolve().name
+
+
+def _is_first() -> bool:
+    """Of several ranks one speaks."""
+    import mlx.core as mx
+
+    return mx.distributed.init().rank() == 0
 
 
 def _say(line: str) -> None:

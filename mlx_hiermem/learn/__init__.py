@@ -8,7 +8,8 @@ something else (`work.Work`). Of what grows with the corpus, some tens of bytes 
     corpus   corpus,       windows.jsonl     {"id", "document", "source", "title", "text"}: line i is window i
              duplicates,   skipped.jsonl     {"what", "why"}
              windows
-    study    (self-study)  study.jsonl       {"window", "question", "answer", ...}: any number of lines a window
+    study    (self-study)  study.jsonl       {"window", "question", "answer", ...}: any number of lines a window, and
+                                             window by window
     probes   probes        probes.jsonl      {"window", "text"}: what somebody may type who wants this window: its
                                              sentences, their beginnings, its generated questions; in the end
                                              the questions that are kept for measuring ("held_out": true)
@@ -20,10 +21,13 @@ something else (`work.Work`). Of what grows with the corpus, some tens of bytes 
                            agreement.json    the tree's shape, leaves a window, and measured: the share of kept
                                              questions that reach a leaf of their window
     labels   labels        nodes.json        {"0.3": {"label", "documents", "windows", "tokens", "sources"}}
-    train    (see examples)
+    examples making        examples/,        token sequences and the leaves that learn them; what only measures
+                           heldout/          (see `examples`)
+    train    training      training/         a folder a subtree, log.jsonl, loss.png
+    bank     writing       model/            what becomes OUT
 
-`stages` runs the first six; its settings and results are dataclasses too. Python sees the lines as the dataclasses
-below. A path is text (`Path.parse`) in files and a `Path` in Python.
+`run` goes through all of it; the settings and results of stages are dataclasses too. Python sees the lines as the
+dataclasses below. A path is text (`Path.parse`) in files and a `Path` in Python.
 """
 
 from __future__ import annotations

@@ -23,9 +23,10 @@ import numpy as np
 from mlx_hiermem.config import Path
 from mlx_hiermem.learn import Window
 from mlx_hiermem.learn.examples import Example, TrainingSet, TrainingSetWriter
+from mlx_hiermem.learn.planting import Planted, is_held_out
 from mlx_hiermem.learn.probes import FRAME, about, with_subjects
 from mlx_hiermem.learn.routing import descend
-from mlx_hiermem.learn.stages import STUDY, Planted, is_held_out
+from mlx_hiermem.learn.stages import STUDY
 from mlx_hiermem.learn.work import Work, with_rows
 from mlx_hiermem.router import TextEmbedder
 from mlx_hiermem.tree import ClusterTree

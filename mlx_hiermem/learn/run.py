@@ -31,19 +31,10 @@ from mlx_hiermem.errors import AnchorError, OutputError
 from mlx_hiermem.learn import telling
 from mlx_hiermem.learn.forward import Anchor
 from mlx_hiermem.learn.making import EXAMPLES, ExampleSettings, make_examples, open_examples
+from mlx_hiermem.learn.planting import TreeSettings, describe_nodes, given_agreement, plant
+from mlx_hiermem.learn.ranks import Ranks
 from mlx_hiermem.learn.settings import MemorySettings, TrainingSettings
-from mlx_hiermem.learn.stages import (
-    AGREEMENT,
-    SKIPPED,
-    STUDY,
-    TREE,
-    CorpusSettings,
-    TreeSettings,
-    describe_nodes,
-    given_agreement,
-    plant,
-    read_corpus,
-)
+from mlx_hiermem.learn.stages import AGREEMENT, SKIPPED, STUDY, TREE, CorpusSettings, read_corpus
 from mlx_hiermem.learn.training import LOG, PLOT, Training
 from mlx_hiermem.learn.work import Work, write_text
 from mlx_hiermem.learn.writing import About, Nodes, link, publish, write_anchor, write_bank
@@ -137,26 +128,21 @@ def learn(
     """
     if out.exists():
         raise OutputError(f"{out} exists already", "Choose another folder, or remove it first.")
-    if mx.distributed.init().rank():
-        _meet()  # everything is ready
-        run = _Run(Work(work_folder(out)), settings, listener)
-        run.train()
+    ranks = Ranks(work_folder(out))
+    if ranks.rank:
+        ranks.follow()
+        _Run(Work(work_folder(out)), settings, listener).train()
         return None
     with _locked(work_folder(out)) as work:
         run = _Run(work, settings, listener)
-        anchor = find_anchor()
-        prepared = run.prepare(sources, anchor)
-        _meet()
+        with ranks.leading():
+            anchor = find_anchor()
+            prepared = run.prepare(sources, anchor)
         learnt = run.write(anchor.name, prepared, *run.train())
         publish(work.path(MODEL), out)
     if not settings.keep:
         shutil.rmtree(work.folder, ignore_errors=True)
     return learnt
-
-
-def _meet() -> None:
-    """All ranks have come so far."""
-    mx.eval(mx.distributed.all_sum(mx.array(1.0)))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,234 @@
+"""From windows to a tree, and to the leaves that each window is learnt in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from mlx_hiermem.config import Path
+from mlx_hiermem.errors import CorpusError
+from mlx_hiermem.learn import Placed, labels, probes, vectors
+from mlx_hiermem.learn.clustering import EVEN, Shape, grow
+from mlx_hiermem.learn.routing import LEAVES, ProbeVectors, Separation, agreement, place
+from mlx_hiermem.learn.stages import (
+    AGREEMENT,
+    LEAVES_FILE,
+    MEANS,
+    NODES,
+    PROBE_VECTORS,
+    PROBES,
+    STUDY,
+    TREE,
+    WINDOWS,
+    Corpus,
+    count_lines,
+)
+from mlx_hiermem.learn.work import Work, read_lines, with_rows, write_lines, write_text
+from mlx_hiermem.router import TextEmbedder
+from mlx_hiermem.tree import ClusterTree
+
+HELD_OUT = 10  # one generated question in so many measures the routing and shapes nothing
+
+
+@dataclass(frozen=True)
+class TreeSettings:
+    """The tree's shape (0: chosen from the corpus' size), and in how many leaves a window is learnt at most."""
+
+    branching: int = 0
+    depth: int = 0
+    leaves: int = LEAVES
+    balance: float = EVEN
+    seed: int = 0
+
+    def shape(self, windows: int) -> Shape:
+        chosen = Shape.of(windows)
+        return Shape(self.branching or chosen.branching, self.depth or chosen.depth)
+
+
+@dataclass(frozen=True)
+class Planted:
+    """The tree, and what is learnt where. `agreement` is None where there was no question to measure it by."""
+
+    corpus: Corpus
+    digest: str
+
+    @property
+    def tree(self) -> ClusterTree:
+        return ClusterTree.load(self.corpus.work.path(TREE))
+
+    @property
+    def agreement(self) -> dict[str, Any]:
+        return json.loads(self.corpus.work.path(AGREEMENT).read_text(encoding="utf-8"))
+
+    def placed(self) -> Iterator[Placed]:
+        for row in read_lines(self.corpus.work.path(LEAVES_FILE)):
+            yield Placed(row["window"], tuple(map(Path.parse, row["leaves"])))
+
+
+def plant(
+    work: Work,
+    made: Corpus,
+    embedder: TextEmbedder,
+    settings: TreeSettings = TreeSettings(),
+    progress: vectors.Progress | None = None,
+) -> Planted:
+    """Stages `probes`, `vectors` and `tree`. `progress` counts the embedded probes.
+
+    Raises CorpusError for a corpus of one window.
+    """
+    embedded = _embed_probes(work, made, embedder, progress)
+
+    def make() -> None:
+        shaping, _ = _probe_vectors(work, made)
+        means = np.load(work.path(MEANS), mmap_mode="r")
+        shape = settings.shape(made.count)
+        tree = grow(means, shape, settings.seed, Separation(shaping), settings.balance).tree
+        tree.save(work.path(TREE))
+        _place(work, made, tree, settings.leaves)
+
+    return Planted(made, work.stage("tree", asdict(settings), [embedded], make))
+
+
+def settle(
+    work: Work,
+    made: Corpus,
+    embedder: TextEmbedder,
+    choose: Callable[[np.ndarray], ClusterTree],
+    of: str,
+    leaves: int = LEAVES,
+    progress: vectors.Progress | None = None,
+) -> Planted:
+    """The same for a tree that is there: `choose` gives it for the [windows, dim] means; `of` says which it is."""
+    embedded = _embed_probes(work, made, embedder, progress)
+
+    def make() -> None:
+        _probe_vectors(work, made)
+        tree = choose(np.load(work.path(MEANS)))
+        tree.save(work.path(TREE))
+        _place(work, made, tree, leaves)
+
+    return Planted(made, work.stage("tree", [of, leaves], [embedded], make))
+
+
+def _embed_probes(work: Work, made: Corpus, embedder: TextEmbedder, progress: vectors.Progress | None) -> str:
+    """Stages `probes` and `vectors`; returns the digest of the second."""
+    study = work.path(STUDY)
+    studied = hashlib.sha256(study.read_bytes()).hexdigest() if study.exists() else ""
+    asked = work.stage("probes", studied, [made.digest], lambda: _write_probes(work, made))
+
+    def embed() -> None:
+        for part in work.folder.glob("*.npy.part"):  # of other probes, unless these are the ones that were noted
+            if work.path("embedding").exists() and work.path("embedding").read_text() == asked:
+                break
+            part.unlink()
+        write_text(work.path("embedding"), asked)
+        count = count_lines(work.path(PROBES))
+        rows = (row["text"] for row in read_lines(work.path(PROBES)))
+        vectors.embed(rows, count, work.path(PROBE_VECTORS), embedder, progress)
+
+    return work.stage("vectors", None, [asked], embed)
+
+
+def _write_probes(work: Work, made: Corpus) -> None:
+    """Window by window; last the generated questions that are kept for measuring."""
+    study = work.path(STUDY)
+
+    def rows() -> Iterator[dict[str, Any]]:
+        named = probes.with_subjects(made.windows())
+        for (window, subject), studied in with_rows(named, study, lambda pair: pair[0].id):
+            own = [question for question in _questions(studied) if not is_held_out(window.id, question)]
+            yield from ({"window": window.id, "text": text} for text in probes.probes(window.text, subject, own))
+        for number, studied in with_rows(range(made.count), study, lambda number: number):
+            for question in _questions(studied):
+                if is_held_out(number, question):
+                    yield {"window": number, "text": question, "held_out": True}
+
+    write_lines(work.path(PROBES), rows())
+
+
+def _questions(studied: Iterable[dict[str, Any]]) -> dict[str, None]:
+    """The questions among a window's rows, each once."""
+    return dict.fromkeys(row["question"] for row in studied if row.get("question"))
+
+
+def is_held_out(window: int, question: str) -> bool:
+    """Whether a generated question is one of those that measure, by what it is alone."""
+    return zlib.crc32(f"{window} {question}".encode()) % HELD_OUT == 0
+
+
+def _probe_vectors(work: Work, made: Corpus) -> tuple[ProbeVectors, np.ndarray]:
+    """The probes that shape the tree, whose means are written too, and the windows of those that measure."""
+    everything = np.load(work.path(PROBE_VECTORS), mmap_mode="r")
+    owner, shapes = np.empty(len(everything), np.int64), 0
+    for i, row in enumerate(read_lines(work.path(PROBES))):
+        owner[i] = row["window"]
+        shapes += "held_out" not in row
+    shaping = ProbeVectors.of(everything[:shapes], owner[:shapes], made.count)
+    vectors.write(shaping.means(), made.count, everything.shape[1], work.path(MEANS))
+    return shaping, owner[shapes:]
+
+
+def _place(work: Work, made: Corpus, tree: ClusterTree, most: int) -> None:
+    """Writes which window is learnt where, and how many of the kept questions reach one of theirs."""
+    shaping, asked = _probe_vectors(work, made)
+    placed, wanted, total = dict[int, tuple[Path, ...]](), set(asked.tolist()), 0
+
+    def rows() -> Iterator[dict[str, Any]]:
+        nonlocal total
+        for window, leaves in enumerate(place(tree, shaping, most)):
+            total += len(leaves)
+            if window in wanted:
+                placed[window] = leaves
+            yield {"window": window, "leaves": [str(leaf) for leaf in leaves]}
+
+    write_lines(work.path(LEAVES_FILE), rows())
+    kept = (
+        np.load(work.path(PROBE_VECTORS), mmap_mode="r")[-len(asked) :] if len(asked) else np.empty((0, tree.dim))
+    )
+    report = {
+        "branching": tree.branching,
+        "depth": tree.depth,
+        "windows": made.count,
+        "leaves_a_window": total / made.count,
+        "questions": len(asked),
+        "agreement": agreement(tree, placed, kept, [[int(window)] for window in asked]) if len(asked) else None,
+    }
+    write_text(work.path(AGREEMENT), json.dumps(report, indent=1) + "\n")
+
+
+def given_agreement(planted: Planted, embedder: TextEmbedder, questions: Sequence[tuple[str, str]]) -> float:
+    """Share of given questions that reach a leaf of the document that answers them.
+
+    Each is (question, the document's source or title). Raises CorpusError where the corpus has no such document.
+    """
+    answers = defaultdict[str, list[int]](list)
+    wanted, placed = {document for _, document in questions}, dict[int, tuple[Path, ...]]()
+    for window, place_ in zip(planted.corpus.windows(), planted.placed(), strict=True):
+        for name in wanted.intersection((window.source, window.title)):
+            answers[name].append(window.id)
+            placed[window.id] = place_.leaves
+    if missing := sorted(wanted - answers.keys()):
+        raise CorpusError(
+            f"no document is called '{missing[0]}', which a question asks about",
+            f"Name documents by their title, or by their source as {WINDOWS} has it.",
+        )
+    vectors_ = embedder.embed([question for question, _ in questions])
+    return agreement(planted.tree, placed, vectors_, [answers[document] for _, document in questions])
+
+
+def describe_nodes(work: Work, planted: Planted, tokens: Callable[[str], int]) -> dict[str, dict[str, Any]]:
+    """Stage `labels`: every node's label, documents, windows, tokens (as `tokens` counts them) and sources."""
+
+    def make() -> None:
+        nodes = labels.describe(planted.corpus.windows, planted.placed, tokens)
+        write_text(work.path(NODES), json.dumps(nodes, ensure_ascii=False, indent=1) + "\n")
+
+    work.stage("labels", None, [planted.digest], make)
+    return json.loads(work.path(NODES).read_text(encoding="utf-8"))

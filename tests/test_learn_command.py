@@ -1,0 +1,222 @@
+"""`hiermem learn` as its user meets it: a model folder that everything else reads, kills, ranks, bad input."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+from books import COUNT, VILLAGES, write_library
+from tiny import LLAMA, make_anchor
+
+from mlx_hiermem.apps.cli.main import main
+from mlx_hiermem.bank.bank import MemoryBank
+from mlx_hiermem.learn.work import read_lines
+
+QUICK = ("--epochs", "6", "--rate", "0.02", "--json")
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command in this process, on a wide terminal."""
+    monkeypatch.setenv("COLUMNS", "300")
+
+    def call(*arguments: str | pathlib.Path) -> Result:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["hiermem", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return Result(code, *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def anchor(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The folder of a tiny model without memory."""
+    folder = tmp_path_factory.mktemp("tiny") / "tiny"
+    make_anchor(folder / "anchor")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return write_library(tmp_path_factory.mktemp("library") / "books")
+
+
+def command(library: pathlib.Path, out: pathlib.Path, anchor: pathlib.Path) -> list[str]:
+    script = pathlib.Path(sys.executable).with_name("hiermem")
+    return [str(script), "learn", str(library), str(out), "--anchor", str(anchor), *QUICK[:-1]]
+
+
+@pytest.fixture(scope="module")
+def whole(library: pathlib.Path, anchor: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The model of an unbroken run. Do not write into it."""
+    out = tmp_path_factory.mktemp("whole") / "model"
+    done = subprocess.run(command(library, out, anchor), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for line in (
+        f"corpus    {COUNT} documents in {COUNT} windows; 2 skipped",
+        "tree",
+        "written",
+        "Talk to it: hiermem chat",
+    ):
+        assert line in done.stdout
+    return out
+
+
+def digests(model: pathlib.Path) -> dict[str, str]:
+    """Every file of a model's anchor and bank."""
+    files = (file for part in ("anchor", "bank") for file in sorted((model / part).rglob("*")) if file.is_file())
+    return {str(file.relative_to(model)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def test_the_model_is_whole(whole: pathlib.Path, run: Run) -> None:
+    assert not whole.with_name("model.learn").exists()
+    checked = run("bank", "verify", whole)
+    assert checked.code == 0, checked.out
+    bank = MemoryBank.open(whole / "bank")
+    assert (bank.config.branching, bank.config.block_sizes, bank.config.layers) == (2, (24, 8), (3,))
+    assert sum(bank.manifest.blocks[node].documents for node in bank.tree.nodes(1)) == COUNT
+    leaves = [bank.manifest.blocks[node] for node in bank.tree.nodes(2)]
+    assert all(leaf.label and leaf.tokens and leaf.sources for leaf in leaves)
+    assert {source for leaf in leaves for source in leaf.sources} == {f"{name}.txt" for name in VILLAGES[:COUNT]}
+    assert bank.manifest.recipe["settings"]["training"]["epochs"] == 6
+    why = {row["what"]: row["why"] for row in read_lines(whole / "learning" / "skipped.jsonl")}
+    assert why == {"picture.txt": "binary, not text", "table.csv": "no reader for .csv"}
+
+
+def test_it_has_learnt(whole: pathlib.Path, run: Run) -> None:
+    report = json.loads((whole / "learning" / "report.json").read_text())
+    figures = report["perplexity"]
+    assert figures["none"] > 1.5 * figures["generic"]
+    assert figures["none"] > 1.5 * figures["fetched"]
+    assert report["perplexity_of"] == "learnt texts"
+    assert (whole / "learning" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    answered = run("generate", whole, "The village of", "-n", "4", "--json")
+    selection = json.loads(answered.out)["selection"]
+    assert selection["memory"] == "fetched"
+    assert len(selection["blocks"]) == 2
+
+
+def test_a_killed_run_ends_with_the_same_model(
+    whole: pathlib.Path, library: pathlib.Path, anchor: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Killed in every stage: as soon as the one before it has said its line."""
+    out = tmp_path / "model"
+    for said in ("anchor", "corpus", "tree", "examples", "training"):
+        process = subprocess.Popen(command(library, out, anchor), stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(said):
+                process.send_signal(signal.SIGKILL)
+                break
+        assert process.wait() == -signal.SIGKILL, f"it ended before it said {said}"
+        assert not out.exists()
+    done = subprocess.run(command(library, out, anchor), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert digests(out) == digests(whole)
+    assert not out.with_name("model.learn").exists()
+
+
+def test_two_ranks_make_the_model_of_one(
+    whole: pathlib.Path, library: pathlib.Path, anchor: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    launch = [str(pathlib.Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--backend", "ring"]
+    done = subprocess.run(
+        [*launch, "--python", sys.executable, *command(library, tmp_path / "model", anchor)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert digests(tmp_path / "model") == digests(whole)
+    assert done.stdout.count("Talk to it") == 1  # one of them speaks
+
+
+def test_a_rank_stops_where_the_first_one_failed(tmp_path: pathlib.Path, anchor: pathlib.Path) -> None:
+    (tmp_path / "empty").mkdir()
+    launch = [str(pathlib.Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--backend", "ring"]
+    call = command(tmp_path / "empty", tmp_path / "model", anchor)
+    done = subprocess.run([*launch, "--python", sys.executable, *call], capture_output=True, text=True, timeout=300)
+    assert "there is nothing to learn" in done.stderr
+    assert "the first rank stopped" in done.stderr
+
+
+@pytest.fixture
+def poor_anchor(tmp_path: pathlib.Path) -> pathlib.Path:
+    """A model whose layers have no gated feed-forward network."""
+    folder = make_anchor(tmp_path / "poor" / "anchor")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    return folder.parent
+
+
+def one_line(result: Result, *parts: str) -> None:
+    """It failed with one line that says these things."""
+    assert result.code == 1, result.out + result.err
+    assert len(result.err.strip().splitlines()) == 1
+    for part in parts:
+        assert part in result.err
+
+
+def inputs(tmp_path: pathlib.Path) -> Iterator[tuple[pathlib.Path, tuple[str, ...]]]:
+    """Folders that cannot be learnt, and what is said of them."""
+    for name in ("empty", "binary", "one", "french"):
+        (tmp_path / name).mkdir()
+    yield tmp_path / "empty", ("there is nothing to learn",)
+    (tmp_path / "binary" / "a.txt").write_bytes(bytes(range(256)))
+    yield tmp_path / "binary", ("there is nothing to learn", "a.txt is skipped")
+    (tmp_path / "one" / "a.txt").write_text("A single sentence stands here.")
+    yield tmp_path / "one", ("1 window of text", "two or more")
+    for number in range(4):
+        french = "Les chercheurs ont étudié plusieurs phénomènes météorologiques près des côtes méditerranéennes."
+        (tmp_path / "french" / f"{number}.txt").write_text(f"{french} Numéro {number} de la série entière.")
+    yield tmp_path / "french", ("does not seem to be in English", "--any-language")
+    yield tmp_path / "nowhere", ("there is no file or folder",)
+
+
+def test_bad_documents_get_one_line(tmp_path: pathlib.Path, anchor: pathlib.Path, run: Run) -> None:
+    for folder, said in inputs(tmp_path):
+        one_line(run("learn", folder, tmp_path / "out", "--anchor", anchor, *QUICK), *said)
+        assert not (tmp_path / "out").exists()
+
+
+def test_bad_anchors_get_one_line(
+    tmp_path: pathlib.Path, library: pathlib.Path, anchor: pathlib.Path, poor_anchor: pathlib.Path, run: Run
+) -> None:
+    out = tmp_path / "out"
+    one_line(run("learn", library, out, "--anchor", tmp_path / "gone", *QUICK), "gone")
+    one_line(run("learn", library, out, "--anchor", poor_anchor, *QUICK), "cannot")
+    one_line(run("learn", library, out, "--anchor", anchor, "--layers", "9", *QUICK), "layer 9", "4 layers")
+    one_line(run("learn", library, anchor, "--anchor", anchor, *QUICK), "exists already")
+    assert LLAMA["num_hidden_layers"] == 4
+    assert not out.exists()
+
+
+def test_bad_questions_get_one_line(tmp_path: pathlib.Path, anchor: pathlib.Path, run: Run) -> None:
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text('{"question": "Where is wool made?"}\n')
+    result = run("learn", tmp_path, tmp_path / "out", "--anchor", anchor, "--questions", asked, *QUICK)
+    one_line(result, "line 1 of", "is no question")
