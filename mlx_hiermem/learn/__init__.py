@@ -8,8 +8,8 @@ something else (`work.Work`). Of what grows with the corpus, some tens of bytes 
     corpus   corpus,       windows.jsonl     {"id", "document", "source", "title", "text"}: line i is window i
              duplicates,   skipped.jsonl     {"what", "why"}
              windows
-    study    (self-study)  study.jsonl       {"window", "question", "answer", ...}: any number of lines a window, and
-                                             window by window
+    study    study         study.jsonl       {"window", "question", "answer", ...}: any number of lines a window, in
+                                             the order of the windows
     probes   probes        probes.jsonl      {"window", "text"}: what somebody may type who wants this window: its
                                              sentences, their beginnings, its generated questions; in the end
                                              the questions that are kept for measuring ("held_out": true)

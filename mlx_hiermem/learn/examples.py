@@ -14,11 +14,12 @@ evaluation (each example in the one leaf that its prompt routes to). A set is wh
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import TracebackType
@@ -106,6 +107,15 @@ class TrainingSet:
     def ids(self, leaf: Path) -> np.ndarray:
         """[n] numbers of the examples learnt in a leaf, ascending; none for a leaf without examples."""
         return self.assigned[self._starts.get(leaf, 0) : self._ends.get(leaf, 0)]
+
+    def leaves_of(self) -> Iterator[list[Path]]:
+        """The leaves of each example, by number."""
+        counts = [self._ends[leaf] - self._starts[leaf] for leaf in self.leaves]
+        order = np.argsort(self.assigned, kind="stable")
+        owners = np.repeat(np.arange(len(self.leaves)), counts)[order]
+        ends = np.searchsorted(self.assigned[order], np.arange(len(self)), side="right")
+        for start, end in itertools.pairwise([0, *ends.tolist()]):
+            yield [self.leaves[owner] for owner in owners[start:end]]
 
     def read(self, number: int) -> Example:
         """One example, copied from disk."""

@@ -54,7 +54,7 @@ def _inputs(trainer: Trainer, texts: Sequence[Example]) -> Inputs:
 
 def _levels(trainer: Trainer, leaf: Path) -> dict[str, list[Path]]:
     """Name -> the nodes whose blocks are attached: none, those down to each level, all on the path."""
-    path = [node for node in carriers(trainer.learner.config, leaf) if node in trainer.blocks]
+    path = carriers(trainer.learner.config, leaf)  # a block that nothing was learnt in changes nothing
     cut_off = {
         f"level {n}": [node for node in path if len(node) <= n] for n in range(1, trainer.learner.config.depth)
     }

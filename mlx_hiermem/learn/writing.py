@@ -60,7 +60,7 @@ def write_bank(folder: pathlib.Path, training: Training, tree: ClusterTree, abou
             about.anchor,
             config,
             about.embedder,
-            dict(sorted(blocks.items(), key=lambda item: (len(item[0]), item[0]))),
+            in_order(blocks),
             writer.write_tree(tree),
             generic,
             labels={
@@ -74,6 +74,11 @@ def write_bank(folder: pathlib.Path, training: Training, tree: ClusterTree, abou
         )
         writer.finish(manifest)
     return manifest
+
+
+def in_order(blocks: Mapping[Path, BlockEntry]) -> dict[Path, BlockEntry]:
+    """Level by level, as manifests list them."""
+    return dict(sorted(blocks.items(), key=lambda item: (len(item[0]), item[0])))
 
 
 def entry(node: Path, file: FileEntry, nodes: Nodes) -> BlockEntry:
