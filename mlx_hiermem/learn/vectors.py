@@ -25,7 +25,8 @@ def embed(
     dim = embedder.embed([""]).shape[1]
     header = _header(count, dim)
     with part.open("r+b" if part.exists() else "w+b") as stream:
-        done = max(stream.seek(0, os.SEEK_END) - len(header), 0) // (4 * dim)
+        # Whole batches: a text's last bits depend on those that it is embedded with.
+        done = max(stream.seek(0, os.SEEK_END) - len(header), 0) // (4 * dim) // BATCH * BATCH
         stream.seek(0)
         stream.write(header)
         stream.truncate(len(header) + done * 4 * dim)

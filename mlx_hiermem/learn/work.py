@@ -13,6 +13,8 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
+import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -56,10 +58,12 @@ class Work:
         """What cannot be written raises an OutputError that says so."""
         try:
             yield
-        except OSError as error:
+        except (OSError, sqlite3.OperationalError) as error:
+            file, why = getattr(error, "filename", None) or self.folder, getattr(error, "strerror", None) or error
+            if isinstance(error, shutil.Error):  # of a folder's copy: a list of (from, to, why)
+                _, file, why = error.args[0][0]
             raise OutputError(
-                f"cannot write {error.filename or self.folder}: {error.strerror or error}",
-                "What was done is kept: free space and run the same command again.",
+                f"cannot write {file}: {why}", "What was done is kept: free space and run the same command again."
             ) from error
 
     def _note(self, done: dict[str, str]) -> None:
