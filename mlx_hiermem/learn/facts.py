@@ -1,0 +1,102 @@
+"""What may be asked about a window: its sentences' numbers, names, values and endings, each an answer.
+
+Nothing here knows a subject matter. An answer is a number, a run of words in capitals, what stands after a colon,
+or the last words of a sentence. Sentences that differ only in their subjects and answers have one *shape*: many a
+corpus says the same of everything it describes, and a question found for one of them fits all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mlx_hiermem.learn import Window
+from mlx_hiermem.learn.probes import about, names
+from mlx_hiermem.learn.windows import sentences
+
+SUBJECT, BLANK, OTHER = "\u2983", "\u2984", "\u2985"  # in a shape: the subject, the answer, other answers
+FACTS = 10  # of a window at most, spread evenly over it
+WORDS = 60  # of a sentence; what is longer says too much at once to be asked about
+
+NUMBER = r"(?<![\w.,^*-])\d[\d.,:/]*(?<![.,:/])(?![\w^*])"
+NAME = r"(?<=[\w,;)] )[A-Z][\w'’-]*(?: (?:(?:of|the|de|von|van) )?[A-Z][\w'’-]*)*(?!:)"
+ENTRY = re.compile(
+    r"(?:^|(?<=[.;] )|(?<=[\w)%] ))([A-Z][a-z]+(?: [a-z]+){0,3}): ([^:;,.(]{1,50}?)"
+    r"(?= *(?:[;,.(]|$| [A-Z][a-z ]{1,30}: ))"
+)
+ANSWER = re.compile(f"{NUMBER}|{NAME}")
+LEADING = re.compile(r"(?:(?:The|A|An) )?([A-Z][\w'’-]{2,}(?: (?:(?:of|the) )?[A-Z][\w'’-]*)*) (?=[a-z])")
+PRONOUNS = frozenset("he she they you his her its their our your this that these those there here".split())
+ENDING = re.compile(
+    r"(?:\b(?:is|are|was|were|by|in|of|as|to|at|on|for|with|from|a|an|the)|:) ([\w'’-]+(?: [\w'’-]+){0,2})[.!]?$"
+)
+
+
+@dataclass(frozen=True)
+class Fact:
+    """An answer, and the sentence that gives it; the sentence has its window's subject before it or in it."""
+
+    window: int
+    subject: str  # the window's, or else what the sentence begins with; "" where there is none
+    sentence: str
+    start: int  # of the answer, in the sentence
+    end: int
+    shape: str
+
+    @property
+    def answer(self) -> str:
+        return self.sentence[self.start : self.end]
+
+    @property
+    def blank(self) -> str:
+        """The sentence without its answer."""
+        return f"{self.sentence[: self.start]}___{self.sentence[self.end :]}"
+
+
+def facts(window: Window, subject: str) -> list[Fact]:
+    """The facts of one window, in its order."""
+    found = [fact for text in sentences(window.text) for fact in _of_sentence(window.id, subject, text)]
+    if len(found) <= FACTS:
+        return found
+    return [found[i * len(found) // FACTS] for i in range(FACTS)]
+
+
+def _of_sentence(window: int, subject: str, text: str) -> Iterator[Fact]:
+    """A list of `Key: value` entries is taken apart, other sentences are asked about as they are.
+
+    Where the window has no subject, a sentence may begin with its own.
+    """
+    if not subject and (leading := LEADING.match(text)) and leading[1].lower() not in PRONOUNS:
+        subject = leading[1]
+    entries = [f"{found[1]}: {found[2]}" for found in ENTRY.finditer(text)]
+    if len(entries) > 1:
+        for entry in entries:
+            yield from _asked(window, subject, about(entry, subject))
+    elif len(text.split()) <= WORDS:
+        yield from _asked(window, subject, about(text, subject))
+
+
+def _asked(window: int, subject: str, sentence: str) -> Iterator[Fact]:
+    spans = [found.span() for found in ANSWER.finditer(sentence)]
+    ending = ENDING.search(sentence)
+    if ending and not any(end > ending.start(1) for _, end in spans):
+        spans.append(ending.span(1))
+    spans = [span for span in spans if not names(subject, sentence[slice(*span)])]
+    for span in spans:
+        yield Fact(window, subject, sentence, *span, _shape(sentence, subject, spans, span))
+
+
+def _shape(sentence: str, subject: str, spans: list[tuple[int, int]], asked: tuple[int, int]) -> str:
+    pieces, end = [], 0
+    for span in spans:
+        pieces += [sentence[end : span[0]], BLANK if span == asked else OTHER]
+        end = span[1]
+    return without(subject, "".join([*pieces, sentence[end:]]))
+
+
+def without(subject: str, text: str) -> str:
+    """The text with a slot wherever it names the subject."""
+    if not subject:
+        return text
+    return re.sub(rf"(?<!\w){re.escape(subject)}(?!\w)", SUBJECT, text, flags=re.IGNORECASE)

@@ -1,0 +1,163 @@
+"""Ways to ask for a fact, invented by a language model.
+
+A small model cannot write a good question when it is told to, but it can do two things well: say a word in other
+words, and go on with a pattern. So it first says what is asked for (the sentence's own words give one name for it,
+the model another, and others that mean the same: of a height, "how high it is"). Then it is shown one pattern on
+subjects of everyday knowledge, and continues it with the subject and each of those names. Nothing is believed:
+`study` keeps the wordings by which the model, with the window before it, finds the answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from mlx_hiermem.learn.facts import SUBJECT, Fact, without
+from mlx_hiermem.learn.teacher import Teacher
+
+# What the examples are about, and what is asked for.
+SHOWN = [
+    ("penicillin", "code"),
+    ("Mount Everest", "height"),
+    ("Brazil", "spoken language"),
+    ("the Danube", "length in km"),
+    ("Marie Curie", "place where she was born"),
+]
+# A pattern's lines, and whether they are statements that the answer ends.
+PATTERNS = [
+    ([f"What is the {what} of {subject}?" for subject, what in SHOWN], False),
+    ([f"I would like to know the {what} of {subject}." for subject, what in SHOWN], False),
+    ([f"The {what} of {subject} is" for subject, what in SHOWN], True),
+    (
+        [
+            "Under which code is penicillin listed?",
+            "How high is Mount Everest?",
+            "What do people speak in Brazil?",
+            "How long is the Danube?",
+            "Where was Marie Curie born?",
+        ],
+        False,
+    ),
+    ([f"Can you tell me the {what} of {subject}?" for subject, what in SHOWN], False),
+    ([f"Which {what} does {subject} have?" for subject, what in SHOWN], False),
+    ([f"{subject[0].upper()}{subject[1:]} has what {what}?" for subject, what in SHOWN], False),
+    ([f"{subject[0].upper()}{subject[1:]} has the {what}" for subject, what in SHOWN], True),
+    (
+        [
+            "In lists of medicines, penicillin has the code",
+            "Among mountains, Mount Everest has the height",
+            "In South America, Brazil has the spoken language",
+            "On the map, the Danube has the length in km",
+            "Among physicists, Marie Curie has the place where she was born",
+        ],
+        True,
+    ),
+]
+OWN, SYNONYM, RARE = range(len(PATTERNS)), range(5), range(0, 4, 3)  # by which patterns a name is asked for
+OTHER_WORDS = (
+    "The same in other words.\n\nheight: how high it is\nauthor: person who wrote it\nbirthplace: town where "
+    "somebody was born\nprice: what it costs\nspouse: husband or wife\nvelocity: speed\nage: number of years\n"
+    "boiling point: temperature at which it boils\n"
+)
+ASKED_FOR = "".join(
+    f"Text: {text}\nAnswer: {answer}\nAsked for: {what}\n\n"
+    for text, answer, what in [
+        ("Penicillin is a medicine with the code J01C.", "J01C", "code"),
+        ("Mount Everest. Its summit is 8,849 metres high.", "8,849", "height in metres"),
+        ("Brazil. Language: Portuguese", "Portuguese", "language"),
+        ("Danube. It was described in 1726 by Marsigli.", "1726", "year of the description"),
+        ("Marie Curie was born in Warsaw.", "Warsaw", "place of birth"),
+    ]
+)
+SYNONYMS = 3  # tries besides the likeliest
+LINE = 24  # tokens of a wording
+FUNCTION = frozenset(
+    (
+        "a an the of in on at by to for from with as and or is are was were be been has have had it its his her "
+        "their this that which who about around approximately some called named into than but not also very"
+    ).split()
+)
+ASKING = frozenset(
+    "what which who whom whose when where why how many much do does did can could you tell me i".split()
+)
+
+
+@dataclass(frozen=True)
+class Wording:
+    """A question, or the beginning of a statement; SUBJECT stands where the subject is named."""
+
+    text: str
+    statement: bool
+
+    def prompt(self, subject: str) -> str:
+        text = self.text.replace(SUBJECT, subject)
+        return text[:1].upper() + text[1:]
+
+
+def own_words(fact: Fact) -> str:
+    """What is asked for, in the sentence's words: those right before the answer. "" where there are none."""
+    before = without(fact.subject, fact.sentence[: fact.start])
+    words = re.findall(rf"[\w'’-]+|{SUBJECT}|[.;,()]", before)
+    while words and (words[-1] in FUNCTION or words[-1] == SUBJECT):
+        words.pop()
+    name: list[str] = []
+    while words and re.match(r"[^\W\d]", words[-1]) and words[-1].lower() not in FUNCTION and len(name) < 4:
+        name.insert(0, words.pop())
+    return " ".join(name).lower()
+
+
+def own_beginning(fact: Fact) -> Wording:
+    """The sentence up to its answer."""
+    beginning = without(fact.subject, fact.sentence[: fact.start]).strip()
+    return Wording(beginning, statement=True)
+
+
+def names_of(teacher: Teacher, groups: Sequence[Sequence[Fact]], synonyms: bool, seed: int) -> list[list[str]]:
+    """What is asked for by each group of facts of one shape, in several words, with `synonyms` in others too."""
+    facts = [fact for group in groups for fact in group]
+    prompts = [f"Text: {fact.sentence}\nAnswer: {fact.answer}\nAsked for:" for fact in facts]
+    said = dict(zip(facts, teacher.lines([(ASKED_FOR, prompt) for prompt in prompts], 8), strict=True))
+    names = [_unique([own_words(group[0]), *(said[fact] for fact in group)], group[0]) for group in groups]
+    for temperature, tries in ((0.0, 1), (0.8, SYNONYMS)) if synonyms else ():
+        asked = [(i, own[0]) for i, own in enumerate(names) if own for _ in range(tries)]
+        more = teacher.lines([(OTHER_WORDS, f"{name}:") for _, name in asked], 10, temperature, seed)
+        for (i, _), name in zip(asked, more, strict=True):
+            names[i] = _unique([*names[i], name], groups[i][0])
+    return names
+
+
+def _unique(names: Iterable[str], fact: Fact) -> list[str]:
+    kept = dict.fromkeys(re.sub(r"^(?:the|an?) ", "", name.strip(" .,;:").lower()) for name in names)
+    return [name for name in kept if name and fact.answer.lower() not in name.split()]
+
+
+def wordings(teacher: Teacher, asked: Sequence[tuple[Fact, str, Sequence[int]]]) -> list[list[Wording]]:
+    """For each (fact, what is asked for, numbers of patterns) its wordings."""
+    tasks = [
+        (i, number, _shown(number), f"{fact.subject}, {what}:")
+        for i, (fact, what, numbers) in enumerate(asked)
+        for number in numbers
+    ]
+    found: list[list[Wording]] = [[] for _ in asked]
+    lines = teacher.lines([(shown, prompt) for _, _, shown, prompt in tasks], LINE)
+    for (i, number, _, _), line in zip(tasks, lines, strict=True):
+        wording = Wording(without(asked[i][0].subject, line), PATTERNS[number][1])
+        if wording not in found[i] and _is_whole(wording, asked[i][0]):
+            found[i].append(wording)
+    return found
+
+
+def _shown(number: int) -> str:
+    """A pattern on the examples' subjects."""
+    lines = PATTERNS[number][0]
+    return "".join(f"{subject}, {what}: {line}\n" for (subject, what), line in zip(SHOWN, lines, strict=True))
+
+
+def _is_whole(wording: Wording, fact: Fact) -> bool:
+    """Names the subject once, asks for something of it, gives nothing away, and ends as its kind does."""
+    text = wording.text
+    gives_away = re.search(rf"(?<!\w){re.escape(fact.answer)}(?!\w)", text, re.IGNORECASE)
+    ends = text[-1:].isalpha() or text[-1:] == SUBJECT if wording.statement else text[-1:] in "?."
+    asks = {word.lower() for word in re.findall(r"[^\W\d_]+", text.replace(SUBJECT, ""))} - FUNCTION - ASKING
+    return text.count(SUBJECT) == 1 and bool(asks) and not gives_away and ends
