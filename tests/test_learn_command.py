@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from mlx_hiermem.apps.cli.main import main
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.learn.work import read_lines
 
-QUICK = ("--epochs", "6", "--rate", "0.02", "--json")
+QUICK = ("--epochs", "6", "--rate", "0.02", "--no-self-study", "--json")
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def test_a_killed_run_ends_with_the_same_model(
 ) -> None:
     """Killed in every stage: as soon as the one before it has said its line."""
     out = tmp_path / "model"
-    for said in ("anchor", "corpus", "tree", "examples", "training"):
+    for said in ("corpus", "tree", "examples", "training"):
         process = subprocess.Popen(command(library, out, anchor), stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         for line in process.stdout:
@@ -220,3 +221,25 @@ def test_bad_questions_get_one_line(tmp_path: pathlib.Path, anchor: pathlib.Path
     asked.write_text('{"question": "Where is wool made?"}\n')
     result = run("learn", tmp_path, tmp_path / "out", "--anchor", anchor, "--questions", asked, *QUICK)
     one_line(result, "line 1 of", "is no question")
+
+
+def test_a_full_disk_gets_one_line_and_loses_nothing(
+    whole: pathlib.Path, library: pathlib.Path, anchor: pathlib.Path, tmp_path: pathlib.Path, run: Run
+) -> None:
+    """Files cannot grow beyond some size: first the anchor's, then those of later stages."""
+    out = tmp_path / "model"
+    call = command(library, out, anchor)[1:]
+    (tmp_path / "empty").mkdir()
+    for limit in (2_000, 100_000):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            failed = run(*call)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert "cannot write" in failed.err.splitlines()[-1]
+        assert failed.code == 1
+        assert not out.exists()
+        run("learn", tmp_path / "empty", out, "--anchor", anchor)  # which does no more than copy the anchor
+    assert run(*call).code == 0
+    assert digests(out) == digests(whole)

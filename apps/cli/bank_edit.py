@@ -118,22 +118,64 @@ def remove(
 
 def add(
     model: pathlib.Path = BANK,
-    blockfile: pathlib.Path = typer.Argument(..., help="A block of this bank's shapes, as a .safetensors file."),
-    path: str = typer.Option(..., help="The node it is for, such as 10.7. A new node's parent must be there."),
-    label: str | None = typer.Option(None, help="What it is about."),
-    documents: int | None = typer.Option(None, min=0, help="How many documents it was made from."),
-    source: list[str] | None = typer.Option(None, help="Where they are from; may be repeated."),
-    centroid: pathlib.Path | None = typer.Option(None, help="A new node's centroid, as a .npy file."),
-    example: list[str] | None = typer.Option(None, help="A text that belongs there; may be repeated."),
-    replace: bool = typer.Option(False, "--replace", help="Take the place of the block that is there."),
+    what: list[str] = typer.Argument(..., help="Documents to learn, as `hiermem learn` takes them; or one block."),
+    field: str = typer.Option("text", help="Documents: field of a .jsonl line that holds the text."),
+    title: str = typer.Option("", help="Documents: field that holds the title."),
+    any_language: bool = typer.Option(
+        False, "--any-language", help="Documents: learn them if not in English, too."
+    ),
+    new_leaf: bool = typer.Option(False, "--new-leaf", help="Documents: give them a leaf of their own."),
+    epochs: int = typer.Option(4, min=1, help="Documents: how often each text is learnt."),
+    rate: float = typer.Option(6e-3, min=0.0, help="Documents: learning rate at its highest."),
+    teacher: str = typer.Option("", help="Documents: who writes questions about them. Default: the anchor."),
+    self_study: bool = typer.Option(
+        True, "--self-study/--no-self-study", help="Documents: have questions written."
+    ),
+    keep: bool = typer.Option(False, "--keep", help="Documents: keep the work folder MODEL.learn."),
+    path: str = typer.Option(
+        "", help="Block: the node it is for, such as 10.7. A new node's parent must be there."
+    ),
+    label: str | None = typer.Option(None, help="Block: what it is about."),
+    documents: int | None = typer.Option(None, min=0, help="Block: how many documents it was made from."),
+    source: list[str] | None = typer.Option(None, help="Block: where they are from; may be repeated."),
+    centroid: pathlib.Path | None = typer.Option(None, help="Block: a new node's centroid, as a .npy file."),
+    example: list[str] | None = typer.Option(None, help="Block: a text that belongs there; may be repeated."),
+    replace: bool = typer.Option(False, "--replace", help="Block: take the place of the one that is there."),
 ) -> None:
-    """Let a block join the bank, such as one that was removed, or trained elsewhere for the same anchor.
+    """Let the bank grow: by documents, which are learnt into their leaves, or by a block that is there already.
 
-    A node that the tree lacks needs a place on the map: a centroid, or example texts to make one from. A file out
-    of another bank brings its label and sources along. A plain block is quantised where the bank is.
+    Documents change the blocks of the leaves that they reach, and no byte of any other; these learn their old texts
+    once more beside the new ones. Interrupted, the same command goes on.
+
+    A block (a .safetensors file, with --path) is one that was removed, or trained elsewhere for the same anchor. A
+    node that the tree lacks needs a place on the map: a centroid, or example texts to make one from. A file out of
+    another bank brings its label and sources along. A plain block is quantised where the bank is.
+
+    Example: `hiermem bank add my-model ./new-docs`
 
     Example: `hiermem bank add my-model gases.safetensors --path 10.7 --label Gases --example "What is neon?"`
     """
+    of_block: dict[str, object] = {"--path": path, "--label": label, "--documents": documents, "--source": source}
+    of_block |= {"--centroid": centroid, "--example": example, "--replace": replace}
+    given = [name for name, value in of_block.items() if value not in ("", None, False, [])]
+    is_block = len(what) == 1 and what[0].endswith(".safetensors")
+    if not is_block and given:
+        raise typer.BadParameter("is for a block, a .safetensors file", param_hint=given[0])
+    if is_block and not path:
+        raise typer.BadParameter("say which node the block is for, such as 10.7", param_hint="--path")
+    if not is_block:
+        from mlx_hiermem.apps.cli.learn import add_documents
+        from mlx_hiermem.learn.adding import AddSettings
+        from mlx_hiermem.learn.settings import TrainingSettings
+        from mlx_hiermem.learn.stages import CorpusSettings
+
+        corpus = CorpusSettings(field, title, any_language=any_language)
+        training = TrainingSettings(epochs=epochs, rate=rate)
+        who = teacher if self_study else None
+        add_documents(
+            model, what, AddSettings(corpus, new_leaf=new_leaf, teacher=who, training=training, keep=keep)
+        )
+        return
     from mlx_hiermem.bank import edit
 
     if centroid and example:
@@ -143,7 +185,7 @@ def add(
     place = _read_centroid(centroid) if centroid else _embed(bank, example) if example else None
     entry = edit.add(
         bank.root,
-        blockfile,
+        pathlib.Path(what[0]),
         node,
         centroid=place,
         label=label,

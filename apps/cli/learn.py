@@ -18,6 +18,7 @@ from mlx_hiermem.apps.cli.display import console, notes, several, size
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
+    from mlx_hiermem.learn.adding import AddSettings
     from mlx_hiermem.learn.progress import Progress
     from mlx_hiermem.learn.run import AnchorSource, Learnt
 
@@ -51,6 +52,12 @@ def learn(
     cotrain: bool = typer.Option(
         False, "--cotrain", help="The anchor learns too; the bank then fits that copy only."
     ),
+    teacher: str = typer.Option(
+        "", help="Who writes the questions of self-study: a model of mlx-lm. Default: the anchor."
+    ),
+    self_study: bool = typer.Option(
+        True, "--self-study/--no-self-study", help="Have questions and answers written about the documents, too."
+    ),
     heldout: float = typer.Option(0.0, min=0.0, max=0.5, help="Share of the windows that only measure."),
     questions: pathlib.Path | None = typer.Option(
         None, help="Questions to measure the routing by: a JSON line each, with question and document."
@@ -75,13 +82,14 @@ def learn(
         CorpusSettings(field, title, tokens, any_language),
         TreeSettings(branching, depth or len(units), leaves, seed=seed),
         MemorySettings(memory, units, _layers(layers)),
-        heldout,
-        TrainingSettings(
+        teacher=teacher if self_study else None,
+        heldout=heldout,
+        training=TrainingSettings(
             epochs=epochs, rate=rate, objective=objective, attention=attention, cotrain=cotrain, seed=seed
         ),
-        tuple(_questions(questions)) if questions else (),
-        licence,
-        keep,
+        questions=tuple(_questions(questions)) if questions else (),
+        licence=licence,
+        keep=keep,
     )
     try:
         with _screen(not as_json and _is_first()) as screen:
@@ -92,6 +100,22 @@ def learn(
         console.print_json(json.dumps(learnt.to_json()))
     elif learnt:
         _print(out, learnt)
+
+
+def add_documents(model: pathlib.Path, docs: list[str], settings: AddSettings) -> None:
+    """`hiermem bank add MODEL DOCS`."""
+    from mlx_hiermem.errors import HierMemError
+    from mlx_hiermem.learn import adding
+
+    try:
+        with _screen(True) as screen:
+            added = adding.add(model, docs, settings, screen)
+    except KeyboardInterrupt as error:
+        raise HierMemError("stopped", GO_ON) from error
+    blocks = ", ".join(added.blocks[:8]) + ", …" * (len(added.blocks) > 8)
+    new = f"; {added.new_leaf} is new" if added.new_leaf else ""
+    documents = several(added.documents, "document")
+    console.print(f"{'added':<10}{documents} to {several(len(added.blocks), 'block')}: {blocks}{new}", markup=False)
 
 
 def find_anchor(name: str) -> AnchorSource:

@@ -33,7 +33,7 @@ from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import BankError
 from mlx_hiermem.learn import telling
 from mlx_hiermem.learn.blocks import Tensors
-from mlx_hiermem.learn.command import ANCHOR, BANK, LEARNING, TRAINING, Stages, locked, work_folder
+from mlx_hiermem.learn.command import ANCHOR, BANK, LEARNING, TRAINING, Stages, find_teacher, locked, work_folder
 from mlx_hiermem.learn.examples import TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.labels import SOURCES
 from mlx_hiermem.learn.making import EXAMPLES, ExampleSettings, make_examples
@@ -42,7 +42,8 @@ from mlx_hiermem.learn.planting import describe_nodes, settle
 from mlx_hiermem.learn.routing import LEAVES
 from mlx_hiermem.learn.schedule import carriers
 from mlx_hiermem.learn.settings import TrainingSettings
-from mlx_hiermem.learn.stages import CorpusSettings, read_corpus
+from mlx_hiermem.learn.stages import STUDY, CorpusSettings, read_corpus
+from mlx_hiermem.learn.study import StudySettings, study
 from mlx_hiermem.learn.training import Training
 from mlx_hiermem.learn.work import Work, write_text
 from mlx_hiermem.learn.writing import Nodes, entry, in_order, stored
@@ -58,6 +59,8 @@ class AddSettings:
     corpus: CorpusSettings = field(default_factory=CorpusSettings)
     leaves: int = LEAVES
     new_leaf: bool = False
+    teacher: str | None = ""  # as for `run.LearnSettings`
+    study: StudySettings = field(default_factory=StudySettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     keep: bool = False
 
@@ -123,6 +126,10 @@ class _Adding(Stages):
             corpus = read_corpus(self.work, sources, embedder.tokenizer, settings.corpus, self.counter("documents"))
             skipped = sum(1 for _ in corpus.skipped())
             self.listener.end(telling.corpus_line(corpus, skipped))
+        with self.stage("study"):
+            teacher = find_teacher(settings.teacher, model, tokenizer, self.bank.manifest.anchor)
+            study(self.work, corpus, *teacher, settings.study, self.progress("windows"))
+            self.listener.end(telling.study_line(self.work.path(STUDY)))
         with self.stage("tree"):
             planted = settle(
                 self.work,
@@ -148,7 +155,7 @@ class _Adding(Stages):
             self.work.stage("joined", self.digest, [digest], lambda: self._join(new, blocks, goes))
             joined = TrainingSet.open(self.work.path(JOINED))
             self.listener.end(self._texts_line(len(new), len(joined) - len(new)))
-        with self.stage("training"):
+        with self.stage("training"), self.work.writing():
             training = self._train(model, config, joined, blocks)
         with self.stage("bank"):
             self.work.stage(

@@ -10,8 +10,13 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import mlx.nn as nn
+
+from mlx_hiermem.config import AnchorIdentity
 from mlx_hiermem.errors import OutputError
+from mlx_hiermem.learn.teacher import Teacher, load_teacher
 from mlx_hiermem.learn.telling import Listener
 from mlx_hiermem.learn.work import Work, write_text
 
@@ -71,3 +76,12 @@ class Stages:
         """Tells the listener how often it was called."""
         count = itertools.count(1)
         return lambda what: self.listener.advance(next(count), None, unit)
+
+
+def find_teacher(
+    name: str | None, model: nn.Module, tokenizer: Any, anchor: AnchorIdentity
+) -> tuple[Teacher | None, str]:
+    """Who studies, and how it is known again: the anchor (""), a model that mlx-lm loads, or nobody (None)."""
+    if name is None:
+        return None, ""
+    return (load_teacher(name), name) if name else (Teacher(model, tokenizer), anchor.weights_digest)

@@ -1,8 +1,8 @@
 """Windows, and what self-study wrote about them, become examples: token sequences and the leaves that learn them.
 
 A window's own text is learnt as it stands, in the leaves in which it was placed. Of a row of self-study, a prompt
-and its answer, the answer alone is learnt: in the window's leaves, because the same question in other words may
-reach any of them, and in the leaf that the prompt reaches by itself, because that is where it will be asked.
+and its answer, the answer alone is learnt: in the leaf that the prompt reaches by itself, because that is where it
+will be asked, and every second one in the window's leaves, because the same in other words may reach any of them.
 Tokens are made as serving makes them: a prompt by itself, then the answer; a chat in the anchor's own template.
 
 What is held out is learnt nowhere, and lies in the one leaf that serving takes it to: the questions that measure
@@ -130,7 +130,8 @@ def make_examples(
                     if draft.measured:
                         held.add(draft.example, own or draft.leaves[:1])
                     if draft.learnt:
-                        learnt.add(draft.example, draft.leaves if draft.measured else [*draft.leaves, *own])
+                        leaves = () if own and zlib.crc32(draft.asked.encode()) % 2 else draft.leaves
+                        learnt.add(draft.example, draft.leaves if draft.measured else [*leaves, *own])
                 if progress:
                     progress(some[-1].example.window + 1, count)
 
@@ -155,7 +156,7 @@ def _reached(drafts: Sequence[Draft], tree: ClusterTree, embedder: TextEmbedder)
 
 def _drafts(work: Work, planted: Planted, encoder: Encoder, settings: ExampleSettings) -> Iterator[Draft]:
     # Without anything held out, every so manieth window.
-    nothing_held_out = not (settings.heldout or work.path(STUDY).exists())
+    nothing_held_out = not (settings.heldout or planted.agreement["questions"])
     every = max(1, planted.corpus.count // MEASURED) if nothing_held_out else 0
     subjects = with_subjects(planted.corpus.windows())
     studied = with_rows(subjects, work.path(STUDY), lambda pair: pair[0].id)

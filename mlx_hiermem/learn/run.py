@@ -7,20 +7,14 @@ Of several ranks (`mlx.launch`) the first does everything but the training, whic
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import itertools
 import json
-import os
 import pathlib
 import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_hiermem import __version__
@@ -29,21 +23,22 @@ from mlx_hiermem.config import EmbedderIdentity
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import AnchorError, OutputError
 from mlx_hiermem.learn import telling
+from mlx_hiermem.learn.command import ANCHOR, BANK, LEARNING, TRAINING, Stages, find_teacher, locked, work_folder
 from mlx_hiermem.learn.forward import Anchor
 from mlx_hiermem.learn.making import EXAMPLES, ExampleSettings, make_examples, open_examples
 from mlx_hiermem.learn.planting import TreeSettings, describe_nodes, given_agreement, plant
 from mlx_hiermem.learn.ranks import Ranks
 from mlx_hiermem.learn.settings import MemorySettings, TrainingSettings
 from mlx_hiermem.learn.stages import AGREEMENT, SKIPPED, STUDY, TREE, CorpusSettings, read_corpus
+from mlx_hiermem.learn.study import StudySettings, study
 from mlx_hiermem.learn.training import LOG, PLOT, Training
 from mlx_hiermem.learn.work import Work, write_text
 from mlx_hiermem.learn.writing import About, Nodes, link, publish, write_anchor, write_bank
 from mlx_hiermem.memory.attach import attach
 from mlx_hiermem.tree import ClusterTree
 
-ANCHOR, BANK, LEARNING = "anchor", "bank", "learning"  # of a model
-BASE, MODEL, TRAINING = "base", "model", "training"  # of the work folder
-TIMES, REPORT = "times.json", "report.json"
+BASE, MODEL = "base", "model"  # of the work folder
+REPORT = "report.json"
 
 
 @dataclass(frozen=True)
@@ -53,6 +48,8 @@ class LearnSettings:
     corpus: CorpusSettings = field(default_factory=CorpusSettings)
     tree: TreeSettings = field(default_factory=TreeSettings)
     memory: MemorySettings = field(default_factory=MemorySettings)
+    teacher: str | None = ""  # who studies: "" the anchor, None nobody, or any model that mlx-lm loads
+    study: StudySettings = field(default_factory=StudySettings)
     heldout: float = 0.0
     training: TrainingSettings = field(default_factory=TrainingSettings)
     questions: tuple[tuple[str, str], ...] = ()
@@ -62,7 +59,7 @@ class LearnSettings:
     def to_json(self) -> dict[str, Any]:
         """What a bank's manifest says of them."""
         data = asdict(self)
-        return {name: data[name] for name in ("corpus", "tree", "heldout", "training")}
+        return {name: data[name] for name in ("corpus", "teacher", "study", "tree", "heldout", "training")}
 
 
 @dataclass(frozen=True)
@@ -109,11 +106,6 @@ class Learnt:
         return asdict(self)
 
 
-def work_folder(out: pathlib.Path) -> pathlib.Path:
-    """Where everything is until OUT is whole."""
-    return out.absolute().with_name(out.name + ".learn")
-
-
 def learn(
     sources: Sequence[str],
     out: pathlib.Path,
@@ -131,9 +123,9 @@ def learn(
     ranks = Ranks(work_folder(out))
     if ranks.rank:
         ranks.follow()
-        _Run(Work(work_folder(out)), settings, listener).train()
+        _Run(Work(work_folder(out)), settings, listener, first=False).train()
         return None
-    with _locked(work_folder(out)) as work:
+    with locked(work_folder(out)) as work:
         run = _Run(work, settings, listener)
         with ranks.leading():
             anchor = find_anchor()
@@ -145,26 +137,12 @@ def learn(
     return learnt
 
 
-@contextlib.contextmanager
-def _locked(folder: pathlib.Path) -> Iterator[Work]:
-    """The work folder, for one command at a time."""
-    work = Work(folder)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield work
-    except BlockingIOError as error:
-        raise OutputError(f"another process is at work in {folder}", "Wait for it to end.") from error
-    finally:
-        os.close(descriptor)
+class _Run(Stages):
+    """One command's work."""
 
-
-class _Run:
-    """One command's work, stage by stage."""
-
-    def __init__(self, work: Work, settings: LearnSettings, listener: telling.Listener) -> None:
-        self.work, self.settings, self.listener = work, settings, listener
-        self.folder = work.path(BASE) / ANCHOR
+    def __init__(self, work: Work, settings: LearnSettings, listener: telling.Listener, first: bool = True) -> None:
+        super().__init__(work, listener, first)
+        self.settings, self.folder = settings, work.path(BASE) / ANCHOR
 
     @cached_property
     def loaded(self) -> tuple[nn.Module, Any, dict[str, Any]]:
@@ -173,29 +151,30 @@ class _Run:
 
     def prepare(self, sources: Sequence[str], anchor: AnchorSource) -> Prepared:
         """Everything before the training."""
-        with self._stage("anchor"):
+        with self.stage("anchor"):
             self.work.stage("anchor", anchor.made_of, (), lambda: self._put(anchor))
             self._check()
             self.listener.end(anchor.name)
         embedder, tokenizer = Embedder.load(), self.loaded[1]
-        with self._stage("corpus"):
-            read = itertools.count(1)
-
-            def told(source: str) -> None:
-                self.listener.advance(next(read), None, "documents")
-
-            corpus = read_corpus(self.work, sources, embedder.tokenizer, self.settings.corpus, told)
+        with self.stage("corpus"):
+            corpus = read_corpus(
+                self.work, sources, embedder.tokenizer, self.settings.corpus, self.counter("documents")
+            )
             skipped = sum(1 for _ in corpus.skipped())
             self.listener.end(telling.corpus_line(corpus, skipped))
-        with self._stage("tree"):
-            planted = plant(self.work, corpus, embedder, self.settings.tree, self._progress("texts embedded"))
+        with self.stage("study"):
+            teacher = find_teacher(self.settings.teacher, *self.loaded[:2], identify(self.folder))
+            study(self.work, corpus, *teacher, self.settings.study, self.progress("windows"))
+            self.listener.end(telling.study_line(self.work.path(STUDY)))
+        with self.stage("tree"):
+            planted = plant(self.work, corpus, embedder, self.settings.tree, self.progress("texts embedded"))
             asked = self.settings.questions
             given = given_agreement(planted, embedder, asked) if asked else None
             self.listener.end(telling.tree_line(planted.agreement, given))
-        with self._stage("examples"):
+        with self.stage("examples"):
             nodes = describe_nodes(self.work, planted, lambda text: len(tokenizer.encode(text)))
             chosen = ExampleSettings(self.settings.heldout, self.settings.training.objective == "distillation")
-            make_examples(self.work, planted, embedder, tokenizer, chosen, self._progress("windows"))
+            make_examples(self.work, planted, embedder, tokenizer, chosen, self.progress("windows"))
             learnt, _ = open_examples(self.work)
             self.listener.end(f"{len(learnt):,} texts, {int(learnt.lengths.sum()):,} tokens")
         return Prepared(corpus.documents, corpus.count, skipped, planted.agreement, given, nodes, embedder.identity)
@@ -206,7 +185,7 @@ class _Run:
         examples, heldout = open_examples(self.work)
         shape = ClusterTree.load(self.work.path(TREE))
         memory = self.settings.memory.of(model, shape.branching, shape.depth)
-        with self._stage("training"):
+        with self.stage("training"), self.work.writing():
             training = Training(
                 self.work.path(TRAINING),
                 model,
@@ -227,7 +206,7 @@ class _Run:
         """Puts the model folder together in the work folder."""
         model, settings = self.work.path(MODEL), self.settings
         shutil.rmtree(model, ignore_errors=True)
-        with self._stage("bank"), self.work.writing():
+        with self.stage("bank"), self.work.writing():
             weights = training.anchor()
             if weights is None:
                 link(self.work.path(BASE), model)
@@ -254,7 +233,7 @@ class _Run:
             manifest.totals(),
             perplexity,
             self._measured,
-            self._times(),
+            self.times,
         )
         with self.work.writing():
             write_text(model / LEARNING / REPORT, json.dumps(learnt.to_json(), indent=1) + "\n")
@@ -275,23 +254,5 @@ class _Run:
     @property
     def _measured(self) -> str:
         """What the perplexities are of."""
-        return "held-out texts" if self.settings.heldout or self.work.path(STUDY).exists() else "learnt texts"
-
-    def _progress(self, unit: str) -> Callable[[int, int], None]:
-        return lambda done, total: self.listener.advance(done, total, unit)
-
-    @contextlib.contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
-        """Tells of a stage, and adds up its seconds; on the first rank."""
-        self.listener.begin(name)
-        start = time.perf_counter()
-        yield
-        if mx.distributed.init().rank() == 0:
-            times = self._times()
-            times[name] = round(times.get(name, 0.0) + time.perf_counter() - start, 1)
-            with self.work.writing():
-                write_text(self.work.path(TIMES), json.dumps(times) + "\n")
-
-    def _times(self) -> dict[str, float]:
-        file = self.work.path(TIMES)
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        held_out = self.settings.heldout or json.loads(self.work.path(AGREEMENT).read_text())["questions"]
+        return "held-out texts" if held_out else "learnt texts"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pathlib
 from typing import Any, Protocol
 
 from mlx_hiermem.config import MemoryConfig
 from mlx_hiermem.learn.progress import Progress
 from mlx_hiermem.learn.stages import SKIPPED, Corpus
+from mlx_hiermem.learn.work import read_lines
 
 
 class Listener(Protocol):
@@ -28,6 +30,15 @@ class Listener(Protocol):
 def corpus_line(corpus: Corpus, skipped: int) -> str:
     line = f"{corpus.documents:,} documents in {corpus.count:,} windows"
     return line + (f"; {skipped:,} skipped, see {corpus.work.path(SKIPPED)}" if skipped else "")
+
+
+def study_line(file: pathlib.Path) -> str:
+    if not file.exists():
+        return "none: texts are learnt as they stand"
+    rows, questions = 0, 0
+    for row in read_lines(file):
+        rows, questions = rows + 1, questions + ("question" in row)
+    return f"{rows:,} prompts with answers, {questions:,} of them questions"
 
 
 def tree_line(found: dict[str, Any], given: float | None) -> str:
