@@ -27,7 +27,9 @@ ENTRY = re.compile(
 )
 ANSWER = re.compile(f"{NUMBER}|{NAME}")
 LEADING = re.compile(r"(?:(?:The|A|An) )?([A-Z][\w'’-]{2,}(?: (?:(?:of|the) )?[A-Z][\w'’-]*)*) (?=[a-z])")
-PRONOUNS = frozenset("he she they you his her its their our your this that these those there here".split())
+PRONOUNS = re.compile(
+    "(?:s?he|they|you|his|hers?|its|our|their|your|this|that|these|those|there|here)", re.IGNORECASE
+)
 ENDING = re.compile(
     r"(?:\b(?:is|are|was|were|by|in|of|as|to|at|on|for|with|from|a|an|the)|:) ([\w'’-]+(?: [\w'’-]+){0,2})[.!]?$"
 )
@@ -67,7 +69,7 @@ def _of_sentence(window: int, subject: str, text: str) -> Iterator[Fact]:
 
     Where the window has no subject, a sentence may begin with its own.
     """
-    if not subject and (leading := LEADING.match(text)) and leading[1].lower() not in PRONOUNS:
+    if not subject and (leading := LEADING.match(text)) and not PRONOUNS.fullmatch(leading[1]):
         subject = leading[1]
     entries = [f"{found[1]}: {found[2]}" for found in ENTRY.finditer(text)]
     if len(entries) > 1:

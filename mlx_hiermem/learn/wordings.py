@@ -72,15 +72,15 @@ ASKED_FOR = "".join(
 )
 SYNONYMS = 3  # tries besides the likeliest
 LINE = 24  # tokens of a wording
-FUNCTION = frozenset(
-    (
-        "a an the of in on at by to for from with as and or is are was were be been has have had it its his her "
-        "their this that which who about around approximately some called named into than but not also very"
-    ).split()
+# Words that name nothing.
+_FUNCTION = """
+    a an the of in on at by to for from with as and or is are was were be been has have had it its his her their
+    this that which who about around approximately some called named into than but not also very
+"""
+_ASKING = (
+    "what which who whom whose when where why how many much do does did can could you tell me i would like know"
 )
-ASKING = frozenset(
-    "what which who whom whose when where why how many much do does did can could you tell me i".split()
-)
+FUNCTION, ASKING = frozenset(_FUNCTION.split()), frozenset(_ASKING.split())
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,10 @@ def own_words(fact: Fact) -> str:
 
 
 def own_beginning(fact: Fact) -> Wording:
-    """The sentence up to its answer."""
+    """The sentence up to its answer, with the subject before it where it comes later."""
     beginning = without(fact.subject, fact.sentence[: fact.start]).strip()
+    if fact.subject and SUBJECT not in beginning:
+        beginning = f"{SUBJECT}. {beginning}".strip()
     return Wording(beginning, statement=True)
 
 

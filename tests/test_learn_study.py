@@ -1,0 +1,253 @@
+"""Self-study: what may be asked, how it is worded, and that only what finds its answer is learnt."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from books import COUNT, fact, write_library
+from mlx_lm.generate import generate
+from tiny import make_anchor
+from tokenizers import Tokenizer
+
+import mlx_hiermem  # noqa: F401  before mlx
+from mlx_hiermem.anchor import load_anchor
+from mlx_hiermem.embedder import Embedder
+from mlx_hiermem.errors import AnchorError
+from mlx_hiermem.learn import Window
+from mlx_hiermem.learn import study as study_module
+from mlx_hiermem.learn.facts import BLANK, OTHER, SUBJECT, Fact, facts
+from mlx_hiermem.learn.stages import STUDY, Corpus, read_corpus
+from mlx_hiermem.learn.study import StudySettings, study
+from mlx_hiermem.learn.teacher import Teacher, load_teacher
+from mlx_hiermem.learn.wordings import PATTERNS, SHOWN, own_beginning, own_words, wordings
+from mlx_hiermem.learn.work import Work, read_lines
+
+QUICK = StudySettings(questions=2, statements=1, chats=1, invented=1, tried=3)
+
+
+def window(text: str, title: str = "") -> Window:
+    return Window(0, 0, "a.txt", title, text)
+
+
+def asked(text: str, subject: str = "") -> list[tuple[str, str]]:
+    return [(found.blank, found.answer) for found in facts(window(text), subject)]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
+    model, tokenizer, _ = load_anchor(make_anchor(tmp_path_factory.mktemp("teacher") / "anchor"))
+    return Teacher(model, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def smollm2_teacher(smollm2_anchor: pathlib.Path) -> Teacher:
+    model, tokenizer, _ = load_anchor(smollm2_anchor)
+    return Teacher(model, tokenizer)
+
+
+class TestFacts:
+    def test_numbers_and_names_are_answers(self) -> None:
+        found = asked("The bridge was opened in 1894 by Queen Anne and is 244 metres long.", "bridge")
+        assert found == [
+            ("The bridge was opened in ___ by Queen Anne and is 244 metres long.", "1894"),
+            ("The bridge was opened in 1894 by ___ and is 244 metres long.", "Queen Anne"),
+            ("The bridge was opened in 1894 by Queen Anne and is ___ metres long.", "244"),
+        ]
+
+    def test_the_end_of_a_sentence_is_an_answer(self) -> None:
+        assert asked("Otters live in cold rivers.", "Otters") == [("Otters live in ___.", "cold rivers")]
+
+    def test_entries_are_asked_one_by_one(self) -> None:
+        found = asked("Capital: Lund Main export: dried fish; wool Founded: 1066", "Norland")
+        assert [pair for pair in found if pair[1] in ("Lund", "dried fish", "1066")] == [
+            ("Norland. Capital: ___", "Lund"),
+            ("Norland. Main export: ___", "dried fish"),
+            ("Norland. Founded: ___", "1066"),
+        ]
+
+    def test_the_subject_is_no_answer(self) -> None:
+        assert asked("In the valley lies Norland.", "Norland") == []
+
+    def test_a_sentence_may_bring_its_own_subject(self) -> None:
+        (found,) = facts(window("The Tower Bridge was opened in 1894."), "")
+        assert (found.subject, found.shape) == ("Tower Bridge", f"The {SUBJECT} was opened in {BLANK}.")
+
+    def test_pronouns_are_no_subject(self) -> None:
+        (found,) = facts(window("There are 12 of them."), "")
+        assert found.subject == ""
+
+    def test_sentences_of_one_shape(self) -> None:
+        shapes = set()
+        for name, height, year in (("Ben", "12", "1894"), ("Ann Lee", "7", "1902")):
+            shapes |= {found.shape for found in facts(window(f"{name} was {height} in {year}."), name)}
+        assert shapes == {f"{SUBJECT} was {BLANK} in {OTHER}.", f"{SUBJECT} was {OTHER} in {BLANK}."}
+
+    def test_powers_and_labels_are_no_numbers(self) -> None:
+        assert [answer for _, answer in asked("It takes 10^3 years for Ab-247 and 5 for all", "It")] == [
+            "Ab-247",
+            "5",
+            "all",
+        ]
+
+    def test_a_long_window_is_asked_all_over(self) -> None:
+        text = " ".join(f"Year {year} was good." for year in range(1900, 1950))
+        answers = [int(found.answer) for found in facts(window(text), "")]
+        assert len(answers) == 10
+        assert answers[0] == 1900
+        assert answers[-1] >= 1945
+
+
+class TestWordings:
+    def of(self, text: str, subject: str, answer: str) -> Fact:
+        return next(found for found in facts(window(text), subject) if found.answer == answer)
+
+    @pytest.mark.parametrize(
+        ("text", "subject", "answer", "words"),
+        [
+            ("The top speed of Falcon is 320.", "Falcon", "320", "top speed"),
+            ("Falcon is a train with the code XQ.", "Falcon", "XQ", "code"),
+            ("Its weight is about 55.8.", "Falcon", "55.8", "weight"),
+            ("Capital: Lund; Founded: 1066", "Norland", "Lund", "capital"),
+            ("Falcon is 320.", "Falcon", "320", ""),
+        ],
+    )
+    def test_own_words(self, text: str, subject: str, answer: str, words: str) -> None:
+        assert own_words(self.of(text, subject, answer)) == words
+
+    def test_own_beginning_fits_other_subjects(self) -> None:
+        beginning = own_beginning(self.of("The top speed of Falcon is 320.", "Falcon", "320"))
+        assert beginning.prompt("the Arrow") == "The top speed of the Arrow is"
+
+    def test_own_beginning_names_the_subject(self) -> None:
+        beginning = own_beginning(self.of("There are 320 people in Norland.", "Norland", "320"))
+        assert beginning.prompt("Norland") == "Norland. There are"
+
+    def test_every_pattern_is_shown_on_every_subject(self) -> None:
+        for lines, statement in PATTERNS:
+            assert len(lines) == len(SHOWN)
+            assert all(line[-1] in "?." for line in lines) is not statement
+
+    def test_smollm2_goes_on_with_the_patterns(self, smollm2_teacher: Teacher) -> None:
+        known = self.of("The top speed of Falcon is 320.", "Falcon", "320")
+        (found,) = wordings(smollm2_teacher, [(known, "top speed", range(3))])
+        assert len(found) == 3
+        assert all("speed" in wording.text for wording in found)
+        assert all(wording.text.count(SUBJECT) == 1 and "320" not in wording.text for wording in found)
+
+
+class TestTeacher:
+    def test_lines_are_what_the_model_writes_alone(self, smollm2_teacher: Teacher) -> None:
+        beginning = "Capitals.\n\nFrance: Paris\nItaly: Rome\n"
+        prompts = ["Germany:", "The United Kingdom of Great Britain:", "Spain:"]
+        model, tokenizer = smollm2_teacher.model, smollm2_teacher.tokenizer
+        alone = [generate(model, tokenizer, beginning + prompt, max_tokens=8) for prompt in prompts]
+        together = smollm2_teacher.lines([(beginning, prompt) for prompt in prompts], 8)
+        assert together == [text.split("\n")[0].strip() for text in alone]
+
+    def test_beginnings_may_differ(self, tiny: Teacher) -> None:
+        asked = [("ab", "c"), ("xyz", "c"), ("ab", "dd"), ("q", "")]
+        assert tiny.lines(asked, 6) == [tiny.lines([one], 6)[0] for one in asked]
+
+    def test_certainty_is_the_mean_log_p(self, tiny: Teacher) -> None:
+        asked = [("how many", "12"), ("who", "Ann"), ("a longer question", "x")]
+        for (prompt, answer), found in zip(asked, tiny.finds("some text", asked, []), strict=True):
+            tokens = tiny.tokenizer.encode(f"some text{prompt} {answer}")
+            length = len(tiny.tokenizer.encode(f" {answer}"))
+            log_p = mx.softmax(tiny.model(mx.array([tokens]))[0], axis=-1).log()
+            own = [float(log_p[i - 1, tokens[i]]) for i in range(len(tokens) - length, len(tokens))]
+            assert found == pytest.approx(np.mean(own), abs=1e-4)
+
+    def test_a_likelier_answer_is_preferred(self, tiny: Teacher) -> None:
+        rivals = [chr(c) for c in range(ord("a"), ord("z"))]
+        found = [tiny.finds("text", [("?", rival)], rivals)[0] for rival in rivals]
+        assert sum(log_p > -math.inf for log_p in found) == 1
+
+    def test_smollm2_reads(self, smollm2_teacher: Teacher) -> None:
+        text = "The tower is 53 metres high. It was built in 1894 by Anna Lind.\n\n"
+        answers = ["53", "1894", "Anna Lind"]
+        prompts = ["Question: When was the tower built?\nAnswer:"] * 3
+        found = smollm2_teacher.finds(text, list(zip(prompts, answers, strict=True)), answers)
+        assert [log_p > -math.inf for log_p in found] == [False, True, False]
+
+    def test_a_teacher_that_is_none(self, tmp_path: pathlib.Path) -> None:
+        with pytest.raises(AnchorError, match="cannot load the teacher"):
+            load_teacher(str(tmp_path))
+
+
+@pytest.fixture
+def corpus(tmp_path: pathlib.Path) -> Corpus:
+    work = Work(tmp_path / "work")
+    return read_corpus(work, [str(write_library(tmp_path / "books"))], _tokenizer())
+
+
+def _tokenizer() -> Tokenizer:
+    return Embedder.load().tokenizer
+
+
+class TestStudy:
+    def test_smollm2_asks_for_what_the_villages_make(self, corpus: Corpus, smollm2_teacher: Teacher) -> None:
+        study(corpus.work, corpus, smollm2_teacher, "smollm2", QUICK)
+        rows = list(read_lines(corpus.work.path(STUDY)))
+        texts = [one.text for one in corpus.windows()]
+        assert [row["window"] for row in rows] == sorted(row["window"] for row in rows)
+        assert all(row["answer"] in texts[row["window"]] for row in rows)
+        name, _, people = fact(0)
+        about = [row for row in rows if name in texts[row["window"]]]
+        assert all(name in row["prompt"] for row in about)
+        assert {row["answer"] for row in about if row.get("question")} >= {people}
+        assert any(row["chat"] for row in about)
+
+    def test_an_interrupted_study_goes_on(
+        self, corpus: Corpus, tiny: Teacher, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(study_module, "TOGETHER", 5)
+        study(corpus.work, corpus, tiny, "tiny", QUICK)
+        whole = corpus.work.path(STUDY).read_text()
+        again = Corpus(Work(corpus.work.folder), corpus.digest)
+        monkeypatch.setattr(study_module, "_studied", _must_not_run)
+        study(again.work, again, tiny, "tiny", QUICK)  # done: nothing runs
+        monkeypatch.undo()
+        monkeypatch.setattr(study_module, "TOGETHER", 5)
+
+        def stop(done: int, total: int) -> None:
+            if done > 5:
+                raise KeyboardInterrupt
+
+        other = StudySettings(**(QUICK.__dict__ | {"seed": 1}))
+        with pytest.raises(KeyboardInterrupt):
+            study(again.work, again, tiny, "tiny", other, stop)
+        seen: list[int] = []
+        own = study_module._studied
+        monkeypatch.setattr(study_module, "_studied", lambda some, *a: seen.append(len(some)) or own(some, *a))
+        study(again.work, again, tiny, "tiny", other)
+        assert seen == [COUNT - 10]
+        went_on = again.work.path(STUDY).read_text()
+        study(again.work, again, tiny, "tiny", QUICK)
+        assert again.work.path(STUDY).read_text() == whole
+        study(again.work, again, tiny, "tiny", other)
+        assert again.work.path(STUDY).read_text() == went_on
+
+    def test_without_self_study_there_is_no_file(self, corpus: Corpus, tiny: Teacher) -> None:
+        study(corpus.work, corpus, tiny, "tiny", QUICK)
+        first = corpus.work.path(STUDY).exists()
+        study(corpus.work, corpus, None, "")
+        assert (first, corpus.work.path(STUDY).exists()) == (True, False)
+
+    def test_answers_that_are_not_found_are_not_asked_for(self, corpus: Corpus, tiny: Teacher) -> None:
+        class Blind(Teacher):
+            def finds(self, beginning: str, asked: object, others: object) -> list[float]:
+                return [-math.inf for _ in asked]  # type: ignore[attr-defined]
+
+        study(corpus.work, corpus, Blind(tiny.model, tiny.tokenizer), "blind", QUICK)
+        rows = list(read_lines(corpus.work.path(STUDY)))
+        assert rows
+        assert not any(row.get("question") for row in rows)
+
+
+def _must_not_run(*_: object) -> None:
+    raise AssertionError(json.dumps("this stage was done"))
