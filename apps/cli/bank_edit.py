@@ -158,7 +158,8 @@ def add(
     of_block: dict[str, object] = {"--path": path, "--label": label, "--documents": documents, "--source": source}
     of_block |= {"--centroid": centroid, "--example": example, "--replace": replace}
     given = [name for name, value in of_block.items() if value not in ("", None, False, [])]
-    is_block = len(what) == 1 and what[0].endswith(".safetensors")
+    file = pathlib.Path(what[0])
+    is_block = len(what) == 1 and not file.is_dir() and (bool(path) or file.suffix == ".safetensors")
     if not is_block and given:
         raise typer.BadParameter("is for a block, a .safetensors file", param_hint=given[0])
     if is_block and not path:
@@ -185,7 +186,7 @@ def add(
     place = _read_centroid(centroid) if centroid else _embed(bank, example) if example else None
     entry = edit.add(
         bank.root,
-        pathlib.Path(what[0]),
+        file,
         node,
         centroid=place,
         label=label,
