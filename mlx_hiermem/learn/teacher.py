@@ -19,8 +19,7 @@ from mlx_lm.sample_utils import make_sampler
 
 from mlx_hiermem.errors import AnchorError
 
-BATCH = 32  # lines written at a time
-AT_ONCE = 128  # prompts whose beginnings are copied at a time
+BATCH = 32  # lines written at a time; when one is done, no other takes its place: that would copy all their caches
 
 
 @dataclass(frozen=True)
@@ -39,10 +38,10 @@ class Teacher:
         """
         mx.random.seed(seed)
         caches = {beginning: self._read(beginning) for beginning in dict.fromkeys(b for b, _ in asked)}
-        order = sorted(range(len(asked)), key=lambda i: len(asked[i][1]))  # so that little is padded
+        order = sorted(range(len(asked)), key=lambda i: (asked[i][0], len(asked[i][1])))  # so that little is padded
         written = [""] * len(asked)
-        for start in range(0, len(order), AT_ONCE):
-            some = order[start : start + AT_ONCE]
+        for start in range(0, len(order), BATCH):
+            some = order[start : start + BATCH]
             lines = self._write([(caches[asked[i][0]], asked[i][1]) for i in some], tokens, temperature)
             for i, line in zip(some, lines, strict=True):
                 written[i] = line

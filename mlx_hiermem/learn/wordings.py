@@ -71,7 +71,7 @@ ASKED_FOR = "".join(
     ]
 )
 SYNONYMS = 3  # tries besides the likeliest
-LINE = 24  # tokens of a wording
+LINE = 18  # tokens of a wording
 # Words that name nothing.
 _FUNCTION = """
     a an the of in on at by to for from with as and or is are was were be been has have had it its his her their
