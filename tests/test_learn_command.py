@@ -241,5 +241,10 @@ def test_a_full_disk_gets_one_line_and_loses_nothing(
         assert failed.code == 1
         assert not out.exists()
         run("learn", tmp_path / "empty", out, "--anchor", anchor)  # which does no more than copy the anchor
-    assert run(*call).code == 0
+    asked = tmp_path / "asked.jsonl"
+    rows = ({"question": f"What does {name} make?", "document": name} for name in VILLAGES[:COUNT])
+    asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run(*call, "--json", "--questions", asked)
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["given_agreement"] > 0.8
     assert digests(out) == digests(whole)

@@ -224,7 +224,9 @@ class Screen:
 
     def end(self, line: str) -> None:
         if self._lines:
-            console.print(f"{self._stage:<10}{line}", markup=False, soft_wrap=True)
+            # Beside the bar where both are seen: it would be drawn over otherwise.
+            seen = self._bar.console if self._bar and sys.stdout.isatty() else console
+            seen.print(f"{self._stage:<10}{line}", markup=False, highlight=False, soft_wrap=True)
 
     def training(self, progress: Progress) -> None:
         if progress.losses:
@@ -279,7 +281,7 @@ def _print(out: pathlib.Path, learnt: Learnt) -> None:
 
 def _duration(seconds: float | None) -> str:
     """4 s, 12 min, 3.1 h."""
-    seconds = seconds or 0.0
+    seconds = max(seconds or 0.0, 0.0)  # what is left is an estimate, and may have passed
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

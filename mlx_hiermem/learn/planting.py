@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import zlib
 from collections import defaultdict
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_hiermem.bank.bank import file_digest
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import CorpusError
 from mlx_hiermem.learn import Placed, labels, probes, vectors
@@ -120,7 +120,7 @@ def settle(
 def _embed_probes(work: Work, made: Corpus, embedder: TextEmbedder, progress: vectors.Progress | None) -> str:
     """Stages `probes` and `vectors`; returns the digest of the second."""
     study = work.path(STUDY)
-    studied = hashlib.sha256(study.read_bytes()).hexdigest() if study.exists() else ""
+    studied = file_digest(study) if study.exists() else ""
     asked = work.stage("probes", studied, [made.digest], lambda: _write_probes(work, made))
 
     def embed() -> None:

@@ -1,6 +1,7 @@
 """Ranks that wait for the first one, asleep: by a file in the work folder that they share.
 
-A collective of MLX spins while it waits, and the stages before the training may take hours.
+A collective of MLX works while it waits, and the stages before the training may take hours; and where the first
+rank fails it only says that a connection was lost.
 """
 
 from __future__ import annotations
