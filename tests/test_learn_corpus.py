@@ -98,12 +98,19 @@ def test_what_is_skipped_says_why(folder: pathlib.Path) -> None:
     (folder / "h").write_text("no suffix")
     (folder / ".hidden").write_text("x")
     (folder / ".git").mkdir()
+    for own in ("model/bank/bank.json", "plain/anchor/config.json", "model.learn/stages.json"):
+        (folder / own).parent.mkdir(parents=True)
+        (folder / own).with_name("learnt.txt").write_text("Made of what lies beside it.")
+        (folder / own).write_text("{}")
     documents, skipped = read(folder)
     assert [d.source for d in documents] == ["g.jsonl:1"]
     assert skipped.pop("e.pdf").startswith("cannot be read: ")
     assert skipped.pop("g.jsonl:4").startswith("not JSON: ")
     assert skipped == {
         ".git/": "hidden folder",
+        "model/": "a model",
+        "plain/": "a model",
+        "model.learn/": "the work folder of a model",
         ".hidden": "hidden file",
         "a.png": "no reader for .png",
         "b.txt": "binary, not text",

@@ -16,6 +16,7 @@ import mlx.nn as nn
 
 from mlx_hiermem.config import AnchorIdentity
 from mlx_hiermem.errors import OutputError
+from mlx_hiermem.learn.corpus import WORK
 from mlx_hiermem.learn.teacher import Teacher, load_teacher
 from mlx_hiermem.learn.telling import Listener
 from mlx_hiermem.learn.work import Work, write_text
@@ -26,7 +27,7 @@ TRAINING, TIMES = "training", "times.json"  # of the work folder
 
 def work_folder(model: pathlib.Path) -> pathlib.Path:
     """Where everything is until the model has it."""
-    return model.absolute().with_name(model.name + ".learn")
+    return model.absolute().with_name(model.name + WORK)
 
 
 @contextlib.contextmanager

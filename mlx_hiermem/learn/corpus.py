@@ -16,11 +16,13 @@ from typing import Any
 
 from mlx_hiermem.errors import CorpusError, MissingDependencyError
 from mlx_hiermem.learn import Document, Skipped
+from mlx_hiermem.learn.work import STAGES
 
 Found = Document | Skipped
 
 PIECE = 1 << 20  # characters of a text file that make one document
 HUB = "hf://"
+WORK = ".learn"  # how the name of a work folder ends
 TITLES = ("title", "name", "heading", "subject")  # where a record's title is looked for
 EXTRA = "pip install 'mlx-hiermem[learn]'"
 
@@ -43,22 +45,37 @@ def read(sources: Sequence[str], field: str = "text", title: str = "") -> Iterat
 
 
 def _read_folder(root: pathlib.Path, field: str, title: str) -> Iterator[Found]:
-    """Files in the order of their names, folder by folder; sources are named from `root`."""
+    """Sources are named from `root`."""
+    for path, why in files_in(root):
+        source = path.relative_to(root).as_posix()
+        if why:
+            yield Skipped(source + "/" * path.is_dir(), why)
+        else:
+            yield from _read_file(path, source, field, title)
+
+
+def files_in(root: pathlib.Path) -> Iterator[tuple[pathlib.Path, str]]:
+    """The files below a folder in the order of their names, folder by folder, each with the reason not to read it.
+
+    Of a folder that is not read there is only itself.
+    """
     for folder, folders, files in os.walk(root):
         folders.sort()
-        for name in [name for name in folders if name.startswith(".")]:
-            folders.remove(name)
-            yield Skipped(_relative(folder, name, root) + "/", "hidden folder")
+        for path in [pathlib.Path(folder, name) for name in folders]:
+            if why := _foreign(path):
+                folders.remove(path.name)
+                yield path, why
         for name in sorted(files):
-            source = _relative(folder, name, root)
-            if name.startswith("."):
-                yield Skipped(source, "hidden file")
-            else:
-                yield from _read_file(pathlib.Path(folder, name), source, field, title)
+            yield pathlib.Path(folder, name), "hidden file" if name.startswith(".") else ""
 
 
-def _relative(folder: str, name: str, root: pathlib.Path) -> str:
-    return pathlib.Path(folder, name).relative_to(root).as_posix()
+def _foreign(folder: pathlib.Path) -> str:
+    """Why a folder below the one that was named is not read: what is learnt must not be what was made of it."""
+    if folder.name.startswith("."):
+        return "hidden folder"
+    if any((folder / name).is_file() for name in ("bank.json", "bank/bank.json", "anchor/config.json")):
+        return "a model"
+    return "the work folder of a model" if folder.suffix == WORK and (folder / STAGES).is_file() else ""
 
 
 def _read_file(path: pathlib.Path, source: str, field: str, title: str) -> Iterator[Found]:

@@ -118,7 +118,7 @@ def learn(
     Raises CorpusError, AnchorError and OutputError, each for what is wrong with what was given. What is done stays
     in `work_folder(out)`, and the same call goes on from there.
     """
-    if out.exists():
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise OutputError(f"{out} exists already", "Choose another folder, or remove it first.")
     ranks = Ranks(work_folder(out))
     if ranks.rank:

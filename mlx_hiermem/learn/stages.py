@@ -124,7 +124,8 @@ def _stamp(sources: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for source in sources:
         path = pathlib.Path(source)
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        files = (file for file, why in corpus.files_in(path) if not why) if path.is_dir() else [path]
+        for file in files:
             if file.is_file():
                 status = file.stat()
                 digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
