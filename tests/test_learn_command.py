@@ -7,15 +7,19 @@ import json
 import os
 import pathlib
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import mlx.core as mx
 import pytest
 from books import COUNT, VILLAGES, write_library
-from tiny import LLAMA, make_anchor
+from mlx.utils import tree_flatten
+from mlx_lm.models import mamba
+from tiny import make_anchor, make_tokenizer
 
 from mlx_hiermem.apps.cli.main import main
 from mlx_hiermem.bank.bank import MemoryBank
@@ -167,10 +171,21 @@ def test_a_rank_stops_where_the_first_one_failed(tmp_path: pathlib.Path, anchor:
 
 @pytest.fixture
 def poor_anchor(tmp_path: pathlib.Path) -> pathlib.Path:
-    """A model whose layers have no gated feed-forward network."""
-    folder = make_anchor(tmp_path / "poor" / "anchor")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    """A state-space model: its layers have nothing that a memory could join."""
+    config = {"model_type": "mamba", "vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "state_size": 8}
+    config |= {
+        "num_hidden_layers": 2,
+        "conv_kernel": 4,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "time_step_rank": 2,
+    }
+    folder = tmp_path / "poor" / "anchor"
+    folder.mkdir(parents=True)
+    parameters = mamba.Model(mamba.ModelArgs.from_dict(config)).parameters()
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(parameters)))
+    (folder / "config.json").write_text(json.dumps(config))
+    make_tokenizer(folder)
     return folder.parent
 
 
@@ -202,6 +217,8 @@ def test_bad_documents_get_one_line(tmp_path: pathlib.Path, anchor: pathlib.Path
     for folder, said in inputs(tmp_path):
         one_line(run("learn", folder, tmp_path / "out", "--anchor", anchor, *QUICK), *said)
         assert not (tmp_path / "out").exists()
+        assert (tmp_path / "out.learn").exists() == (folder.name == "one")  # of which there is a corpus
+        shutil.rmtree(tmp_path / "out.learn", ignore_errors=True)
 
 
 def test_bad_anchors_get_one_line(
@@ -209,11 +226,11 @@ def test_bad_anchors_get_one_line(
 ) -> None:
     out = tmp_path / "out"
     one_line(run("learn", library, out, "--anchor", tmp_path / "gone", *QUICK), "gone")
-    one_line(run("learn", library, out, "--anchor", poor_anchor, *QUICK), "cannot")
+    one_line(run("learn", library, out, "--anchor", poor_anchor, *QUICK), "mamba", "cannot carry")
     one_line(run("learn", library, out, "--anchor", anchor, "--layers", "9", *QUICK), "layer 9", "4 layers")
     one_line(run("learn", library, anchor, "--anchor", anchor, *QUICK), "exists already")
-    assert LLAMA["num_hidden_layers"] == 4
     assert not out.exists()
+    assert not out.with_name("out.learn").exists()
 
 
 def test_bad_questions_get_one_line(tmp_path: pathlib.Path, anchor: pathlib.Path, run: Run) -> None:

@@ -7,10 +7,11 @@ Of several ranks (`mlx.launch`) the first does everything but the training, whic
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,7 +22,7 @@ from mlx_hiermem import __version__
 from mlx_hiermem.anchor import identify, load_anchor
 from mlx_hiermem.config import EmbedderIdentity
 from mlx_hiermem.embedder import Embedder
-from mlx_hiermem.errors import AnchorError, OutputError
+from mlx_hiermem.errors import AnchorError, HierMemError, OutputError
 from mlx_hiermem.learn import telling
 from mlx_hiermem.learn.command import ANCHOR, BANK, LEARNING, TRAINING, Stages, find_teacher, locked, work_folder
 from mlx_hiermem.learn.forward import Anchor
@@ -125,7 +126,8 @@ def learn(
         ranks.follow()
         _Run(Work(work_folder(out)), settings, listener, first=False).train()
         return None
-    with locked(work_folder(out)) as work:
+    tidy = _tidy(work_folder(out)) if ranks.count == 1 else contextlib.nullcontext()  # others look into it
+    with tidy, locked(work_folder(out)) as work:
         run = _Run(work, settings, listener)
         with ranks.leading():
             anchor = find_anchor()
@@ -135,6 +137,18 @@ def learn(
     if not settings.keep:
         shutil.rmtree(work.folder, ignore_errors=True)
     return learnt
+
+
+@contextlib.contextmanager
+def _tidy(folder: pathlib.Path) -> Iterator[None]:
+    """A new work folder goes where it came to nothing: documents or anchor were wrong from the beginning."""
+    new = not folder.exists()
+    try:
+        yield
+    except HierMemError as error:
+        if new and not isinstance(error, OutputError) and not Work(folder).has("corpus"):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 class _Run(Stages):

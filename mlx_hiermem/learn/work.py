@@ -43,6 +43,10 @@ class Work:
     def path(self, name: str) -> pathlib.Path:
         return self.folder / name
 
+    def has(self, name: str) -> bool:
+        """Whether a stage is done, with whatever settings."""
+        return name in self._done
+
     def stage(self, name: str, settings: Any, after: Iterable[str], make: Callable[[], None]) -> str:
         """Runs `make` unless the stage is done with these settings, after these digests; returns its own digest."""
         digest = hashlib.sha256(json.dumps([name, settings, list(after)]).encode()).hexdigest()
