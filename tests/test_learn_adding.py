@@ -18,7 +18,6 @@ from tiny import make_anchor
 from typer.testing import CliRunner
 
 from mlx_hiermem.apps.cli.main import app
-from mlx_hiermem.bank import edit
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.check import check
 from mlx_hiermem.config import Path
@@ -122,8 +121,11 @@ def test_documents_get_a_leaf_of_their_own(model: pathlib.Path, news: pathlib.Pa
         call("bank", "add", model, news, "--new-leaf", *QUICK)
     shutil.rmtree(model.with_name("model.learn"))
     bank = MemoryBank.open(model / "bank")
-    gone = bank.tree.nodes(2)[-1]
-    edit.remove(model / "bank", [gone])
+    gone, texts = bank.tree.nodes(2)[-1], model / "learning" / "examples"
+    assert len(TrainingSet.open(texts).ids(gone))
+    output = call("bank", "remove", model, str(gone), "--yes")
+    assert "dropped" in output
+    assert not len(TrainingSet.open(texts).ids(gone)), "removed texts must not be learnt again"
     before = digests(model)
     output = call("bank", "add", model, news, "--new-leaf", *QUICK)
     assert f"{gone} is new" in output

@@ -92,6 +92,7 @@ def remove(
         typer.confirm(f"Delete {several(len(going), 'block')}, {amount}, from {bank.root}?", abort=True)
     before = probing.ask(model, questions, max_tokens, "before")
     removed = edit.remove(bank.root, nodes)
+    forgotten = _forget(model) if (model / "learning").is_dir() else 0
     after = probing.ask(model, questions, max_tokens, "after")
     left = MemoryBank.open(bank.root).manifest
     above = sorted({up for node in nodes for up in node.prefixes() if up in left.blocks})
@@ -104,6 +105,7 @@ def remove(
             "removed": [str(node) for node in removed.nodes],
             "bytes": removed.bytes,
             "may_retain": [*map(str, above), *["generic"] * bool(left.generic), "anchor"],
+            "texts": forgotten,
             "probe": rows,
         }
         console.print_json(json.dumps(result, ensure_ascii=False))
@@ -111,6 +113,10 @@ def remove(
     if questions:
         _print_probe(questions, before, after)
     console.print(f"removed  {several(len(removed.nodes), 'block')}, {size(removed.bytes)}", markup=False)
+    if forgotten:
+        console.print(
+            f"dropped  {several(forgotten, 'text')} from {model / 'learning'}", markup=False, soft_wrap=True
+        )
     copies = f" The copy in {bank.remote.origin.repo} stays." if bank.remote else ""
     retained = RETAINED.format(holders=_holders(left, above))
     console.print(retained + copies, style="dim", markup=False)
@@ -222,6 +228,13 @@ def merge(
         soft_wrap=True,
     )
     console.print("To use it, make it the bank/ beside that anchor.", style="dim")
+
+
+def _forget(model: pathlib.Path) -> int:
+    """Drops the texts that `hiermem learn` has kept of removed leaves."""
+    from mlx_hiermem.learn.kept import forget
+
+    return forget(model)
 
 
 def _holders(left: BankManifest, above: Sequence[Path]) -> str:

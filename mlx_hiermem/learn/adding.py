@@ -35,6 +35,7 @@ from mlx_hiermem.learn import telling
 from mlx_hiermem.learn.blocks import Tensors
 from mlx_hiermem.learn.command import ANCHOR, BANK, LEARNING, TRAINING, Stages, find_teacher, locked, work_folder
 from mlx_hiermem.learn.examples import TrainingSet, TrainingSetWriter
+from mlx_hiermem.learn.kept import still_there
 from mlx_hiermem.learn.labels import SOURCES
 from mlx_hiermem.learn.making import EXAMPLES, ExampleSettings, make_examples
 from mlx_hiermem.learn.new_leaf import Goes, added_node, with_new_leaf
@@ -201,7 +202,7 @@ class _Adding(Stages):
             windows = 0
             if (old := self._kept) is not None:
                 moved = goes.windows(old) if goes else set()
-                for number, leaves in enumerate(old.leaves_of()):
+                for number, leaves in still_there(old, self.tree):
                     example = old.read(number)
                     windows = max(windows, example.window + 1)
                     if goes and example.window in moved:
