@@ -47,7 +47,7 @@ def learn(
     layers: str = typer.Option("late", help="Layers with memory: uniform, early, middle, late, or such as 20-29."),
     objective: str = typer.Option("next-token", help="next-token or distillation (of answers from self-study)."),
     attention: str = typer.Option("document", help="document: texts see only themselves. row: all in their row."),
-    epochs: int = typer.Option(4, min=1, help="How often each text is learnt."),
+    epochs: int = typer.Option(0, min=0, help=f"How often each text is learnt. {DEFAULTS}"),
     rate: float = typer.Option(6e-3, min=0.0, help="Learning rate at its highest."),
     cotrain: bool = typer.Option(
         False, "--cotrain", help="The anchor learns too; the bank then fits that copy only."
@@ -84,9 +84,8 @@ def learn(
         MemorySettings(memory, units, _layers(layers)),
         teacher=teacher if self_study else None,
         heldout=heldout,
-        training=TrainingSettings(
-            epochs=epochs, rate=rate, objective=objective, attention=attention, cotrain=cotrain, seed=seed
-        ),
+        epochs=epochs,
+        training=TrainingSettings(rate=rate, objective=objective, attention=attention, cotrain=cotrain, seed=seed),
         questions=tuple(_questions(questions)) if questions else (),
         licence=licence,
         keep=keep,

@@ -12,7 +12,7 @@ import json
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -29,7 +29,7 @@ from mlx_hiermem.learn.forward import Anchor
 from mlx_hiermem.learn.making import EXAMPLES, ExampleSettings, make_examples, open_examples
 from mlx_hiermem.learn.planting import TreeSettings, describe_nodes, given_agreement, plant
 from mlx_hiermem.learn.ranks import Ranks
-from mlx_hiermem.learn.settings import MemorySettings, TrainingSettings
+from mlx_hiermem.learn.settings import MemorySettings, TrainingSettings, epochs_for
 from mlx_hiermem.learn.stages import AGREEMENT, SKIPPED, STUDY, TREE, CorpusSettings, read_corpus
 from mlx_hiermem.learn.study import StudySettings, study
 from mlx_hiermem.learn.training import LOG, PLOT, Training
@@ -44,7 +44,10 @@ REPORT = "report.json"
 
 @dataclass(frozen=True)
 class LearnSettings:
-    """All that a user may choose. `questions` are (question, document that answers it), to measure routing by."""
+    """All that a user may choose.
+
+    `epochs` 0 is chosen by the corpus' size; `questions` are (question, document that answers it), to measure by.
+    """
 
     corpus: CorpusSettings = field(default_factory=CorpusSettings)
     tree: TreeSettings = field(default_factory=TreeSettings)
@@ -52,6 +55,7 @@ class LearnSettings:
     teacher: str | None = ""  # who studies: "" the anchor, None nobody, or any model that mlx-lm loads
     study: StudySettings = field(default_factory=StudySettings)
     heldout: float = 0.0
+    epochs: int = 0
     training: TrainingSettings = field(default_factory=TrainingSettings)
     questions: tuple[tuple[str, str], ...] = ()
     licence: str = ""
@@ -60,7 +64,7 @@ class LearnSettings:
     def to_json(self) -> dict[str, Any]:
         """What a bank's manifest says of them."""
         data = asdict(self)
-        return {name: data[name] for name in ("corpus", "teacher", "study", "tree", "heldout", "training")}
+        return {name: data[name] for name in ("corpus", "teacher", "study", "tree", "heldout")}
 
 
 @dataclass(frozen=True)
@@ -199,18 +203,21 @@ class _Run(Stages):
         examples, heldout = open_examples(self.work)
         shape = ClusterTree.load(self.work.path(TREE))
         memory = self.settings.memory.of(model, shape.branching, shape.depth)
+        settings = self.settings.training
+        tokens = int(examples.lengths[examples.assigned].sum()) // len({leaf[0] for leaf in examples.leaves})
+        settings = replace(settings, epochs=self.settings.epochs or epochs_for(tokens, settings))
         with self.stage("training"), self.work.writing():
             training = Training(
                 self.work.path(TRAINING),
                 model,
                 memory,
                 examples,
-                self.settings.training,
+                settings,
                 heldout,
                 identity=identify(self.folder).weights_digest,
                 vocabulary=config.get("effective_vocab_size"),
             )
-            self.listener.end(telling.memory_line(memory))
+            self.listener.end(f"{telling.memory_line(memory)}, {settings.epochs} epochs")
             self.listener.begin("training")
             perplexity = training.run(self.listener.training)
             self.listener.end(telling.perplexity_line(perplexity, self._measured))
@@ -227,7 +234,8 @@ class _Run(Stages):
             else:
                 write_anchor(self.folder, model / ANCHOR, weights)
             recipe = {"name": "learn", "by": f"mlx-hiermem {__version__}", "documents": prepared.documents}
-            recipe |= {"windows": prepared.windows, "settings": settings.to_json()}
+            training_settings = {"training": training.settings.to_json()}
+            recipe |= {"windows": prepared.windows, "settings": settings.to_json() | training_settings}
             about = About(
                 identify(model / ANCHOR, name), prepared.embedder, prepared.nodes, recipe, settings.licence
             )

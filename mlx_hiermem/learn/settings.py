@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from mlx_hiermem.memory.slot import sizes
 
 PLACEMENTS = ("uniform", "early", "middle", "late")
 FINEST, COARSER = 8, 3  # units of a block at the finest level, and times more at each level above
+STEPS, FEWEST, MOST = 160, 4, 16  # of a subtree in its training; epochs, where they are chosen
 ATTENTION, OBJECTIVES = ("document", "row"), ("next-token", "distillation")
 
 
@@ -58,6 +60,12 @@ class TrainingSettings:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def epochs_for(tokens: int, settings: TrainingSettings) -> int:
+    """How often a subtree of so many tokens is learnt, so that it takes about `STEPS` steps."""
+    steps = tokens / (settings.groups * settings.group_tokens)
+    return min(max(math.ceil(STEPS / max(steps, 1e-9)), FEWEST), MOST)
 
 
 def memory_layers(placement: str | Sequence[int], layers: int) -> tuple[int, ...]:
