@@ -1,0 +1,268 @@
+"""Running tasks: everything is read and checked first, then each example is scored under its memory.
+
+evaluation = Evaluation.of(folder, out)
+prepared = [evaluation.prepare(task, ("none", "fetched")) for task in tasks]   # raises, before anything runs
+runs = [evaluation.run(one, memory, limit) for one in prepared for memory in ("none", "fetched")]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from mlx_hiermem.anchor import identify
+from mlx_hiermem.bank.bank import MANIFEST, file_digest
+from mlx_hiermem.evaluate.answers import is_decided, rule_for
+from mlx_hiermem.evaluate.examples import Example, read_examples, refuse
+from mlx_hiermem.evaluate.generation import Asked, replies
+from mlx_hiermem.evaluate.prompts import NUMBER_ROOM, Prompt, Prompter
+from mlx_hiermem.evaluate.results import FORMAT, VERSION, ResultFile, Run
+from mlx_hiermem.evaluate.routes import Placed, by_memory, place
+from mlx_hiermem.evaluate.scoring import Score, Scorer
+from mlx_hiermem.evaluate.statistics import Row
+from mlx_hiermem.evaluate.tasks import Task
+from mlx_hiermem.evaluate.texts import WINDOW, read_documents, windows
+from mlx_hiermem.model import MemoryModel, load
+from mlx_hiermem.share.resolve import resolve
+
+Progress = Callable[[int, int], None]  # (examples done, examples in all)
+ORDER_SEED = 0  # of the order in which examples are asked: a limit takes the first of a random order
+FIFTHS = ("rarest fifth", "second fifth", "middle fifth", "fourth fifth", "commonest fifth")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A task whose examples are read, checked and tokenised. `bad` rows were left out, `cut` prompts truncated."""
+
+    task: Task
+    digest: str  # of the file
+    examples: list[Example]
+    prompts: list[Prompt]
+    bad: list[str]
+    cut: int
+
+    def sample(self, limit: int | None) -> list[int]:
+        """Numbers of the examples of so many rows of the file, in the order in which they are asked."""
+        lines = sorted({example.line for example in self.examples})
+        random.Random(ORDER_SEED).shuffle(lines)
+        rank = {line: number for number, line in enumerate(lines[:limit])}
+        chosen = [n for n, example in enumerate(self.examples) if example.line in rank]
+        return sorted(chosen, key=lambda n: (rank[self.examples[n].line], n))
+
+
+class Evaluation:
+    """One model's tests; results go to files in `out`, and what is there already is not asked again."""
+
+    def __init__(self, model: MemoryModel, name: str, identity: Mapping[str, str], out: pathlib.Path) -> None:
+        """`identity` has digests of the anchor, and of the bank and the generic block where there are."""
+        self.model, self.name, self.identity, self.out = model, name, identity, out
+        self.prompter, self.scorer = Prompter(model), Scorer(model)
+
+    @classmethod
+    def of(cls, folder: str | pathlib.Path, out: pathlib.Path) -> Evaluation:
+        """Opens a model by folder or hub id; raises as `model.load` does."""
+        place = resolve(folder)
+        model = load(place)
+        anchor = identify(place / "anchor" if (place / "anchor").is_dir() else place)
+        identity = {"anchor": f"{anchor.config_digest} {anchor.weights_digest}"}
+        if model.bank:
+            policy = json.dumps(model.bank.policy.to_json())
+            identity["bank"] = f"{file_digest(model.bank.root / MANIFEST)} {policy}"
+            identity["generic"] = model.bank.manifest.generic.sha256 if model.bank.manifest.generic else ""
+        return cls(model, pathlib.Path(folder).resolve().name, identity, out)
+
+    def prepare(
+        self,
+        task: Task,
+        memories: Sequence[str],
+        skip_bad: bool = False,
+        truncate: bool = False,
+        frequencies: Mapping[str, float] | None = None,
+    ) -> Prepared:
+        """Reads and checks a task, and that its examples have these memories.
+
+        Raises TaskError that names bad rows by file and line, those that are longer than the model's context among
+        them unless they are to be truncated; BankError or TaskError where there is no such memory.
+        """
+        bad: list[str] = []
+        if task.kind == "perplexity":
+            examples = read_documents(task.file, skip_bad)
+            prompts = [self._windows(example.continuations[0]) for example in examples]
+        else:
+            read = read_examples(task, skip_bad)
+            examples, bad = read.examples, read.bad
+            reply = self.prompter.longest(examples)
+            reply += NUMBER_ROOM * (task.kind == "questions")
+            prompts = [self.prompter.prompt(example, reply) for example in examples]
+        fit = self._fit(task, examples, prompts, skip_bad, truncate)
+        examples, bad = [examples[n] for n in fit.kept], bad + fit.bad
+        if frequencies and task.kind == "questions":
+            examples = _in_fifths(examples, frequencies)
+        for memory in memories:
+            place(self.model, examples if memory == "oracle" else examples[:1], memory)
+        return Prepared(task, file_digest(task.file), examples, fit.prompts, bad, fit.cut)
+
+    def run(
+        self, prepared: Prepared, memory: str, limit: int | None = None, progress: Progress | None = None
+    ) -> Run:
+        """Raises OutputError where results cannot be written; those that were are kept."""
+        fingerprint = self._fingerprint(prepared, memory)
+        head = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": self.name,
+            "memory": memory,
+            "task": prepared.task.to_json(),
+            "examples": len(prepared.examples),
+            "fingerprint": fingerprint,
+        }
+        file = ResultFile(self.out / f"{prepared.task.name}.{memory}.{fingerprint[:12]}.jsonl", head)
+        sample = prepared.sample(limit)
+        missing = [n for n in sample if prepared.examples[n].id not in file.done]
+        if progress:
+            progress(len(sample) - len(missing), len(sample))
+        for rows in self._rows(prepared, memory, missing):
+            file.add(rows)
+            if progress:
+                done = sum(prepared.examples[n].id in file.done for n in sample)
+                progress(done, len(sample))
+        tags = {example.id: example.tags for example in prepared.examples}
+        return Run(head, [{**file.done[prepared.examples[n].id], **tags[prepared.examples[n].id]} for n in sample])
+
+    def _rows(self, prepared: Prepared, memory: str, numbers: Sequence[int]) -> Iterator[list[Row]]:
+        """Rows of these examples, batch by batch. Each has its share of the batch's cost."""
+        begun = time.perf_counter()
+        placed = dict(zip(numbers, place(self.model, [prepared.examples[n] for n in numbers], memory), strict=True))
+        generated = prepared.task.kind in ("generation", "questions")
+        read = self._bytes_read()
+        for batch in (self._generate if generated else self._score)(prepared, placed):
+            now, computed, read_now = time.perf_counter(), self.scorer.computed, self._bytes_read()
+            cost = {
+                "seconds": round((now - begun) / len(batch), 6),
+                "tokens": round(computed / len(batch), 2),
+                "bytes_read": (read_now - read) / len(batch),
+            }
+            begun, read, self.scorer.computed = now, read_now, 0
+            yield [self._row(prepared, placed[n], n, found) | {"cost": cost} for n, found in batch]
+
+    def _score(
+        self, prepared: Prepared, placed: Mapping[int, Placed]
+    ) -> Iterator[list[tuple[int, dict[str, Any]]]]:
+        for group in by_memory(placed).values():
+            choice = placed[group[0]].choice
+            self.model.select(choice.memory if choice.memory in ("none", "generic") else str(choice.path), "")
+            for batch in self.scorer.score([prepared.prompts[n].pairs for n in group]):
+                yield [
+                    (group[i], judge(prepared.task.kind, prepared.examples[group[i]], scores))
+                    for i, scores in batch
+                ]
+
+    def _generate(
+        self, prepared: Prepared, placed: Mapping[int, Placed]
+    ) -> Iterator[list[tuple[int, dict[str, Any]]]]:
+        order = sorted(placed, key=lambda n: (placed[n].choice.path, prepared.prompts[n].length))
+        names = [prepared.examples[n].answers for n in order]
+        rules = [rule_for(prepared.task.kind, own[0]) for own in names]
+        asked = [
+            Asked(
+                prepared.prompts[n].pairs[0][0],
+                placed[n].choice,
+                prepared.prompts[n].reply,
+                partial(is_decided, rule=rules[i], names=names[i]),
+            )
+            for i, n in enumerate(order)
+        ]
+        for i, reply in replies(self.model, asked, self.prompter.decode):
+            right = rules[i](reply, names[i])
+            self.scorer.computed += len(asked[i].tokens)
+            yield [(order[i], {"accuracy": float(right), "reply": reply})]
+
+    def _row(self, prepared: Prepared, placed: Placed, number: int, found: dict[str, Any]) -> dict[str, Any]:
+        example = prepared.examples[number]
+        row = {"id": example.id, "line": example.line, "path": str(placed.choice.path), "memory": placed.key}
+        if "#" in example.id or prepared.task.kind == "questions":
+            row["question"] = example.id.partition("#")[0]
+        if placed.agrees is not None:
+            row["routing"] = placed.agrees
+        return row | found
+
+    def _windows(self, text: str) -> Prompt:
+        tokens, first = self.prompter.plain(text), self.prompter.first
+        size = min(WINDOW, self.model.context or WINDOW)
+        return Prompt(tuple(windows(tokens, first, size)))
+
+    def _fit(
+        self, task: Task, examples: Sequence[Example], prompts: Sequence[Prompt], skip_bad: bool, truncate: bool
+    ) -> _Fit:
+        """What the model's context holds."""
+        room = self.model.context
+        long = [n for n, prompt in enumerate(prompts) if room and prompt.length > room + 1]
+        if task.kind == "perplexity" or not long or not room:
+            return _Fit(list(range(len(prompts))), list(prompts), [], 0)
+        if truncate:
+            return _Fit(list(range(len(prompts))), [prompt.cut(room + 1) for prompt in prompts], [], len(long))
+        bad = [f"line {examples[n].line} has {prompts[n].length} tokens, the model takes {room}" for n in long]
+        refuse(task.file, bad, skip_bad, "Cut them on the left with --truncate, or leave them out with --skip-bad.")
+        kept = [n for n in range(len(prompts)) if n not in set(long)]
+        return _Fit(kept, [prompts[n] for n in kept], bad, 0)
+
+    def _fingerprint(self, prepared: Prepared, memory: str) -> str:
+        """Of all that a result depends on."""
+        needed = {"none": ("anchor",), "generic": ("anchor", "generic")}.get(memory, ("anchor", "bank"))
+        parts = [VERSION, memory, prepared.digest, prepared.task.to_json(), len(prepared.examples), prepared.cut]
+        parts += [self.identity[name] for name in needed]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def _bytes_read(self) -> int:
+        return self.model.cache.stats.bytes_read if self.model.cache else 0
+
+
+@dataclass(frozen=True)
+class _Fit:
+    kept: list[int]  # numbers of the examples that fit
+    prompts: list[Prompt]  # theirs
+    bad: list[str]  # the others, in words
+    cut: int  # prompts that lost their beginning
+
+
+def judge(kind: str, example: Example, scores: Sequence[Score]) -> dict[str, Any]:
+    """An example's metrics. `accuracy` is LLM-Foundry's: the lowest mean cross-entropy per token; of a language
+    modelling task, every token likeliest. `acc` and `acc_norm` are lm-evaluation-harness's: the highest log
+    likelihood, and that per character."""
+    nll = [score.nll for score in scores]
+    if kind == "perplexity":
+        text = example.continuations[0]
+        counts = {"tokens": sum(score.tokens for score in scores), "words": len(text.split())}
+        return {"nll": sum(nll), **counts, "bytes": len(text.encode())}
+    if kind == "language_modeling":
+        return {"accuracy": float(scores[0].greedy), "nll": nll[0], "tokens": scores[0].tokens}
+    found = {
+        "accuracy": float(int(np.argmin([score.mean for score in scores])) == example.gold),
+        "acc": float(int(np.argmin(nll)) == example.gold),
+    }
+    if kind == "multiple_choice":
+        per_character = [n / len(text) for n, text in zip(nll, example.continuations, strict=True)]
+        found["acc_norm"] = float(int(np.argmin(per_character)) == example.gold)
+    return found | {"scores": [[round(score.nll, 5), score.tokens] for score in scores]}
+
+
+def _in_fifths(examples: Sequence[Example], frequencies: Mapping[str, float]) -> list[Example]:
+    """Tags the questions of each subject with the fifth in which its frequency is (arXiv:2510.02375, Fig. 1)."""
+    subjects = sorted({example.tags.get("subject", "") for example in examples} & frequencies.keys())
+    subjects.sort(key=lambda subject: frequencies[subject])
+    fifth = {subject: FIFTHS[5 * rank // len(subjects)] for rank, subject in enumerate(subjects)}
+    return [
+        replace(example, tags=example.tags | {"bucket": fifth[example.tags["subject"]]})
+        if example.tags.get("subject") in fifth
+        else example
+        for example in examples
+    ]
