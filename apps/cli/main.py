@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import typer
 
-from mlx_hiermem.apps.cli import ask, bank, chat, convert, demo, export, plan, serve, use
+from mlx_hiermem.apps.cli import ask, bank, chat, convert, demo, evaluate, export, plan, serve, use
 from mlx_hiermem.errors import HierMemError
 
 app = typer.Typer(
@@ -36,6 +36,7 @@ for command in (
     plan.plan,
 ):
     app.command()(command)
+app.command("eval")(evaluate.evaluate)
 app.add_typer(bank.app, name="bank")
 app.add_typer(export.app, name="export")
 

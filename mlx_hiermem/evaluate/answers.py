@@ -53,9 +53,12 @@ def rule_for(kind: str, answer: str) -> Rule:
 def is_decided(reply: str, rule: Rule, names: Sequence[str]) -> bool:
     """Whether more text cannot change whether the reply is right: only its last word may still grow."""
     if rule is is_number:
-        return re.search(r"\d\D", reply) is not None
-    whole = reply[: max(reply.rfind(" "), reply.rfind("\n"), 0)]
+        number = re.search(r"\d+", reply)
+        grows = number is not None and number.end() == len(reply)
+        return number is not None and not (grows and any(name.startswith(number.group()) for name in names))
     if rule is starts_with:
-        said, wanted = normalise(whole), [normalise(name) for name in names]
+        said = normalise(reply[: max(reply.rfind(" "), reply.rfind("\n"), 0)])
+        wanted = [normalise(name) for name in names]
         return any(map(said.startswith, wanted)) or not any(name.startswith(said) for name in wanted)
-    return len(re.sub(r"^\W+", "", whole)) >= max(map(len, names), default=0)
+    said = re.sub(r"^\W+", "", reply).lower()
+    return said != "" and not any(name.lower().startswith(said) for name in names)

@@ -1,4 +1,8 @@
-"""Greedy replies to many prompts, several in each decode step, each until it is decided whether it is right."""
+"""Greedy replies to many prompts, several in each decode step, each until it is decided whether it is right.
+
+Most are decided without a decode step: where prompt and right answer are computed in one pass, the likeliest tokens
+are the reply as far as it agrees with the answer, and one token further.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,8 @@ from dataclasses import dataclass
 from mlx_hiermem.batch import MemoryBatch, Sampling
 from mlx_hiermem.model import Choice, MemoryModel
 
-SEQUENCES = 16  # in a decode step
+SEQUENCES = 64  # in a decode step: one takes hardly longer than for a few
+REFILL = 0.5  # of them are left when others join: prompts that are computed together cost less
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,13 @@ class Asked:
     choice: Choice
     max_tokens: int
     done: Callable[[str], bool]
+    said: tuple[int, ...] = ()  # of the reply, what is known already
+
+
+def drafted(draft: Sequence[int], likeliest: Sequence[int]) -> list[int]:
+    """A greedy reply's first tokens, given the likeliest token in the place of each of the draft and behind it."""
+    agreed = next((i for i, (a, b) in enumerate(zip(draft, likeliest, strict=False)) if a != b), len(draft))
+    return list(likeliest[: agreed + 1])
 
 
 def replies(
@@ -31,10 +43,12 @@ def replies(
     said: dict[int, list[int]] = {}
     try:
         while True:
-            while batch.room and (following := next(waiting, None)) is not None:
+            refill = len(batch) <= REFILL * sequences
+            while refill and batch.room and (following := next(waiting, None)) is not None:
                 number, one = following
-                uid, _ = batch.add(one.tokens, one.choice, Sampling(max_tokens=one.max_tokens))
-                numbers[uid], said[uid] = number, []
+                left = Sampling(max_tokens=one.max_tokens - len(one.said))
+                uid, _ = batch.add([*one.tokens, *one.said], one.choice, left)
+                numbers[uid], said[uid] = number, list(one.said)
             if not numbers:
                 return
             for token in batch.step():

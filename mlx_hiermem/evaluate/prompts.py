@@ -41,7 +41,7 @@ class Prompter:
         if model.tokenizer is None:
             raise AnchorError("this anchor has no tokenizer", "Convert it again with --tokenizer.")
         self._tokenizer = model.tokenizer
-        self._eos = set(model.tokenizer.eos_token_ids)
+        self.ends = set(model.tokenizer.eos_token_ids)
         bos, eos = model.tokenizer.bos_token_id, model.tokenizer.eos_token_id
         self.first = int(eos if bos is None else bos)  # what a text without a context stands behind
         self._needs_space = len(self.plain(" a")) == 1
@@ -52,7 +52,7 @@ class Prompter:
         if not example.continuations:
             return Prompt(((contexts[example.contexts[0]], []),), reply)
         pairs = zip(example.contexts, example.continuations, strict=True)
-        return Prompt(tuple((contexts[context], self._continuation(text)) for context, text in pairs))
+        return Prompt(tuple((contexts[context], self.continuation(text)) for context, text in pairs))
 
     def longest(self, examples: Iterable[Example]) -> int:
         """Tokens of the longest answer: LLM-Foundry lets a reply be as long as any answer of the task."""
@@ -63,7 +63,7 @@ class Prompter:
         """With the special tokens that begin a text, without those that end it."""
         tokens: Sequence[int] = self._tokenizer.encode(text)
         end = len(tokens)
-        while end > 1 and tokens[end - 1] in self._eos:
+        while end > 1 and tokens[end - 1] in self.ends:
             end -= 1
         return list(tokens[:end])
 
@@ -74,5 +74,6 @@ class Prompter:
         """Without special tokens."""
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
-    def _continuation(self, text: str) -> Tokens:
+    def continuation(self, text: str) -> Tokens:
+        """With the space before it, where that belongs to its first token."""
         return self.plain(f" {text}" if self._needs_space and not text.startswith(" ") else text)

@@ -127,3 +127,9 @@ def by_memory(placed: Mapping[int, Placed]) -> dict[tuple[bool, Path], list[int]
     for number, one in placed.items():
         groups[one.choice.memory == "generic", one.choice.path].append(number)
     return dict(groups)
+
+
+def attach(model: MemoryModel, placed: Placed) -> None:
+    """Attaches an example's memory to the model."""
+    choice = placed.choice
+    model.select(choice.memory if choice.memory in ("none", "generic") else str(choice.path), "")

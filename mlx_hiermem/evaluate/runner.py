@@ -23,10 +23,10 @@ from mlx_hiermem.anchor import identify
 from mlx_hiermem.bank.bank import MANIFEST, file_digest
 from mlx_hiermem.evaluate.answers import is_decided, rule_for
 from mlx_hiermem.evaluate.examples import Example, read_examples, refuse
-from mlx_hiermem.evaluate.generation import Asked, replies
+from mlx_hiermem.evaluate.generation import Asked, drafted, replies
 from mlx_hiermem.evaluate.prompts import NUMBER_ROOM, Prompt, Prompter
 from mlx_hiermem.evaluate.results import FORMAT, VERSION, ResultFile, Run
-from mlx_hiermem.evaluate.routes import Placed, by_memory, place
+from mlx_hiermem.evaluate.routes import Placed, attach, by_memory, place
 from mlx_hiermem.evaluate.scoring import Score, Scorer
 from mlx_hiermem.evaluate.statistics import Row
 from mlx_hiermem.evaluate.tasks import Task
@@ -123,6 +123,7 @@ class Evaluation:
             "memory": memory,
             "task": prepared.task.to_json(),
             "examples": len(prepared.examples),
+            "file_sha256": prepared.digest,
             "fingerprint": fingerprint,
         }
         file = ResultFile(self.out / f"{prepared.task.name}.{memory}.{fingerprint[:12]}.jsonl", head)
@@ -158,8 +159,7 @@ class Evaluation:
         self, prepared: Prepared, placed: Mapping[int, Placed]
     ) -> Iterator[list[tuple[int, dict[str, Any]]]]:
         for group in by_memory(placed).values():
-            choice = placed[group[0]].choice
-            self.model.select(choice.memory if choice.memory in ("none", "generic") else str(choice.path), "")
+            attach(self.model, placed[group[0]])
             for batch in self.scorer.score([prepared.prompts[n].pairs for n in group]):
                 yield [
                     (group[i], judge(prepared.task.kind, prepared.examples[group[i]], scores))
@@ -169,22 +169,33 @@ class Evaluation:
     def _generate(
         self, prepared: Prepared, placed: Mapping[int, Placed]
     ) -> Iterator[list[tuple[int, dict[str, Any]]]]:
-        order = sorted(placed, key=lambda n: (placed[n].choice.path, prepared.prompts[n].length))
-        names = [prepared.examples[n].answers for n in order]
-        rules = [rule_for(prepared.task.kind, own[0]) for own in names]
-        asked = [
-            Asked(
-                prepared.prompts[n].pairs[0][0],
-                placed[n].choice,
-                prepared.prompts[n].reply,
-                partial(is_decided, rule=rules[i], names=names[i]),
-            )
-            for i, n in enumerate(order)
-        ]
-        for i, reply in replies(self.model, asked, self.prompter.decode):
-            right = rules[i](reply, names[i])
-            self.scorer.computed += len(asked[i].tokens)
-            yield [(order[i], {"accuracy": float(right), "reply": reply})]
+        """Short prompts are first computed with the answer behind them, see `generation`."""
+        asked = {n: self._asked(prepared, n, placed[n]) for n in placed}
+        if prepared.task.kind == "questions":
+            for group in by_memory(placed).values():
+                attach(self.model, placed[group[0]])
+                drafts = [self.prompter.continuation(prepared.examples[n].answers[0]) for n in group]
+                pairs = [[(asked[n].tokens, [*draft, 0])] for n, draft in zip(group, drafts, strict=True)]
+                for batch in self.scorer.score(pairs):
+                    decided = []
+                    for i, (score,) in batch:
+                        said = drafted(drafts[i], score.likeliest)
+                        asked[group[i]] = one = replace(asked[group[i]], said=tuple(said))
+                        reply = self.prompter.decode(said)
+                        if said[-1] in self.prompter.ends or len(said) >= one.max_tokens or one.done(reply):
+                            decided.append((group[i], reply))
+                            del asked[group[i]]
+                    if decided:
+                        yield [(n, _judged(prepared, n, reply)) for n, reply in decided]
+        order = sorted(asked, key=lambda n: (placed[n].choice.path, prepared.prompts[n].length))
+        for i, reply in replies(self.model, [asked[n] for n in order], self.prompter.decode):
+            self.scorer.computed += len(asked[order[i]].tokens)
+            yield [(order[i], _judged(prepared, order[i], reply))]
+
+    def _asked(self, prepared: Prepared, number: int, placed: Placed) -> Asked:
+        names, prompt = prepared.examples[number].answers, prepared.prompts[number]
+        decided = partial(is_decided, rule=rule_for(prepared.task.kind, names[0]), names=names)
+        return Asked(prompt.pairs[0][0], placed.choice, prompt.reply, decided)
 
     def _row(self, prepared: Prepared, placed: Placed, number: int, found: dict[str, Any]) -> dict[str, Any]:
         example = prepared.examples[number]
@@ -215,11 +226,16 @@ class Evaluation:
         kept = [n for n in range(len(prompts)) if n not in set(long)]
         return _Fit(kept, [prompts[n] for n in kept], bad, 0)
 
+    def digest(self, memory: str) -> str:
+        """Of the model under a memory: results of another one are none of it."""
+        needed = {"none": ("anchor",), "generic": ("anchor", "generic")}.get(memory, ("anchor", "bank"))
+        parts = [VERSION, memory, *(self.identity[name] for name in needed)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
     def _fingerprint(self, prepared: Prepared, memory: str) -> str:
         """Of all that a result depends on."""
-        needed = {"none": ("anchor",), "generic": ("anchor", "generic")}.get(memory, ("anchor", "bank"))
-        parts = [VERSION, memory, prepared.digest, prepared.task.to_json(), len(prepared.examples), prepared.cut]
-        parts += [self.identity[name] for name in needed]
+        counts = [len(prepared.examples), prepared.cut]
+        parts = [self.digest(memory), prepared.digest, prepared.task.to_json(), counts]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _bytes_read(self) -> int:
@@ -232,6 +248,11 @@ class _Fit:
     prompts: list[Prompt]  # theirs
     bad: list[str]  # the others, in words
     cut: int  # prompts that lost their beginning
+
+
+def _judged(prepared: Prepared, number: int, reply: str) -> dict[str, Any]:
+    names = prepared.examples[number].answers
+    return {"accuracy": float(rule_for(prepared.task.kind, names[0])(reply, names)), "reply": reply}
 
 
 def judge(kind: str, example: Example, scores: Sequence[Score]) -> dict[str, Any]:

@@ -27,11 +27,12 @@ WORTH_SHARING = 8  # tokens that must be the same in all pairs of an example, fo
 
 @dataclass(frozen=True)
 class Score:
-    """Of one continuation: its negative log likelihood in nats, and whether every token of it was the likeliest."""
+    """Of one continuation: its negative log likelihood in nats, and the likeliest token in the place of each."""
 
     nll: float
     tokens: int
-    greedy: bool
+    likeliest: tuple[int, ...]
+    greedy: bool  # the continuation's tokens are the likeliest
 
     @property
     def mean(self) -> float:
@@ -99,10 +100,10 @@ class Scorer:
             for i in range(len(continuation))
         ]
         targets = [token for _, _, continuation in rows for token in continuation]
-        nll, greedy = self._predict(states.reshape(-1, states.shape[-1])[mx.array(positions)], targets)
-        ends = np.cumsum([len(continuation) for _, _, continuation in rows])
-        parts = zip(np.split(nll, ends[:-1]), np.split(greedy, ends[:-1]), strict=True)
-        scores = iter([Score(float(n.sum(dtype=np.float64)), len(n), bool(g.all())) for n, g in parts])
+        nll, likeliest = self._predict(states.reshape(-1, states.shape[-1])[mx.array(positions)], targets)
+        ends = np.cumsum([len(continuation) for _, _, continuation in rows])[:-1]
+        parts = zip(np.split(nll, ends), np.split(likeliest, ends), rows, strict=True)
+        scores = iter([_score(n, best, continuation) for n, best, (_, _, continuation) in parts])
         return [[next(scores) for _ in request.pairs] for request in batch]
 
     def _prefill(self, prefixes: Sequence[list[int]]) -> list[Any]:
@@ -121,17 +122,22 @@ class Scorer:
         return cache
 
     def _predict(self, states: mx.array, targets: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """states [M, d] -> of what they should predict: negative log likelihood, and is it the likeliest."""
-        nll, greedy = [], []
+        """states [M, d] -> negative log likelihood [M] of what they should predict, the likeliest [M]."""
+        nll, likeliest = [], []
         for start in range(0, len(targets), HEAD_ROWS):
             wanted = mx.array(targets[start : start + HEAD_ROWS])
             logits = self.anchor.head(states[start : start + HEAD_ROWS]).astype(mx.float32)  # [m, V]
             of_wanted = mx.take_along_axis(logits, wanted[:, None], axis=-1)[:, 0]
-            pair = (mx.logsumexp(logits, axis=-1) - of_wanted, logits.argmax(-1) == wanted)
+            pair = (mx.logsumexp(logits, axis=-1) - of_wanted, logits.argmax(-1))
             mx.eval(pair)
             nll.append(np.array(pair[0]))
-            greedy.append(np.array(pair[1]))
-        return np.concatenate(nll), np.concatenate(greedy)
+            likeliest.append(np.array(pair[1]))
+        return np.concatenate(nll), np.concatenate(likeliest)
+
+
+def _score(nll: np.ndarray, likeliest: np.ndarray, continuation: list[int]) -> Score:
+    best = tuple(likeliest.tolist())
+    return Score(float(nll.sum(dtype=np.float64)), len(continuation), best, best == tuple(continuation))
 
 
 def _shared(pairs: Sequence[Pair]) -> int:
