@@ -177,7 +177,12 @@ def _figure(figure: Figure, metric: str) -> str:
 
     scale, digits = (1, 2) if metric in PER else (100, 1)
     error = "" if figure.error is None else f" ±{scale * figure.error:.{digits}f}"
-    return f"{scale * figure.value:.{digits}f}{error}"
+    value = f"{scale * figure.value:.{digits}f}{error}"
+    return value if len(value) < 20 else f"{figure.value:.2g}"
+
+
+def _name(task: str, part: str) -> str:
+    return f"{task}: {part}" if part else task
 
 
 def _show(table: list[Column]) -> None:
@@ -186,7 +191,7 @@ def _show(table: list[Column]) -> None:
 
     if not table:
         return
-    shown = Table("task", "", "metric", box=None, header_style="dim")
+    shown = Table("task", "metric", box=None, header_style="dim")
     for name in ("n", *(column.label for column in table)):
         shown.add_column(name, justify="right", no_wrap=True)
     figures = [{task: run.figures() for task, run in column.runs.items()} for column in table]
@@ -196,7 +201,7 @@ def _show(table: list[Column]) -> None:
             cells = [of.get(task, {}).get(part, {}).get(metric) for of in figures]
             count = max(cell.n for cell in cells if cell)
             texts = [_figure(cell, metric) if cell else "" for cell in cells]
-            shown.add_row(task, part, metric, str(count), *texts)
+            shown.add_row(_name(task, part), metric, str(count), *texts)
     console.print(shown)
 
 
@@ -226,17 +231,19 @@ def _show_harness(harness: dict[str, Any]) -> None:
 def _show_comparison(comparison: Comparison) -> None:
     from rich.table import Table
 
-    title = f"minus {comparison.baseline}, paired"
-    shown = Table("task", "", title, box=None, header_style="dim")
-    for name in ("difference", "95 % interval", "gained", "lost", "p"):
-        shown.add_column(name, justify="right", no_wrap=True)
-    for one in [*comparison.means, *comparison.paired]:
-        if one.metric in ("accuracy", "perplexity"):
-            shown.add_row(one.task, one.part, one.column, *_difference(one))
-    console.print()
-    console.print(shown)
-    console.print("accuracy in points, perplexity in per cent of the first", style="dim")
+    for label in comparison.columns[1:]:
+        shown = Table(f"{label} minus {comparison.baseline}", box=None, header_style="dim")
+        for name in ("", "95 % interval", "gained", "lost", "p"):
+            shown.add_column(name, justify="right", no_wrap=True)
+        for one in [*comparison.means, *comparison.paired]:
+            if one.column == label and one.metric in ("accuracy", "perplexity"):
+                shown.add_row(_name(one.task, one.part), *_difference(one))
+        console.print()
+        console.print(shown)
+    console.print("paired; accuracy in points, perplexity in per cent of the first", style="dim")
     for each in comparison.locality:
+        if not each.same_memory:
+            continue
         elsewhere = f"{each.changed_with_same_memory} of {each.same_memory} where it is the same"
         changed = f"{each.changed_with_other_memory} of {each.other_memory} results changed where memory did"
         console.print(f"{each.task}, {each.column}: {changed}, {elsewhere}", style="dim", markup=False)

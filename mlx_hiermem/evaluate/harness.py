@@ -12,13 +12,13 @@ from functools import partial
 from typing import Any
 
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
+from lm_eval.api.model import CachingLM, TemplateLM
 from lm_eval.api.task import Task
-from lm_eval.evaluator import simple_evaluate
+from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
 from mlx_hiermem.errors import TaskError
-from mlx_hiermem.evaluate.examples import Example, shared_beginning
+from mlx_hiermem.evaluate.examples import SEED, Example, shared_beginning
 from mlx_hiermem.evaluate.generation import Asked, replies
 from mlx_hiermem.evaluate.prompts import Prompt, Prompter
 from mlx_hiermem.evaluate.routes import Placed, attach, by_memory, place
@@ -128,24 +128,23 @@ def run_harness(
     Requests that were answered are kept in `use_cache` and not asked again. Raises TaskError for unknown names.
     """
     folders = {str(pathlib.Path(name).resolve().parent) for name in names if _is_yaml(name)}
-    manager = TaskManager(include_path=sorted(folders) or None)
-    known = [str(pathlib.Path(name)) if _is_yaml(name) else name for name in names]
+    by_name = any(not _is_yaml(name) for name in names)  # else there is no need to read thousands of YAML files
+    manager = TaskManager(include_path=sorted(folders) or None, include_defaults=by_name)
     try:
-        tasks = manager.load(known)["tasks"]
+        loaded = manager.load(list(names))
     except (KeyError, ValueError, OSError) as error:
         raise TaskError(f"lm-evaluation-harness has no task {', '.join(names)}: {error}") from error
-    lm = MemoryLM(model, memory, dict(tasks))
-    found = simple_evaluate(
-        lm,
-        tasks=list(tasks.values()),
-        limit=limit,
-        num_fewshot=shots,
-        use_cache=str(use_cache) if use_cache else None,
-        bootstrap_iters=1000,
-        torch_random_seed=None,
-    )
+    for task in loaded["tasks"].values():
+        if shots is not None or task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=shots or 0)
+        task.set_fewshot_seed(seed=SEED)
+    lm: Any = MemoryLM(model, memory, dict(loaded["tasks"]))
+    if use_cache:
+        lm = CachingLM(lm, str(use_cache))
+    # Not simple_evaluate, which describes the machine at length and wants PyTorch for it.
+    found = evaluate(lm, loaded, limit=limit, bootstrap_iters=1000)
     assert found is not None  # that is for other ranks
-    return found
+    return dict(found)
 
 
 def _is_yaml(name: str) -> bool:

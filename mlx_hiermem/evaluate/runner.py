@@ -169,28 +169,34 @@ class Evaluation:
     def _generate(
         self, prepared: Prepared, placed: Mapping[int, Placed]
     ) -> Iterator[list[tuple[int, dict[str, Any]]]]:
-        """Short prompts are first computed with the answer behind them, see `generation`."""
         asked = {n: self._asked(prepared, n, placed[n]) for n in placed}
-        if prepared.task.kind == "questions":
+        if prepared.task.kind == "questions":  # few-shot prompts are too long to be computed twice
             for group in by_memory(placed).values():
                 attach(self.model, placed[group[0]])
-                drafts = [self.prompter.continuation(prepared.examples[n].answers[0]) for n in group]
-                pairs = [[(asked[n].tokens, [*draft, 0])] for n, draft in zip(group, drafts, strict=True)]
-                for batch in self.scorer.score(pairs):
-                    decided = []
-                    for i, (score,) in batch:
-                        said = drafted(drafts[i], score.likeliest)
-                        asked[group[i]] = one = replace(asked[group[i]], said=tuple(said))
-                        reply = self.prompter.decode(said)
-                        if said[-1] in self.prompter.ends or len(said) >= one.max_tokens or one.done(reply):
-                            decided.append((group[i], reply))
-                            del asked[group[i]]
-                    if decided:
-                        yield [(n, _judged(prepared, n, reply)) for n, reply in decided]
+                for decided in self._draft(prepared, group, asked):
+                    yield [(n, _judged(prepared, n, reply)) for n, reply in decided]
         order = sorted(asked, key=lambda n: (placed[n].choice.path, prepared.prompts[n].length))
         for i, reply in replies(self.model, [asked[n] for n in order], self.prompter.decode):
             self.scorer.computed += len(asked[order[i]].tokens)
             yield [(order[i], _judged(prepared, order[i], reply))]
+
+    def _draft(
+        self, prepared: Prepared, group: Sequence[int], asked: dict[int, Asked]
+    ) -> Iterator[list[tuple[int, str]]]:
+        """Replies that one pass decides, see `generation`; they leave `asked`, where the others' beginnings go."""
+        drafts = [self.prompter.continuation(prepared.examples[n].answers[0]) for n in group]
+        pairs = [[(asked[n].tokens, [*draft, 0])] for n, draft in zip(group, drafts, strict=True)]
+        for batch in self.scorer.score(pairs):
+            decided = []
+            for i, (score,) in batch:
+                said = drafted(drafts[i], score.likeliest)
+                asked[group[i]] = one = replace(asked[group[i]], said=tuple(said))
+                reply = self.prompter.decode(said)
+                if said[-1] in self.prompter.ends or len(said) >= one.max_tokens or one.done(reply):
+                    decided.append((group[i], reply))
+                    del asked[group[i]]
+            if decided:
+                yield decided
 
     def _asked(self, prepared: Prepared, number: int, placed: Placed) -> Asked:
         names, prompt = prepared.examples[number].answers, prepared.prompts[number]
