@@ -56,7 +56,7 @@ def test_scores_are_those_of_transformers(tested: Evaluation, tasks: Tasks, mode
     reference = hugging_face(model)
     prepared = tested.prepare(tasks[name], ("none",))
     run = tested.run(prepared, "none")
-    for row, number in zip(run.rows, prepared.sample(None), strict=True):
+    for row, number in zip(run.rows, prepared.prompts, strict=True):
         expected = []
         for context, continuation in prepared.prompts[number].pairs:
             with torch.no_grad():
@@ -89,7 +89,7 @@ def test_scores_under_a_memory_are_those_of_whole_sequences(
 ) -> None:
     prepared = tested.prepare(tasks[name], (memory,))
     run = tested.run(prepared, memory)
-    for row, number in zip(run.rows, prepared.sample(None), strict=True):
+    for row, number in zip(run.rows, prepared.prompts, strict=True):
         tested.model.select(row["path"] or memory, "")
         for i, (context, continuation) in enumerate(prepared.prompts[number].pairs):
             logits = tested.model.anchor(mx.array([context + continuation]))[0, len(context) - 1 : -1]
@@ -101,7 +101,7 @@ def test_scores_under_a_memory_are_those_of_whole_sequences(
 def test_what_is_shared_is_computed_once(tested: Evaluation, tasks: Tasks) -> None:
     """Fewer tokens go through the model than the pairs have together; batches do not change the scores."""
     prepared = tested.prepare(tasks["choice"], ("none",))
-    pairs = [prompt.pairs for prompt in prepared.prompts]
+    pairs = [prompt.pairs for prompt in prepared.prompts.values()]
     tested.scorer.computed = 0
     together = dict(one for batch in tested.scorer.score(pairs) for one in batch)
     computed = tested.scorer.computed
@@ -119,7 +119,7 @@ def test_replies_are_beginnings_of_what_generate_says(
 ) -> None:
     prepared = tested.prepare(tasks[name], (memory,))
     run = tested.run(prepared, memory)
-    for row, number in list(zip(run.rows, prepared.sample(None), strict=True))[:6]:
+    for row, number in list(zip(run.rows, prepared.prompts, strict=True))[:6]:
         example, prompt = prepared.examples[number], prepared.prompts[number]
         tested.model.select(row["path"] or "none", "")
         whole = "".join(r.text for r in tested.model.responses(prompt.pairs[0][0], prompt.reply))
@@ -223,15 +223,14 @@ def test_a_run_that_was_broken_off_goes_on(model: pathlib.Path, tasks: Tasks, tm
 
 def test_a_larger_limit_adds_to_what_is_there(model: pathlib.Path, tasks: Tasks, tmp_path: pathlib.Path) -> None:
     tested = evaluation(model, tmp_path)
-    prepared = tested.prepare(tasks["cloze"], ("none",))
-    few = tested.run(prepared, "none", limit=4)
+    few = tested.run(tested.prepare(tasks["cloze"], ("none",), limit=4), "none")
     (file,) = tmp_path.glob("*.jsonl")
     lines = file.read_text().splitlines()
-    more = tested.run(prepared, "none", limit=9)
+    more = tested.run(tested.prepare(tasks["cloze"], ("none",), limit=9), "none")
     assert (len(few.rows), len(more.rows)) == (4, 9)
     assert more.rows[:4] == few.rows
     assert file.read_text().splitlines()[:5] == lines
-    assert tested.run(prepared, "none", limit=4).rows == few.rows
+    assert tested.run(tested.prepare(tasks["cloze"], ("none",), limit=4), "none").rows == few.rows
     assert [run.task for run in read_runs(tmp_path)] == ["cloze"]
 
 
@@ -242,9 +241,9 @@ def test_results_of_another_bank_are_not_taken(model: pathlib.Path, tasks: Tasks
     out = tmp_path / "out"
     for folder in (model, other):
         tested = evaluation(folder, out)
-        prepared = tested.prepare(tasks["cloze"], ("none", "fetched"))
+        prepared = tested.prepare(tasks["cloze"], ("none", "fetched"), limit=2)
         for memory in ("none", "fetched"):
-            tested.run(prepared, memory, limit=2)
+            tested.run(prepared, memory)
     names = [file.name for file in out.iterdir()]
     assert len([name for name in names if ".fetched." in name]) == 2
     assert len([name for name in names if ".none." in name]) == 1, "without memory the bank does not matter"

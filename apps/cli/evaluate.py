@@ -125,7 +125,7 @@ def _evaluate(place: str, wanted: _Wanted, out: pathlib.Path) -> tuple[list[Run]
     prepared = []
     for task in tasks:
         with waiting(f"reading {task.name}"):
-            one = evaluation.prepare(task, memories, wanted.skip_bad, wanted.truncate, frequencies)
+            one = evaluation.prepare(task, memories, wanted.limit, wanted.skip_bad, wanted.truncate, frequencies)
         for line in one.bad:
             notes.print(f"left out: {task.file}: {line}", style="yellow", markup=False, soft_wrap=True)
         if one.cut:
@@ -136,7 +136,7 @@ def _evaluate(place: str, wanted: _Wanted, out: pathlib.Path) -> tuple[list[Run]
     for one in prepared:
         for memory in memories:
             with progress_bar(f"{one.task.name}, {memory}", unit="examples", show=wanted.show) as progress:
-                runs.append(evaluation.run(one, memory, wanted.limit, progress))
+                runs.append(evaluation.run(one, memory, progress))
     return runs, harness
 
 

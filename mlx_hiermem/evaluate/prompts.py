@@ -57,7 +57,12 @@ class Prompter:
     def longest(self, examples: Iterable[Example]) -> int:
         """Tokens of the longest answer: LLM-Foundry lets a reply be as long as any answer of the task."""
         names = {name for example in examples for name in example.answers}
-        return max((len(self.special(name)) for name in names), default=0)
+        longest, more = 0, len(self.special("")) + 1
+        for name in sorted(names, key=lambda name: (-len(name.encode()), name)):
+            if len(name.encode()) + more < longest:  # no text has more tokens than bytes, but for a first space
+                break
+            longest = max(longest, len(self.special(name)))
+        return longest
 
     def special(self, text: str) -> Tokens:
         """With the special tokens that begin a text, without those that end it."""

@@ -58,6 +58,16 @@ def place(model: MemoryModel, examples: Sequence[Example], memory: str) -> list[
     ]
 
 
+def check(model: MemoryModel, examples: Sequence[Example], memory: str) -> None:
+    """Raises as `place` does, but embeds no more than one text."""
+    in_order = sorted(examples, key=lambda example: example.line)
+    place(model, in_order[:1], memory)
+    if memory == "oracle" and model.bank is not None:
+        learnt = leaves_by_source(model.bank)
+        for example in in_order:
+            _leaves(example, learnt)
+
+
 def leaves_by_source(bank: MemoryBank) -> dict[str, set[Path]]:
     """Document -> the leaves whose row of the manifest names it among its sources."""
     found = defaultdict[str, set[Path]](set)
@@ -99,15 +109,21 @@ def _oracle(
     """Where the document is in several leaves: the routed one if it is among them, else the nearest."""
     found = []
     for example, vector, path in zip(examples, vectors, paths, strict=True):
-        leaves = learnt.get(example.tags.get("doc", ""))
-        if not leaves:
-            raise TaskError(
-                f"line {example.line} has no document that the bank names among its sources",
-                "Memory oracle needs questions with the field doc, as the bank's manifest has it.",
-            )
+        leaves = _leaves(example, learnt)
         near = [(float(bank.tree.distances(vector, Path(leaf[:-1]))[leaf[-1]]), leaf) for leaf in leaves]
         found.append(path if path in leaves else min(near)[1])
     return found
+
+
+def _leaves(example: Example, learnt: dict[str, set[Path]]) -> set[Path]:
+    """The leaves that learnt an example's document."""
+    leaves = learnt.get(example.tags.get("doc", ""))
+    if not leaves:
+        raise TaskError(
+            f"line {example.line} has no document that the bank names among its sources",
+            "Memory oracle needs questions with the field doc, as the bank's manifest has it.",
+        )
+    return leaves
 
 
 def _agrees(example: Example, path: Path, learnt: dict[str, set[Path]]) -> bool | None:

@@ -26,7 +26,7 @@ from mlx_hiermem.evaluate.examples import Example, read_examples, refuse
 from mlx_hiermem.evaluate.generation import Asked, drafted, replies
 from mlx_hiermem.evaluate.prompts import NUMBER_ROOM, Prompt, Prompter
 from mlx_hiermem.evaluate.results import FORMAT, VERSION, ResultFile, Run
-from mlx_hiermem.evaluate.routes import Placed, attach, by_memory, place
+from mlx_hiermem.evaluate.routes import Placed, attach, by_memory, check, place
 from mlx_hiermem.evaluate.scoring import Score, Scorer
 from mlx_hiermem.evaluate.statistics import Row
 from mlx_hiermem.evaluate.tasks import Task
@@ -35,28 +35,21 @@ from mlx_hiermem.model import MemoryModel, load
 from mlx_hiermem.share.resolve import resolve
 
 Progress = Callable[[int, int], None]  # (examples done, examples in all)
-ORDER_SEED = 0  # of the order in which examples are asked: a limit takes the first of a random order
+ORDER_SEED = 0  # of the order in which rows are asked
 FIFTHS = ("rarest fifth", "second fifth", "middle fifth", "fourth fifth", "commonest fifth")
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A task whose examples are read, checked and tokenised. `bad` rows were left out, `cut` prompts truncated."""
+    """A task whose rows are read and checked. Those to be asked are tokenised: `prompts` by number of the example,
+    in the order in which they are asked. `bad` rows were left out, so many prompts `cut` on the left."""
 
     task: Task
     digest: str  # of the file
     examples: list[Example]
-    prompts: list[Prompt]
+    prompts: dict[int, Prompt]
     bad: list[str]
     cut: int
-
-    def sample(self, limit: int | None) -> list[int]:
-        """Numbers of the examples of so many rows of the file, in the order in which they are asked."""
-        lines = sorted({example.line for example in self.examples})
-        random.Random(ORDER_SEED).shuffle(lines)
-        rank = {line: number for number, line in enumerate(lines[:limit])}
-        chosen = [n for n, example in enumerate(self.examples) if example.line in rank]
-        return sorted(chosen, key=lambda n: (rank[self.examples[n].line], n))
 
 
 class Evaluation:
@@ -84,36 +77,44 @@ class Evaluation:
         self,
         task: Task,
         memories: Sequence[str],
+        limit: int | None = None,
         skip_bad: bool = False,
         truncate: bool = False,
         frequencies: Mapping[str, float] | None = None,
     ) -> Prepared:
-        """Reads and checks a task, and that its examples have these memories.
+        """Reads and checks a task, all of its rows, and of so many of them that their examples have these memories
+        and fit the model.
 
-        Raises TaskError that names bad rows by file and line, those that are longer than the model's context among
-        them unless they are to be truncated; BankError or TaskError where there is no such memory.
+        Raises TaskError that names bad rows by file and line, and those that are longer than the model's context
+        unless they are to be truncated; BankError or TaskError where there is no such memory.
         """
         bad: list[str] = []
         if task.kind == "perplexity":
-            examples = read_documents(task.file, skip_bad)
-            prompts = [self._windows(example.continuations[0]) for example in examples]
+            examples, make = read_documents(task.file, skip_bad), self._windows
         else:
             read = read_examples(task, skip_bad)
             examples, bad = read.examples, read.bad
             reply = self.prompter.longest(examples)
             reply += NUMBER_ROOM * (task.kind == "questions")
-            prompts = [self.prompter.prompt(example, reply) for example in examples]
-        fit = self._fit(task, examples, prompts, skip_bad, truncate)
-        examples, bad = [examples[n] for n in fit.kept], bad + fit.bad
+            make = partial(self.prompter.prompt, reply=reply)
         if frequencies and task.kind == "questions":
             examples = _in_fifths(examples, frequencies)
+        prompts = {n: make(examples[n]) for n in sample(examples, limit)}
         for memory in memories:
-            place(self.model, examples if memory == "oracle" else examples[:1], memory)
-        return Prepared(task, file_digest(task.file), examples, fit.prompts, bad, fit.cut)
+            check(self.model, [examples[n] for n in prompts], memory)
+        room = self.model.context
+        long = [n for n, prompt in prompts.items() if room and prompt.length > room + 1]
+        if room and long and truncate:
+            prompts |= {n: prompts[n].cut(room + 1) for n in long}
+        elif task.kind != "perplexity":
+            found = [
+                f"line {examples[n].line} has {prompts[n].length} tokens, the model takes {room}" for n in long
+            ]
+            refuse(task.file, found, skip_bad, "Cut them with --truncate, or leave them out with --skip-bad.")
+            prompts, bad = {n: prompt for n, prompt in prompts.items() if n not in long}, bad + found
+        return Prepared(task, file_digest(task.file), examples, prompts, bad, len(long) if truncate else 0)
 
-    def run(
-        self, prepared: Prepared, memory: str, limit: int | None = None, progress: Progress | None = None
-    ) -> Run:
+    def run(self, prepared: Prepared, memory: str, progress: Progress | None = None) -> Run:
         """Raises OutputError where results cannot be written; those that were are kept."""
         fingerprint = self._fingerprint(prepared, memory)
         head = {
@@ -127,17 +128,17 @@ class Evaluation:
             "fingerprint": fingerprint,
         }
         file = ResultFile(self.out / f"{prepared.task.name}.{memory}.{fingerprint[:12]}.jsonl", head)
-        sample = prepared.sample(limit)
-        missing = [n for n in sample if prepared.examples[n].id not in file.done]
+        asked = [prepared.examples[n] for n in prepared.prompts]
+        missing = [n for n in prepared.prompts if prepared.examples[n].id not in file.done]
+        done = len(asked) - len(missing)
         if progress:
-            progress(len(sample) - len(missing), len(sample))
+            progress(done, len(asked))
         for rows in self._rows(prepared, memory, missing):
             file.add(rows)
+            done += len(rows)
             if progress:
-                done = sum(prepared.examples[n].id in file.done for n in sample)
-                progress(done, len(sample))
-        tags = {example.id: example.tags for example in prepared.examples}
-        return Run(head, [{**file.done[prepared.examples[n].id], **tags[prepared.examples[n].id]} for n in sample])
+                progress(done, len(asked))
+        return Run(head, [{**file.done[example.id], **example.tags} for example in asked])
 
     def _rows(self, prepared: Prepared, memory: str, numbers: Sequence[int]) -> Iterator[list[Row]]:
         """Rows of these examples, batch by batch. Each has its share of the batch's cost."""
@@ -212,25 +213,10 @@ class Evaluation:
             row["routing"] = placed.agrees
         return row | found
 
-    def _windows(self, text: str) -> Prompt:
-        tokens, first = self.prompter.plain(text), self.prompter.first
+    def _windows(self, document: Example) -> Prompt:
+        tokens, first = self.prompter.plain(document.continuations[0]), self.prompter.first
         size = min(WINDOW, self.model.context or WINDOW)
         return Prompt(tuple(windows(tokens, first, size)))
-
-    def _fit(
-        self, task: Task, examples: Sequence[Example], prompts: Sequence[Prompt], skip_bad: bool, truncate: bool
-    ) -> _Fit:
-        """What the model's context holds."""
-        room = self.model.context
-        long = [n for n, prompt in enumerate(prompts) if room and prompt.length > room + 1]
-        if task.kind == "perplexity" or not long or not room:
-            return _Fit(list(range(len(prompts))), list(prompts), [], 0)
-        if truncate:
-            return _Fit(list(range(len(prompts))), [prompt.cut(room + 1) for prompt in prompts], [], len(long))
-        bad = [f"line {examples[n].line} has {prompts[n].length} tokens, the model takes {room}" for n in long]
-        refuse(task.file, bad, skip_bad, "Cut them on the left with --truncate, or leave them out with --skip-bad.")
-        kept = [n for n in range(len(prompts)) if n not in set(long)]
-        return _Fit(kept, [prompts[n] for n in kept], bad, 0)
 
     def digest(self, memory: str) -> str:
         """Of the model under a memory: results of another one are none of it."""
@@ -240,20 +226,23 @@ class Evaluation:
 
     def _fingerprint(self, prepared: Prepared, memory: str) -> str:
         """Of all that a result depends on."""
-        counts = [len(prepared.examples), prepared.cut]
-        parts = [self.digest(memory), prepared.digest, prepared.task.to_json(), counts]
+        parts = [self.digest(memory), prepared.digest, prepared.task.to_json()]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _bytes_read(self) -> int:
         return self.model.cache.stats.bytes_read if self.model.cache else 0
 
 
-@dataclass(frozen=True)
-class _Fit:
-    kept: list[int]  # numbers of the examples that fit
-    prompts: list[Prompt]  # theirs
-    bad: list[str]  # the others, in words
-    cut: int  # prompts that lost their beginning
+def sample(examples: Sequence[Example], limit: int | None) -> list[int]:
+    """Numbers of the examples of so many rows of their file, in the order in which they are asked.
+
+    A limit takes the first rows of a random order, so that a larger one adds to what a smaller one has taken.
+    """
+    lines = sorted({example.line for example in examples})
+    random.Random(ORDER_SEED).shuffle(lines)
+    rank = {line: number for number, line in enumerate(lines[:limit])}
+    chosen = [n for n, example in enumerate(examples) if example.line in rank]
+    return sorted(chosen, key=lambda n: (rank[examples[n].line], n))
 
 
 def _judged(prepared: Prepared, number: int, reply: str) -> dict[str, Any]:
