@@ -2,7 +2,7 @@
 
     python benchmarks/evaluation_equality.py MODEL DATA [--count 100] [--kinds multiple_choice,schema]
 
-The other side is written from LLM-Foundry's rules alone: it reads the task files itself, builds each prompt, computes
+The other side is written from LLM-Foundry's rules alone: it reads the task files, builds each prompt, computes
 every pair of context and continuation whole, one at a time, with PyTorch, and generates without stopping early.
 DATA has the task files (lambada_openai, piqa, winograd, wikitext2_raw_test.txt) and questions (elements_qa.jsonl).
 Writes benchmarks/results/evaluation_equality.json.
