@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,8 @@ from tiny import HashEmbedder, make_model
 from typer.testing import CliRunner
 
 from mlx_hiermem.apps.cli.main import app
+from mlx_hiermem.bank.edit import remove
+from mlx_hiermem.config import Path
 from mlx_hiermem.errors import HierMemError
 from mlx_hiermem.evaluate.tasks import read_tasks
 
@@ -93,6 +96,21 @@ def test_tables_files_and_comparison(model: pathlib.Path, tmp_path: pathlib.Path
     assert "no task in common" in str(
         call("--compare", next(out.glob("wiki*")), next(out.glob("cloze*"))).exception
     )
+
+
+def test_two_banks_are_compared(
+    model: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two folders of one name, of which the second has lost a leaf."""
+    monkeypatch.chdir(tmp_path)
+    other = shutil.copytree(model, tmp_path / "other" / "model")
+    remove(other / "bank", [Path((1, 2))])
+    asked = write(tmp_path / "asked.jsonl", [{"prompt": f"Question {n}:", "answer": "x"} for n in range(6)])
+    result = json.loads(call("--compare", model, other, "--tasks", asked, "--json").stdout)["comparison"]
+    assert result["columns"] == [f"{model}, fetched", f"{other}, fetched"]
+    (locality,) = result["locality"]
+    assert locality["same_memory"] + locality["other_memory"] == 6
+    assert locality["changed_with_same_memory"] == 0
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,9 @@ def evaluate(
     ),
     data: pathlib.Path | None = typer.Option(None, help="Folder with the files of the paper's tasks."),
     memory: list[str] = typer.Option(
-        None, help="none, generic, fetched, oracle or blocked; may be given several times. Default: none, fetched."
+        None,
+        help="none, generic, fetched, oracle or blocked; may be given several times. Default: none and fetched; of "
+        "several models fetched.",
     ),
     limit: int | None = typer.Option(None, min=1, help="Ask so many examples of each task, drawn at random."),
     shots: int | None = typer.Option(None, min=0, help="Few-shot examples, instead of what each task has."),
@@ -62,7 +64,8 @@ def evaluate(
     if len(places) > 1 and out:
         raise typer.BadParameter("several models have a folder each", param_hint="--out")
     names = [name for text in tasks or ["all"] for name in _split(text)]
-    wanted = _Wanted(names, data, memory or [], limit, shots, frequencies, skip_bad, truncate, not as_json)
+    memories = memory or (["fetched"] if compare and len(places) > 1 else [])
+    wanted = _Wanted(names, data, memories, limit, shots, frequencies, skip_bad, truncate, not as_json)
     runs: list[tuple[str, Run]] = []
     harness: dict[str, Any] = {}
     for place in places:
@@ -72,7 +75,8 @@ def evaluate(
         else:
             found, of_harness = _evaluate(place, wanted, out or pathlib.Path(f"{path.name}.eval"))
             harness |= {f"{path.name}, {name}": each for name, each in of_harness.items()}
-        runs += [(path.name.removesuffix(".eval"), run) for run in found]
+        alike = [pathlib.Path(other).name for other in places].count(path.name) > 1
+        runs += [(place if alike else path.name.removesuffix(".eval"), run) for run in found]
     table = columns(runs)
     comparison = compare_columns(table) if len(table) > 1 else None
     drawn = draw(comparison, plot) if comparison and plot else []

@@ -110,9 +110,7 @@ class Anchor:
         with _calling(calls | {last: lambda *_, **__: states[None]}, self.layers):
             return self._run(mx.zeros((1, len(states)), mx.int32), None)[0]
 
-    def _run(
-        self, tokens: mx.array, documents: mx.array | None, cache: Sequence[Any] | None = None
-    ) -> mx.array:
+    def _run(self, tokens: mx.array, documents: mx.array | None, cache: Sequence[Any] | None = None) -> mx.array:
         if documents is not None:
             cache = [Documents(documents)] * len(self.layers)
         logits = self.model(tokens, cache=cache)
