@@ -17,6 +17,7 @@ from mlx_hiermem.errors import OutputError, TaskError
 from mlx_hiermem.evaluate.statistics import Figure, Row, figure
 
 FORMAT, VERSION = "mlx-hiermem-eval", 1
+FIFTHS = ("rarest fifth", "second fifth", "middle fifth", "fourth fifth", "commonest fifth")
 METRICS = {
     "language_modeling": ("accuracy",),
     "multiple_choice": ("accuracy", "acc", "acc_norm"),
@@ -63,14 +64,20 @@ class Run:
             names += [f"{names[0]}, {row['bucket']}"] if "bucket" in row else []
             for name in names:
                 found.setdefault(name, []).append(row)
-        return {name: found[name] for name in sorted(found)}
+
+        def place(name: str) -> tuple[str, int]:
+            part, _, bucket = name.partition(", ")
+            return part, FIFTHS.index(bucket) if bucket in FIFTHS else -1
+
+        return {name: found[name] for name in sorted(found, key=place)}
 
     def figures(self) -> dict[str, dict[str, Figure]]:
         """Part -> metric -> figure; `routing` is the share of examples whose memory learnt their document."""
         table = {}
         for name, rows in self.parts().items():
             table[name] = {metric: figure(rows, metric) for metric in self.metrics}
-            if known := [row for row in rows if row.get("routing") is not None]:
+            known = [row for row in rows if row.get("routing") is not None]
+            if known and ", " not in name:  # no bucket
                 table[name]["routing"] = figure(known, "routing")
         return table
 

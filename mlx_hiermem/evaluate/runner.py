@@ -25,7 +25,7 @@ from mlx_hiermem.evaluate.answers import is_decided, rule_for
 from mlx_hiermem.evaluate.examples import Example, read_examples, refuse
 from mlx_hiermem.evaluate.generation import Asked, drafted, replies
 from mlx_hiermem.evaluate.prompts import NUMBER_ROOM, Prompt, Prompter
-from mlx_hiermem.evaluate.results import FORMAT, VERSION, ResultFile, Run
+from mlx_hiermem.evaluate.results import FIFTHS, FORMAT, VERSION, ResultFile, Run
 from mlx_hiermem.evaluate.routes import Placed, attach, by_memory, check, place
 from mlx_hiermem.evaluate.scoring import Score, Scorer
 from mlx_hiermem.evaluate.statistics import Row
@@ -36,7 +36,6 @@ from mlx_hiermem.share.resolve import resolve
 
 Progress = Callable[[int, int], None]  # (examples done, examples in all)
 ORDER_SEED = 0  # of the order in which rows are asked
-FIFTHS = ("rarest fifth", "second fifth", "middle fifth", "fourth fifth", "commonest fifth")
 
 
 @dataclass(frozen=True)
