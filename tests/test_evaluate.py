@@ -18,8 +18,8 @@ from mlx_hiermem.config import Path
 from mlx_hiermem.errors import BankError, HierMemError, OutputError, TaskError
 from mlx_hiermem.evaluate.answers import is_decided, rule_for
 from mlx_hiermem.evaluate.compare import columns, compare, draw
-from mlx_hiermem.evaluate.results import ResultFile, read_runs
-from mlx_hiermem.evaluate.routes import MEMORIES, place
+from mlx_hiermem.evaluate.results import MEMORIES, ResultFile, read_runs
+from mlx_hiermem.evaluate.routes import place
 from mlx_hiermem.evaluate.runner import Evaluation, Prepared
 from mlx_hiermem.evaluate.tasks import Task, read_tasks
 

@@ -90,7 +90,7 @@ def test_tables_files_and_comparison(model: pathlib.Path, tmp_path: pathlib.Path
     }
     assert {one["n"] for one in again["runs"]} == {4, 6, 12}  # documents, rows, and their two wordings
     compared = json.loads(call("--compare", out, "--json").stdout)
-    assert compared["comparison"]["columns"] == ["fetched", "none"]
+    assert compared["comparison"]["columns"] == ["none", "fetched"]
     one = call("--compare", out, "--memory", "none")
     assert (one.exit_code, "minus" in one.stdout) == (0, False)
     assert "no task in common" in str(

@@ -203,9 +203,9 @@ def _show(table: list[Column]) -> None:
         parts = [of[task] for of in figures if task in of]
         for part, metric in dict.fromkeys((part, m) for each in parts for part, row in each.items() for m in row):
             cells = [of.get(task, {}).get(part, {}).get(metric) for of in figures]
-            count = max(cell.n for cell in cells if cell)
+            counts = sorted({cell.n for cell in cells if cell})
             texts = [_figure(cell, metric) if cell else "" for cell in cells]
-            shown.add_row(_name(task, part), metric, str(count), *texts)
+            shown.add_row(_name(task, part), metric, "–".join(map(str, counts)), *texts)
     console.print(shown)
 
 
@@ -241,7 +241,8 @@ def _show_comparison(comparison: Comparison) -> None:
             shown.add_column(name, justify="right", no_wrap=True)
         for one in [*comparison.means, *comparison.paired]:
             if one.column == label and one.metric in ("accuracy", "perplexity"):
-                shown.add_row(_name(one.task, one.part), *_difference(one))
+                metric = "" if one.metric == "accuracy" else f" ({one.metric})"
+                shown.add_row(_name(one.task, one.part) + metric, *_difference(one))
         console.print()
         console.print(shown)
     console.print("paired; accuracy in points, perplexity in per cent of the first", style="dim")

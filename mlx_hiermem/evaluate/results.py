@@ -17,9 +17,10 @@ from mlx_hiermem.errors import OutputError, TaskError
 from mlx_hiermem.evaluate.statistics import Figure, Row, figure
 
 FORMAT, VERSION = "mlx-hiermem-eval", 1
+MEMORIES = ("none", "generic", "fetched", "oracle", "blocked")  # see `routes`
 FIFTHS = ("rarest fifth", "second fifth", "middle fifth", "fourth fifth", "commonest fifth")
 METRICS = {
-    "language_modeling": ("accuracy",),
+    "language_modeling": ("accuracy", "perplexity"),
     "multiple_choice": ("accuracy", "acc", "acc_norm"),
     "schema": ("accuracy", "acc"),
     "generation": ("accuracy",),
@@ -144,9 +145,10 @@ def _read(file: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def read_runs(place: pathlib.Path) -> list[Run]:
-    """The runs of a file of results, or of all in a folder, by file name. Raises TaskError where there is none."""
+    """The runs of a file of results, or of all in a folder, by memory and file name. Raises TaskError for none."""
     files = sorted(place.glob("*.jsonl")) if place.is_dir() else [place]
     runs = [Run(rows[0], list(rows[1:])) for rows in map(_read, files)]
+    runs.sort(key=lambda run: MEMORIES.index(run.memory) if run.memory in MEMORIES else -1)
     if not runs:
         raise TaskError(f"there are no results in {place}", "Give what `hiermem eval` wrote, or a model.")
     return runs

@@ -20,9 +20,8 @@ from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import BankError, HierMemError, TaskError
 from mlx_hiermem.evaluate.examples import Example
-from mlx_hiermem.model import MODES, Choice, MemoryModel
-
-MEMORIES = (*MODES, "oracle", "blocked")
+from mlx_hiermem.evaluate.results import MEMORIES
+from mlx_hiermem.model import Choice, MemoryModel
 
 
 @dataclass(frozen=True)
