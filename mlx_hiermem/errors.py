@@ -43,6 +43,10 @@ class CorpusError(HierMemError):
     """What is to be learnt is missing, has none of the fields named, or is too little."""
 
 
+class TaskError(HierMemError):
+    """A task that a model is to be tested on is not known, or its file has a row that is no example."""
+
+
 class HubError(HierMemError):
     """The model hub cannot be reached, does not have what was asked for, or refuses."""
 

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import typer
 
-from mlx_hiermem.apps.cli import ask, bank, chat, convert, demo, export, learn, plan, serve, use
+from mlx_hiermem.apps.cli import ask, bank, chat, convert, demo, evaluate, export, learn, plan, serve, use
 from mlx_hiermem.errors import HierMemError
 
 app = typer.Typer(
@@ -37,6 +37,7 @@ for command in (
     plan.plan,
 ):
     app.command()(command)
+app.command("eval")(evaluate.evaluate)
 app.add_typer(bank.app, name="bank")
 app.add_typer(export.app, name="export")
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import pathlib
-import re
 from dataclasses import dataclass
 
 from mlx_hiermem.apps.cli.display import UNSAFE, progress_bar
 from mlx_hiermem.errors import HierMemError
+from mlx_hiermem.evaluate.answers import begins_with
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,7 @@ class Question:
 
     def is_right(self, reply: str) -> bool:
         """Whether the reply begins with the answer, or with another name for it."""
-        return any(
-            re.match(rf"\W*{re.escape(name)}(?!\w)", reply, re.IGNORECASE) for name in (self.answer, *self.aliases)
-        )
+        return begins_with(reply, (self.answer, *self.aliases))
 
 
 def read(file: pathlib.Path) -> list[Question]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_hiermem.evaluate.answers import first_integer
 from mlx_hiermem.model import MemoryModel
 
 HERE = pathlib.Path(__file__).parent
@@ -44,11 +45,6 @@ def questions() -> list[Question]:
         for row in rows
         if row["relation"] == "atomic_number"
     ]
-
-
-def first_integer(text: str) -> int | None:
-    found = re.search(r"\d+", text)
-    return int(found.group()) if found else None
 
 
 def answer(model: MemoryModel, prompt: str, memory: str, chat: bool = False) -> tuple[int | None, str]:

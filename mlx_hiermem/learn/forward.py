@@ -52,8 +52,17 @@ class Anchor:
         """`vocabulary`: ids that are real, where the model's own number is padded."""
         self.model, self.layers, self.vocabulary = model, list(model.layers), vocabulary
 
-    def states(self, tokens: mx.array, layer: int, documents: mx.array | None = None) -> mx.array:
-        """What enters a layer (or leaves the last): tokens [B, T] -> [B, T, d]. Nothing above is computed."""
+    def states(
+        self,
+        tokens: mx.array,
+        layer: int,
+        documents: mx.array | None = None,
+        cache: Sequence[Any] | None = None,
+    ) -> mx.array:
+        """What enters a layer (or leaves the last): tokens [B, T] -> [B, T, d]. Nothing above is computed.
+
+        `cache` are the layers' KV caches, where the tokens go on from earlier ones.
+        """
         seen: list[mx.array] = []
 
         def note(own: Call, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
@@ -66,7 +75,7 @@ class Anchor:
 
         above = layer < len(self.layers)
         with _calling({min(layer, len(self.layers) - 1): note if above else note_output}, self.layers):
-            self._run(tokens, documents)
+            self._run(tokens, documents, cache)
         return seen[0]
 
     def logits(
@@ -101,8 +110,9 @@ class Anchor:
         with _calling(calls | {last: lambda *_, **__: states[None]}, self.layers):
             return self._run(mx.zeros((1, len(states)), mx.int32), None)[0]
 
-    def _run(self, tokens: mx.array, documents: mx.array | None) -> mx.array:
-        cache = None if documents is None else [Documents(documents)] * len(self.layers)
+    def _run(self, tokens: mx.array, documents: mx.array | None, cache: Sequence[Any] | None = None) -> mx.array:
+        if documents is not None:
+            cache = [Documents(documents)] * len(self.layers)
         logits = self.model(tokens, cache=cache)
         return logits[..., : self.vocabulary] if self.vocabulary else logits
 

@@ -1,0 +1,237 @@
+"""Task files read row by row into examples: what is asked, what is scored, and the text that is routed.
+
+Every row is checked before anything runs; what is wrong is named by file and line. Few-shot examples are drawn from
+the same file as LLM-Foundry v0.9 draws them, so that an example's prompt does not depend on how many are asked.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_hiermem.errors import TaskError
+from mlx_hiermem.evaluate.answers import normalise
+from mlx_hiermem.evaluate.tasks import Task
+
+SEED = 1234  # of few-shot examples: LLM-Foundry's
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One thing to ask. `contexts` and `continuations` are paired; one context stands for several continuations."""
+
+    id: str
+    line: int
+    route: str  # the text that chooses its memory: its own, never that of its few-shot examples
+    shots: str = ""  # the few-shot examples before it
+    contexts: tuple[str, ...] = ()
+    continuations: tuple[str, ...] = ()  # none where a reply is generated
+    gold: int = 0  # the right pair
+    answers: tuple[str, ...] = ()  # the names of the right answer, the first one its own
+    tags: dict[str, str] = field(default_factory=dict)  # by which results are broken down; doc is the source's id
+
+
+@dataclass(frozen=True)
+class TaskFile:
+    """Examples, and the rows that were left out because they are none."""
+
+    task: Task
+    examples: list[Example]
+    bad: list[str]
+
+
+def read_examples(task: Task, skip_bad: bool = False) -> TaskFile:
+    """Raises TaskError for a file that cannot be read, and for bad rows unless they are to be skipped."""
+    rows, bad = [], list[str]()
+    for number, text in _lines(task.file):
+        try:
+            row = json.loads(text)
+            if not isinstance(row, dict):
+                raise ValueError("is no JSON object")
+            _CHECKS[task.kind](row)
+            rows.append((number, row))
+        except (ValueError, KeyError, TypeError) as error:
+            bad.append(f"line {number} {_reason(error)}")
+    refuse(task.file, bad, skip_bad)
+    if len(rows) <= task.shots:
+        raise TaskError(f"{task.file} has {len(rows)} examples; task {task.name} shows {task.shots} before each")
+    return TaskFile(task, list(_examples(task, rows)), bad)
+
+
+def refuse(
+    file: pathlib.Path,
+    bad: Sequence[str],
+    skip_bad: bool = False,
+    hint: str = "Correct the file, or leave such rows out with --skip-bad.",
+) -> None:
+    """Raises TaskError that names bad rows, unless they are to be skipped."""
+    if bad and not skip_bad:
+        more = f"; and {len(bad) - 3} lines more" if len(bad) > 3 else ""
+        raise TaskError(f"{file}: {'; '.join(bad[:3])}{more}", hint)
+
+
+def _lines(file: pathlib.Path) -> Iterator[tuple[int, str]]:
+    try:
+        with file.open(encoding="utf-8") as lines:
+            yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+    except OSError as error:
+        raise TaskError(f"cannot read {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise TaskError(f"cannot read {file}: it is not UTF-8 text") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return "is not JSON"
+    return f"has no {error}" if isinstance(error, KeyError) else str(error)
+
+
+def _string(row: Row, name: str) -> str:
+    if not isinstance(row[name], str) or not row[name].strip():
+        raise ValueError(f"has no text in '{name}'")
+    return row[name]
+
+
+def _strings(row: Row, name: str, least: int) -> list[str]:
+    values = row[name]
+    if not isinstance(values, list) or len(values) < least:
+        raise ValueError(f"needs {least} or more texts in '{name}'")
+    if not all(isinstance(value, str) and value.strip() for value in values):
+        raise ValueError(f"has an empty text in '{name}'")
+    return values
+
+
+def _check_gold(row: Row, choices: Sequence[str]) -> None:
+    gold = row["gold"]
+    if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(choices):
+        raise ValueError(f"has gold {gold!r}, there are {len(choices)} choices")
+
+
+def _check_language_modeling(row: Row) -> None:
+    _string(row, "context"), _string(row, "continuation")
+
+
+def _check_multiple_choice(row: Row) -> None:
+    _string(row, "query")
+    _check_gold(row, _strings(row, "choices", 2))
+
+
+def _check_schema(row: Row) -> None:
+    _string(row, "continuation")
+    _check_gold(row, _strings(row, "context_options", 2))
+
+
+def _check_generation(row: Row) -> None:
+    _string(row, "context")
+    for name in [_string(row, "answer"), *_strings(row, "aliases", 0)]:
+        if not normalise(name):
+            raise ValueError(f"has an alias that is empty once normalised: '{name}'")
+
+
+def _check_question(row: Row) -> None:
+    _string(row, "prompt"), _string(row, "answer")
+    _strings({"aliases": []} | row, "aliases", 0)
+    _strings({"heldout_prompts": []} | row, "heldout_prompts", 0)
+
+
+_CHECKS: dict[str, Callable[[Row], None]] = {
+    "language_modeling": _check_language_modeling,
+    "multiple_choice": _check_multiple_choice,
+    "schema": _check_schema,
+    "generation": _check_generation,
+    "questions": _check_question,
+}
+
+
+def _examples(task: Task, rows: list[tuple[int, Row]]) -> Iterator[Example]:
+    if task.kind == "questions":
+        for line, row in rows:
+            yield from _questions(line, row)
+        return
+    make = {
+        "language_modeling": _language_modeling,
+        "multiple_choice": _multiple_choice,
+        "schema": _schema,
+        "generation": _generation,
+    }[task.kind]
+    rng = random.Random(SEED)
+    for index, (line, row) in enumerate(rows):
+        drawn = _draw(len(rows), task.shots, index, rng)
+        yield make(task, line, row, "\n".join(_shown(task, rows[other][1]) for other in drawn))
+
+
+def _draw(count: int, shots: int, index: int, rng: random.Random) -> set[int]:
+    """LLM-Foundry's `get_fewshot_sample_idxs`: never the example itself. It iterates over the set as it is."""
+    drawn = set(rng.sample(range(count), min(count - 1, shots)))
+    if index in drawn:
+        drawn.remove(index)
+        other = rng.choice(range(count))
+        while other in drawn or other == index:
+            other = rng.choice(range(count))
+        drawn.add(other)
+    return drawn
+
+
+def _language_modeling(task: Task, line: int, row: Row, shots: str) -> Example:
+    context = row["context"].strip()
+    return Example(
+        str(line), line, context, shots, (_prompt(task, context, shots),), (row["continuation"].strip(),)
+    )
+
+
+def _multiple_choice(task: Task, line: int, row: Row, shots: str) -> Example:
+    query, choices = row["query"].strip(), tuple(row["choices"])
+    prompts = (_prompt(task, query, shots),) * len(choices)
+    return Example(str(line), line, query, shots, prompts, choices, row["gold"])
+
+
+def _schema(task: Task, line: int, row: Row, shots: str) -> Example:
+    """Routed by what all choices have in common: the words with which the contexts begin, and the continuation."""
+    contexts, continuation = row["context_options"], row["continuation"].strip()
+    words = [text.split() for text in contexts]
+    route = " ".join([*words[0][: shared_beginning(words)], continuation])
+    prompts = tuple(f"\n{text}{task.delimiter.rstrip()}" for text in contexts) if shots else tuple(contexts)
+    return Example(str(line), line, route, shots, prompts, (continuation,) * len(contexts), row["gold"])
+
+
+def _generation(task: Task, line: int, row: Row, shots: str) -> Example:
+    context = row["context"].strip()
+    answers = tuple(dict.fromkeys([row["answer"].strip(), *row["aliases"]]))
+    return Example(str(line), line, context, shots, (_prompt(task, context, shots),), answers=answers)
+
+
+def shared_beginning(sequences: Sequence[Sequence[Any]]) -> int:
+    """How many items all sequences begin with."""
+    columns = zip(*sequences, strict=False)
+    return next((i for i, column in enumerate(columns) if len(set(column)) > 1), min(map(len, sequences)))
+
+
+def _prompt(task: Task, context: str, shots: str) -> str:
+    """Ends without space: the continuation brings it."""
+    return f"{chr(10) if shots else ''}{context}{task.delimiter}".rstrip()
+
+
+def _shown(task: Task, row: Row) -> str:
+    """A row as one of the few-shot examples of another one, with its answer."""
+    if task.kind == "multiple_choice":
+        return f"{row['query'].strip()}{task.delimiter}{row['choices'][row['gold']]}"
+    if task.kind == "schema":
+        return f"{row['context_options'][row['gold']]}{task.delimiter}{row['continuation'].strip()}"
+    answer = row["continuation" if task.kind == "language_modeling" else "answer"]
+    return f"{row['context'].strip()}{task.delimiter}{answer.strip()}"
+
+
+def _questions(line: int, row: Row) -> Iterator[Example]:
+    """The prompt and each held-out wording, routed by itself."""
+    names = tuple(dict.fromkeys([row["answer"], *row.get("aliases", ())]))
+    key = str(row.get("id", line))
+    tags = {name: str(row[name]) for name in ("relation", "subject", "doc") if name in row}
+    for number, prompt in enumerate([row["prompt"], *row.get("heldout_prompts", ())]):
+        wording = f"paraphrase {number}" if number else "canonical"
+        ident = f"{key}#{number}" if number else key
+        yield Example(ident, line, prompt, "", (prompt,), answers=names, tags=tags | {"wording": wording})

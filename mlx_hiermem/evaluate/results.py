@@ -1,0 +1,159 @@
+"""Files of results: a line that says what was run, then one for each example, appended as they are done.
+
+A run that was broken off goes on: its file's name has a digest of all that the results depend on. How many examples
+are asked is not among it, so more of them add to those that are there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_hiermem.errors import OutputError, TaskError
+from mlx_hiermem.evaluate.statistics import Figure, Row, figure
+
+FORMAT, VERSION = "mlx-hiermem-eval", 1
+MEMORIES = ("none", "generic", "fetched", "oracle", "blocked")  # see `routes`
+FIFTHS = ("rarest fifth", "second fifth", "middle fifth", "fourth fifth", "commonest fifth")
+METRICS = {
+    "language_modeling": ("accuracy", "perplexity"),
+    "multiple_choice": ("accuracy", "acc", "acc_norm"),
+    "schema": ("accuracy", "acc"),
+    "generation": ("accuracy",),
+    "questions": ("accuracy",),
+    "perplexity": ("perplexity", "word_perplexity", "bits_per_byte"),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One task under one memory. `rows` are in the order of the task's sample, each with the example's id."""
+
+    head: dict[str, Any]  # format, model, memory, task, examples (in the whole file), fingerprint
+    rows: list[Row]
+
+    @property
+    def task(self) -> str:
+        return str(self.head["task"]["name"])
+
+    @property
+    def memory(self) -> str:
+        return str(self.head["memory"])
+
+    @property
+    def model(self) -> str:
+        return str(self.head["model"])
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The first one counts in summaries."""
+        return METRICS[self.head["task"]["kind"]]
+
+    def parts(self) -> dict[str, list[Row]]:
+        """All rows under the empty name; of questions also each relation's, canonical and paraphrased, and those of
+        each frequency bucket in it."""
+        found: dict[str, list[Row]] = {"": self.rows}
+        for row in self.rows:
+            if "wording" not in row:
+                continue
+            relation = row.get("relation", "")
+            names = [f"{relation} {'canonical' if row['wording'] == 'canonical' else 'paraphrased'}".strip()]
+            names += [f"{names[0]}, {row['bucket']}"] if "bucket" in row else []
+            for name in names:
+                found.setdefault(name, []).append(row)
+
+        def place(name: str) -> tuple[str, int]:
+            part, _, bucket = name.partition(", ")
+            return part, FIFTHS.index(bucket) if bucket in FIFTHS else -1
+
+        return {name: found[name] for name in sorted(found, key=place)}
+
+    def figures(self) -> dict[str, dict[str, Figure]]:
+        """Part -> metric -> figure; `routing` is the share of examples whose memory learnt their document."""
+        table = {}
+        for name, rows in self.parts().items():
+            table[name] = {metric: figure(rows, metric) for metric in self.metrics}
+            known = [row for row in rows if row.get("routing") is not None]
+            if known and ", " not in name:  # no bucket
+                table[name]["routing"] = figure(known, "routing")
+        return table
+
+    def cost(self) -> dict[str, float]:
+        """Seconds, tokens computed, bytes of memory read from disk, over all sessions of the run."""
+        return {name: sum(row["cost"][name] for row in self.rows) for name in ("seconds", "tokens", "bytes_read")}
+
+    def to_json(self) -> dict[str, Any]:
+        figures = {
+            part: {metric: value.to_json() for metric, value in row.items()} for part, row in self.figures().items()
+        }
+        return self.head | {"n": len(self.rows), "cost": self.cost(), "figures": figures}
+
+
+class ResultFile:
+    """One run's file; `done` has the rows by the ids of their examples."""
+
+    def __init__(self, file: pathlib.Path, head: dict[str, Any]) -> None:
+        """Raises OutputError where it cannot be written."""
+        self.file, self.done = file, dict[str, Row]()
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if file.is_file():
+                self._cut_torn_line()
+            if not file.is_file() or not file.stat().st_size:
+                self._append([head])
+            self.done = {row["id"]: row for row in _read(file)[1:]}
+        except OSError as error:
+            raise OutputError(f"cannot write {file}: {error.strerror or error}", "Name another --out.") from error
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Raises OutputError where the disk is full; what was written before stays."""
+        try:
+            self._append(rows)
+        except OSError as error:
+            reason = error.strerror or error
+            raise OutputError(
+                f"cannot write {self.file}: {reason}", "Run the same command again: it goes on."
+            ) from error
+        self.done |= {row["id"]: row for row in rows}
+
+    def _append(self, rows: Iterable[Row]) -> None:
+        with self.file.open("a", encoding="utf-8") as out:
+            out.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            out.flush()
+            os.fsync(out.fileno())
+
+    def _cut_torn_line(self) -> None:
+        """What a killed run was writing."""
+        data = self.file.read_bytes()
+        if not data.endswith(b"\n"):
+            os.truncate(self.file, data.rfind(b"\n") + 1)
+
+
+def _read(file: pathlib.Path) -> list[dict[str, Any]]:
+    """The head and the rows. Raises TaskError where the file is of another kind."""
+    try:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        if (rows[0]["format"], rows[0]["version"]) != (FORMAT, VERSION):
+            raise ValueError("it is of another version")
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise TaskError(f"{file} is no file of results: {error}", "Remove it, or name another --out.") from error
+    return rows
+
+
+def read_runs(place: pathlib.Path) -> list[Run]:
+    """The runs of a file of results, or of all in a folder, by memory and file name. Raises TaskError for none."""
+    files = sorted(place.glob("*.jsonl")) if place.is_dir() else [place]
+    runs = [Run(rows[0], list(rows[1:])) for rows in map(_read, files)]
+    runs.sort(key=lambda run: MEMORIES.index(run.memory) if run.memory in MEMORIES else -1)
+    if not runs:
+        raise TaskError(f"there are no results in {place}", "Give what `hiermem eval` wrote, or a model.")
+    return runs
+
+
+def is_results(place: pathlib.Path) -> bool:
+    """Whether this is a file or a folder of results, and no model."""
+    return place.suffix == ".jsonl" or (place.is_dir() and any(place.glob("*.jsonl")))

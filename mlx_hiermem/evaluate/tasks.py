@@ -1,0 +1,99 @@
+"""Which tasks there are: the paper's (tasks.toml), task files of the same form, question files, texts."""
+
+from __future__ import annotations
+
+import pathlib
+import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from mlx_hiermem.errors import TaskError
+
+KINDS = ("language_modeling", "multiple_choice", "schema", "generation", "questions", "perplexity")
+GROUPS = ("", "common", "specific")
+PAPER = pathlib.Path(__file__).with_name("tasks.toml")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked, in LLM-Foundry's terms. `questions` are asked in each of their wordings, without examples."""
+
+    name: str
+    kind: str
+    file: pathlib.Path
+    shots: int = 0
+    delimiter: str = " "  # before a continuation; its trailing space goes to the continuation
+    group: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise TaskError(f"task {self.name} has kind '{self.kind}'", f"Use {', '.join(KINDS)}.")
+        if self.group not in GROUPS:
+            raise TaskError(f"task {self.name} has group '{self.group}'", "Use common or specific.")
+        if not isinstance(self.shots, int) or self.shots < 0:
+            raise TaskError(f"task {self.name} has shots {self.shots!r}", "Give a number, 0 or more.")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"file": self.file.name}
+
+
+def read_tasks(file: pathlib.Path, data: pathlib.Path | None = None) -> dict[str, Task]:
+    """The tasks of a TOML file by name; their files are beside it, or in `data`. Raises TaskError."""
+    folder = file.parent if data is None else data
+    try:
+        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TaskError(f"cannot read the task file {file}: {error}") from error
+    known = {field.name for field in fields(Task)} - {"name"}
+    found = {}
+    for name, table in tables.items():
+        if not isinstance(table, dict) or not {"kind", "file"} <= table.keys() or table.keys() - known:
+            raise TaskError(f"{file}: [{name}] needs kind and file, and may have {', '.join(sorted(known))}")
+        found[name] = Task(name, **{**table, "file": folder / table["file"]})
+    return found
+
+
+def find_tasks(names: Sequence[str], data: pathlib.Path | None, shots: int | None = None) -> list[Task]:
+    """The paper's tasks by name (their files are in `data`), or `all` of them that `data` has; or files:
+    .toml of tasks, .jsonl of questions or of documents, .txt. `shots` replaces what the tasks say.
+
+    Raises TaskError for a name that is none of them.
+    """
+    paper = read_tasks(PAPER, data or pathlib.Path())
+    found: list[Task] = []
+    for name in names:
+        file = pathlib.Path(name)
+        if name == "all" and data is not None:
+            found += [task for task in paper.values() if task.file.is_file()]
+        elif name in paper and data is not None:
+            found.append(paper[name])
+        elif name == "all" or name in paper:
+            raise TaskError(f"{name} needs its file", "Say in which folder the files are: --data FOLDER.")
+        elif file.suffix == ".toml":
+            found += read_tasks(file).values()
+        elif file.suffix in (".jsonl", ".txt"):
+            found.append(Task(file.stem, "perplexity" if _is_text(file) else "questions", file))
+        else:
+            raise TaskError(f"there is no task {name}", f"Use a file, or one of {', '.join(paper)}.")
+    if not found:
+        raise TaskError("there is nothing to evaluate", "Name tasks, or a folder that has their files.")
+    if missing := next((task for task in found if not task.file.is_file()), None):
+        raise TaskError(f"task {missing.name}: there is no file {missing.file}")
+    if twice := {task.name for task in found if [other.name for other in found].count(task.name) > 1}:
+        raise TaskError(f"two tasks are called {min(twice)}", "Name one of them otherwise.")
+    return [replace(task, shots=task.shots if shots is None else shots) for task in found]
+
+
+def is_local(name: str) -> bool:
+    """Whether `find_tasks` looks for it; any other name is one of lm-evaluation-harness."""
+    return name == "all" or name in read_tasks(PAPER) or pathlib.Path(name).suffix in (".toml", ".jsonl", ".txt")
+
+
+def _is_text(file: pathlib.Path) -> bool:
+    """A text, or JSON lines of documents: {"text": …}, where questions have a prompt."""
+    if file.suffix == ".txt" or not file.is_file():
+        return True
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        first = lines.readline()
+    return '"prompt"' not in first and '"text"' in first

@@ -1,0 +1,71 @@
+"""Texts for perplexity: a file's documents, each routed as a whole, in windows of which every token counts once."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+from collections.abc import Iterator, Sequence
+
+from mlx_hiermem.errors import TaskError
+from mlx_hiermem.evaluate.examples import Example, refuse
+
+WINDOW = 1024  # tokens, or the model's context where that is less
+ARTICLE = re.compile(r"(?m)^ ?= (?!=)[^\n]*[^=\n] = ?$")  # WikiText's title of an article: " = Robert Boulter = "
+
+
+def read_documents(file: pathlib.Path, skip_bad: bool = False) -> list[Example]:
+    """WikiText's articles, a JSON line's `text`, or else the file as one document. Raises TaskError."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise TaskError(f"cannot read {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise TaskError(f"cannot read {file}: it is not UTF-8 text") from error
+    found = list(_json_lines(file, text, skip_bad) if file.suffix == ".jsonl" else _articles(text))
+    if not found:
+        raise TaskError(f"{file} has no text")
+    return [Example(ident, line, part.strip(), continuations=(part,)) for ident, line, part in found]
+
+
+def _articles(text: str) -> Iterator[tuple[str, int, str]]:
+    """(title, line, text) of each article; a file without titles is one document."""
+    starts = [match.start() for match in ARTICLE.finditer(text)] or [0]
+    if text[: starts[0]].strip():
+        starts.insert(0, 0)
+    line, before = 1, 0
+    for number, (start, end) in enumerate(zip(starts, [*starts[1:], len(text)], strict=True), 1):
+        line, before = line + text.count("\n", before, start), start
+        part = text[start:end]
+        if part.strip():
+            title = part.lstrip().split("\n", 1)[0].strip(" =")[:60]
+            yield f"{number} {title}", line, part
+
+
+def _json_lines(file: pathlib.Path, text: str, skip_bad: bool) -> Iterator[tuple[str, int, str]]:
+    bad, found = [], []
+    for line, row in enumerate(text.splitlines(), 1):
+        if not row.strip():
+            continue
+        try:
+            data = json.loads(row)
+            if not isinstance(data["text"], str) or not data["text"].strip():
+                raise ValueError
+            found.append((str(data.get("id", line)), line, data["text"]))
+        except (ValueError, KeyError, TypeError):
+            bad.append(f"line {line} has no text")
+    refuse(file, bad, skip_bad)
+    yield from found
+
+
+def windows(tokens: Sequence[int], first: int, size: int) -> list[tuple[list[int], list[int]]]:
+    """(context, continuation) pairs of `size` inputs each that predict every token once, the first behind `first`.
+
+    A last window that predicts fewer has the more context, as lm-evaluation-harness has it.
+    """
+    found = []
+    for start in range(0, len(tokens), size):
+        end = min(start + size, len(tokens))
+        context = list(tokens[max(0, end - 1 - size) : start]) or [first]
+        found.append((context, list(tokens[start:end])))
+    return found

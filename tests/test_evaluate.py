@@ -1,0 +1,304 @@
+"""Scores and replies equal what the same model gives alone and whole; routes, results and runs that go on."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from evaluating import evaluation, name_sources, task_files
+from tiny import HashEmbedder, make_model
+
+from mlx_hiermem.bank.edit import add
+from mlx_hiermem.config import Path
+from mlx_hiermem.errors import BankError, HierMemError, OutputError, TaskError
+from mlx_hiermem.evaluate.answers import is_decided, rule_for
+from mlx_hiermem.evaluate.compare import columns, compare, draw
+from mlx_hiermem.evaluate.results import MEMORIES, ResultFile, read_runs
+from mlx_hiermem.evaluate.routes import place
+from mlx_hiermem.evaluate.runner import Evaluation, Prepared
+from mlx_hiermem.evaluate.tasks import Task, read_tasks
+
+Tasks = dict[str, Task]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = make_model(tmp_path_factory.mktemp("evaluate") / "model")
+    name_sources(folder / "bank")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Task]:
+    return read_tasks(task_files(tmp_path_factory.mktemp("tasks")))
+
+
+@pytest.fixture(scope="module")
+def tested(model: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
+    return evaluation(model, tmp_path_factory.mktemp("results"))
+
+
+def hugging_face(model: pathlib.Path) -> object:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model / "anchor", dtype="float32").eval()
+
+
+@pytest.mark.parametrize("name", ["cloze", "choice", "schema", "wiki"])
+def test_scores_are_those_of_transformers(tested: Evaluation, tasks: Tasks, model: pathlib.Path, name: str) -> None:
+    import torch
+
+    reference = hugging_face(model)
+    prepared = tested.prepare(tasks[name], ("none",))
+    run = tested.run(prepared, "none")
+    for row, number in zip(run.rows, prepared.prompts, strict=True):
+        expected = []
+        for context, continuation in prepared.prompts[number].pairs:
+            with torch.no_grad():
+                logits = reference(torch.tensor([context + continuation])).logits[0, len(context) - 1 : -1]
+            losses = torch.nn.functional.cross_entropy(logits, torch.tensor(continuation), reduction="none")
+            expected.append(
+                (
+                    float(losses.sum()),
+                    len(continuation),
+                    bool((logits.argmax(-1) == torch.tensor(continuation)).all()),
+                )
+            )
+        if name in ("cloze", "wiki"):
+            assert row["nll"] == pytest.approx(sum(nll for nll, _, _ in expected), abs=1e-3)
+            assert row["tokens"] == sum(tokens for _, tokens, _ in expected)
+        if name == "cloze":
+            assert row["accuracy"] == expected[0][2]
+        if name in ("choice", "schema"):
+            assert [nll for nll, _ in row["scores"]] == pytest.approx([nll for nll, _, _ in expected], abs=1e-3)
+            means = [nll / tokens for nll, tokens, _ in expected]
+            gold = prepared.examples[number].gold
+            assert row["accuracy"] == (means.index(min(means)) == gold)
+            assert row["acc"] == (min(range(len(expected)), key=lambda i: expected[i][0]) == gold)
+
+
+@pytest.mark.parametrize("memory", ["generic", "fetched", "blocked"])
+@pytest.mark.parametrize("name", ["cloze", "choice", "schema"])
+def test_scores_under_a_memory_are_those_of_whole_sequences(
+    tested: Evaluation, tasks: Tasks, name: str, memory: str
+) -> None:
+    prepared = tested.prepare(tasks[name], (memory,))
+    run = tested.run(prepared, memory)
+    for row, number in zip(run.rows, prepared.prompts, strict=True):
+        tested.model.select(row["path"] or memory, "")
+        for i, (context, continuation) in enumerate(prepared.prompts[number].pairs):
+            logits = tested.model.anchor(mx.array([context + continuation]))[0, len(context) - 1 : -1]
+            logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            nll = -float(mx.take_along_axis(logprobs, mx.array(continuation)[:, None], axis=-1).sum())
+            assert (row["nll"] if name == "cloze" else row["scores"][i][0]) == pytest.approx(nll, abs=1e-3)
+
+
+def test_what_is_shared_is_computed_once(tested: Evaluation, tasks: Tasks) -> None:
+    """Fewer tokens go through the model than the pairs have together; batches do not change the scores."""
+    prepared = tested.prepare(tasks["choice"], ("none",))
+    pairs = [prompt.pairs for prompt in prepared.prompts.values()]
+    tested.scorer.computed = 0
+    together = dict(one for batch in tested.scorer.score(pairs) for one in batch)
+    computed = tested.scorer.computed
+    assert 0 < computed < 0.6 * sum(len(c) + len(t) for example in pairs for c, t in example)
+    alone = [next(tested.scorer.score([example]))[0][1] for example in pairs]
+    for number, scores in together.items():
+        assert [s.nll for s in scores] == pytest.approx([s.nll for s in alone[number]], abs=1e-3)
+    tested.scorer.computed = 0
+
+
+@pytest.mark.parametrize("name", ["reply", "asked"])
+@pytest.mark.parametrize("memory", ["none", "fetched"])
+def test_replies_are_beginnings_of_what_generate_says(
+    tested: Evaluation, tasks: Tasks, name: str, memory: str
+) -> None:
+    prepared = tested.prepare(tasks[name], (memory,))
+    run = tested.run(prepared, memory)
+    for row, number in list(zip(run.rows, prepared.prompts, strict=True))[:6]:
+        example, prompt = prepared.examples[number], prepared.prompts[number]
+        tested.model.select(row["path"] or "none", "")
+        whole = "".join(r.text for r in tested.model.responses(prompt.pairs[0][0], prompt.reply))
+        assert whole.startswith(row["reply"].rstrip("\ufffd"))
+        rule = rule_for(tasks[name].kind, example.answers[0])
+        assert row["accuracy"] == rule(whole, example.answers)
+
+
+@pytest.mark.parametrize("kind", ["generation", "questions"])
+@pytest.mark.parametrize("answers", [("the oak", "yew tree"), ("12",), ("H",)])
+def test_what_is_decided_stays_so(kind: str, answers: tuple[str, ...]) -> None:
+    rng, rule = np.random.default_rng(0), rule_for(kind, answers[0])
+    pieces = ["the ", "oak", "oaks", " ", "\n", "yew", " tree", "1", "2", "12", ".", "H", "a", "n ", "-", "_"]
+    decided = 0
+    for _ in range(2000):
+        reply = "".join(rng.choice(pieces, 7))
+        for end in range(len(reply)):
+            if is_decided(reply[:end], rule, answers):
+                decided += 1
+                assert rule(reply[:end], answers) == rule(reply, answers), (reply[:end], reply)
+                break
+    assert decided > 500
+
+
+def test_a_route_is_the_examples_own(tested: Evaluation, tasks: Tasks, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    embed = HashEmbedder.embed
+    monkeypatch.setattr(
+        HashEmbedder, "embed", lambda self, texts, *a: (seen.extend(texts), embed(self, texts, *a))[1]
+    )
+    for name in ("choice", "schema", "reply"):
+        prepared = tested.prepare(tasks[name], ("fetched",))
+        seen.clear()
+        place(tested.model, prepared.examples, "fetched")
+        assert all(example.shots and example.shots not in example.route for example in prepared.examples)
+        assert seen == [example.route for example in prepared.examples]
+    row = json.loads(tasks["schema"].file.read_text().splitlines()[0])
+    common = row["context_options"][0].rsplit(" ", 1)[0]
+    assert seen
+    assert tested.prepare(tasks["schema"], ()).examples[0].route == f"{common} {row['continuation']}"
+
+
+def test_memories_of_examples(tested: Evaluation, tasks: Tasks) -> None:
+    examples = tested.prepare(tasks["asked"], MEMORIES).examples
+    placed = {memory: place(tested.model, examples, memory) for memory in MEMORIES}
+    assert {one.key for one in placed["none"]} == {"none"}
+    assert len({one.key for one in placed["generic"]}) == 1
+    for number, example in enumerate(examples):
+        fetched, blocked, oracle = (placed[m][number] for m in ("fetched", "blocked", "oracle"))
+        assert fetched.choice.path == tested.model.router.route(example.route).path
+        assert blocked.choice.path[0] != fetched.choice.path[0]
+        entry = tested.model.bank.manifest.blocks[oracle.choice.path]  # type: ignore[union-attr]
+        assert example.tags["doc"] in entry.sources
+        assert oracle.agrees
+        assert fetched.agrees == (fetched.choice.path == oracle.choice.path)
+    with pytest.raises(HierMemError, match="unknown memory"):
+        place(tested.model, examples, "lots")
+
+
+def test_oracle_needs_documents_that_the_bank_names(tested: Evaluation, tasks: Tasks) -> None:
+    with pytest.raises(TaskError, match="line 1 has no document"):
+        tested.prepare(tasks["choice"], ("oracle",))
+
+
+def test_a_model_without_a_bank_has_no_memory(model: pathlib.Path, tasks: Tasks, tmp_path: pathlib.Path) -> None:
+    plain = Evaluation.of(model / "anchor", tmp_path)
+    plain.prepare(tasks["choice"], ("none",))
+    with pytest.raises(BankError, match="no bank"):
+        plain.prepare(tasks["choice"], ("fetched",))
+
+
+def test_a_run_that_was_broken_off_goes_on(model: pathlib.Path, tasks: Tasks, tmp_path: pathlib.Path) -> None:
+    whole = evaluation(model, tmp_path / "whole")
+    expected = whole.run(whole.prepare(tasks["choice"], ("fetched",)), "fetched")
+
+    class KilledError(Exception):
+        pass
+
+    def kill(done: int, total: int) -> None:
+        if 3 <= done < total:
+            raise KilledError
+
+    broken = evaluation(model, tmp_path / "broken")
+    prepared = broken.prepare(tasks["choice"], ("fetched",))
+    with pytest.raises(KilledError):
+        broken.run(prepared, "fetched", progress=kill)
+    (file,) = (tmp_path / "broken").glob("*.jsonl")
+    kept = file.read_text().count("\n") - 1
+    assert 3 <= kept < 12
+    with file.open("a") as torn:
+        torn.write('{"id": "torn", "li')  # what was being written when the machine went down
+    steps: list[int] = []
+    run = evaluation(model, tmp_path / "broken").run(
+        prepared, "fetched", progress=lambda done, total: steps.append(done)
+    )
+    assert steps[0] == kept
+    assert [row["id"] for row in run.rows] == [row["id"] for row in expected.rows]
+    assert [row["accuracy"] for row in run.rows] == [row["accuracy"] for row in expected.rows]
+    assert "torn" not in file.read_text()
+
+
+def test_a_larger_limit_adds_to_what_is_there(model: pathlib.Path, tasks: Tasks, tmp_path: pathlib.Path) -> None:
+    tested = evaluation(model, tmp_path)
+    few = tested.run(tested.prepare(tasks["cloze"], ("none",), limit=4), "none")
+    (file,) = tmp_path.glob("*.jsonl")
+    lines = file.read_text().splitlines()
+    more = tested.run(tested.prepare(tasks["cloze"], ("none",), limit=9), "none")
+    assert (len(few.rows), len(more.rows)) == (4, 9)
+    assert more.rows[:4] == few.rows
+    assert file.read_text().splitlines()[:5] == lines
+    assert tested.run(tested.prepare(tasks["cloze"], ("none",), limit=4), "none").rows == few.rows
+    assert [run.task for run in read_runs(tmp_path)] == ["cloze"]
+
+
+def test_results_of_another_bank_are_not_taken(model: pathlib.Path, tasks: Tasks, tmp_path: pathlib.Path) -> None:
+    other = shutil.copytree(model, tmp_path / "other")
+    manifest = other / "bank" / "bank.json"
+    manifest.write_text(manifest.read_text().replace("CC0", "MIT"))
+    out = tmp_path / "out"
+    for folder in (model, other):
+        tested = evaluation(folder, out)
+        prepared = tested.prepare(tasks["cloze"], ("none", "fetched"), limit=2)
+        for memory in ("none", "fetched"):
+            tested.run(prepared, memory)
+    names = [file.name for file in out.iterdir()]
+    assert len([name for name in names if ".fetched." in name]) == 2
+    assert len([name for name in names if ".none." in name]) == 1, "without memory the bank does not matter"
+
+
+def test_results_that_cannot_be_written(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="--out"):
+        ResultFile(tmp_path / "file" / "x.jsonl", {})
+
+
+def test_an_edited_block_changes_only_questions_of_its_leaf(
+    model: pathlib.Path, tasks: Tasks, tmp_path: pathlib.Path
+) -> None:
+    edited = shutil.copytree(model, tmp_path / "edited")
+    leaf = Path((1, 2))
+    add(edited / "bank", model / "bank" / "blocks" / "0" / "1.safetensors", leaf, replacing=True)
+    runs = []
+    for folder in (model, edited):
+        tested = evaluation(folder, tmp_path / "out")
+        for name in ("choice", "asked"):
+            runs.append((folder.name, tested.run(tested.prepare(tasks[name], ("fetched",)), "fetched")))
+    found = compare(columns(runs))
+    for one, run in zip(found.locality, (run for _, run in runs[:2]), strict=True):
+        inside = [row for row in run.rows if row["path"] == str(leaf)]
+        assert inside, "the test needs a question of that leaf"
+        assert one.other_memory == len(inside)
+        assert (one.changed_with_same_memory, one.changed_with_other_memory > 0) == (0, True)
+    assert [c.label for c in columns(runs)] == ["model, fetched", "edited, fetched"]
+    files = draw(found, tmp_path / "plot.png")
+    assert files[0].read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in files[1].read_text()
+
+
+def test_perplexity_is_of_every_token_once(tested: Evaluation, tasks: Tasks) -> None:
+    prepared = tested.prepare(tasks["wiki"], ("fetched",))
+    run = tested.run(prepared, "fetched")
+    text = tasks["wiki"].file.read_text()
+    assert [row["id"] for row in sorted(run.rows, key=lambda row: row["line"])] == [
+        f"{n} Title {n - 1}" for n in range(1, 5)
+    ]
+    assert sum(row["bytes"] for row in run.rows) == len(text.encode())
+    loss = sum(row["nll"] for row in run.rows)
+    figures = run.figures()[""]
+    assert figures["perplexity"].value == pytest.approx(math.exp(loss / sum(row["tokens"] for row in run.rows)))
+    assert figures["bits_per_byte"].value == pytest.approx(loss / len(text.encode()) / math.log(2))
+
+
+def test_fifths_of_frequency(tested: Evaluation, tasks: Tasks) -> None:
+    from evaluating import WORDS
+
+    prepared: Prepared = tested.prepare(tasks["asked"], (), frequencies={w: n for n, w in enumerate(WORDS[:10])})
+    buckets = {example.tags["subject"]: example.tags.get("bucket") for example in prepared.examples}
+    assert buckets[WORDS[0]] == buckets[WORDS[1]] == "rarest fifth"
+    assert buckets[WORDS[9]] == "commonest fifth"
+    assert buckets[WORDS[10]] is None
+    parts = tested.run(prepared, "none").parts()
+    assert {"name canonical", "name paraphrased", "number canonical, rarest fifth"} <= parts.keys()
