@@ -17,7 +17,6 @@ import itertools
 import json
 import os
 import pathlib
-import platform
 import statistics
 import tempfile
 import time
@@ -25,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import common
 import numpy as np
 
 from mlx_hiermem.anchor import load_anchor
@@ -196,7 +196,7 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.model or model_folder() / "anchor"
     result: dict[str, Any] = {
-        "machine": {"system": platform.system(), "machine": platform.machine(), "cores": os.cpu_count()},
+        "machine": common.machine(),
         "load_before": os.getloadavg()[0],
         "batch": options.batch,
         "length": options.length,
