@@ -3,10 +3,10 @@
     python benchmarks/fetch.py --folder SCRATCH          # writes 10 GB there, and removes them; some minutes
 
 The bank has the paper's 160M shape, (256, 64, 16, 0): 4 368 blocks, 9.2 GB in bfloat16; a path is three files of
-36 MB together. `preadv` reads the same three files into memory that the process has already, as MLX keeps the memory
-of blocks that were let go. Warm: the files are in the page cache. Cold: they were put out of it. The flat bank has one
-level of 336 units, the same bytes for every question. With `--quick` the bank has a quarter of the units and a
-branching of 4.
+36 MB together. `preadv` reads the same three files into memory that the process has already, as MLX keeps the
+memory of blocks that were let go. Warm: the files are in the page cache. Cold: they were put out of it. The flat
+bank has one level of 336 units, the same bytes for every question. With `--quick` the bank has a quarter of the
+units and a branching of 4.
 """
 
 from __future__ import annotations

@@ -17,7 +17,20 @@ PACKAGE = "mlx_hiermem"
 
 # Each part may import the parts before it. A part is a module or a folder below mlx_hiermem/.
 ORDER = ["_blas", "errors", "config", "assets", "tree", "bank", "embedder", "cache", "router", "memory", "openlm"]
-ORDER += ["anchor", "share", "plan", "model", "turns", "session", "batch", "learn", "evaluate", "convert", "apps"]
+ORDER += [
+    "anchor",
+    "share",
+    "tiers",
+    "plan",
+    "model",
+    "turns",
+    "session",
+    "batch",
+    "learn",
+    "evaluate",
+    "convert",
+    "apps",
+]
 # Writing needs no cache; `verify` reads through it, to check what a model would be given.
 CONVERT_MAY_IMPORT = {
     "errors",
