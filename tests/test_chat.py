@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -239,7 +240,8 @@ def test_why_names_sources_and_blocked_nodes(session: Session, capsys: pytest.Ca
     bank = session.model.bank
     assert bank
     entry = bank.manifest.blocks[Path((0,))]
-    bank.manifest.blocks[Path((0,))] = type(entry)(**{**vars(entry), "sources": tuple(f"s{i}" for i in range(11))})
+    many = replace(entry, sources=tuple(f"s{i}" for i in range(11)))
+    bank.manifest = replace(bank.manifest, blocks=bank.manifest.blocks | {many.path: many})
     bank.policy = session.model.router.policy = BankPolicy(frozenset([Path((0, 1))]))
     say(session, "about neon")
     text = command(session, "/why", capsys)
