@@ -335,6 +335,31 @@ def test_typing(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None
     assert typed(f"one\r{CTRL_D}", monkeypatch, tmp_path / "file") == ["one"]
 
 
+def test_pauses_are_told_with_what_is_typed(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    monkeypatch.setenv("HIERMEM_CACHE", str(tmp_path))
+    monkeypatch.setattr(reader, "PAUSE", 0.05)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    told: list[str] = []
+    with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
+
+        def paused(text: str) -> None:
+            told.append(text)
+            pipe.send_text({"": "about ne", "about ne": "on", "about neon": "\r"}[text])
+
+        assert reader.reader(lambda: "", [], paused)() == "about neon"
+    assert told == ["", "about ne", "about neon"]
+
+
+def test_drafts_are_routed_but_commands_are_not(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    drafts: list[str] = []
+    monkeypatch.setattr(session, "draft", drafts.append)
+    paused = chat._draft(session)
+    for text in ("", "about ne", "/why", " about neon ", "\udcff"):
+        paused(text)
+    assert drafts == ["about ne", "about neon"]
+
+
 def test_pasted_lines_stay_together(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     assert typed(f"\x1b[200~a\nb\x1b[201~\r{CTRL_D}", monkeypatch, tmp_path) == ["a\nb"]
 
