@@ -46,26 +46,50 @@ def random_tree(branching: int, depth: int, seed: int = 0) -> ClusterTree:
     return ClusterTree(centroids, [np.ones(c.shape[:2], dtype=bool) for c in centroids])
 
 
-def make_bank(folder: pathlib.Path, config: MemoryConfig, seed: int = 0) -> list[Path]:
+def random_values(count: int, dtype: str, seed: int) -> memoryview:
+    """Bytes of so many normal values, small enough to leave an anchor's answers finite."""
+    values = np.random.default_rng(seed).standard_normal(count, dtype=np.float32) * 0.01
+    if dtype == "bfloat16":
+        return memoryview((values.view(np.uint32) >> 16).astype(np.uint16)).cast("B")
+    return memoryview(values.astype(dtype)).cast("B")
+
+
+def make_bank(
+    folder: pathlib.Path, config: MemoryConfig, anchor: AnchorIdentity | None = None, seed: int = 0
+) -> list[Path]:
     """Writes a bank with a block for every node of a full tree; returns the nodes that have one."""
     width = DTYPES[config.dtype]
     largest = max(config.parameters(units) for units in config.block_sizes) * width
-    # Twice the largest block: each starts elsewhere. 0x3FFF keeps 16 bits finite: the largest is just below 2.
-    values = np.random.default_rng(seed).integers(0, 1 << 16, largest, dtype=np.uint16) & 0x3FFF
-    pool, blocks = memoryview(values).cast("B"), dict[Path, BlockEntry]()
+    pool = random_values(2 * largest // width, config.dtype, seed)  # twice as many: each block starts elsewhere
+    blocks = dict[Path, BlockEntry]()
     with BankWriter(folder, "benchmark") as writer:
         tree = writer.write_tree(random_tree(config.branching, config.depth, seed))
         for level, units in enumerate(config.block_sizes, 1):
             shapes = config.shapes(units)
             for row in range(config.branching**level if units else 0):
                 node, tensors = Path.of_row(row, level, config.branching), {}
-                start = 2 * len(blocks) % largest
+                start = width * len(blocks) % largest
                 for name, shape in shapes.items():
                     end = start + int(np.prod(shape)) * width
                     tensors[name], start = (shape, pool[start:end]), end
                 entry = writer.write(block_name(node), tensors, config.dtype)
                 label = f"a topic of level {level}, number {row}"
                 blocks[node] = BlockEntry(node, entry.bytes, entry.sha256, label, documents=row)
-        anchor = AnchorIdentity("benchmark", "", "", config.hidden, max(config.layers) + 1)
+        anchor = anchor or AnchorIdentity("benchmark", "", "", config.hidden, max(config.layers) + 1)
         writer.finish(BankManifest(anchor, config, EmbedderIdentity("all-MiniLM-L6-v2", "", 256), blocks, tree))
     return list(blocks)
+
+
+def demo_anchor(
+    folder: pathlib.Path, sizes: tuple[int, ...] = (256, 64, 16), dtype: str = "float16"
+) -> pathlib.Path:
+    """A model in `folder`: the demo's anchor, SmolLM2-135M, with a bank of the paper's sizes in all its layers."""
+    from mlx_hiermem.anchor import identify
+    from mlx_hiermem.apps.demo.tour import model_folder
+
+    folder.mkdir(parents=True)
+    (folder / "anchor").symlink_to((model_folder() / "anchor").resolve(), target_is_directory=True)
+    anchor = identify(folder / "anchor")
+    config = MemoryConfig("ffn", 4, sizes, tuple(range(anchor.layers)), anchor.hidden, dtype)
+    make_bank(folder / "bank", config, anchor)
+    return folder

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 RESULTS = pathlib.Path(__file__).parent / "results"
+ELEMENTS = pathlib.Path(__file__).parents[1] / "apps" / "demo" / "elements.jsonl"  # texts, under "text"
 
 
 def options(doc: str | None, runs: int, quick: int = 3) -> argparse.ArgumentParser:
