@@ -21,8 +21,10 @@ from mlx_hiermem.assets import ASSETS, Progress, fetch
 from mlx_hiermem.bank.bank import file_digest
 from mlx_hiermem.config import EmbedderIdentity
 from mlx_hiermem.errors import AssetError
+from mlx_hiermem.transcendental import gelu, softmax
 
 ASSET, WEIGHTS = "all-minilm-l6-v2", "model.safetensors"
+CPU_TOKENS = 2048  # in a batch on a CPU, at most, so that its activations stay in the cache
 # What this encoder implements; a folder that says otherwise is another model.
 EXPECTED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
 
@@ -78,11 +80,13 @@ class Embedder:
         """n texts -> [n, dim] float32 of length 1; of a long text the first `identity.max_tokens` tokens count."""
         encodings = self.tokenizer.encode_batch(list(texts))
         vectors = np.empty((len(encodings), self.dim), dtype=np.float32)
-        # Texts of like length share a batch, so that little of it is padding.
-        order = np.argsort([len(encoding) for encoding in encodings], kind="stable")
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+        # Texts of like length share a batch, so that little of it is padding; the longest come first.
+        order, start = np.argsort([-len(encoding) for encoding in encodings], kind="stable"), 0
+        while start < len(order):
+            most = max(1, CPU_TOKENS // len(encodings[order[start]])) if _on_cpu() else batch_size
+            batch = order[start : start + min(batch_size, most)]
             vectors[batch] = self._embed_batch([encodings[i].ids for i in batch])
+            start += len(batch)
         return vectors
 
     def _embed_batch(self, ids: list[list[int]]) -> np.ndarray:
@@ -105,7 +109,8 @@ class Embedder:
         for index in range(self.config["num_hidden_layers"]):
             layer = f"encoder.layer.{index}"
             x = self._norm(x + self._attention(x, mask, f"{layer}.attention"), f"{layer}.attention.output")
-            inner = nn.gelu(self._linear(x, f"{layer}.intermediate.dense"))
+            inner = self._linear(x, f"{layer}.intermediate.dense")
+            inner = gelu(inner) if _on_cpu() else nn.gelu(inner)
             x = self._norm(x + self._linear(inner, f"{layer}.output.dense"), f"{layer}.output")
         return x
 
@@ -116,7 +121,11 @@ class Embedder:
             self._linear(x, f"{name}.self.{part}").reshape(B, T, heads, -1).swapaxes(1, 2)
             for part in ("query", "key", "value")
         )
-        mixed = mx.fast.scaled_dot_product_attention(q, k, v, scale=(d // heads) ** -0.5, mask=mask)
+        scale = (d // heads) ** -0.5
+        if _on_cpu():
+            mixed = softmax(mx.where(mask, (scale * q) @ k.swapaxes(-1, -2), -mx.inf)) @ v
+        else:
+            mixed = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
         return self._linear(mixed.swapaxes(1, 2).reshape(B, T, d), f"{name}.output.dense")
 
     def _linear(self, x: mx.array, name: str) -> mx.array:
@@ -125,3 +134,7 @@ class Embedder:
     def _norm(self, x: mx.array, name: str) -> mx.array:
         weight, bias = (self.weights[f"{name}.LayerNorm.{part}"] for part in ("weight", "bias"))
         return mx.fast.layer_norm(x, weight, bias, self.config["layer_norm_eps"])
+
+
+def _on_cpu() -> bool:
+    return mx.default_device().type == mx.DeviceType.cpu

@@ -16,7 +16,20 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = "mlx_hiermem"
 
 # Each part may import the parts before it. A part is a module or a folder below mlx_hiermem/.
-ORDER = ["_blas", "errors", "config", "assets", "tree", "bank", "embedder", "cache", "router", "memory", "openlm"]
+ORDER = [
+    "_blas",
+    "errors",
+    "config",
+    "assets",
+    "tree",
+    "bank",
+    "transcendental",
+    "embedder",
+    "cache",
+    "router",
+    "memory",
+    "openlm",
+]
 ORDER += [
     "anchor",
     "share",
