@@ -15,7 +15,7 @@ SWIFT = apps/ios/swift.sh
 KIT = apps/ios/HierMemKit
 CHAT = apps/ios/HierMemChat/Sources
 # What has a small form; the rest of benchmarks/ takes minutes however little is asked for.
-QUICK = fetch growth hidden_fetch swap decode start
+QUICK = fetch growth hidden_fetch swap decode minilm rag start
 
 .PHONY: help setup demo test test-swift lint elements bench bench-quick
 
