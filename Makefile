@@ -14,11 +14,13 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 SWIFT = apps/ios/swift.sh
 KIT = apps/ios/HierMemKit
 CHAT = apps/ios/HierMemChat/Sources
+# What has a small form; the rest of benchmarks/ takes minutes however little is asked for.
+QUICK = fetch growth hidden_fetch swap decode minilm rag start
 
-.PHONY: help setup demo test test-swift lint elements bench
+.PHONY: help setup demo test test-swift lint elements bench bench-quick
 
 help:  ## show this help
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: .venv/dev.stamp  ## make .venv with everything for developing
 
@@ -44,8 +46,12 @@ lint: setup  ## check style, format, types, and the page of commands
 elements: setup  ## train the bundled elements bank again from its corpus (about 40 minutes, resumes)
 	$(BIN)/python -m mlx_hiermem.apps.demo.recipe
 
-bench: setup  ## measure
-	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+bench: setup  ## measure everything (hours; results in benchmarks/results/)
+	@for file in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)); do \
+		echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+bench-quick: setup  ## measure speed in little (two minutes)
+	@for name in $(QUICK); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
 
 .venv/bin/python:
 	@$(or $(PYTHON),false) $(NEW_ENOUGH) || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3"; exit 1; }

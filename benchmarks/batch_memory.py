@@ -12,9 +12,10 @@ import argparse
 import json
 import os
 import pathlib
-import platform
 import statistics
 import time
+
+import common
 
 from mlx_hiermem import load
 from mlx_hiermem.apps.demo.tour import model_folder
@@ -84,7 +85,7 @@ def main() -> None:
         print(json.dumps(row), flush=True)
     ratio = statistics.median(row["alone_seconds"] / row["batch_seconds"] for row in rows)
     result = {
-        "machine": {"system": platform.system(), "machine": platform.machine(), "cores": os.cpu_count()},
+        "machine": common.machine(),
         "requests": options.requests,
         "paths": options.paths,
         "runs": rows,

@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import pathlib
-import platform
 import resource
 import sys
 import tempfile
@@ -23,6 +21,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import common
 import numpy as np
 
 from mlx_hiermem.apps.demo.evaluate import HERE
@@ -112,8 +111,7 @@ def main() -> None:
     parser.add_argument("--million", action="store_true", help="time a million vectors instead")
     parser.add_argument("--count", type=int, default=1_000_000, help="vectors of --million")
     arguments = parser.parse_args()
-    machine = {"system": platform.system(), "machine": platform.machine(), "cores": os.cpu_count()}
-    report: dict[str, Any] = {"machine": machine}
+    report: dict[str, Any] = {"machine": common.machine()}
     if arguments.million:
         name = "clustering_million"
         report |= million(arguments.count, Shape(16, 3))

@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import pathlib
-import platform
 import resource
 import shutil
 import statistics
@@ -27,6 +26,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+import common
 import numpy as np
 
 from mlx_hiermem.config import AnchorIdentity, MemoryConfig
@@ -80,12 +80,7 @@ def to_pytorch(file: pathlib.Path) -> pathlib.Path:
 
 def prepare(file: pathlib.Path, cache: str) -> None:
     """Puts the file into the page cache, or out of it (which only Linux does on request)."""
-    with file.open("rb", buffering=0) as stream:
-        if cache == "cold":
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        else:
-            while stream.read(PIECE):
-                pass
+    (common.drop if cache == "cold" else common.bring)([file])
 
 
 def copy(file: pathlib.Path) -> float:
@@ -182,12 +177,7 @@ def main() -> None:
             for cache in ("cold", "warm") if hasattr(os, "posix_fadvise") else ("warm",):
                 rows.append(measure(file, config, cache, options.runs))
             file.unlink()
-    machine = {
-        "system": platform.system(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "sha256_gb_per_s": sha256_speed(),
-    }
+    machine = common.machine() | {"sha256_gb_per_s": sha256_speed()}
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
     print_table(rows)

@@ -11,13 +11,13 @@ what changing to a cached path takes, median over the leaves.
 from __future__ import annotations
 
 import json
-import os
 import pathlib
-import platform
 import statistics
 import sys
 import tempfile
 from typing import Any
+
+import common
 
 from mlx_hiermem import load
 from mlx_hiermem.apps.demo import tour
@@ -103,9 +103,8 @@ def main() -> None:
         for number, (bits, group) in enumerate(SETTINGS):
             rows.append(measure(model, bits, group, pathlib.Path(folder, str(number))))
             print(f"{number + 1} of {len(SETTINGS)}: {bits} {rows[-1]['right']}", file=sys.stderr, flush=True)
-    machine = {"system": platform.system(), "machine": platform.machine(), "cores": os.cpu_count()}
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    RESULTS.write_text(json.dumps({"machine": common.machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
     show(rows)
 
 

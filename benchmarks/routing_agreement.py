@@ -10,9 +10,7 @@ used: nothing is trained but centroids. Figures are over several seeds, because 
 from __future__ import annotations
 
 import json
-import os
 import pathlib
-import platform
 import sys
 import time
 from collections import Counter, defaultdict
@@ -20,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import common
 import numpy as np
 
 from mlx_hiermem.apps.demo.evaluate import HERE
@@ -216,9 +215,10 @@ def main() -> None:
                 }
             )
             print(shape, candidate.name, found["canonical"], found["paraphrase"], file=sys.stderr, flush=True)
-    machine = {"system": platform.system(), "machine": platform.machine(), "cores": os.cpu_count()}
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"machine": machine, "rows": results}, indent=1) + "\n", encoding="utf-8")
+    RESULTS.write_text(
+        json.dumps({"machine": common.machine(), "rows": results}, indent=1) + "\n", encoding="utf-8"
+    )
     show(results)
 
 

@@ -17,7 +17,6 @@ import itertools
 import json
 import os
 import pathlib
-import platform
 import statistics
 import tempfile
 import time
@@ -25,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import common
 import numpy as np
 
 from mlx_hiermem.anchor import load_anchor
@@ -36,7 +36,6 @@ from mlx_hiermem.learn.settings import TrainingSettings, memory_config, memory_l
 from mlx_hiermem.learn.training import Training
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "train_speed.json"
-DOCUMENTS = pathlib.Path(__file__).parents[1] / "apps" / "demo" / "elements.jsonl"
 LEAF = Path((0, 0))
 RANK = 8
 
@@ -150,7 +149,7 @@ class _Silent:
 def documents(folder: pathlib.Path, batch: int, length: int, kind: str) -> list[Example]:
     """Rows of `length` predictions from the elements' texts."""
     _, tokenizer, _ = load_anchor(folder)
-    text = "\n".join(json.loads(line)["text"] for line in DOCUMENTS.read_text(encoding="utf-8").splitlines())
+    text = "\n".join(json.loads(line)["text"] for line in common.ELEMENTS.read_text(encoding="utf-8").splitlines())
     tokens = np.array(tokenizer.encode(text[: 8 * batch * (length + 1)])[: batch * (length + 1)], np.int32).reshape(
         batch, -1
     )
@@ -196,7 +195,7 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.model or model_folder() / "anchor"
     result: dict[str, Any] = {
-        "machine": {"system": platform.system(), "machine": platform.machine(), "cores": os.cpu_count()},
+        "machine": common.machine(),
         "load_before": os.getloadavg()[0],
         "batch": options.batch,
         "length": options.length,

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pathlib
-import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import common
 import numpy as np
 
 from mlx_hiermem.apps.demo import tour
@@ -282,8 +281,7 @@ def main() -> None:
     best = next(row["setting"] for row in rows if row["rule"] == DEFAULT)
     if best != HYSTERESIS:
         print(f"note: the setting in use is {HYSTERESIS}, the best one here {best}")
-    machine = {"system": platform.system(), "machine": platform.machine(), "cores": os.cpu_count()}
-    result = {"machine": machine, "conversations": len(conversations), "default": DEFAULT, "rows": rows}
+    result = {"machine": common.machine(), "conversations": len(conversations), "default": DEFAULT, "rows": rows}
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     show(rows)

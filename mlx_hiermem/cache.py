@@ -1,18 +1,23 @@
 """The block cache: blocks that were read stay in memory up to a byte budget, least recently used out first.
 
 Blocks of the pinned levels (level 1: few, and part of every path) leave only when nothing else is left to
-evict. A block is read from disk when a path first needs it and never before.
+evict. A block is read from disk when a path first needs it and never before. Whoever knows a path early can have
+its files read ahead (`prefetch`), into the system's page cache, where no array has to be made on another thread.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pathlib
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from mlx_hiermem.bank.bank import MemoryBank
-from mlx_hiermem.bank.block import FetchedMemory, MemoryBlock
+from mlx_hiermem.bank.block import FetchedMemory, MemoryBlock, block_name
 from mlx_hiermem.config import Path
 
 GENERIC = Path(())  # the control block's key: no cluster has the empty path
@@ -50,11 +55,8 @@ class BlockCache:
     def __post_init__(self) -> None:
         self._blocks: OrderedDict[Path, MemoryBlock] = OrderedDict()  # least recently used first
         self._lock = threading.Lock()
-
-    @property
-    def bytes(self) -> int:
-        """Resident bytes of all cached blocks."""
-        return sum(block.nbytes for block in list(self._blocks.values()))  # a copy: other threads ask too
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")  # started when it is first needed
+        self.bytes = 0  # of all cached blocks
 
     @property
     def blocks(self) -> int:
@@ -71,6 +73,12 @@ class BlockCache:
     def fetch_generic(self) -> Fetch:
         """The control block, through the same cache."""
         return self._fetch((GENERIC,))
+
+    def prefetch(self, path: Path) -> Future[None] | None:
+        """Has the files of a path's blocks read ahead on a thread; None where all are here, or on the hub."""
+        nodes = [node for node in self.bank.nodes_on(path) if node not in self]
+        files = [file for file in (self.bank.root / block_name(node) for node in nodes) if file.is_file()]
+        return self._reader.submit(read_ahead, files) if files else None
 
     def _fetch(self, nodes: tuple[Path, ...]) -> Fetch:
         with self._lock:
@@ -92,14 +100,28 @@ class BlockCache:
         if remote := self.bank.remote:
             self.stats.remote_fetches, self.stats.remote_bytes = remote.fetches, remote.bytes
         self._blocks[node] = block
+        self.bytes += block.nbytes
         return block
 
     def _evict(self, keep: Iterable[Path]) -> None:
-        size, kept = self.bytes, set(keep)
+        if self.bytes <= self.budget:
+            return
+        kept = set(keep)
         candidates = [node for node in self._blocks if node not in kept]
         candidates.sort(key=lambda node: len(node) in self.pinned_levels)  # stable: LRU order, pinned last
         for node in candidates:
-            if size <= self.budget:
+            if self.bytes <= self.budget:
                 return
-            size -= self._blocks.pop(node).nbytes
+            self.bytes -= self._blocks.pop(node).nbytes
             self.stats.evictions += 1
+
+
+def read_ahead(files: Iterable[pathlib.Path]) -> None:
+    """Reads files into the page cache. One that cannot be read is left to whoever needs it."""
+    buffer = bytearray(1 << 20)
+    for file in files:
+        with contextlib.suppress(OSError), file.open("rb", buffering=0) as stream:
+            if hasattr(os, "posix_fadvise"):  # the disk may go on while we copy
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+            while stream.readinto(buffer):
+                pass

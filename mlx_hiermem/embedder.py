@@ -20,9 +20,11 @@ from tokenizers import Tokenizer
 from mlx_hiermem.assets import ASSETS, Progress, fetch
 from mlx_hiermem.bank.bank import file_digest
 from mlx_hiermem.config import EmbedderIdentity
+from mlx_hiermem.cpu import attention, gelu
 from mlx_hiermem.errors import AssetError
 
 ASSET, WEIGHTS = "all-minilm-l6-v2", "model.safetensors"
+CPU_TOKENS = 2048  # in a batch on a CPU, at most, so that its activations stay in the cache
 # What this encoder implements; a folder that says otherwise is another model.
 EXPECTED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
 
@@ -78,45 +80,52 @@ class Embedder:
         """n texts -> [n, dim] float32 of length 1; of a long text the first `identity.max_tokens` tokens count."""
         encodings = self.tokenizer.encode_batch(list(texts))
         vectors = np.empty((len(encodings), self.dim), dtype=np.float32)
-        # Texts of like length share a batch, so that little of it is padding.
-        order = np.argsort([len(encoding) for encoding in encodings], kind="stable")
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+        # Texts of like length share a batch, so that little of it is padding; the longest come first.
+        order, start = np.argsort([-len(encoding) for encoding in encodings], kind="stable"), 0
+        while start < len(order):
+            most = max(1, CPU_TOKENS // len(encodings[order[start]])) if _on_cpu() else batch_size
+            batch = order[start : start + min(batch_size, most)]
             vectors[batch] = self._embed_batch([encodings[i].ids for i in batch])
+            start += len(batch)
         return vectors
 
     def _embed_batch(self, ids: list[list[int]]) -> np.ndarray:
-        longest = max(map(len, ids))
-        tokens = mx.array([row + [0] * (longest - len(row)) for row in ids])
-        real = mx.arange(longest) < mx.array([[len(row)] for row in ids])  # [B, T]
-        hidden = self._encode(tokens, real)
+        lengths = [len(row) for row in ids]
+        tokens = mx.array([row + [0] * (max(lengths) - len(row)) for row in ids])
+        real = mx.arange(max(lengths)) < mx.array(lengths)[:, None]  # [B, T]
+        hidden = self._encode(tokens, lengths)
         pooled = (hidden * real[..., None]).sum(1) / real.sum(1, keepdims=True)
         return np.array(pooled / mx.linalg.norm(pooled, axis=-1, keepdims=True))
 
-    def _encode(self, tokens: mx.array, real: mx.array) -> mx.array:
-        """[B, T] token ids and which of them are real -> [B, T, dim] hidden states of the last layer."""
+    def _encode(self, tokens: mx.array, lengths: list[int]) -> mx.array:
+        """[B, T] token ids, of which so many are real -> [B, T, dim] hidden states of the last layer."""
         embedding = {
             name: self.weights[f"embeddings.{name}_embeddings.weight"]
             for name in ("word", "position", "token_type")
         }
         x = embedding["word"][tokens] + embedding["position"][: tokens.shape[1]] + embedding["token_type"][0]
         x = self._norm(x, "embeddings")
-        mask = real[:, None, None, :]
         for index in range(self.config["num_hidden_layers"]):
             layer = f"encoder.layer.{index}"
-            x = self._norm(x + self._attention(x, mask, f"{layer}.attention"), f"{layer}.attention.output")
-            inner = nn.gelu(self._linear(x, f"{layer}.intermediate.dense"))
+            x = self._norm(x + self._attention(x, lengths, f"{layer}.attention"), f"{layer}.attention.output")
+            inner = self._linear(x, f"{layer}.intermediate.dense")
+            inner = gelu(inner) if _on_cpu() else nn.gelu(inner)
             x = self._norm(x + self._linear(inner, f"{layer}.output.dense"), f"{layer}.output")
         return x
 
-    def _attention(self, x: mx.array, mask: mx.array, name: str) -> mx.array:
+    def _attention(self, x: mx.array, lengths: list[int], name: str) -> mx.array:
         B, T, d = x.shape
         heads = self.config["num_attention_heads"]
         q, k, v = (
             self._linear(x, f"{name}.self.{part}").reshape(B, T, heads, -1).swapaxes(1, 2)
             for part in ("query", "key", "value")
         )
-        mixed = mx.fast.scaled_dot_product_attention(q, k, v, scale=(d // heads) ** -0.5, mask=mask)
+        scale = (d // heads) ** -0.5
+        if _on_cpu():
+            mixed = attention(scale * q, k, v, lengths)
+        else:
+            mask = (mx.arange(T) < mx.array(lengths)[:, None])[:, None, None, :]
+            mixed = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
         return self._linear(mixed.swapaxes(1, 2).reshape(B, T, d), f"{name}.output.dense")
 
     def _linear(self, x: mx.array, name: str) -> mx.array:
@@ -125,3 +134,7 @@ class Embedder:
     def _norm(self, x: mx.array, name: str) -> mx.array:
         weight, bias = (self.weights[f"{name}.LayerNorm.{part}"] for part in ("weight", "bias"))
         return mx.fast.layer_norm(x, weight, bias, self.config["layer_norm_eps"])
+
+
+def _on_cpu() -> bool:
+    return mx.default_device().type == mx.DeviceType.cpu

@@ -1,15 +1,16 @@
 """What a model needs on a device: whether it fits, what stays in memory, and how long a fetch would take.
 
 Sizes come from the model's own files. Speeds come from devices.json, where each figure has its source; times
-are arithmetic with them, not measurements, and are as good as the figures.
+are arithmetic with them (see `tiers`), not measurements, and are as good as the figures.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -17,6 +18,7 @@ from mlx_hiermem.anchor import read_config
 from mlx_hiermem.bank.bank import MANIFEST
 from mlx_hiermem.bank.manifest import BankManifest
 from mlx_hiermem.errors import HierMemError
+from mlx_hiermem.tiers import Stored, Tier, fetch_ms, flat_ms, place
 
 GIB = 1 << 30
 EMBEDDER_BYTES = 90_868_376  # all-MiniLM-L6-v2 in float32
@@ -38,8 +40,21 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Disk:
+    """An external disk: MB/s, and milliseconds to the first byte of a file."""
+
+    name: str
+    title: str
+    storage: Figure
+    access: Figure
+
+
+@dataclass(frozen=True)
 class Device:
-    """Memory in GiB and the share of it that one program may use; storage in MB/s, memory bandwidth in GB/s."""
+    """Memory in GiB and the share of it that one program may use; storage in MB/s, memory bandwidth in GB/s.
+
+    `access` is the storage's, in milliseconds a file.
+    """
 
     name: str
     title: str
@@ -47,19 +62,34 @@ class Device:
     share: Figure
     storage: Figure
     bandwidth: Figure
+    access: Figure = Figure(FILE_MS, "assumed", "opening a file and the first answer of the storage")
 
     @property
     def usable(self) -> int:
         """Bytes that the model and its program may take."""
         return int(self.memory.value * self.share.value * GIB)
 
+    def with_disk(self, disk: Disk) -> Device:
+        """This device with the bank on an external disk."""
+        title = f"{self.title}, the bank on a {disk.title}"
+        return replace(self, title=title, storage=disk.storage, access=disk.access)
+
+    def in_memory(self, room: float = math.inf) -> Tier:
+        """Blocks that are in memory, or that the system still has there: each byte is read and written once."""
+        return Tier("memory", self.bandwidth.value / 2, room=room)
+
+    @property
+    def on_storage(self) -> Tier:
+        """Blocks that have to be read from storage."""
+        return Tier("storage", self.storage.value / 1e3, self.access.value)
+
     def cold_ms(self, files: int, size: int) -> float:
         """Reading blocks from storage."""
-        return files * FILE_MS + size / (self.storage.value * 1e3)
+        return self.on_storage.milliseconds(size, files)
 
     def warm_ms(self, size: int) -> float:
-        """Reading blocks that the system still has in memory: every byte is read once and written once."""
-        return 2 * size / (self.bandwidth.value * 1e6)
+        """Reading blocks that are in memory."""
+        return self.in_memory().milliseconds(size)
 
 
 @dataclass(frozen=True)
@@ -141,6 +171,8 @@ class Plan:
     pinned_levels: int  # levels that fit as a whole, beside everything else at the shortest context
     contexts: tuple[Context, ...]
     fetches: tuple[Fetch, ...]
+    topic_ms: float  # a new topic's blocks, with the pinned levels in memory and the rest on storage
+    flat_ms: float  # as many bytes in one block of a flat bank on storage
     tokens_per_second: float  # at most: memory bandwidth over the bytes read for each token
 
     @property
@@ -161,19 +193,31 @@ class Plan:
 @cache
 def devices() -> Mapping[str, Device]:
     """The devices of devices.json by name."""
+    return {name: Device(name, **row) for name, row in _rows().items() if "memory" in row}
+
+
+@cache
+def disks() -> Mapping[str, Disk]:
+    """The external disks of devices.json by name."""
+    return {name: Disk(name, **row) for name, row in _rows().items() if "memory" not in row}
+
+
+def _rows() -> dict[str, dict[str, Any]]:
+    """Name -> title and figures."""
     rows = json.loads(pathlib.Path(__file__).with_name("devices.json").read_text(encoding="utf-8"))
-    figures = ("memory", "share", "storage", "bandwidth")
     return {
-        name: Device(name, row["title"], **{key: Figure(**row[key]) for key in figures})
+        name: {key: value if key == "title" else Figure(**value) for key, value in row.items()}
         for name, row in rows.items()
     }
 
 
-def device(name: str) -> Device:
-    """A device by name; HierMemError for one that the table lacks."""
+def device(name: str, disk: str = "") -> Device:
+    """A device by name, with the bank on an external disk if one is named; HierMemError for unknown ones."""
     if name not in devices():
         raise HierMemError(f"there is no device '{name}' in the table", f"Known: {', '.join(devices())}.")
-    return devices()[name]
+    if disk and disk not in disks():
+        raise HierMemError(f"there is no disk '{disk}' in the table", f"Known: {', '.join(disks())}.")
+    return devices()[name].with_disk(disks()[disk]) if disk else devices()[name]
 
 
 def measure(model: str | pathlib.Path) -> ModelSize:
@@ -258,28 +302,26 @@ def plan(model: ModelSize, on: Device, contexts: Sequence[int] = CONTEXTS) -> Pl
         left = on.usable - fixed - model.kv_bytes * length
         rows.append(Context(length, model.kv_bytes * length, left, model.paths_in(left)))
     read = model.anchor_bytes + model.path_bytes
+    stored = _stored(model, on, rows[0].left_bytes)
     return Plan(
         device=on,
         model=model,
         fixed_bytes=fixed,
-        pinned_levels=_pinned(model, rows[0].left_bytes),
+        pinned_levels=sum(level.tier.name == "memory" for level in stored),
         contexts=tuple(rows),
         fetches=tuple(_fetches(model, on)),
+        topic_ms=fetch_ms(stored),
+        flat_ms=flat_ms(stored, on.on_storage) if stored else 0.0,
         tokens_per_second=on.bandwidth.value * 1e9 / read if read else 0.0,
     )
 
 
-def _pinned(model: ModelSize, left: int) -> int:
-    """How many levels fit whole. Level 1 is in the fixed bytes already."""
+def _stored(model: ModelSize, on: Device, left: int) -> tuple[Stored, ...]:
+    """Where each level lies if the levels that fit whole are in memory. Level 1 is in the fixed bytes already."""
     if left < 0 or not model.has_bank:
-        return 0
-    pinned = 1
-    for level in model.levels[1:]:
-        left -= level.bytes
-        if left < 0:
-            break
-        pinned += 1
-    return pinned
+        return tuple(Stored(level.block_bytes, level.bytes, on.on_storage) for level in model.levels)
+    room = left + model.levels[0].bytes
+    return place([(level.block_bytes, level.bytes) for level in model.levels], (on.in_memory(room), on.on_storage))
 
 
 def _fetches(model: ModelSize, on: Device) -> list[Fetch]:

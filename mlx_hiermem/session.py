@@ -1,17 +1,19 @@
 """A conversation: its messages, the path it is on, and the KV cache that goes with that path.
 
 `turns` decides each turn's path. After a change of path only the first memory layer's inputs would still be
-right, so the whole prompt is prefilled again; on the same path the cache goes on. A conversation that outgrows
+right, so the prompt is prefilled again; on the same path the cache goes on. The caches of earlier paths are kept,
+within a budget: a conversation that returns to a topic computes what was said since. A conversation that outgrows
 the model's context loses its oldest turns, never its system message.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Generator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import AnchorError, BankError, HierMemError
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 Message = dict[str, str]
 
 FORMAT, VERSION = "mlx-hiermem-chat", 1
+EARLIER, EARLIER_BYTES = 8, 256 << 20  # KV caches of earlier paths that are kept at most
 KEPT = 0.75  # of the prompt's room is filled after turns were dropped, so that not every turn drops another
 
 
@@ -55,6 +58,9 @@ class Session:
         self._cache: list[Any] = []
         self._cached: list[int] = []  # the tokens whose keys and values are in the cache, as far as known
         self._key: tuple[str, ...] = ()  # the blocks that they were computed under
+        self._earlier = LRUPromptCache(EARLIER, EARLIER_BYTES)  # by the blocks and the tokens
+        self._drafted: tuple[Any, Turn] | None = None  # where the text goes that is being typed
+        self._ahead: Future[None] | None = None
 
     @property
     def context(self) -> int | None:
@@ -109,13 +115,34 @@ class Session:
 
     def route(self, text: str) -> Turn:
         """Where a question would go now. Raises BankError where there is no bank."""
+        if self._drafted and self._drafted[0] == self._routed_by(text):
+            return self._drafted[1]
         return route_turn(self.model.router, text, self.topic, self.blocked)
+
+    def draft(self, text: str) -> None:
+        """While a question is typed: routes it as far as it is there, and has its blocks read ahead.
+
+        Nothing is attached, and nothing is remembered but the route, for the case that the text stays as it is.
+        """
+        if self.memory != "fetched" or not text.strip():
+            return
+        turn = self.route(text)
+        self._drafted = self._routed_by(text), turn
+        if self._ahead:
+            self._ahead.cancel()  # if it has not begun
+        if self.model.cache:
+            self._ahead = self.model.cache.prefetch(turn.topic.path)
 
     def reset(self) -> None:
         """Forgets the conversation; the system message and the memory stay."""
         self.messages.clear()
         self.first, self.topic, self.turn = 0, None, None
         self._cache, self._cached = [], []
+        self._earlier.trim_to(n_sequences=0)
+
+    def _routed_by(self, text: str) -> tuple[Any, ...]:
+        """All that a route depends on."""
+        return text, self.topic, frozenset(self.blocked), self.model.router.policy
 
     def _prepare(self, text: str) -> list[int]:
         """Routes the question, attaches its memory and returns the prompt's tokens."""
@@ -168,8 +195,10 @@ class Session:
 
     def _reuse(self, tokens: list[int]) -> list[int]:
         """Makes the cache a prefix of `tokens`, as long as it can be; returns the tokens still to compute."""
+        if self._key != self.selection.blocks:
+            self._change_cache(tokens)
         shared = 0
-        if self._cache and self._key == self.selection.blocks:
+        if self._cache:
             known = self._cached[: self.kv_tokens]
             pairs = zip(known, tokens[:-1], strict=False)  # the last token is always computed
             shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(known), len(tokens) - 1))
@@ -178,8 +207,19 @@ class Session:
             self._cache, shared = make_prompt_cache(self.model.anchor), 0
         elif surplus:
             trim_prompt_cache(self._cache, surplus)
-        self._key, self.prefilled = self.selection.blocks, len(tokens) - shared
+        self.prefilled = len(tokens) - shared
         return tokens[shared:]
+
+    def _change_cache(self, tokens: list[int]) -> None:
+        """Puts the cache aside, for when this path comes again, and takes up what there is for the new path."""
+        known = self._cached[: self.kv_tokens]
+        surplus = self.kv_tokens - len(known)
+        if known and (not surplus or can_trim_prompt_cache(self._cache)):
+            trim_prompt_cache(self._cache, surplus)
+            self._earlier.insert_cache(self._key, known, self._cache)
+        self._key = self.selection.blocks
+        cache, rest = self._earlier.fetch_nearest_cache(self._key, tokens)
+        self._cache, self._cached = cache or [], tokens[: len(tokens) - len(rest)]
 
     def _check_cache(self) -> None:
         """A cache whose layers are not equally far is of no use: Ctrl-C can strike between two layers."""

@@ -12,7 +12,7 @@ from mlx_hiermem.anchor import identify
 from mlx_hiermem.bank.bank import MANIFEST, MemoryBank
 from mlx_hiermem.bank.block import block_name
 from mlx_hiermem.bank.manifest import BankManifest
-from mlx_hiermem.cache import BlockCache
+from mlx_hiermem.cache import BlockCache, read_ahead
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import AnchorError, AnchorMismatchError, BankError
 
@@ -62,6 +62,24 @@ def test_only_the_fetched_blocks_are_read(bank: MemoryBank) -> None:
     before = _bytes_read()
     assert cache.fetch(path).bytes_read == 0
     assert _bytes_read() - before == idle
+
+
+def test_a_path_is_read_ahead(bank: MemoryBank) -> None:
+    cache, path = BlockCache(bank), Path((1, 2))
+    files = [bank.root / block_name(node) for node in path.prefixes()]
+    with pytest.MonkeyPatch.context() as patch:
+        read, opened = list[pathlib.Path](), pathlib.Path.open
+        patch.setattr(pathlib.Path, "open", lambda file, *a, **k: read.append(file) or opened(file, *a, **k))
+        coming = cache.prefetch(path)
+        assert coming
+        coming.result(10)
+        assert read == files
+    assert (cache.blocks, cache.stats.misses) == (0, 0)
+    cache.fetch(Path((1,)))
+    assert cache.prefetch(Path((1,))) is None
+    files[1].unlink()
+    assert cache.prefetch(path) is None  # nothing is there to be read: the fetch will tell
+    read_ahead([files[1], files[0]])
 
 
 def test_cache_evicts_the_least_recently_used_and_keeps_level_1(bank: MemoryBank) -> None:

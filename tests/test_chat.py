@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -239,7 +240,8 @@ def test_why_names_sources_and_blocked_nodes(session: Session, capsys: pytest.Ca
     bank = session.model.bank
     assert bank
     entry = bank.manifest.blocks[Path((0,))]
-    bank.manifest.blocks[Path((0,))] = type(entry)(**{**vars(entry), "sources": tuple(f"s{i}" for i in range(11))})
+    many = replace(entry, sources=tuple(f"s{i}" for i in range(11)))
+    bank.manifest = replace(bank.manifest, blocks=bank.manifest.blocks | {many.path: many})
     bank.policy = session.model.router.policy = BankPolicy(frozenset([Path((0, 1))]))
     say(session, "about neon")
     text = command(session, "/why", capsys)
@@ -331,6 +333,31 @@ def test_typing(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None
     assert (tmp_path / "chat-history").stat().st_mode & 0o777 == 0o600
     (tmp_path / "file").touch()
     assert typed(f"one\r{CTRL_D}", monkeypatch, tmp_path / "file") == ["one"]
+
+
+def test_pauses_are_told_with_what_is_typed(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    monkeypatch.setenv("HIERMEM_CACHE", str(tmp_path))
+    monkeypatch.setattr(reader, "PAUSE", 0.05)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    told: list[str] = []
+    with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
+
+        def paused(text: str) -> None:
+            told.append(text)
+            pipe.send_text({"": "about ne", "about ne": "on", "about neon": "\r"}[text])
+
+        assert reader.reader(lambda: "", [], paused)() == "about neon"
+    assert told == ["", "about ne", "about neon"]
+
+
+def test_drafts_are_routed_but_commands_are_not(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    drafts: list[str] = []
+    monkeypatch.setattr(session, "draft", drafts.append)
+    paused = chat._draft(session)
+    for text in ("", "about ne", "/why", " about neon ", "\udcff"):
+        paused(text)
+    assert drafts == ["about ne", "about neon"]
 
 
 def test_pasted_lines_stay_together(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:

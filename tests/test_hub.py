@@ -244,7 +244,8 @@ def test_what_was_removed_here_does_not_come_back(shared: Repository, tmp_path: 
     out = tmp_path / "out"
     pull(REPO, out)
     manifest = MemoryBank.open(out / "bank").manifest
-    del manifest.blocks[Path((2, 1))]
+    blocks = {node: row for node, row in manifest.blocks.items() if node != (2, 1)}
+    manifest = dataclasses.replace(manifest, blocks=blocks)
     manifest.write(out / "bank/bank.json")
     (out / "bank" / block_name(Path((2, 1)))).unlink()
     pull(REPO, out)
@@ -478,7 +479,7 @@ def test_what_is_only_here_is_never_evicted(lazy: pathlib.Path, hub: HubServer) 
     content[-1] ^= 1
     file.write_bytes(content)
     entry = dataclasses.replace(bank.manifest.blocks[Path((1, 0))], sha256=file_digest(file))
-    bank.manifest.blocks[Path((1, 0))] = entry
+    bank.manifest = dataclasses.replace(bank.manifest, blocks=bank.manifest.blocks | {Path((1, 0)): entry})
     bank.manifest.write(lazy / "bank/bank.json")
     again = MemoryBank.open(lazy / "bank")
     again.read(Path.parse("1.1"))
@@ -491,7 +492,8 @@ def test_removed_block_does_not_come_back_to_who_opened_the_bank_before(
 ) -> None:
     before = MemoryBank.open(lazy / "bank")
     after = MemoryBank.open(lazy / "bank")
-    del after.manifest.blocks[Path((1, 0))]
+    blocks = {node: row for node, row in after.manifest.blocks.items() if node != (1, 0)}
+    after.manifest = dataclasses.replace(after.manifest, blocks=blocks)
 
     def remove() -> None:
         after.manifest.write(lazy / "bank/bank.json")

@@ -16,8 +16,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = "mlx_hiermem"
 
 # Each part may import the parts before it. A part is a module or a folder below mlx_hiermem/.
-ORDER = ["_blas", "errors", "config", "assets", "tree", "bank", "embedder", "cache", "router", "memory", "openlm"]
-ORDER += ["anchor", "share", "plan", "model", "turns", "session", "batch", "learn", "evaluate", "convert", "apps"]
+ORDER = ["_blas", "errors", "config", "assets", "tree", "bank", "cpu", "embedder", "cache", "router", "memory"]
+ORDER += ["openlm", "anchor", "share", "tiers", "plan", "model", "turns", "session", "batch", "learn", "evaluate"]
+ORDER += ["convert", "apps"]
 # Writing needs no cache; `verify` reads through it, to check what a model would be given.
 CONVERT_MAY_IMPORT = {
     "errors",

@@ -82,6 +82,27 @@ def test_times_are_the_stated_arithmetic() -> None:
     assert result.tokens_per_second == pytest.approx(51.2e9 / (2 * 163_510_016 + whole.bytes))
 
 
+def test_a_new_topic_beside_a_flat_bank() -> None:
+    phone, mac = (plan.plan(paper_model(), plan.device(name)) for name in ("iphone-15", "macbook-pro-16gb"))
+    level_2_and_3 = 2 * 53_760 * 80
+    expected = phone.device.warm_ms(2 * 53_760 * 256) + phone.device.cold_ms(2, level_2_and_3)
+    assert phone.topic_ms == pytest.approx(expected)  # level 1 is in memory
+    assert mac.topic_ms == pytest.approx(mac.device.warm_ms(2 * 18_063_360))  # all levels are
+    for result in (phone, mac):
+        assert result.flat_ms == pytest.approx(result.device.cold_ms(1, 2 * 18_063_360))
+        assert result.topic_ms < result.flat_ms / 2
+    assert plan.plan(plan.ModelSize("plain", 1, 1, 8), plan.device(PRO)).flat_ms == 0
+
+
+def test_a_bank_on_an_external_disk() -> None:
+    inside, outside = plan.device("macbook-air-8gb"), plan.device("macbook-air-8gb", "usb-hard-disk")
+    assert (outside.usable, outside.bandwidth) == (inside.usable, inside.bandwidth)
+    assert outside.cold_ms(2, 13_000_000) == pytest.approx(2 * 15 + 100)
+    assert "USB hard disk" in outside.title
+    with pytest.raises(HierMemError, match=r"no disk 'floppy' in the table. Known: usb-ssd, usb-hard-disk"):
+        plan.device("macbook-air-8gb", "floppy")
+
+
 def test_what_fits() -> None:
     size = paper_model()
     assert size.bank_bytes == 2 * 4_624_220_160
@@ -107,8 +128,10 @@ def test_a_bank_that_fits_whole(model: pathlib.Path) -> None:
 
 
 def test_every_figure_has_a_basis_and_a_source() -> None:
-    for device in plan.devices().values():
-        for figure in (device.memory, device.share, device.storage, device.bandwidth):
+    rows = [*plan.devices().values(), *plan.disks().values()]
+    for row in rows:
+        names = ("memory", "share", "storage", "bandwidth", "access")
+        for figure in (getattr(row, name) for name in names if hasattr(row, name)):
             assert figure.value > 0
             assert figure.basis in ("vendor", "measured", "reported", "assumed")
             assert len(figure.source) > 10
@@ -153,6 +176,8 @@ def test_command(model: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> Non
     for part in ("iPhone 15 Pro", "3.2 GB for one program (assumed)", "1024 tokens", "all 9", "the whole path"):
         assert part in text
     assert "in memory" in text
+    assert "a flat bank" in text
+    assert "on a USB SSD" in hiermem(capsys, model, "--device", PRO, "--disk", "usb-ssd")[1]
     text = hiermem(capsys, model, "--device", PRO, "--context", "99999")[1]
     assert "no more than" in text
     text = hiermem(capsys, model / "anchor", "--device", PRO)[1]
@@ -162,7 +187,9 @@ def test_command(model: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert data["device"]["storage"]["basis"] == "measured"
     assert len(json.loads(hiermem(capsys, model, "--json")[1])) == len(plan.devices())
     assert "developer.apple.com" in "".join(hiermem(capsys, "--list")[1].split())
-    assert len(json.loads(hiermem(capsys, "--list", "--json")[1])) == len(plan.devices())
+    listed = json.loads(hiermem(capsys, "--list", "--json")[1])
+    assert [row["name"] for row in listed] == [*plan.devices(), *plan.disks()]
+    assert all(name in hiermem(capsys, "--list")[1] for name in (*plan.devices(), *plan.disks()))
 
 
 def test_command_fails_in_one_line(model: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from mlx_hiermem.apps.server import listen
 from mlx_hiermem.apps.server.address import address, bind
 from mlx_hiermem.bank.block import block_name
 from mlx_hiermem.batch import MemoryBatch
+from mlx_hiermem.cache import BlockCache
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import HierMemError
 from mlx_hiermem.share.pull import pull
@@ -286,6 +287,29 @@ def test_time_is_up_in_a_stream(folder: pathlib.Path, gate: Gate) -> None:
             list(stream)
         gate.open()
         assert eventually(lambda: idle(running))
+
+
+def test_who_waits_for_room_has_its_blocks_read_ahead(
+    folder: pathlib.Path, gate: Gate, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path] = []
+    prefetch = BlockCache.prefetch
+
+    def noted(cache: BlockCache, path: Path) -> Any:
+        asked.append(path)
+        return prefetch(cache, path)
+
+    monkeypatch.setattr(BlockCache, "prefetch", noted)
+    with serving(lambda: tiny_model(folder), max_batch=1) as running:
+        first, second = (PROMPT | {"memory": memory} for memory in ("0.1", "1.2"))
+        taken = [pool.submit(running.json, "POST", COMPLETIONS, first)]
+        assert eventually(lambda: running.engine.active == 1)
+        taken.append(pool.submit(running.json, "POST", COMPLETIONS, second))
+        assert eventually(lambda: running.engine.queued == 1)
+        gate.let(1)
+        assert eventually(lambda: asked == [Path((1, 2))])  # there was room for the first
+        gate.open()
+        assert [each.result(30)[0] for each in taken] == [200, 200]
 
 
 # clients that leave, steps that fail

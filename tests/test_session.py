@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pathlib
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from tiny import Aimed, make_model
 
-from mlx_hiermem import load
+from mlx_hiermem import cache, load
 from mlx_hiermem.bank.policy import BankPolicy
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import BankError, HierMemError
@@ -135,16 +136,82 @@ def test_real_conversations_on_the_real_tree() -> None:
 
 
 def test_the_cache_goes_on_where_the_path_stays_and_not_where_it_changes(model: MemoryModel) -> None:
-    session = Session(model, max_tokens=6)
-    for text in ("about neon", "and its symbol?", "now iron", "and that?", "neon again"):
-        before = session.selection.blocks
+    session, seen = Session(model, max_tokens=6), dict[tuple[str, ...], list[int]]()
+    for text in ("about neon", "and its symbol?", "now iron", "and that?", "neon again", "iron again", "and that?"):
         reply = say(session, text)
         assert reply == alone(session)
-        whole = len(model.chat_tokens(session.messages[:-1]))
-        if session.selection.blocks == before:
-            assert session.prefilled < whole
-        else:
-            assert session.prefilled == whole
+        prompt = model.chat_tokens(session.messages[:-1])
+        # What was computed under these blocks before, as far as it is the same, is not computed again.
+        known = seen.get(session.selection.blocks, [])
+        pairs = zip(known, prompt[:-1], strict=False)
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        assert session.prefilled == len(prompt) - same
+        seen[session.selection.blocks] = session._cached[: session.kv_tokens]
+    assert same > 100  # back on iron
+
+
+def test_earlier_caches_keep_to_their_budget(model: MemoryModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session(model, max_tokens=6)
+    session._earlier.max_bytes = 1
+    for text in ("about neon", "now iron", "neon again"):
+        assert say(session, text) == alone(session)
+        assert session.prefilled == len(model.chat_tokens(session.messages[:-1]))
+        assert session._earlier.nbytes <= 1
+
+
+def test_reset_forgets_all_caches(model: MemoryModel) -> None:
+    session = Session(model, max_tokens=6)
+    for text in ("about neon", "now iron"):
+        say(session, text)
+    assert len(session._earlier) == 1
+    session.reset()
+    assert len(session._earlier) == 0
+    say(session, "about neon")
+    assert session.prefilled == len(model.chat_tokens(session.messages[:-1]))
+
+
+# drafts
+
+
+def test_a_draft_is_routed_and_read_ahead_and_changes_nothing(
+    model: MemoryModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, other = Session(model, max_tokens=6), Session(model, max_tokens=6)
+    assert model.cache
+    read, embedded = list[pathlib.Path](), list[str]()
+    monkeypatch.setattr(cache, "read_ahead", lambda files: read.extend(files))
+    embed = model.router.embedder.embed
+    monkeypatch.setattr(model.router.embedder, "embed", lambda texts: embedded.extend(texts) or embed(texts))
+    session.draft("about ir")
+    session.draft("about iron")
+    assert session._ahead
+    session._ahead.result(5)
+    assert {file.name for file in read[-2:]} == {"2.safetensors", "0.safetensors"}
+    assert (session.messages, session.topic, model.selection.blocks, model.cache.blocks) == ([], None, (), 0)
+    assert say(session, "about iron") == say(other, "about iron")
+    assert session.topic == other.topic
+    assert embedded == ["about ir", "about iron", "about iron"]  # the session took its draft's route
+    session.draft("and neon")  # all of its blocks are still to be read; now they are read for another session
+    say(other, "about neon")
+    assert model.cache.prefetch(A) is None
+
+
+def test_a_draft_routed_before_something_changed_is_routed_again(model: MemoryModel) -> None:
+    session = Session(model, max_tokens=6)
+    session.draft("about iron")
+    session.blocked = [Path((2, 0))]
+    say(session, "about iron")
+    assert session.selection.path != B
+    session = Session(model, max_tokens=6)
+    session.draft("and its symbol?")
+    alone = session.route("and its symbol?").topic
+    say(session, "about neon")
+    session.draft("and its symbol?")
+    assert session.route("and its symbol?").topic.path == A != alone.path
+    for memory in ("none", "0.1"):
+        session.use(memory)
+        session.draft("about iron")  # is not routed
+    assert session.selection.path == A
 
 
 def test_a_new_system_message_is_heeded(model: MemoryModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from mlx_hiermem.apps.cli.display import console, describe, notes, several, size
 from mlx_hiermem.apps.cli.share import parse_size
 
 if TYPE_CHECKING:
-    from mlx_hiermem.apps.cli.reader import Reader
+    from mlx_hiermem.apps.cli.reader import Paused, Reader
     from mlx_hiermem.session import Session
 
 WELCOME = "Ask something. /help lists commands, Ctrl-C stops a reply, Ctrl-D leaves."
@@ -54,7 +55,7 @@ def talk(session: Session) -> bool:
     from mlx_hiermem.apps.cli.reader import reader
     from mlx_hiermem.errors import HierMemError
 
-    read, well = reader(lambda: status_line(session, console.width), slash.names()), True
+    read, well = reader(lambda: status_line(session, console.width), slash.names(), _draft(session)), True
     if sys.stdin.isatty():
         (console if console.is_terminal else notes).print(WELCOME, style="dim")
     while (text := _next(read)) is not None:
@@ -69,6 +70,20 @@ def talk(session: Session) -> bool:
         except KeyboardInterrupt:
             console.print("[stopped]", style="dim", markup=False)
     return well
+
+
+def _draft(session: Session) -> Paused:
+    """What is done while the user thinks: the embedder is loaded, then drafts are routed and their blocks read."""
+    from mlx_hiermem.errors import HierMemError
+
+    def paused(text: str) -> None:
+        with contextlib.suppress(HierMemError):  # the question itself will tell
+            if session.memory == "fetched" and not text:
+                _ = session.model.router
+            elif not text.startswith("/"):
+                session.draft(utf8(text.strip()))
+
+    return paused
 
 
 def _next(read: Reader) -> str | None:

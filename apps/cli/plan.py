@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import typer
@@ -10,7 +11,16 @@ import typer
 from mlx_hiermem.apps.cli.display import console, size
 
 if TYPE_CHECKING:
-    from mlx_hiermem.plan import Device, Plan
+    from mlx_hiermem.plan import Device, Disk, Plan
+
+
+FIGURES = {
+    "memory": ("memory", "{:g} GB"),
+    "share": ("for one program", "{:.1%}"),
+    "storage": ("storage", "{:g} MB/s"),
+    "access": ("a file", "{:g} ms"),
+    "bandwidth": ("bandwidth", "{:g} GB/s"),
+}
 
 
 def plan(
@@ -18,6 +28,7 @@ def plan(
         "", help="Folder or hub id (nothing large is downloaded). Default: the last one used."
     ),
     device: str = typer.Option("", help="One device of --list. Default: a line for each."),
+    disk: str = typer.Option("", help="An external disk of --list, where the bank lies."),
     context: list[int] | None = typer.Option(
         None, min=1, help="Context length in tokens; may be given several times."
     ),
@@ -32,9 +43,9 @@ def plan(
     from mlx_hiermem.apps.cli import recent
 
     if show_list:
-        _show_devices(list(plans.devices().values()), as_json)
+        _show_devices([*plans.devices().values(), *plans.disks().values()], as_json)
         return
-    wanted = [plans.device(device)] if device else list(plans.devices().values())
+    wanted = [plans.device(name, disk) for name in ([device] if device else plans.devices())]
     measured = plans.measure(model or recent.preferred())
     results = [plans.plan(measured, one, context or plans.CONTEXTS) for one in wanted]
     if as_json:
@@ -48,7 +59,7 @@ def plan(
         _compare(results)
 
 
-def _show_devices(devices: list[Device], as_json: bool) -> None:
+def _show_devices(devices: Sequence[Device | Disk], as_json: bool) -> None:
     from dataclasses import asdict
 
     if as_json:
@@ -59,13 +70,9 @@ def _show_devices(devices: list[Device], as_json: bool) -> None:
     table = Table("device", "figure", "", "basis", box=None, header_style="dim")
     table.add_column("source", overflow="fold")  # an address must stay whole
     for device in devices:
-        rows = (
-            ("memory", f"{device.memory.value:g} GB", device.memory),
-            ("for one program", f"{device.share.value:.1%}", device.share),
-            ("storage", f"{device.storage.value:g} MB/s", device.storage),
-            ("bandwidth", f"{device.bandwidth.value:g} GB/s", device.bandwidth),
-        )
-        for number, (what, value, figure) in enumerate(rows):
+        figures = [(*FIGURES[key], getattr(device, key)) for key in FIGURES if hasattr(device, key)]
+        for number, (what, shown, figure) in enumerate(figures):
+            value = shown.format(figure.value)
             table.add_row("" if number else device.name, what, value, figure.basis, figure.source)
     console.print(table)
 
@@ -166,6 +173,10 @@ def _show_fetches(result: Plan) -> None:
     for fetch in result.fetches:
         table.add_row(fetch.what, str(fetch.files), size(fetch.bytes), _ms(fetch.cold_ms), _ms(fetch.warm_ms))
     console.print(table)
+    pinned = result.pinned_levels
+    kept = "nothing" if not pinned else "level 1" if pinned == 1 else f"levels 1–{pinned}"
+    console.print(f"\na new topic: {_ms(result.topic_ms)} with {kept} in memory")
+    console.print(f"the same bytes from a flat bank: {_ms(result.flat_ms)}")
 
 
 def _paths(cached: int, total: int) -> str:

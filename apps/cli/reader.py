@@ -8,21 +8,33 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from asyncio import TimerHandle
+
     from prompt_toolkit import PromptSession
+    from prompt_toolkit.buffer import Buffer
     from prompt_toolkit.history import History
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 Reader = Callable[[], str]  # raises EOFError at the end of input, KeyboardInterrupt at Ctrl-C
+Paused = Callable[[str], None]  # told of what is typed so far
 
 PROMPT, CONTINUED = "› ", "  "
+PAUSE = 0.25  # seconds without a key
 
 
-def reader(status: Callable[[], str], commands: Sequence[str]) -> Reader:
-    """A terminal reader where there is a terminal, else one that reads lines from standard input."""
+def reader(status: Callable[[], str], commands: Sequence[str], paused: Paused = lambda text: None) -> Reader:
+    """A terminal reader where there is a terminal, else one that reads lines from standard input.
+
+    In a terminal `paused` is called before anything is typed, with "", and whenever typing pauses.
+    """
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return read_plain
-    session = terminal(status, commands)
-    return lambda: session.prompt(PROMPT)
+    session = terminal(status, commands, paused)
+
+    def at_once() -> None:
+        _call_later(0.0, paused, "")
+
+    return lambda: session.prompt(PROMPT, pre_run=at_once)
 
 
 def read_plain() -> str:
@@ -37,13 +49,15 @@ def read_plain() -> str:
     return "\n".join(lines)
 
 
-def terminal(status: Callable[[], str], commands: Sequence[str]) -> PromptSession[str]:
+def terminal(
+    status: Callable[[], str], commands: Sequence[str], paused: Paused = lambda text: None
+) -> PromptSession[str]:
     """prompt_toolkit's reader: `status` is the bottom line, `commands` complete with Tab."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.styles import Style
 
-    return PromptSession(
+    session: PromptSession[str] = PromptSession(
         multiline=True,  # Enter is bound below; pasted lines stay together
         key_bindings=_keys(),
         history=_history(),
@@ -54,6 +68,27 @@ def terminal(status: Callable[[], str], commands: Sequence[str]) -> PromptSessio
         complete_while_typing=False,
         reserve_space_for_menu=0,
     )
+    _watch(session.default_buffer, paused)
+    return session
+
+
+def _watch(buffer: Buffer, paused: Paused) -> None:
+    """Calls `paused` on this thread, in the loop that waits for keys, once no key came for a while."""
+    timer: TimerHandle | None = None
+
+    def changed(buffer: Buffer) -> None:
+        nonlocal timer
+        if timer:
+            timer.cancel()
+        timer = _call_later(PAUSE, paused, buffer.text)
+
+    buffer.on_text_changed += changed
+
+
+def _call_later(seconds: float, paused: Paused, text: str) -> TimerHandle:
+    import asyncio
+
+    return asyncio.get_running_loop().call_later(seconds, paused, text)
 
 
 def _keys() -> KeyBindings:

@@ -190,6 +190,8 @@ class Engine:
             if missing:
                 self._pool.submit(self._bring, job, job.choice)
             else:
+                if self.model.cache and job.choice.path and not self.batch.room:
+                    self.model.cache.prefetch(job.choice.path)  # while it waits for room
                 self._ready.append(job)
 
     def _bring(self, job: Job, choice: Choice) -> None:

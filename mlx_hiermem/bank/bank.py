@@ -77,11 +77,11 @@ class MemoryBank:
 
     def nodes_on(self, path: Path) -> list[Path]:
         """The nodes of a path that have a block, level 1 first. A path may lead below them, or be ragged."""
-        return [node for node in path.prefixes() if node in self.manifest.blocks]
+        return [node for node in path.prefixes() if self.manifest.has_block(node)]
 
     def read(self, node: Path) -> MemoryBlock:
         """Reads one node's block, from the hub where it was left there."""
-        if node not in self.manifest.blocks:
+        if not self.manifest.has_block(node):
             raise BankError(f"the bank has no block {node}", "`hiermem route` shows the paths of a text.")
         if self.remote:
             self.remote.bring(node, block_name(node))

@@ -16,6 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_hiermem.bank.lanes import lane
 from mlx_hiermem.config import BIASES, SCALES, MemoryConfig, Path, Quantization
 from mlx_hiermem.errors import BankError
 
@@ -54,11 +55,12 @@ class FetchedMemory:
     def join(cls, config: MemoryConfig, blocks: Sequence[MemoryBlock]) -> FetchedMemory:
         """Concatenates blocks along axis 1 (arXiv:2510.02375, Eq. 2.2)."""
         joined = {}
-        for name in config.widths:
-            parts = [block.values(name) for block in blocks]
-            if name.endswith(".b"):
-                parts = [part * (config.alpha / part.shape[1]) for part in parts]
-            joined[name] = mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+        for number, name in enumerate(config.widths):
+            with lane(number):
+                parts = [block.values(name) for block in blocks]
+                if name.endswith(".b"):
+                    parts = [part * (config.alpha / part.shape[1]) for part in parts]
+                joined[name] = mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
         return cls(config, joined)
 
     @property

@@ -7,35 +7,14 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from mlx_hiermem.bank.table import BlockEntry, Blocks, incomplete, order, split
 from mlx_hiermem.config import AnchorIdentity, EmbedderIdentity, MemoryConfig, Path
 from mlx_hiermem.errors import AnchorMismatchError, BankError
 
 FORMAT, VERSION = "mlx-hiermem-bank", 1
-
-
-@dataclass(frozen=True)
-class BlockEntry:
-    """One row of the block table."""
-
-    path: Path
-    bytes: int
-    sha256: str
-    label: str = ""
-    documents: int = 0
-    tokens: int = 0
-    sources: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"path": str(self.path), "sources": list(self.sources)}
-
-    @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> BlockEntry:
-        path, sources = Path.parse(row["path"]), tuple(row.get("sources", ()))
-        return cls(**{**row, "path": path, "sources": sources})
 
 
 @dataclass(frozen=True)
@@ -51,16 +30,20 @@ class BankManifest:
     anchor: AnchorIdentity
     memory: MemoryConfig
     embedder: EmbedderIdentity
-    blocks: dict[Path, BlockEntry]
+    blocks: Blocks
     tree: FileEntry
     generic: FileEntry | None = None
     labels: dict[Path, str] = field(default_factory=dict)  # of nodes that have no block of their own
     recipe: dict[str, Any] = field(default_factory=dict)
     licence: str = ""
 
+    def has_block(self, node: Path) -> bool:
+        """Whether a node has a block. The table is not asked for levels that have none."""
+        sizes = self.memory.block_sizes
+        return 0 < len(node) <= len(sizes) and sizes[len(node) - 1] > 0 and node in self.blocks
+
     def label(self, node: Path) -> str:
-        entry = self.blocks.get(node)
-        return entry.label if entry else self.labels.get(node, "")
+        return self.blocks[node].label if self.has_block(node) else self.labels.get(node, "")
 
     def totals(self) -> dict[str, int]:
         sizes = self.memory.block_sizes
@@ -96,11 +79,11 @@ class BankManifest:
             "recipe": self.recipe,
             "licence": self.licence,
             "labels": {str(path): label for path, label in self.labels.items()},
-            "blocks": [entry.to_json() for entry in self.blocks.values()],
+            "blocks": [self.blocks[path].to_json() for path in sorted(self.blocks, key=order)],
         }
 
     def write(self, file: pathlib.Path) -> None:
-        """One block a line: the table stays readable, and its diffs small."""
+        """One block a line: the table stays readable, its diffs small, and a row is found quickly (see `table`)."""
         data = self.to_json()
         rows = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in data.pop("blocks"))
         head = json.dumps(data, indent=1, ensure_ascii=False)[:-2]
@@ -110,7 +93,8 @@ class BankManifest:
     def read(cls, file: pathlib.Path) -> BankManifest:
         """Raises BankError where the file is missing, damaged or of another version."""
         try:
-            data = json.loads(file.read_text(encoding="utf-8"))
+            parts = split(file)
+            data = json.loads(parts[0] if parts else file.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise BankError(f"no bank.json in {file.parent}", "Is this the bank/ folder of a model?") from error
         except (OSError, ValueError) as error:
@@ -127,7 +111,7 @@ class BankManifest:
                 anchor=AnchorIdentity(**data["anchor"]),
                 memory=MemoryConfig.from_json(data["memory"]),
                 embedder=EmbedderIdentity(**data["embedder"]),
-                blocks={entry.path: entry for entry in map(BlockEntry.from_json, data["blocks"])},
+                blocks=parts[1] if parts else {row.path: row for row in map(BlockEntry.from_json, data["blocks"])},
                 tree=FileEntry(**data["tree"]),
                 generic=FileEntry(**data["generic"]) if data.get("generic") else None,
                 labels={Path.parse(path): label for path, label in data.get("labels", {}).items()},
@@ -135,4 +119,4 @@ class BankManifest:
                 licence=data.get("licence", ""),
             )
         except (KeyError, TypeError, AttributeError) as error:
-            raise BankError(f"{file} is incomplete: {error!r}", "Convert or pull the bank again.") from error
+            raise incomplete(file, error) from error

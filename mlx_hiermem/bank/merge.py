@@ -122,7 +122,7 @@ def merge_policies(first: BankPolicy, second: BankPolicy) -> BankPolicy:
 
 def merge_manifests(above: BankManifest, below: BankManifest) -> BankManifest:
     """The rows of both, those of `above` where both have one; of recipes and licences that differ, both."""
-    blocks: dict[Path, BlockEntry] = below.blocks | above.blocks
+    blocks: dict[Path, BlockEntry] = {**below.blocks, **above.blocks}
     labels = {node: label for node, label in (below.labels | above.labels).items() if node not in blocks}
     recipe = above.recipe if above.recipe == below.recipe else {"merged": [above.recipe, below.recipe]}
     return replace(

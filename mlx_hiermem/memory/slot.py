@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_hiermem.bank.lanes import lane
 from mlx_hiermem.errors import AnchorError
 
 
@@ -30,7 +31,11 @@ class Slot:
 
     def fill(self, tensors: Sequence[mx.array]) -> None:
         """One layer's tensors, each [R, width], cast to what the carrier computes in."""
-        self.tensors, self.rows = tuple(tensor.astype(self.dtype) for tensor in tensors), None
+        cast = []
+        for number, tensor in enumerate(tensors):
+            with lane(number):
+                cast.append(tensor.astype(self.dtype))
+        self.tensors, self.rows = tuple(cast), None
 
     def clear(self) -> None:
         self.tensors, self.rows = (), None
