@@ -14,6 +14,8 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 SWIFT = apps/ios/swift.sh
 KIT = apps/ios/HierMemKit
 CHAT = apps/ios/HierMemChat/Sources
+# What is no measurement, or is given its corpus or model.
+OTHER = common banks learn_corpora editing evaluation_equality
 # What has a small form; the rest of benchmarks/ takes minutes however little is asked for.
 QUICK = fetch growth hidden_fetch swap decode minilm rag start
 
@@ -46,11 +48,11 @@ lint: setup  ## check style, format, types, and the page of commands
 elements: setup  ## train the bundled elements bank again from its corpus (about 40 minutes, resumes)
 	$(BIN)/python -m mlx_hiermem.apps.demo.recipe
 
-bench: setup  ## measure everything (hours; results in benchmarks/results/)
-	@for file in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)); do \
+bench: .venv/bench.stamp  ## measure everything (hours; results in benchmarks/results/)
+	@for file in $(filter-out $(OTHER:%=benchmarks/%.py),$(wildcard benchmarks/*.py)); do \
 		echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
-bench-quick: setup  ## measure speed in little (two minutes)
+bench-quick: .venv/bench.stamp  ## measure speed in little (two minutes)
 	@for name in $(QUICK); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
 
 .venv/bin/python:
@@ -65,3 +67,7 @@ bench-quick: setup  ## measure speed in little (two minutes)
 	$(PIP) install '$(TORCH)'
 	$(PIP) install -e '.[cpu,dev]'
 	@touch $@ .venv/demo.stamp
+
+.venv/bench.stamp: .venv/dev.stamp
+	$(PIP) install -e '.[cpu,bench]'
+	@touch $@
