@@ -8,7 +8,7 @@ import sys
 import pytest
 from tiny import make_anchor, make_bank, make_model
 
-COMMANDS = ("demo", "convert", "verify", "chat", "serve", "generate", "route", "plan")
+COMMANDS = ("demo", "convert", "verify", "chat", "serve", "generate", "route", "plan", "eval")
 
 
 def run(*arguments: str | pathlib.Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
