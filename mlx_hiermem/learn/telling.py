@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 from typing import Any, Protocol
 
 from mlx_hiermem.config import MemoryConfig
 from mlx_hiermem.learn.progress import Progress
-from mlx_hiermem.learn.stages import SKIPPED, Corpus
+from mlx_hiermem.learn.stages import Corpus
 from mlx_hiermem.learn.work import read_lines
+
+TOLD = 3  # of what was skipped; skipped.jsonl has all
 
 
 class Listener(Protocol):
@@ -29,7 +32,10 @@ class Listener(Protocol):
 
 def corpus_line(corpus: Corpus, skipped: int) -> str:
     line = f"{corpus.documents:,} documents in {corpus.count:,} windows"
-    return line + (f"; {skipped:,} skipped, see {corpus.work.path(SKIPPED)}" if skipped else "")
+    if not skipped:
+        return line
+    some = ", ".join(f"{one.what} ({one.why})" for one in itertools.islice(corpus.skipped(), TOLD))
+    return f"{line}; {skipped:,} skipped: {some}" + ", …" * (skipped > TOLD)
 
 
 def study_line(file: pathlib.Path) -> str:
