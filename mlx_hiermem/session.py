@@ -46,6 +46,7 @@ class Session:
     blocked: Collection[Path] = ()
     messages: list[Message] = field(default_factory=list)  # the user's and the assistant's
     topic: Topic | None = None
+    earlier: int = EARLIER  # KV caches of earlier paths that are kept at most
     turn: Turn | None = field(default=None, init=False)  # how the last question was routed, where it was
     first: int = field(default=0, init=False)  # of the messages, the first that is still shown to the model
     dropped: int = field(default=0, init=False)  # turns that the last question pushed out
@@ -58,7 +59,7 @@ class Session:
         self._cache: list[Any] = []
         self._cached: list[int] = []  # the tokens whose keys and values are in the cache, as far as known
         self._key: tuple[str, ...] = ()  # the blocks that they were computed under
-        self._earlier = LRUPromptCache(EARLIER, EARLIER_BYTES)  # by the blocks and the tokens
+        self._earlier = LRUPromptCache(self.earlier, EARLIER_BYTES)  # by the blocks and the tokens
         self._drafted: tuple[Any, Turn] | None = None  # where the text goes that is being typed
         self._ahead: Future[None] | None = None
 

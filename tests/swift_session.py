@@ -11,6 +11,7 @@ import json
 import pathlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,6 +60,10 @@ class Cache:
     @property
     def offset(self) -> int:
         return len(self.rows)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(row.nbytes for row in self.rows)
 
     def is_trimmable(self) -> bool:
         return True
@@ -195,12 +200,13 @@ def write_session(folder: pathlib.Path) -> None:
     tokenizer = Tokenizer.from_file(str(folder / "inputs/digits/tokenizer.json"))
     said = Said(bank.tree)
     model = TinyModel(bank, tokenizer, Router(bank.tree, said))
+    session = partial(Session, model, max_tokens=MAX_TOKENS, earlier=0)  # the app keeps one KV cache
     sessions = {
-        "routed": Session(model, system="Be brief.", max_tokens=MAX_TOKENS),
-        "blocked": Session(model, max_tokens=MAX_TOKENS, blocked=[Path((0, 1))]),
-        "generic": Session(model, "generic", max_tokens=MAX_TOKENS),
-        "path": Session(model, "1.2", max_tokens=MAX_TOKENS),
-        "none": Session(model, "none", max_tokens=MAX_TOKENS),
+        "routed": session(system="Be brief."),
+        "blocked": session(blocked=[Path((0, 1))]),
+        "generic": session("generic"),
+        "path": session("1.2"),
+        "none": session("none"),
     }
     golden = {
         "context": CONTEXT,
