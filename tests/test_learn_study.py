@@ -215,7 +215,7 @@ class TestStudy:
         monkeypatch.setattr(study_module, "TOGETHER", 5)
 
         def stop(done: int, total: int) -> None:
-            if done > 5:
+            if done > 10:  # in the last of three parts
                 raise KeyboardInterrupt
 
         other = StudySettings(**(QUICK.__dict__ | {"seed": 1}))
