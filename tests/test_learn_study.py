@@ -191,7 +191,7 @@ def _tokenizer() -> Tokenizer:
 
 class TestStudy:
     def test_smollm2_asks_for_what_the_villages_make(self, corpus: Corpus, smollm2_teacher: Teacher) -> None:
-        study(corpus.work, corpus, smollm2_teacher, "smollm2", QUICK)
+        study(corpus.work, corpus, lambda: smollm2_teacher, "smollm2", QUICK)
         rows = list(read_lines(corpus.work.path(STUDY)))
         texts = [one.text for one in corpus.windows()]
         assert [row["window"] for row in rows] == sorted(row["window"] for row in rows)
@@ -206,34 +206,34 @@ class TestStudy:
         self, corpus: Corpus, tiny: Teacher, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(study_module, "TOGETHER", 5)
-        study(corpus.work, corpus, tiny, "tiny", QUICK)
+        study(corpus.work, corpus, lambda: tiny, "tiny", QUICK)
         whole = corpus.work.path(STUDY).read_text()
         again = Corpus(Work(corpus.work.folder), corpus.digest)
         monkeypatch.setattr(study_module, "_studied", _must_not_run)
-        study(again.work, again, tiny, "tiny", QUICK)  # done: nothing runs
+        study(again.work, again, lambda: tiny, "tiny", QUICK)  # done: nothing runs
         monkeypatch.undo()
         monkeypatch.setattr(study_module, "TOGETHER", 5)
 
         def stop(done: int, total: int) -> None:
-            if done > 5:
+            if done > 10:  # in the last of three parts
                 raise KeyboardInterrupt
 
         other = StudySettings(**(QUICK.__dict__ | {"seed": 1}))
         with pytest.raises(KeyboardInterrupt):
-            study(again.work, again, tiny, "tiny", other, stop)
+            study(again.work, again, lambda: tiny, "tiny", other, stop)
         seen: list[int] = []
         own = study_module._studied
         monkeypatch.setattr(study_module, "_studied", lambda some, *a: seen.append(len(some)) or own(some, *a))
-        study(again.work, again, tiny, "tiny", other)
+        study(again.work, again, lambda: tiny, "tiny", other)
         assert seen == [COUNT - 10]
         went_on = again.work.path(STUDY).read_text()
-        study(again.work, again, tiny, "tiny", QUICK)
+        study(again.work, again, lambda: tiny, "tiny", QUICK)
         assert again.work.path(STUDY).read_text() == whole
-        study(again.work, again, tiny, "tiny", other)
+        study(again.work, again, lambda: tiny, "tiny", other)
         assert again.work.path(STUDY).read_text() == went_on
 
     def test_without_self_study_there_is_no_file(self, corpus: Corpus, tiny: Teacher) -> None:
-        study(corpus.work, corpus, tiny, "tiny", QUICK)
+        study(corpus.work, corpus, lambda: tiny, "tiny", QUICK)
         first = corpus.work.path(STUDY).exists()
         study(corpus.work, corpus, None, "")
         assert (first, corpus.work.path(STUDY).exists()) == (True, False)
@@ -243,7 +243,7 @@ class TestStudy:
             def finds(self, beginning: str, asked: object, others: object) -> list[float]:
                 return [-math.inf for _ in asked]  # type: ignore[attr-defined]
 
-        study(corpus.work, corpus, Blind(tiny.model, tiny.tokenizer), "blind", QUICK)
+        study(corpus.work, corpus, lambda: Blind(tiny.model, tiny.tokenizer), "blind", QUICK)
         rows = list(read_lines(corpus.work.path(STUDY)))
         assert rows
         assert not any(row.get("question") for row in rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import itertools
 import json
 import os
@@ -81,8 +82,10 @@ class Stages:
 
 def find_teacher(
     name: str | None, model: nn.Module, tokenizer: Any, anchor: AnchorIdentity
-) -> tuple[Teacher | None, str]:
-    """Who studies, and how it is known again: the anchor (""), a model that mlx-lm loads, or nobody (None)."""
+) -> tuple[Callable[[], Teacher] | None, str]:
+    """What loads who studies, and its name: the anchor (""), a model that mlx-lm loads, or nobody (None)."""
     if name is None:
         return None, ""
-    return (load_teacher(name), name) if name else (Teacher(model, tokenizer), anchor.weights_digest)
+    if name:
+        return functools.partial(load_teacher, name), name
+    return functools.partial(Teacher, model, tokenizer), anchor.weights_digest

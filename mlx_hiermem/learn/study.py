@@ -18,6 +18,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from mlx_hiermem.learn import Window
@@ -36,6 +37,7 @@ EXAMPLE = (  # tells the model that answers are short
     "Question: In which year was penicillin found?\nAnswer: 1928\n\n"
 )
 Progress = Callable[[int, int], None]
+Share = Callable[[float], None]
 
 
 @dataclass(frozen=True)
@@ -63,15 +65,15 @@ class Tried:
 def study(
     work: Work,
     corpus: Corpus,
-    teacher: Teacher | None,
+    teacher: Callable[[], Teacher] | None,
     identity: str,
     settings: StudySettings = StudySettings(),
     progress: Progress = lambda done, total: None,
 ) -> str:
     """Stage `study`: writes study.jsonl and returns its digest; without a teacher there is none.
 
-    `identity` names the teacher, `progress` counts windows. An interrupted stage goes on with the first windows
-    that were not studied together.
+    `teacher` loads it, `identity` names it; `progress` counts windows. An interrupted stage goes on with the first
+    windows that were not studied together.
     """
     if teacher is None:
         return work.stage("study", None, [corpus.digest], lambda: work.path(STUDY).unlink(missing_ok=True))
@@ -80,12 +82,13 @@ def study(
         parts = work.path("study.parts")
         mark = hashlib.sha256(json.dumps([corpus.digest, identity, asdict(settings)]).encode()).hexdigest()[:16]
         parts.mkdir(exist_ok=True)
-        files, done = [], 0
+        loaded, files, done = teacher(), [], 0
         for number, some in enumerate(_together(corpus)):
             file = parts / f"{mark}-{number}.jsonl"
             if not file.exists():
                 rng = random.Random(f"{settings.seed} {number}")
-                write_lines(file, _studied(some, teacher, settings, rng))
+                tell = partial(_told, progress, done, len(some), corpus.count)
+                write_lines(file, _studied(some, loaded, settings, rng, tell))
             files.append(file)
             done += len(some)
             progress(done, corpus.count)
@@ -95,6 +98,15 @@ def study(
         parts.rmdir()
 
     return work.stage("study", [identity, asdict(settings)], [corpus.digest], make)
+
+
+def _told(progress: Progress, done: int, together: int, total: int, share: float) -> None:
+    """Of the windows that are studied together, a share."""
+    progress(done + int(share * together), total)
+
+
+def _half(tell: Share, second: int, share: float) -> None:
+    tell((second + share) / 2)
 
 
 def _together(corpus: Corpus) -> Iterator[list[tuple[Window, str]]]:
@@ -109,17 +121,22 @@ def _together(corpus: Corpus) -> Iterator[list[tuple[Window, str]]]:
 
 
 def _studied(
-    windows: Sequence[tuple[Window, str]], teacher: Teacher, settings: StudySettings, rng: random.Random
+    windows: Sequence[tuple[Window, str]],
+    teacher: Teacher,
+    settings: StudySettings,
+    rng: random.Random,
+    tell: Share,
 ) -> Iterator[dict[str, Any]]:
-    """The rows of some windows."""
+    """The rows of some windows. `tell` is told which share of the work is done."""
     by_window = {window.id: facts(window, subject) for window, subject in windows}
     shapes = defaultdict[str, list[Fact]](list)
     for own in by_window.values():
         for fact in own:
             shapes[fact.shape].append(fact)
-    invented = _invent(shapes, teacher, settings, rng)
+    invented = _invent(shapes, teacher, settings, rng, partial(_half, tell, 0))
     answers = {number: list(dict.fromkeys(fact.answer for fact in own)) for number, own in by_window.items()}
-    kept = _try(shapes, invented, {window.id: window for window, _ in windows}, answers, teacher, settings, rng)
+    tries = _Tries(teacher, {window.id: window for window, _ in windows}, answers, partial(_half, tell, 1))
+    kept = _try(shapes, invented, tries, settings, rng)
     for window, _ in windows:
         asked = set[str]()  # a question that would fit two facts is about the first one
         for fact in by_window[window.id]:
@@ -129,11 +146,11 @@ def _studied(
 
 
 def _invent(
-    shapes: dict[str, list[Fact]], teacher: Teacher, settings: StudySettings, rng: random.Random
+    shapes: dict[str, list[Fact]], teacher: Teacher, settings: StudySettings, rng: random.Random, tell: Share
 ) -> dict[str, list[Wording]]:
     """Wordings for each shape: many where it is common, by the first few patterns elsewhere."""
     found: dict[str, list[Wording]] = {shape: [] for shape in shapes}
-    for common in (True, False):
+    for rare, common in enumerate((True, False)):
         some = [
             rng.sample(own, min(len(own), settings.invented if common else 1))
             for own in shapes.values()
@@ -144,17 +161,40 @@ def _invent(
             for facts, names in zip(some, names_of(teacher, some, common, settings.seed), strict=True)
             for i, name in enumerate(names if common else names[:1])
         ]
-        for (fact, _, _), new in zip(asked, wordings(teacher, asked), strict=True):
+        half = partial(_half, tell, rare)
+        lines = wordings(teacher, asked, half)
+        for (fact, _, _), new in zip(asked, lines, strict=True):
             found[fact.shape] += [wording for wording in new if wording not in found[fact.shape]]
     return found
+
+
+@dataclass(frozen=True)
+class _Tries:
+    """Asks a teacher with windows before it."""
+
+    teacher: Teacher
+    windows: dict[int, Window]
+    answers: dict[int, list[str]]  # of each window, all
+    tell: Share
+
+    def log_ps(self, asked: Sequence[tuple[Fact, Wording]]) -> Iterator[tuple[Fact, Wording, float]]:
+        """Of each fact's answer; -inf where another answer of its window is likelier."""
+        by_window = defaultdict[int, list[tuple[Fact, Wording]]](list)
+        for fact, wording in asked:
+            by_window[fact.window].append((fact, wording))
+        for done, (number, own) in enumerate(by_window.items(), 1):
+            prompts = [(_prompt(wording, fact.subject), fact.answer) for fact, wording in own]
+            beginning = f"{EXAMPLE}{self.windows[number].text}\n\n"
+            found = self.teacher.finds(beginning, prompts, self.answers[number])
+            for (fact, wording), log_p in zip(own, found, strict=True):
+                yield fact, wording, log_p
+            self.tell(done / len(by_window))
 
 
 def _try(
     shapes: dict[str, list[Fact]],
     invented: dict[str, list[Wording]],
-    windows: dict[int, Window],
-    answers: dict[int, list[str]],
-    teacher: Teacher,
+    tries: _Tries,
     settings: StudySettings,
     rng: random.Random,
 ) -> dict[str, list[Tried]]:
@@ -164,18 +204,14 @@ def _try(
         (shape, wording): [] for shape, own in invented.items() for wording in own
     }
     for first, last in ((0, FIRST_TRIES), (FIRST_TRIES, settings.tried)):
-        tries = defaultdict[int, list[tuple[Fact, Wording]]](list)
-        for (shape, wording), log_ps in results.items():
-            if not log_ps or _right(log_ps) >= settings.right:
-                for fact in order[shape][first:last]:
-                    tries[fact.window].append((fact, wording))
-        for number, asked in tries.items():
-            prompts = [(_prompt(wording, fact.subject), fact.answer) for fact, wording in asked]
-            beginning = f"{EXAMPLE}{windows[number].text}\n\n"
-            for (fact, wording), log_p in zip(
-                asked, teacher.finds(beginning, prompts, answers[number]), strict=True
-            ):
-                results[fact.shape, wording].append(log_p)
+        asked = [
+            (fact, wording)
+            for (shape, wording), log_ps in results.items()
+            if not log_ps or _right(log_ps) >= settings.right
+            for fact in order[shape][first:last]
+        ]
+        for fact, wording, log_p in tries.log_ps(asked):
+            results[fact.shape, wording].append(log_p)
     kept: dict[str, list[Tried]] = {shape: [] for shape in shapes}
     for (shape, wording), log_ps in results.items():
         if _right(log_ps) >= settings.right:

@@ -6,7 +6,8 @@ The prompts share a beginning, which is read once. Any model of mlx-lm will do; 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import pathlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +31,16 @@ class Teacher:
     tokenizer: Any
 
     def lines(
-        self, asked: Sequence[tuple[str, str]], tokens: int, temperature: float = 0.0, seed: int = 0
+        self,
+        asked: Sequence[tuple[str, str]],
+        tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        tell: Callable[[float], None] = lambda share: None,
     ) -> list[str]:
         """What the model writes after each (beginning, prompt), up to the end of the line or so many tokens.
 
-        A beginning that several prompts share is read once.
+        A beginning that several prompts share is read once. `tell` is told the share that is done.
         """
         mx.random.seed(seed)
         caches = {beginning: self._read(beginning) for beginning in dict.fromkeys(b for b, _ in asked)}
@@ -45,6 +51,7 @@ class Teacher:
             lines = self._write([(caches[asked[i][0]], asked[i][1]) for i in some], tokens, temperature)
             for i, line in zip(some, lines, strict=True):
                 written[i] = line
+            tell((start + len(some)) / len(order))
         return written
 
     def _read(self, beginning: str) -> tuple[list[Any], list[int]]:
@@ -112,9 +119,11 @@ class Teacher:
 
 
 def load_teacher(name: str) -> Teacher:
-    """A model by its folder or hub id. Raises AnchorError where mlx-lm cannot load it."""
+    """A model by its folder (a memory model's too) or hub id. Raises AnchorError where mlx-lm cannot load it."""
     from mlx_lm import load
 
+    if (inside := pathlib.Path(name) / "anchor").is_dir():
+        name = str(inside)
     try:
         model, tokenizer = load(name)[:2]
     except Exception as error:  # mlx-lm raises whatever the hub, the files or the architecture give rise to

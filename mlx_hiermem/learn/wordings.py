@@ -10,7 +10,7 @@ subjects of everyday knowledge, and continues it with the subject and each of th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from mlx_hiermem.learn.facts import SUBJECT, Fact, without
@@ -134,15 +134,19 @@ def _unique(names: Iterable[str], fact: Fact) -> list[str]:
     return [name for name in kept if name and fact.answer.lower() not in name.split()]
 
 
-def wordings(teacher: Teacher, asked: Sequence[tuple[Fact, str, Sequence[int]]]) -> list[list[Wording]]:
-    """For each (fact, what is asked for, numbers of patterns) its wordings."""
+def wordings(
+    teacher: Teacher,
+    asked: Sequence[tuple[Fact, str, Sequence[int]]],
+    tell: Callable[[float], None] = lambda share: None,
+) -> list[list[Wording]]:
+    """For each (fact, what is asked for, numbers of patterns) its wordings; `tell` is told the share done."""
     tasks = [
         (i, number, _shown(number), f"{fact.subject}, {what}:")
         for i, (fact, what, numbers) in enumerate(asked)
         for number in numbers
     ]
     found: list[list[Wording]] = [[] for _ in asked]
-    lines = teacher.lines([(shown, prompt) for _, _, shown, prompt in tasks], LINE)
+    lines = teacher.lines([(shown, prompt) for _, _, shown, prompt in tasks], LINE, tell=tell)
     for (i, number, _, _), line in zip(tasks, lines, strict=True):
         wording = Wording(without(asked[i][0].subject, line), PATTERNS[number][1])
         if wording not in found[i] and _is_whole(wording, asked[i][0]):
