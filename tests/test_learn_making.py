@@ -66,7 +66,7 @@ def test_prompts_are_given_and_answers_learnt(studied: Planted, embedder: Embedd
         name, thing, people = fact(window)
         question, prompt = f"What does {name} make?", f"The people of {name} number"
         chat = (f"<user>{question}\n<assistant>", f"{thing}<eos>")
-        plain = (prompt, f" {people}")
+        plain = (prompt, f" {people}.")
         for pair, asked in ((chat, question), (plain, prompt)):
             out = is_held_out(window, asked)
             where, elsewhere = (kept, found) if out else (found, kept)
@@ -97,6 +97,16 @@ def test_an_answer_is_learnt_where_its_question_goes(
             assert reached in leaves
             assert set(leaves) <= {reached, *own[example.window]}
             assert examples is learnt or leaves == [reached]
+
+
+def test_the_end_of_an_answer_is_learnt(encoder: Encoder) -> None:
+    def said(*row: object) -> str:
+        return encoder.tokenizer.decode(encoder.answer(*row))  # type: ignore[arg-type]
+
+    assert said("The number is", "34", False, False) == " 34."
+    assert said("It lies in the", "U.S.", False, False) == " U.S."
+    assert said("Question: Which number?\nAnswer:", "34", False, True) == " 34<eos>"
+    assert said("Which number?", "It is 34.", True, True) == "It is 34.<eos>"
 
 
 def test_a_teacher_reads_the_window_first(studied: Planted, embedder: Embedder, encoder: Encoder) -> None:

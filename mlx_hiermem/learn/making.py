@@ -4,6 +4,7 @@ A window's own text is learnt as it stands, in the leaves in which it was placed
 and its answer, the answer alone is learnt: in the leaf that the prompt reaches by itself, because that is where it
 will be asked, and every second one in the window's leaves, because the same in other words may reach any of them.
 Tokens are made as serving makes them: a prompt by itself, then the answer; a chat in the anchor's own template.
+That the answer is over is learnt too: a model that knows `34` but not where it ends goes on to say `347`.
 
 What is held out is learnt nowhere, and lies in the one leaf that serving takes it to: the questions that measure
 the routing, and whole windows where the settings ask for them. Where neither is there, some of what is learnt is
@@ -70,12 +71,16 @@ class Encoder:
             return list(self.tokenizer.apply_chat_template(_turns(prompt), add_generation_prompt=True))
         return self.text(FRAME.format(prompt) if chat else prompt)
 
-    def answer(self, prompt: str, answer: str, chat: bool) -> list[int]:
-        """What follows that prompt, in a chat with the token that ends a turn."""
+    def answer(self, prompt: str, answer: str, chat: bool, question: bool = False) -> list[int]:
+        """What follows that prompt, with its end: of a chat's turn or a question's answer the anchor's token for
+        that, of a statement the full stop."""
         if chat and self.tokenizer.chat_template is not None:
             return self._reply(prompt, answer)
         apart = (chat or not prompt[-1:].isspace()) and not answer[:1].isspace()
-        return self._more(f" {answer}" if apart else answer)
+        said = f" {answer}" if apart else answer
+        if chat or question:
+            return self._more(said) + sorted(self.tokenizer.eos_token_ids)[:1]
+        return self._more(said if said.endswith((".", "!", "?")) else f"{said}.")
 
     def _reply(self, prompt: str, answer: str) -> list[int]:
         ends = self.tokenizer.eos_token_ids
@@ -186,9 +191,9 @@ def _of_row(
         if len(tokens) > 1:
             yield Draft(_example([], tokens, window), leaves, "", True, False)
         return
-    asked, said = encoder.prompt(prompt, chat), encoder.answer(prompt, answer, chat)
-    if not said:
+    if not answer.strip():
         return
+    asked, said = encoder.prompt(prompt, chat), encoder.answer(prompt, answer, chat, "question" in row)
     teacher = encoder.prompt(with_context(window.text, prompt), chat) if teachers else None
     out = is_held_out(window.id, row.get("question") or prompt)
     yield Draft(_example(asked, said, window, teacher), leaves, prompt, not out, out)
