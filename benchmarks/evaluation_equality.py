@@ -4,7 +4,8 @@
 
 The other side is written from LLM-Foundry's rules alone: it reads the task files, builds each prompt, computes
 every pair of context and continuation whole, one at a time, with PyTorch, and generates without stopping early.
-DATA has the task files (lambada_openai, piqa, winograd, wikitext2_raw_test.txt) and questions (elements_qa.jsonl).
+DATA has the task files (lambada_openai, piqa, winograd, triviaqa_sm_sub, wikitext2_raw_test) and questions
+(elements_qa.jsonl).
 Writes benchmarks/results/evaluation_equality.json.
 """
 
@@ -93,6 +94,18 @@ def _chosen(losses: list[list[float]], gold: int) -> Found:
     return {"accuracy": float(means.index(min(means)) == gold), "scores": [sum(one) for one in losses]}
 
 
+def plain(text: str) -> str:
+    """LLM-Foundry's normalisation."""
+    text = re.sub(r"[!-/:-@[-`{-~‘’´]", " ", text.replace("_", " ").lower())
+    return " ".join(word for word in text.split() if word not in ("a", "an", "the"))
+
+
+def generation(ref: Reference, row: Found, before: str) -> Found:
+    reply = ref.reply(ref.tokens(before) + ref.tokens(f"\n{row['context'].strip()}"), 24)
+    names = [plain(name) for name in (row["answer"], *row["aliases"])]
+    return {"accuracy": float(plain(reply).startswith(tuple(names)))}
+
+
 def questions(ref: Reference, row: Found, _: str) -> Found:
     reply = ref.reply(ref.tokens(row["prompt"]), 16)
     if row["answer"].isdecimal():
@@ -111,6 +124,7 @@ KINDS = {
     "language_modeling": ("lambada_openai.jsonl", language_modeling),
     "multiple_choice": ("piqa.jsonl", multiple_choice),
     "schema": ("winograd.jsonl", schema),
+    "generation": ("triviaqa_sm_sub.jsonl", generation),
     "questions": ("elements_qa.jsonl", questions),
     "perplexity": ("paragraphs.jsonl", perplexity),
 }
@@ -122,12 +136,21 @@ def paragraphs(text: pathlib.Path, out: pathlib.Path) -> None:
     out.write_text("".join(json.dumps({"text": line}) + "\n" for line in found[:400]), encoding="utf-8")
 
 
+def answerable(rows: pathlib.Path, out: pathlib.Path) -> None:
+    """Without the row whose alias is empty once normalised: any reply begins with that."""
+    found = rows.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = (line for line in found if all(map(plain, json.loads(line)["aliases"])))
+    out.write_text("".join(kept), encoding="utf-8")
+
+
 def measure(model: pathlib.Path, data: pathlib.Path, kind: str, count: int, folder: pathlib.Path) -> Found:
     """Both sides of one kind."""
     name, score = KINDS[kind]
     file = next(data.rglob(name), folder / name)
     if kind == "perplexity":
         paragraphs(next(data.rglob("wikitext2_raw_test.txt")), file)
+    if kind == "generation":
+        answerable(file, file := folder / name)
     known = {task.file.name: task for task in find_tasks(["all"], file.parent)} if kind in _PAPERS else {}
     task = known.get(name) or Task(kind, kind, file)
     start = time.process_time()
@@ -140,6 +163,8 @@ def measure(model: pathlib.Path, data: pathlib.Path, kind: str, count: int, fold
     before = [""] * len(rows)
     if kind == "schema":
         before = shots(rows, 3, lambda row: f"{row['context_options'][row['gold']]} {row['continuation'].strip()}")
+    if kind == "generation":
+        before = shots(rows, 3, lambda row: f"{row['context'].strip()} {row['answer'].strip()}")
     differ, worst, asked = 0, 0.0, [row for row in run.rows if "#" not in row["id"]]
     for ours in asked:
         theirs = score(ref, rows[ours["line"] - 1], before[ours["line"] - 1])
@@ -152,7 +177,7 @@ def measure(model: pathlib.Path, data: pathlib.Path, kind: str, count: int, fold
     return counts | {"cpu seconds": seconds}
 
 
-_PAPERS = ("language_modeling", "multiple_choice", "schema")
+_PAPERS = ("language_modeling", "multiple_choice", "schema", "generation")
 
 
 def main() -> None:

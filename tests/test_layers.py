@@ -16,7 +16,20 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = "mlx_hiermem"
 
 # Each part may import the parts before it. A part is a module or a folder below mlx_hiermem/.
-ORDER = ["_blas", "errors", "config", "assets", "tree", "bank", "cpu", "embedder", "cache", "router", "memory"]
+ORDER = [
+    "_blas",
+    "_malloc",
+    "errors",
+    "config",
+    "assets",
+    "tree",
+    "bank",
+    "cpu",
+    "embedder",
+    "cache",
+    "router",
+    "memory",
+]
 ORDER += ["openlm", "anchor", "share", "tiers", "plan", "model", "turns", "session", "batch", "learn", "evaluate"]
 ORDER += ["convert", "apps"]
 # Writing needs no cache; `verify` reads through it, to check what a model would be given.
