@@ -15,7 +15,7 @@ SWIFT = apps/ios/swift.sh
 KIT = apps/ios/HierMemKit
 CHAT = apps/ios/HierMemChat/Sources
 # What is no measurement, or is given its corpus or model.
-OTHER = common banks learn_corpora editing evaluation_equality
+OTHER = common banks learn_corpora editing evaluation_equality plot
 # What has a small form; the rest of benchmarks/ takes minutes however little is asked for.
 QUICK = fetch growth hidden_fetch swap decode minilm rag start
 
@@ -51,6 +51,7 @@ elements: setup  ## train the bundled elements bank again from its corpus (about
 bench: .venv/bench.stamp  ## measure everything (hours; results in benchmarks/results/)
 	@for file in $(filter-out $(OTHER:%=benchmarks/%.py),$(wildcard benchmarks/*.py)); do \
 		echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	@$(BIN)/python benchmarks/plot.py
 
 bench-quick: .venv/bench.stamp  ## measure speed in little (two minutes)
 	@for name in $(QUICK); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py --quick || exit 1; done

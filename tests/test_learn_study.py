@@ -132,6 +132,24 @@ class TestWordings:
             assert len(lines) == len(SHOWN)
             assert all(line[-1] in "?." for line in lines) is not statement
 
+    @pytest.mark.parametrize(
+        ("line", "kept"),
+        [
+            ("What is the height of the Tower?", True),
+            ("What is the Tower?", False),  # asks for nothing
+            ("What is the height of the tower of the Tower?", False),  # names it twice
+            ("What is the height of a hill?", False),  # does not name it
+            ("Why is the Tower 80 metres high?", False),  # gives it away
+            ("What is the top of the hill of the top of the hill of the Tower?", False),  # goes in a circle
+        ],
+    )
+    def test_lines_that_are_no_question(
+        self, tiny: Teacher, monkeypatch: pytest.MonkeyPatch, line: str, kept: bool
+    ) -> None:
+        monkeypatch.setattr(Teacher, "lines", lambda self, asked, *rest, **more: [line for _ in asked])
+        (one, _) = facts(window("The height of the Tower is 80 metres. It was built in 1911."), "Tower")
+        assert bool(wordings(tiny, [(one, "height", (0,))])[0]) == kept
+
     def test_smollm2_goes_on_with_the_patterns(self, smollm2_teacher: Teacher) -> None:
         known = self.of("The top speed of Falcon is 320.", "Falcon", "320")
         (found,) = wordings(smollm2_teacher, [(known, "top speed", range(3))])

@@ -161,9 +161,12 @@ def _shown(number: int) -> str:
 
 
 def _is_whole(wording: Wording, fact: Fact) -> bool:
-    """Names the subject once, asks for something of it, gives nothing away, and ends as its kind does."""
+    """Names the subject once, asks for something of it, gives nothing away, no circles, ends as it should."""
     text = wording.text
+    words = text.lower().split()
+    phrases = list(zip(words, words[1:], words[2:], strict=False))
     gives_away = re.search(rf"(?<!\w){re.escape(fact.answer)}(?!\w)", text, re.IGNORECASE)
     ends = text[-1:].isalpha() or text[-1:] == SUBJECT if wording.statement else text[-1:] in "?."
     asks = {word.lower() for word in re.findall(r"[^\W\d_]+", text.replace(SUBJECT, ""))} - FUNCTION - ASKING
-    return text.count(SUBJECT) == 1 and bool(asks) and not gives_away and ends
+    circles = len(set(phrases)) < len(phrases)  # a small model's "of the element of the element of"
+    return text.count(SUBJECT) == 1 and bool(asks) and not (gives_away or circles) and ends
