@@ -489,6 +489,7 @@ def test_where_it_may_listen() -> None:
         bind("0.0.0.0", 0, "")
     with bind("0.0.0.0", 0, "key") as listening:
         port = listening.getsockname()[1]
+        assert address(listening) == f"http://127.0.0.1:{port}"
         with pytest.raises(HierMemError, match=f"port {port}"):
             bind("0.0.0.0", port, "key")
     with pytest.raises(HierMemError, match=r"cannot listen on nowhere\.invalid"):

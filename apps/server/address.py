@@ -28,7 +28,9 @@ def bind(host: str, port: int, api_key: str) -> socket.socket:
 
 
 def address(listening: socket.socket) -> str:
+    """Where a browser of this machine finds it: every address is not one that can be opened."""
     host, port = listening.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
