@@ -22,6 +22,7 @@ from mlx_hiermem.errors import BankError, HierMemError
 
 START, END = b',\n "blocks": [\n', b"\n ]\n}\n"  # no string in JSON has a line break
 PAGE = 1024  # bytes; a few rows
+REMEMBERED = 10  # steps of a search whose rows are kept, a thousand at most: every search begins with them
 ROW = re.compile(rb'  \{"path": "([0-9.]+)"')
 
 
@@ -57,6 +58,7 @@ class BlockTable(Mapping[Path, BlockEntry]):
     def __init__(self, file: BinaryIO, start: int, end: int) -> None:
         self._file, self._start, self._end = file, start, end
         self._found: dict[Path, BlockEntry] = {}
+        self._halves: dict[tuple[int, int], tuple[int, int, tuple[int, Path]]] = {}
 
     def __getitem__(self, path: Path) -> BlockEntry:
         if path not in self._found:
@@ -84,14 +86,24 @@ class BlockTable(Mapping[Path, BlockEntry]):
 
     def _search(self, path: Path) -> bytes | None:
         """The line of a path, if the table is sorted."""
-        low, high, wanted = self._start, self._end, order(path)
+        low, high, wanted, step = self._start, self._end, order(path), 0
         while low < high:
-            begin, line = self._line((low + high) // 2, low, high)
-            found = order(self._path(line))
+            begin, end, found = self._half(low, high, step < REMEMBERED)
             if found == wanted:
-                return line
-            low, high = (begin + len(line) + 1, high) if found < wanted else (low, begin - 1)
+                return os.pread(self._file.fileno(), end - begin, begin)
+            low, high = (end + 1, high) if found < wanted else (low, begin - 1)
+            step += 1
         return None
+
+    def _half(self, low: int, high: int, remember: bool) -> tuple[int, int, tuple[int, Path]]:
+        """Of the line in the middle between two ends of lines: its own ends, and what it is sorted by."""
+        if (low, high) in self._halves:
+            return self._halves[low, high]
+        begin, line = self._line((low + high) // 2, low, high)
+        half = begin, begin + len(line), order(self._path(line))
+        if remember:
+            self._halves[low, high] = half
+        return half
 
     def _line(self, at: int, low: int, high: int) -> tuple[int, bytes]:
         """The line that the byte `at` lies in, and where it begins; low and high are ends of lines."""
