@@ -46,7 +46,7 @@ class StudySettings:
 
     questions: int = 6
     statements: int = 3
-    chats: int = 2
+    chats: int = 3
     invented: int = 2
     tried: int = 6
     right: float = 0.5  # of the tries; by chance one in as many as the window has answers
