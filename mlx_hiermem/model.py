@@ -44,6 +44,7 @@ class Choice:
     distances: tuple[float, ...] = ()  # to the chosen centroids, per level
     avoided: tuple[Path, ...] = ()  # blocked nodes that the text would have entered
     stayed: bool = False  # held on the conversation's path, see `turns`
+    far: bool = False  # beyond the bank's reach: there is no memory for it
     route_ms: float = 0.0
 
 
@@ -57,6 +58,7 @@ class Selection:
     distances: tuple[float, ...] = ()
     avoided: tuple[Path, ...] = ()
     stayed: bool = False
+    far: bool = False
     blocks: tuple[str, ...] = ()  # what is attached: equal blocks mean equal weights
     memory_bytes: int = 0
     bytes_read: int = 0  # from disk
@@ -117,7 +119,7 @@ class MemoryModel:
             raise BankError("this model has no bank", "Use memory none, or convert or learn a bank for it.")
         if memory == "fetched":
             routed = routed or self.router.route(text, blocked)
-            found = (routed.path, routed.distances, routed.avoided, routed.stayed, routed.milliseconds)
+            found = (routed.path, routed.distances, routed.avoided, routed.stayed, routed.far, routed.milliseconds)
             return Choice(memory, *found)
         return Choice(memory) if memory in MODES else Choice(memory, self._named_path(memory, blocked))
 
@@ -136,6 +138,7 @@ class MemoryModel:
             distances=choice.distances,
             avoided=choice.avoided,
             stayed=choice.stayed,
+            far=choice.far,
             blocks=tuple(str(node) or "generic" for node in fetch.nodes) if fetch else (),
             memory_bytes=fetch.memory.nbytes if fetch and fetch.memory else 0,
             bytes_read=fetch.bytes_read if fetch else 0,

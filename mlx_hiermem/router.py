@@ -28,7 +28,7 @@ class Routed:
     """Where a text went, the distance to the chosen centroid at each level, and the time it took.
 
     `avoided` are the blocked nodes that it would have entered; `stayed` says that a conversation held it on its
-    path (see `turns`).
+    path (see `turns`), and `far` that it is beyond the bank's reach and has the empty path.
     """
 
     path: Path
@@ -36,10 +36,11 @@ class Routed:
     milliseconds: float
     avoided: tuple[Path, ...] = ()
     stayed: bool = False
+    far: bool = False
 
 
 class Router:
-    """Keeps to `policy`: nodes that it blocks are never entered."""
+    """Keeps to `policy`: nodes that it blocks are never entered, and texts beyond its reach enter none."""
 
     def __init__(self, tree: ClusterTree, embedder: TextEmbedder, policy: BankPolicy = OPEN) -> None:
         self.tree, self.embedder, self.policy = tree, embedder, policy
@@ -56,10 +57,9 @@ class Router:
     def route_batch(self, texts: Sequence[str], blocked: Collection[Path] = ()) -> list[Routed]:
         """Routes n texts, embedded together; each gets an equal share of the batch's milliseconds."""
         start = time.perf_counter()
-        closed = self.policy.blocked.union(blocked)
-        routes = self.tree.route(self.embedder.embed(texts), closed, self.policy.on_blocked)
+        routes = self.policy.route(self.tree, self.embedder.embed(texts), blocked)
         milliseconds = (time.perf_counter() - start) * 1e3 / max(len(routes), 1)
-        return [Routed(route.path, route.distances, milliseconds, route.avoided) for route in routes]
+        return [Routed(route.path, route.distances, milliseconds, route.avoided, far=route.far) for route in routes]
 
 
 def load_embedder(wanted: EmbedderIdentity) -> Embedder:

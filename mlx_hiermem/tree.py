@@ -25,12 +25,14 @@ ON_BLOCKED = ("sibling", "parent")
 class Route:
     """Where a text went: the path, and the distance to the chosen centroid at each level.
 
-    `avoided` are the blocked nodes that it would have entered.
+    `avoided` are the blocked nodes that it would have entered. A text beyond the bank's reach is `far`: it is like
+    nothing there, and has the empty path.
     """
 
     path: Path
     distances: tuple[float, ...]
     avoided: tuple[Path, ...] = ()
+    far: bool = False
 
 
 class ClusterTree:
@@ -74,13 +76,18 @@ class ClusterTree:
         return [path for path in paths if self.has(path)]
 
     def route(
-        self, embeddings: np.ndarray, blocked: Collection[Path] = (), on_blocked: str = "sibling"
+        self,
+        embeddings: np.ndarray,
+        blocked: Collection[Path] = (),
+        on_blocked: str = "sibling",
+        reach: float = np.inf,
     ) -> list[Route]:
         """Greedy descent to the nearest child (L2, the lowest index wins a tie).
 
         [n, dim] embeddings -> n routes; a single [dim] embedding counts as n = 1. A blocked node is never
         entered: with `sibling` the descent takes the nearest allowed child instead, with `parent` (and where
-        no child is allowed) it stops above. Raises BankError for a blocked node that the tree does not have.
+        no child is allowed) it stops above. A text farther than `reach` from the last node of its path gets the
+        empty path. Raises BankError for a blocked node that the tree does not have.
         """
         vectors = np.atleast_2d(np.asarray(embeddings, dtype=np.float32))
         if vectors.ndim != 2 or vectors.shape[1] != self.dim:
@@ -92,7 +99,7 @@ class ClusterTree:
             raise BankError(f"on_blocked is '{on_blocked}'", f"Use {' or '.join(ON_BLOCKED)}.")
         self.check(blocked)
         barred = {(len(node), node.row(self.branching)) for node in blocked}
-        return [self._descend(vector, barred, on_blocked) for vector in vectors]
+        return [self._descend(vector, barred, on_blocked, reach) for vector in vectors]
 
     def check(self, nodes: Iterable[Path]) -> None:
         """Raises BankError unless each is a node of this tree."""
@@ -100,7 +107,9 @@ class ClusterTree:
             if not self.has(node):
                 raise BankError(f"the bank's tree has no node {node}", "`hiermem bank ls` shows the nodes.")
 
-    def _descend(self, vector: np.ndarray, barred: Collection[tuple[int, int]], on_blocked: str) -> Route:
+    def _descend(
+        self, vector: np.ndarray, barred: Collection[tuple[int, int]], on_blocked: str, reach: float
+    ) -> Route:
         """`barred` holds (level, row) of the blocked nodes."""
         row, children, distances, avoided = 0, list[int](), list[float](), list[Path]()
         for level, (centroids, present) in enumerate(zip(self.centroids, self.present, strict=True), 1):
@@ -118,6 +127,8 @@ class ClusterTree:
             children.append(child)
             distances.append(float(distance[child]))
             row = rows[child]
+        if distances and distances[-1] > reach:
+            return Route(Path(), (), tuple(avoided), far=True)
         return Route(Path(children), tuple(distances), tuple(avoided))
 
     def distances(self, vector: np.ndarray, node: Path) -> np.ndarray:

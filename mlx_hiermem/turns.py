@@ -61,7 +61,7 @@ def decidedness(tree: ClusterTree, vector: np.ndarray, path: Path) -> float:
 
 def follow(topic: Topic | None, path: Path, decided: float, hysteresis: float = HYSTERESIS) -> Topic:
     """The rule: the topic after a turn that alone takes `path`."""
-    if topic is None:
+    if topic is None or not topic.path:
         return Topic(path, decided)
     if path == topic.path:
         return Topic(path, max(decided, topic.decided))
@@ -80,12 +80,13 @@ def route_turns(router: Router, texts: Sequence[str], blocked: Collection[Path] 
 def route_turn(router: Router, text: str, topic: Topic | None = None, blocked: Collection[Path] = ()) -> Turn:
     """Routes one turn. A topic whose path is blocked, by the router's policy or by `blocked`, is left at once.
 
+    A text beyond the bank's reach decides nothing: in a conversation that is on a path it stays there.
     Raises BankError for a blocked node that the tree does not have.
     """
     start = time.perf_counter()
     policy, tree = router.policy.block(blocked), router.tree
     vector = router.embedder.embed([text])[0]
-    route = tree.route(vector, policy.blocked, policy.on_blocked)[0]
+    route = policy.route(tree, vector)[0]
     if topic is not None and policy.blocker(topic.path):
         topic = None
     decided = decidedness(tree, vector, route.path)
@@ -95,9 +96,16 @@ def route_turn(router: Router, text: str, topic: Topic | None = None, blocked: C
     return Turn(
         text=text,
         vector=vector,
-        alone=Routed(route.path, route.distances, milliseconds, route.avoided),
+        alone=Routed(route.path, route.distances, milliseconds, route.avoided, far=route.far),
         decided=decided,
         needed=HYSTERESIS * topic.decided if topic else 0.0,
         topic=after,
-        routed=Routed(after.path, distances, milliseconds, route.avoided, stayed=after.path != route.path),
+        routed=Routed(
+            after.path,
+            distances,
+            milliseconds,
+            route.avoided,
+            stayed=after.path != route.path,
+            far=route.far and not after.path,
+        ),
     )

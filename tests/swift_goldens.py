@@ -87,10 +87,11 @@ def write_routes(folder: pathlib.Path) -> None:
         ("ragged", BankPolicy()),
         ("sibling", BankPolicy(blocked, "sibling")),
         ("parent", BankPolicy(blocked, "parent")),
+        ("reach", BankPolicy(blocked, reach=2.9)),
     ):
         cases[name] = (ragged, vectors, policy)
     for name, (tree, embeddings, policy) in cases.items():
-        routes = tree.route(embeddings, policy.blocked, policy.on_blocked)
+        routes = policy.route(tree, embeddings)
         golden = {
             "paths": [str(route.path) for route in routes],
             "avoided": [" ".join(map(str, route.avoided)) for route in routes],

@@ -204,6 +204,7 @@ for command in (
     verify,
     bank_edit.block,
     bank_edit.unblock,
+    bank_edit.reach,
     bank_edit.remove,
     bank_edit.add,
     bank_edit.merge,

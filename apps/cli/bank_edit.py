@@ -1,8 +1,9 @@
-"""The commands of `hiermem bank` that change a bank: block, unblock, remove, add, merge."""
+"""The commands of `hiermem bank` that change a bank: block, unblock, reach, remove, add, merge."""
 
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -50,6 +51,31 @@ def block(
         raise typer.BadParameter("name a node, or give --on-blocked", param_hint="PATHS")
     root = open_bank(model).root
     _print_policy(edit.block(root, _parse(paths or []), on_blocked))
+
+
+def reach(
+    model: pathlib.Path = BANK,
+    distance: float | None = typer.Argument(
+        None, min=0.0, help="Farthest distance; as `route` shows it for a leaf."
+    ),
+    off: bool = typer.Option(False, "--off", help="Every text gets the memory that is nearest to it."),
+) -> None:
+    """Show or set how far from what the bank knows a text may be and still get memory.
+
+    Example: `hiermem bank reach my-model 1.2`
+    """
+    from mlx_hiermem.bank import edit
+
+    if off and distance is not None:
+        raise typer.BadParameter("give a distance or --off", param_hint="--off")
+    bank = open_bank(model)
+    policy = bank.policy
+    if off or distance is not None:
+        policy = edit.reach(bank.root, math.inf if distance is None else distance)
+    if policy.reach == math.inf:
+        console.print("reach    any text gets the memory nearest to it")
+    else:
+        console.print(f"reach    {policy.reach:.3f}: a text farther than that from its leaf gets no memory")
 
 
 def unblock(model: pathlib.Path = BANK, paths: list[str] = PATHS) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mlx_hiermem.apps.cli.display import console, describe, notes, several, size, utf8, waiting, write
+from mlx_hiermem.apps.cli.display import FAR, console, describe, notes, several, size, utf8, waiting, write
 from mlx_hiermem.apps.cli.share import parse_size
 
 if TYPE_CHECKING:
@@ -108,6 +108,8 @@ def status_line(session: Session, width: int) -> str:
     right = "".join(f" · {figure}" for figure in figures)
     if session.memory in ("none", "generic"):
         topic = {"none": "no memory", "generic": "generic memory"}[session.memory]
+    elif selection.far:
+        topic = _fitted([FAR], width - len(right))
     else:
         pinned = "pinned: " if selection.path and session.memory != "fetched" else ""
         labels = [label for label in selection.labels if label] or [str(selection.path)]

@@ -39,8 +39,13 @@ def several(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
+FAR = "nothing like it in the bank: no memory"
+
+
 def describe(selection: Selection) -> str:
     """`10.7 · Noble gases › Helium, Neon · 2 blocks, 1.7 MB (read 0 B) · route 3.1 fetch 0.2 attach 1.0 ms`"""
+    if selection.far:
+        return FAR
     if not selection.blocks:
         where = str(selection.path) or "no memory"
         return f"{where} · nothing attached" if selection.path else where

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from mlx_hiermem.apps.cli.display import blocked_note, console, describe, notes, size, utf8, write
+from mlx_hiermem.apps.cli.display import FAR, blocked_note, console, describe, notes, size, utf8, write
 
 if TYPE_CHECKING:
     from mlx_hiermem.bank.bank import MemoryBank
@@ -105,6 +105,7 @@ def route(
             "milliseconds": round(routed.milliseconds, 2),
             "nodes": rows,
             "avoided": [str(node) for node in routed.avoided],
+            "far": routed.far,
         }
         console.print_json(json.dumps(result, ensure_ascii=False))
         return
@@ -115,6 +116,9 @@ def route(
     for row in rows:
         block = size(row["bytes"]) if row["bytes"] else "none"
         table.add_row(row["node"], f"{row['distance']:.3f}", Text(row["label"]), str(row["documents"]), block)
+    if routed.far:
+        console.print(f"{FAR} (`hiermem bank reach` shows how far it reaches)", markup=False)
+        return
     console.print(table)
     for node in routed.avoided:
         console.print(blocked_note(bank, node), style="dim", markup=False)

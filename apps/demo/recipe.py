@@ -37,6 +37,7 @@ from mlx_hiermem.embedder import Embedder
 
 HERE = Path(__file__).parent
 ANCHOR_NAME = "SmolLM2-135M-Instruct"
+REACH = 1.15  # what is asked about elements is nearer to its leaf, what is asked about anything else farther
 LICENCE = "MIT (facts from mendeleev 1.3.0); see NOTICE.md of the elements demo"
 
 
@@ -169,6 +170,7 @@ def _digest(text: str) -> str:
 
 
 def main() -> None:
+    from mlx_hiermem.bank import edit
     from mlx_hiermem.convert.pipeline import convert
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -182,6 +184,7 @@ def main() -> None:
         convert(str(weights), model, overwrite=True)
     cook(out, model / "anchor", Settings(), console)
     convert(str(weights), model, memory=out / "elements.safetensors", overwrite=True)
+    edit.reach(model / "bank", REACH)
     console.print(f"{time.perf_counter() - wall:.0f} s, {time.process_time() - cpu:.0f} s of CPU time")
     console.print(f"Talk to it: hiermem chat {model}")
 

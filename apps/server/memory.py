@@ -66,5 +66,6 @@ def routed(bank: MemoryBank, choice: Choice) -> dict[str, Any]:
         "distances": list(choice.distances),
         "nodes": [str(node) for node in bank.nodes_on(path)],
         "avoided": [str(node) for node in choice.avoided],
+        "far": choice.far,
         "milliseconds": round(choice.route_ms, 2),
     }

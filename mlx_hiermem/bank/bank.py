@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import pathlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property
 
 from mlx_hiermem.bank.block import MemoryBlock, block_name, read_block
@@ -59,7 +60,7 @@ class MemoryBank:
                 f"{self.root / POLICY} blocks {min(unknown)}, which the bank's tree does not have",
                 "Correct it, or unblock that node.",
             )
-        return BankPolicy(policy.blocked - unknown, policy.on_blocked)
+        return replace(policy, blocked=policy.blocked - unknown)
 
     def state(self, node: Path) -> str:
         """Of a node's block: `blocked` (itself or above), `on disk`, `remote` (on the hub), or `missing`."""

@@ -130,6 +130,14 @@ def block(root: pathlib.Path, paths: Sequence[Path], on_blocked: str | None = No
     return policy
 
 
+def reach(root: pathlib.Path, distance: float) -> BankPolicy:
+    """Sets how far a text may be and still get memory (`math.inf`: any text does). Returns the new policy."""
+    with editing(root) as edit:
+        policy = replace(BankPolicy.read(root / POLICY), reach=distance)
+        policy.write(edit.file(POLICY))
+    return policy
+
+
 def unblock(root: pathlib.Path, paths: Sequence[Path]) -> BankPolicy:
     """Opens nodes and all below them. Returns the new policy."""
     with editing(root) as edit:

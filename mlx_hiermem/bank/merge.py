@@ -115,9 +115,10 @@ def merge_trees(first: ClusterTree, second: ClusterTree) -> ClusterTree:
 
 
 def merge_policies(first: BankPolicy, second: BankPolicy) -> BankPolicy:
-    """What either blocks; `parent` where either says so, for it gives less away."""
+    """What either blocks; `parent` where either says so, for it gives less away; the longer reach."""
     on_blocked = "parent" if "parent" in (first.on_blocked, second.on_blocked) else "sibling"
-    return replace(first.block(second.blocked), on_blocked=on_blocked)
+    reach = max(first.reach, second.reach)
+    return replace(first.block(second.blocked), on_blocked=on_blocked, reach=reach)
 
 
 def merge_manifests(above: BankManifest, below: BankManifest) -> BankManifest:

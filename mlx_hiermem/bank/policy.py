@@ -1,4 +1,4 @@
-"""policy.json: which nodes of a bank are closed to everyone who asks, and what becomes of their questions.
+"""policy.json: which nodes of a bank are closed to everyone who asks, and which questions it has no memory for.
 
 It lies beside the manifest and is no part of it: blocking changes neither a block nor a digest, and is undone
 in a moment. Blocking is no removal: whoever has the folder has the bytes.
@@ -7,14 +7,17 @@ in a moment. Blocking is no removal: whoever has the folder has the bytes.
 from __future__ import annotations
 
 import json
+import math
 import pathlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import BankError, HierMemError
-from mlx_hiermem.tree import ON_BLOCKED
+from mlx_hiermem.tree import ON_BLOCKED, ClusterTree, Route
 
 POLICY = "policy.json"
 
@@ -24,15 +27,23 @@ class BankPolicy:
     """Blocked nodes stand for all that is below them.
 
     `on_blocked`: a text whose nearest child is blocked goes to the nearest allowed `sibling`, or stops at the
-    `parent` (see `ClusterTree.route`).
+    `parent` (see `ClusterTree.route`). `reach`: how far from the last node of its path a text may be (L2, between
+    embeddings of length 1: 0 to about 2) and still be given memory; a bank of everything needs none.
     """
 
     blocked: frozenset[Path] = frozenset()
     on_blocked: str = "sibling"
+    reach: float = math.inf
 
     def __post_init__(self) -> None:
         if self.on_blocked not in ON_BLOCKED:
             raise BankError(f"on_blocked is '{self.on_blocked}'", f"Use {' or '.join(ON_BLOCKED)}.")
+        if not self.reach > 0:
+            raise BankError(f"reach is {self.reach}", "It is a distance, more than 0.")
+
+    def route(self, tree: ClusterTree, embeddings: np.ndarray, blocked: Collection[Path] = ()) -> list[Route]:
+        """`ClusterTree.route` under this policy; `blocked` nodes are closed beside its own."""
+        return tree.route(embeddings, self.blocked.union(blocked), self.on_blocked, self.reach)
 
     def blocker(self, path: Path) -> Path | None:
         """The node that closes this path: itself or the highest blocked node above; None where it is open."""
@@ -42,7 +53,7 @@ class BankPolicy:
         """Closes nodes and all below them. What a blocked node covers need not be listed any more."""
         wanted = self.blocked.union(nodes)
         tops = frozenset(node for node in wanted if not wanted.intersection(node.prefixes()[:-1]))
-        return BankPolicy(tops, self.on_blocked)
+        return replace(self, blocked=tops)
 
     def unblock(self, nodes: Iterable[Path]) -> BankPolicy:
         """Opens nodes and all below them. Raises BankError where one is open, or closed by a node above."""
@@ -55,10 +66,11 @@ class BankPolicy:
             if not opened:
                 raise BankError(f"{node} is not blocked", "`hiermem bank ls` shows what is.")
             kept -= opened
-        return BankPolicy(frozenset(kept), self.on_blocked)
+        return replace(self, blocked=frozenset(kept))
 
     def to_json(self) -> dict[str, Any]:
-        return {"blocked": [str(node) for node in sorted(self.blocked)], "on_blocked": self.on_blocked}
+        found = {"blocked": [str(node) for node in sorted(self.blocked)], "on_blocked": self.on_blocked}
+        return found | ({"reach": self.reach} if self.reach < math.inf else {})
 
     def write(self, file: pathlib.Path) -> None:
         file.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
@@ -70,10 +82,11 @@ class BankPolicy:
             data = json.loads(file.read_text(encoding="utf-8"))
             if not isinstance(data["blocked"], list):
                 raise ValueError("blocked is not a list")
-            extra = data.keys() - {"blocked", "on_blocked"}
+            extra = data.keys() - {"blocked", "on_blocked", "reach"}
             if extra:
                 raise ValueError(f"unknown settings {', '.join(sorted(extra))}")
-            return cls(frozenset(map(Path.parse, data["blocked"])), data.get("on_blocked", "sibling"))
+            blocked = frozenset(map(Path.parse, data["blocked"]))
+            return cls(blocked, data.get("on_blocked", "sibling"), float(data.get("reach", math.inf)))
         except FileNotFoundError:
             return cls()
         except (OSError, ValueError, KeyError, TypeError, AttributeError, HierMemError) as error:

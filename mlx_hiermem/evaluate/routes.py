@@ -83,9 +83,8 @@ def _choice(memory: str, path: Path) -> Choice:
 
 
 def _route(model: MemoryModel, vectors: np.ndarray, closed: frozenset[Path] = frozenset()) -> list[Path]:
-    policy = model.router.policy
-    routes = model.router.tree.route(vectors, policy.blocked | closed, policy.on_blocked)
-    return [route.path for route in routes]
+    router = model.router
+    return [route.path for route in router.policy.route(router.tree, vectors, closed)]
 
 
 def _around(model: MemoryModel, vectors: np.ndarray, paths: Sequence[Path]) -> list[Path]:

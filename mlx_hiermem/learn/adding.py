@@ -26,6 +26,7 @@ from mlx_hiermem.bank.bank import MANIFEST, TREE, MemoryBank, file_digest
 from mlx_hiermem.bank.block import MemoryBlock, block_name, write_block
 from mlx_hiermem.bank.commit import editing
 from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
+from mlx_hiermem.bank.policy import POLICY, BankPolicy
 from mlx_hiermem.bank.quantize import quantized
 from mlx_hiermem.bank.remote import REMOTE, Origin
 from mlx_hiermem.config import Path
@@ -162,7 +163,8 @@ class _Adding(Stages):
             self.work.stage(
                 "rows", [self.digest, sorted(map(str, blocks))], [digest], lambda: self._note_rows(blocks, nodes)
             )
-            self._write(dict(training.blocks()), planted.tree if new_leaf else None)
+            reach = planted.agreement["reach"]
+            self._write(dict(training.blocks()), planted.tree if new_leaf else None, reach)
             self.listener.end(f"{len(blocks)} blocks have learnt, the others are what they were")
         return Added(
             corpus.documents,
@@ -251,7 +253,7 @@ class _Adding(Stages):
             rows.append(row.to_json())
         write_text(self.work.path(ROWS), json.dumps(rows))
 
-    def _write(self, weights: dict[Path, Tensors], tree: ClusterTree | None) -> None:
+    def _write(self, weights: dict[Path, Tensors], tree: ClusterTree | None, reach: float) -> None:
         """The bank's edit, and the texts for the next time."""
         with editing(self.root) as edit:
             rows = map(BlockEntry.from_json, json.loads(self.work.path(ROWS).read_text(encoding="utf-8")))
@@ -272,6 +274,9 @@ class _Adding(Stages):
                     f"the bank {self.root} has changed since these documents were begun with",
                     "Repeat the command: it begins anew.",
                 )
+            policy = BankPolicy.read(self.root / POLICY)
+            if policy.reach < reach:
+                replace(policy, reach=reach).write(edit.file(POLICY))
             if origin := Origin.read(self.root):  # the hub does not have these blocks
                 replace(origin, subtrees=origin.subtrees | weights.keys()).write(edit.file(REMOTE).parent)
         kept = self.model / LEARNING / EXAMPLES

@@ -16,7 +16,7 @@ from mlx_hiermem.config import Path
 from mlx_hiermem.errors import CorpusError
 from mlx_hiermem.learn import Placed, labels, probes, vectors
 from mlx_hiermem.learn.clustering import EVEN, Shape, grow
-from mlx_hiermem.learn.routing import LEAVES, ProbeVectors, Separation, agreement, place
+from mlx_hiermem.learn.routing import LEAVES, ProbeVectors, Separation, agreement, place, reach_of
 from mlx_hiermem.learn.stages import (
     AGREEMENT,
     LEAVES_FILE,
@@ -199,6 +199,7 @@ def _place(work: Work, made: Corpus, tree: ClusterTree, most: int) -> None:
         "leaves_a_window": total / made.count,
         "questions": len(asked),
         "agreement": agreement(tree, placed, kept, [[int(window)] for window in asked]) if len(asked) else None,
+        "reach": reach_of(tree, shaping.vectors),
     }
     write_text(work.path(AGREEMENT), json.dumps(report, indent=1) + "\n")
 

@@ -9,6 +9,7 @@ questions of yet other wordings go. docs/learning.md has what each is worth.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ SHARPNESS = 30.0  # turns squared distances of about 0.1 into logits that differ
 DOUBT = 5.0  # the same where other wordings than the probes are reckoned with: less sure by so much
 HOLD = 1e-3  # pulls the centroids to where k-means put them, so that text of other forms is treated alike
 LEAVES = 2  # in which a window is learnt at most: a third one hardly helps (docs/learning.md)
+NEARLY_ALL = 0.999  # of the probes are within a bank's reach
+MEASURED = 100_000  # probes, about, that say how far that is
 LEAST = 0.05  # a leaf that is less likely than this does not get it
 
 
@@ -122,6 +125,16 @@ def _descend(tree: ClusterTree, points: np.ndarray) -> tuple[np.ndarray, np.ndar
             row[inside] = node * tree.branching + distance.argmin(1)
             level[inside] = depth + 1
     return level, row
+
+
+def reach_of(tree: ClusterTree, vectors: np.ndarray) -> float:
+    """How far a bank reaches: all but one in a thousand of these [n, dim] probes are as near to their last node."""
+    some = np.asarray(vectors[:: max(1, len(vectors) // MEASURED)])
+    levels, rows = descend(tree, some)
+    ends = np.stack(
+        [tree.centroids[level - 1].reshape(-1, tree.dim)[row] for level, row in zip(levels, rows, strict=True)]
+    )
+    return math.ceil(1e4 * np.quantile(np.linalg.norm(some - ends, axis=1), NEARLY_ALL)) / 1e4
 
 
 def place(tree: ClusterTree, probes: ProbeVectors, most: int = LEAVES) -> Iterator[tuple[Path, ...]]:

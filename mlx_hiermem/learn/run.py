@@ -20,6 +20,7 @@ import mlx.nn as nn
 
 from mlx_hiermem import __version__
 from mlx_hiermem.anchor import identify, load_anchor
+from mlx_hiermem.bank.policy import POLICY, BankPolicy
 from mlx_hiermem.config import EmbedderIdentity
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import AnchorError, HierMemError, OutputError
@@ -240,6 +241,7 @@ class _Run(Stages):
                 identify(model / ANCHOR, name), prepared.embedder, prepared.nodes, recipe, settings.licence
             )
             manifest = write_bank(model / BANK, training, ClusterTree.load(self.work.path(TREE)), about)
+            BankPolicy(reach=prepared.agreement["reach"]).write(model / BANK / POLICY)
             for file in (SKIPPED, AGREEMENT, EXAMPLES):
                 link(self.work.path(file), model / LEARNING / file)
             for file in (LOG, PLOT):

@@ -40,6 +40,7 @@ export class Answer {
     const { memory } = this;
     if (!memory) return "";
     if (["none", "generic"].includes(memory.memory)) return memory.memory === "none" ? "No memory" : "Generic memory";
+    if (memory.far) return "Nothing like it in the bank: no memory";
     const labels = memory.labels.filter(Boolean).join(" › ");
     return labels || `Memory ${memory.path}`;
   }

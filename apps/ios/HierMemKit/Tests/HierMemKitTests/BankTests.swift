@@ -92,7 +92,11 @@ struct BankTests {
     #expect(try BankPolicy(contentsOf: file) == .open)
     try Data(#"{"blocked": ["1.2"], "on_blocked": "parent"}"#.utf8).write(to: file)
     #expect(try BankPolicy(contentsOf: file) == BankPolicy(blocked: [below], onBlocked: .parent))
-    for damaged in ["{}", #"{"blocked": "1"}"#, #"{"blocked": ["x"]}"#, #"{"blocked": [], "extra": 1}"#,
+    try Data(#"{"blocked": [], "reach": 1.25}"#.utf8).write(to: file)
+    let reaching = try BankPolicy(contentsOf: file)
+    #expect(reaching == BankPolicy(reach: 1.25))
+    #expect(reaching.blocking([one]).reach == 1.25)
+    for damaged in ["{}", #"{"blocked": [], "reach": 0}"#, #"{"blocked": "1"}"#, #"{"blocked": ["x"]}"#, #"{"blocked": [], "extra": 1}"#,
       #"{"blocked": [], "on_blocked": "maybe"}"#, "["]
     {
       try Data(damaged.utf8).write(to: file)

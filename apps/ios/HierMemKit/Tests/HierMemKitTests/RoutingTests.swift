@@ -10,15 +10,16 @@ struct RoutingTests {
     let distances: [[Float]]
     let blocked: [String]
     let onBlocked: BankPolicy.OnBlocked
+    let reach: Float?
 
     enum CodingKeys: String, CodingKey {
-      case paths, avoided, distances, blocked
+      case paths, avoided, distances, blocked, reach
       case onBlocked = "on_blocked"
     }
   }
 
   /// A thousand vectors, where Python sends them.
-  @Test(arguments: ["elements", "ragged", "sibling", "parent"])
+  @Test(arguments: ["elements", "ragged", "sibling", "parent", "reach"])
   func routesAsPython(_ name: String) throws {
     let isElements = name == "elements"
     let file = isElements
@@ -27,13 +28,15 @@ struct RoutingTests {
     let goldens: [String: Golden] = try Fixtures.decode("routes.json")
     let golden = try #require(goldens[name])
     let policy = BankPolicy(
-      blocked: Set(try golden.blocked.map(NodePath.init(parsing:))), onBlocked: golden.onBlocked)
+      blocked: Set(try golden.blocked.map(NodePath.init(parsing:))), onBlocked: golden.onBlocked,
+      reach: golden.reach ?? .infinity)
     let vectors = isElements
       ? Fixtures.uniform(1, 1000, 384).map { $0.map { $0 / 16 } } : Fixtures.uniform(2, 1000, 16)
     #expect(golden.paths.count == vectors.count)
     for (index, vector) in vectors.enumerated() {
       let route = try tree.route(vector, policy: policy)
       #expect(route.path.description == golden.paths[index])
+      #expect(route.isFar == golden.paths[index].isEmpty)
       #expect(route.avoided.map(\.description).joined(separator: " ") == golden.avoided[index])
       if index < golden.distances.count {
         #expect(route.distances.count == golden.distances[index].count)

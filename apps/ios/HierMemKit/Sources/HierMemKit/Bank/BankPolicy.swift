@@ -1,6 +1,6 @@
 import Foundation
 
-/// policy.json: which nodes of a bank are closed to everyone who asks.
+/// policy.json: which nodes of a bank are closed to everyone who asks, and which texts it has no memory for.
 ///
 /// A blocked node stands for all that is below it. Blocking is no removal: the bytes stay.
 public struct BankPolicy: Equatable, Sendable {
@@ -14,13 +14,18 @@ public struct BankPolicy: Equatable, Sendable {
 
   public let blocked: Set<NodePath>
   public let onBlocked: OnBlocked
+  /// How far from the last node of its path a text may be and still be given memory.
+  public let reach: Float
 
   /// Blocks nothing.
   public static let open = BankPolicy()
 
-  public init(blocked: Set<NodePath> = [], onBlocked: OnBlocked = .sibling) {
+  public init(
+    blocked: Set<NodePath> = [], onBlocked: OnBlocked = .sibling, reach: Float = .infinity
+  ) {
     self.blocked = blocked
     self.onBlocked = onBlocked
+    self.reach = reach
   }
 
   /// Reads policy.json; no file blocks nothing.
@@ -43,7 +48,7 @@ public struct BankPolicy: Equatable, Sendable {
   public func blocking(_ nodes: some Sequence<NodePath>) -> BankPolicy {
     let wanted = blocked.union(nodes)
     let tops = wanted.filter { node in !node.prefixes.dropLast().contains { wanted.contains($0) } }
-    return BankPolicy(blocked: tops, onBlocked: onBlocked)
+    return BankPolicy(blocked: tops, onBlocked: onBlocked, reach: reach)
   }
 }
 
@@ -51,6 +56,7 @@ extension BankPolicy: Decodable {
   enum CodingKeys: String, CodingKey, CaseIterable {
     case blocked
     case onBlocked = "on_blocked"
+    case reach
   }
 
   public init(from decoder: any Decoder) throws {
@@ -63,5 +69,7 @@ extension BankPolicy: Decodable {
     let nodes = try values.decode([String].self, forKey: .blocked).map(NodePath.init(parsing:))
     blocked = Set(nodes)
     onBlocked = try values.decodeIfPresent(OnBlocked.self, forKey: .onBlocked) ?? .sibling
+    reach = try values.decodeIfPresent(Float.self, forKey: .reach) ?? .infinity
+    guard reach > 0 else { throw HierMemError(.bank, "reach is \(reach), not more than 0") }
   }
 }

@@ -6,6 +6,8 @@ public struct Route: Equatable, Sendable {
   public let distances: [Float]
   /// The blocked nodes that it would have entered.
   public let avoided: [NodePath]
+  /// Beyond the bank's reach: it is like nothing there, and has the empty path.
+  public var isFar = false
 }
 
 /// The clustering tree: a matrix of k centroids for each node, and greedy descent among them.
@@ -63,7 +65,8 @@ public struct ClusterTree: Sendable {
   /// Descends to the nearest child (L2; the lowest index wins a tie), level by level.
   ///
   /// A blocked node is never entered: with `sibling` the nearest open child is taken instead, with
-  /// `parent`, and where no child is open, the path ends above.
+  /// `parent`, and where no child is open, the path ends above. A text beyond the policy's reach gets the
+  /// empty path.
   ///
   /// - Throws: ``HierMemError`` where the embedding has another dimension (kind `usage`) or the policy
   ///   names a node that the tree does not have (kind `bank`).
@@ -92,6 +95,9 @@ public struct ClusterTree: Sendable {
       }
       path = NodePath(path.children + [child])
       distances.append(all[child])
+    }
+    if let last = distances.last, last > policy.reach {
+      return Route(path: .root, distances: [], avoided: avoided, isFar: true)
     }
     return Route(path: path, distances: distances, avoided: avoided)
   }

@@ -19,7 +19,7 @@ public struct Topic: Equatable, Sendable {
 
   /// The topic after a turn that alone takes `path`.
   static func following(_ topic: Topic?, path: NodePath, decided: Double) -> Topic {
-    guard let topic else { return Topic(path: path, decided: decided) }
+    guard let topic, topic.path != .root else { return Topic(path: path, decided: decided) }
     if path == topic.path { return Topic(path: path, decided: max(decided, topic.decided)) }
     return decided > hysteresis * topic.decided ? Topic(path: path, decided: decided) : topic
   }
