@@ -82,7 +82,11 @@ def test_documents_are_learnt_and_other_blocks_keep_their_bytes(
     assert list(check(bank)) == []
     changed = {name for name in after if after[name] != before[name]}
     learnt = {node for node in bank.manifest.blocks if bank.manifest.blocks[node] != old.manifest.blocks[node]}
-    assert changed == {"bank.json", *(f"blocks/{node[0]}/{node[1]}.safetensors" for node in learnt)}
+    assert changed - {"policy.json"} == {
+        "bank.json",
+        *(f"blocks/{node[0]}/{node[1]}.safetensors" for node in learnt),
+    }
+    assert bank.policy.reach >= old.policy.reach > 0
     assert after.keys() == before.keys()
     assert len(learnt) < len(old.tree.nodes(2)), "some leaf must be none of them, or this shows nothing"
     assert f"{NEW} documents to {len(learnt)} block" in output
