@@ -20,7 +20,7 @@ from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import AnchorError
 from mlx_hiermem.learn import Window
 from mlx_hiermem.learn import study as study_module
-from mlx_hiermem.learn.facts import BLANK, OTHER, SUBJECT, Fact, facts
+from mlx_hiermem.learn.facts import BLANK, OTHER, SUBJECT, Fact, facts, worth_asking
 from mlx_hiermem.learn.stages import STUDY, Corpus, read_corpus
 from mlx_hiermem.learn.study import StudySettings, study
 from mlx_hiermem.learn.teacher import Teacher, load_teacher
@@ -96,10 +96,19 @@ class TestFacts:
 
     def test_a_long_window_is_asked_all_over(self) -> None:
         text = " ".join(f"Year {year} was good." for year in range(1900, 1950))
-        answers = [int(found.answer) for found in facts(window(text), "")]
+        answers = [int(found.answer) for found in worth_asking(facts(window(text), ""), ())]
         assert len(answers) == 10
         assert answers[0] == 1900
         assert answers[-1] >= 1945
+
+    def test_what_is_said_of_everything_is_asked_first(self) -> None:
+        years = " ".join(f"Year {year} was good." for year in range(1900, 1950))
+        found = facts(window(f"{years} The height of the Tower is 80 metres."), "Tower")
+        (height,) = [fact for fact in found if fact.answer == "80"]
+        assert height not in worth_asking(found, ())
+        chosen = worth_asking(found, {height.shape})
+        assert (len(chosen), chosen[-1]) == (10, height)
+        assert worth_asking(found[:3], ()) == found[:3]
 
 
 class TestWordings:

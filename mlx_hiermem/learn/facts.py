@@ -8,7 +8,7 @@ corpus says the same of everything it describes, and a question found for one of
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from mlx_hiermem.learn import Window
@@ -16,7 +16,7 @@ from mlx_hiermem.learn.probes import about, names
 from mlx_hiermem.learn.windows import sentences
 
 SUBJECT, BLANK, OTHER = "\u2983", "\u2984", "\u2985"  # in a shape: the subject, the answer, other answers
-FACTS = 10  # of a window at most, spread evenly over it
+FACTS = 10  # of a window at most
 WORDS = 60  # of a sentence; what is longer says too much at once to be asked about
 
 NUMBER = r"(?<![\w.,^*-])\d[\d.,:/]*(?<![.,:/])(?![\w^*])"
@@ -58,10 +58,18 @@ class Fact:
 
 def facts(window: Window, subject: str) -> list[Fact]:
     """The facts of one window, in its order."""
-    found = [fact for text in sentences(window.text) for fact in _of_sentence(window.id, subject, text)]
-    if len(found) <= FACTS:
-        return found
-    return [found[i * len(found) // FACTS] for i in range(FACTS)]
+    return [fact for text in sentences(window.text) for fact in _of_sentence(window.id, subject, text)]
+
+
+def worth_asking(found: Sequence[Fact], common: Collection[str]) -> list[Fact]:
+    """`FACTS` of a window's facts at most: those of `common` shapes first, of the others some all over it.
+
+    What is said of everything is what one asks of everything.
+    """
+    first = [fact for fact in found if fact.shape in common][:FACTS]
+    rest, room = [fact for fact in found if fact.shape not in common], FACTS - len(first)
+    chosen = {*first, *(rest if len(rest) <= room else (rest[i * len(rest) // room] for i in range(room)))}
+    return [fact for fact in found if fact in chosen]
 
 
 def _of_sentence(window: int, subject: str, text: str) -> Iterator[Fact]:

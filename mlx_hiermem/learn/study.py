@@ -15,14 +15,14 @@ import hashlib
 import json
 import math
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 from mlx_hiermem.learn import Window
-from mlx_hiermem.learn.facts import Fact, facts
+from mlx_hiermem.learn.facts import Fact, facts, worth_asking
 from mlx_hiermem.learn.probes import FRAME, with_subjects
 from mlx_hiermem.learn.stages import STUDY, Corpus
 from mlx_hiermem.learn.teacher import Teacher
@@ -128,7 +128,10 @@ def _studied(
     tell: Share,
 ) -> Iterator[dict[str, Any]]:
     """The rows of some windows. `tell` is told which share of the work is done."""
-    by_window = {window.id: facts(window, subject) for window, subject in windows}
+    found = {window.id: facts(window, subject) for window, subject in windows}
+    counts = Counter(shape for own in found.values() for shape in {fact.shape for fact in own})
+    common = {shape for shape, count in counts.items() if count >= COMMON}
+    by_window = {number: worth_asking(own, common) for number, own in found.items()}
     shapes = defaultdict[str, list[Fact]](list)
     for own in by_window.values():
         for fact in own:
