@@ -15,7 +15,7 @@ SWIFT = apps/ios/swift.sh
 KIT = apps/ios/HierMemKit
 CHAT = apps/ios/HierMemChat/Sources
 # What is no measurement, or is given its corpus or model.
-OTHER = common banks learn_corpora editing evaluation_equality plot
+OTHER = common banks learn_corpora editing evaluation_equality plot reach
 # What has a small form; the rest of benchmarks/ takes minutes however little is asked for.
 QUICK = fetch growth hidden_fetch swap decode minilm rag start
 
