@@ -3,7 +3,7 @@
     python benchmarks/reach.py MODEL DATA        # the paper's tasks in DATA, every example embedded: some minutes
 
 An example beyond the reach gets no memory: it is answered as the anchor alone answers it. Of the questions that the
-bank is for, apps/demo/elements_qa.jsonl, as many as possible should be within. Writes benchmarks/results/reach.json.
+bank is for (apps/demo/elements_qa.jsonl) as many as possible should be within. Writes results/reach.json.
 """
 
 from __future__ import annotations
