@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -23,6 +24,8 @@ from tiny import make_anchor, make_tokenizer
 
 from mlx_hiermem.apps.cli.main import main
 from mlx_hiermem.bank.bank import MemoryBank
+from mlx_hiermem.errors import OutputError
+from mlx_hiermem.learn.ranks import Ranks
 from mlx_hiermem.learn.work import read_lines
 
 QUICK = ("--epochs", "6", "--rate", "0.02", "--no-self-study", "--json")
@@ -118,10 +121,14 @@ def test_it_has_learnt(whole: pathlib.Path, run: Run) -> None:
     assert figures["none"] > 1.5 * figures["fetched"]
     assert report["perplexity_of"] == "learnt texts"
     assert (whole / "learning" / "loss.png").read_bytes().startswith(b"\x89PNG")
-    answered = run("generate", whole, "The village of", "-n", "4", "--json")
-    selection = json.loads(answered.out)["selection"]
-    assert selection["memory"] == "fetched"
-    assert len(selection["blocks"]) == 2
+
+    def selection(text: str) -> dict[str, Any]:
+        return json.loads(run("generate", whole, text, "-n", "4", "--json").out)["selection"]
+
+    about = selection(f"The village of {VILLAGES[0]} makes")
+    assert (about["memory"], about["far"], len(about["blocks"])) == ("fetched", False, 2)
+    other = selection("How are photons absorbed by a semiconductor?")
+    assert (other["memory"], other["far"], len(other["blocks"])) == ("fetched", True, 0)
 
 
 def test_a_killed_run_ends_with_the_same_model(
@@ -165,8 +172,19 @@ def test_a_rank_stops_where_the_first_one_failed(tmp_path: pathlib.Path, anchor:
     launch = [str(pathlib.Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--backend", "ring"]
     call = command(tmp_path / "empty", tmp_path / "model", anchor)
     done = subprocess.run([*launch, "--python", sys.executable, *call], capture_output=True, text=True, timeout=300)
-    assert "there is nothing to learn" in done.stderr
-    assert "the first rank stopped" in done.stderr
+    assert "there is nothing to learn" in done.stderr  # and the other does not wait for ever, or this would
+
+
+def test_a_rank_learns_that_the_first_one_failed(tmp_path: pathlib.Path) -> None:
+    ranks = Ranks(tmp_path)
+    ranks.count = 2  # of which this test is both
+    with pytest.raises(KeyError), ranks.leading():
+        raise KeyError
+    with pytest.raises(OutputError, match="the first rank stopped"):
+        ranks.follow()
+    with ranks.leading():
+        pass
+    ranks.follow()
 
 
 @pytest.fixture
