@@ -138,8 +138,8 @@ def paragraphs(text: pathlib.Path, out: pathlib.Path) -> None:
 
 def answerable(rows: pathlib.Path, out: pathlib.Path) -> None:
     """Without the row whose alias is empty once normalised: any reply begins with that."""
-    found = rows.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = (line for line in found if all(map(plain, json.loads(line)["aliases"])))
+    with rows.open(encoding="utf-8") as lines:
+        kept = [line for line in lines if all(map(plain, json.loads(line)["aliases"]))]
     out.write_text("".join(kept), encoding="utf-8")
 
 
@@ -159,7 +159,8 @@ def measure(model: pathlib.Path, data: pathlib.Path, kind: str, count: int, fold
     ours_seconds = time.process_time() - start
     start = time.process_time()
     ref = Reference(model / "anchor" if (model / "anchor").is_dir() else model)
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    with file.open(encoding="utf-8") as lines:  # text may have other marks that end lines
+        rows = [json.loads(line) for line in lines]
     before = [""] * len(rows)
     if kind == "schema":
         before = shots(rows, 3, lambda row: f"{row['context_options'][row['gold']]} {row['continuation'].strip()}")
