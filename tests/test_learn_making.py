@@ -100,8 +100,8 @@ def test_an_answer_is_learnt_where_its_question_goes(
 
 
 def test_the_end_of_an_answer_is_learnt(encoder: Encoder) -> None:
-    def said(*row: object) -> str:
-        return encoder.tokenizer.decode(encoder.answer(*row))  # type: ignore[arg-type]
+    def said(prompt: str, answer: str, chat: bool, question: bool) -> str:
+        return encoder.tokenizer.decode(encoder.answer(prompt, answer, chat, question))
 
     assert said("The number is", "34", False, False) == " 34."
     assert said("It lies in the", "U.S.", False, False) == " U.S."
