@@ -38,7 +38,7 @@ def batch(found: Found) -> Found:
 
 def convert(found: Found) -> Found:
     (row,) = [row for row in found["rows"] if row["form"] == ".safetensors"]
-    return spread(copy / ours for copy, ours in zip(row["copies"], row["conversions"], strict=True))
+    return spread(copy / ours["seconds"] for copy, ours in zip(row["copies"], row["conversions"], strict=True))
 
 
 def decode(anchor: str) -> Spread:
@@ -77,8 +77,10 @@ TARGETS: list[tuple[str, str, Spread, float, bool]] = [
 
 
 def shares() -> Iterator[tuple[str, Found]]:
-    """What of each target, in its order, is used up."""
+    """What of each target, in its order, is used up; what was not measured yet is left out."""
     for what, name, look, target, more in TARGETS:
+        if not (RESULTS / f"{name}.json").is_file():
+            continue
         found = look(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
         values = [target / found[key] if more else found[key] / target for key in ("median", "low", "high")]
         yield what, dict(zip(("median", "low", "high"), (values[0], *sorted(values[1:])), strict=True))
@@ -103,12 +105,13 @@ def targets() -> Figure:
 
 
 def growth() -> Figure:
-    rows = json.loads((RESULTS / "growth.json").read_text(encoding="utf-8"))["rows"]
+    found = json.loads((RESULTS / "growth.json").read_text(encoding="utf-8"))
+    rows = found["rows"]
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     leaves = [row["leaves"] for row in rows]
-    for what in ("open", "route", "fetch"):
-        medians = [row[what]["wall_ms"]["median"] for row in rows]
+    for what, times in (("fetch", found["fetches"]), ("open", 1), ("route", found["fetches"])):  # in a turn
+        medians = [row[what]["wall_ms"]["median"] / times for row in rows]
         axes.plot(leaves, medians, "o-", label=what)
     axes.set(xscale="log", yscale="log", xlabel="leaves", ylabel="milliseconds")
     axes.set_xticks(leaves, [f"{count:,}".replace(",", " ") for count in leaves])

@@ -81,9 +81,7 @@ def _verdict(session: Session, turn: Turn, tried: bool = False) -> None:
     for node in turn.alone.avoided:
         _say(blocked_note(bank, node))
     if turn.alone.far:
-        _say(
-            f"It is farther than {_bank(session).policy.reach:.3f} from every leaf: nothing in the bank is like it."
-        )
+        _say(f"It is farther than {bank.policy.reach:.3f} from the leaf it would take: nothing there is like it.")
     stays, takes = ("would stay", "would take") if tried else ("stays", "takes")
     goes = f"the conversation {stays} on {turn.topic.path}" if turn.stayed else f"the conversation {takes} it"
     figures = f"decided by {turn.decided:.3f}"
