@@ -414,7 +414,7 @@ def test_bytes_that_are_no_text_are_refused(folder: pathlib.Path, capsys: pytest
 
 
 def test_a_question_needs_no_command(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, text, err = run(capsys, "ask", "What is it?", "--model", folder, "--memory", "0.1", "-n", "4")
+    code, text, err = run(capsys, "ask", "What", "is it?", "--model", folder, "--memory", "0.1", "-n", "4")
     assert code == 0
     assert err.startswith("0.1 · topic 0 › topic 0.1 · ")
     again = run(capsys, "What is it?", "--memory", "0.1", "-n", "4", "--json")  # of the model used last

@@ -11,7 +11,9 @@ from mlx_hiermem.apps.cli.display import console, describe, notes, utf8, write
 
 
 def ask(
-    question: str = typer.Argument(..., help="The question; `hiermem ask` may be left out before it."),
+    question: list[str] = typer.Argument(
+        ..., help="The question; `hiermem ask` may be left out before one in quotes."
+    ),
     model: str = typer.Option(
         "", "--model", help="Folder or hub id. Default: $HIERMEM_MODEL, else the last model used, else the demo's."
     ),
@@ -28,13 +30,13 @@ def ask(
     from mlx_hiermem.apps.cli import recent
     from mlx_hiermem.session import Session
 
-    name, question = model or recent.preferred(), utf8(question)
+    name, asked = model or recent.preferred(), utf8(" ".join(question))
     loaded = recent.open_model(name)
     reply: Iterator[str]
     if loaded.tokenizer is not None and loaded.tokenizer.chat_template is not None:
-        reply = Session(loaded, memory, max_tokens=max_tokens).ask(question)
+        reply = Session(loaded, memory, max_tokens=max_tokens).ask(asked)
     else:
-        reply = loaded.stream(question, memory=memory or None, max_tokens=max_tokens)
+        reply = loaded.stream(asked, memory=memory or None, max_tokens=max_tokens)
     pieces = []
     for piece in reply:
         pieces.append(piece)
