@@ -60,6 +60,7 @@ TARGETS: list[tuple[str, str, Spread, float, bool]] = [
     ("fetch, warm: preadv", "fetch", ratio("warm", "fetch", "wall_ratio"), 1.15, False),
     ("fetch, cold: preadv", "fetch", ratio("cold", "fetch", "wall_ratio"), 1.15, False),
     ("first token, cold fetch: warm", "hidden_fetch", ratio("cold", "wall_ratio"), 1.10, False),
+    ("swap, bfloat16 to float32: 20 ms", "swap", ratio("bfloat16 to float32", "swap", "wall_ms"), 20, False),
     ("swap, bfloat16: 20 ms", "swap", ratio("bfloat16", "swap", "wall_ms"), 20, False),
     ("swap, float32: 20 ms", "swap", ratio("float32", "swap", "wall_ms"), 20, False),
     ("decode, float32: bytes", "decode", decode("float32"), 1, True),

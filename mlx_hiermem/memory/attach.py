@@ -35,10 +35,10 @@ class Attachment:
         """The same without computing anything, so that gradients can flow; returns the slots' arrays."""
         if memory.config.kind != self.config.kind or memory.config.layers != self.config.layers:
             raise AnchorError("this memory is of another kind or for other layers than the anchor's slots")
-        filled: list[mx.array] = []
+        layers, filled = {name: memory.by_layer(name) for name in memory.tensors}, list[mx.array]()
         for index, carriers in enumerate(self.carriers):
             for _, slot in carriers:
-                slot.fill([memory.tensors[name][index] for name in slot.names])
+                slot.fill([layers[name][index] for name in slot.names])
                 filled.extend(slot.tensors)
         return filled
 

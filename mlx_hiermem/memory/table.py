@@ -87,9 +87,10 @@ class MemoryTable:
 
     def _write(self, row: int, memory: FetchedMemory) -> None:
         written: list[mx.array] = []
+        layers = {name: memory.by_layer(name) for name in memory.tensors}
         for (layer, slot), tables in zip(self._slots, self._tables, strict=True):
             for table, name in zip(tables, slot.names, strict=True):
-                tensor = memory.tensors[name][layer].astype(slot.dtype)
+                tensor = layers[name][layer].astype(slot.dtype)
                 table[row] = mx.pad(tensor, [(0, table.shape[1] - len(tensor)), (0, 0)])
                 written.append(table)
         self._real[row] = mx.arange(self._real.shape[1]) < memory.units
