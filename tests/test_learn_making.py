@@ -16,7 +16,7 @@ from mlx_hiermem.errors import CorpusError
 from mlx_hiermem.learn.examples import Example, TrainingSet
 from mlx_hiermem.learn.making import Encoder, ExampleSettings, make_examples, open_examples, window_is_held_out
 from mlx_hiermem.learn.planting import Planted, TreeSettings, is_held_out, plant
-from mlx_hiermem.learn.settings import TrainingSettings, epochs_for
+from mlx_hiermem.learn.settings import epochs_for
 from mlx_hiermem.learn.stages import STUDY, read_corpus
 from mlx_hiermem.learn.work import Work, write_lines
 
@@ -147,6 +147,4 @@ def test_rows_that_do_not_go_window_by_window_are_refused(
 
 
 def test_a_small_corpus_is_learnt_more_often() -> None:
-    settings = TrainingSettings()
-    step = settings.groups * settings.group_tokens
-    assert [epochs_for(step * steps, settings) for steps in (1, 20, 40, 10_000)] == [16, 8, 4, 4]
+    assert [epochs_for(tokens) for tokens in (1, 10_000, 30_000, 10_000_000)] == [16, 12, 4, 3]

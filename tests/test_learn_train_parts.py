@@ -30,7 +30,7 @@ from mlx_hiermem.learn.examples import Example, TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.forward import Anchor
 from mlx_hiermem.learn.loss import divergence, next_token
 from mlx_hiermem.learn.optimizer import schedule, update
-from mlx_hiermem.learn.packing import batch, cut, fill, row_length
+from mlx_hiermem.learn.packing import batch, cut, fill, pack, row_length
 from mlx_hiermem.learn.schedule import GENERIC, Schedule, carriers, jobs, share
 from mlx_hiermem.learn.settings import TrainingSettings, memory_layers
 
@@ -122,10 +122,16 @@ def test_rows_do_not_overlap_and_are_well_filled() -> None:
     assert all(longest <= row_length(longest) <= longest * 1.25 + 15 for longest in range(1, 4000))
 
 
+def test_rows_are_as_long_as_fills_them_best() -> None:
+    row, places = pack([18] * 14)  # in rows of 32 nearly half would be empty
+    assert row * len({r for r, _ in places}) == 256
+    assert pack([200])[0] == row_length(200)
+
+
 def test_a_batch_predicts_the_learnt_tokens() -> None:
     texts = [example(9, 3), example(4, 1), example(20, 7), example(5, 4)]
     made = batch(texts)
-    assert made.tokens.shape == (2, 32)
+    assert made.tokens.shape == (1, 48)
     assert made.packed
     read = made.tokens.reshape(-1)[made.positions]
     real = made.weights > 0

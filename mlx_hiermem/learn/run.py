@@ -206,7 +206,7 @@ class _Run(Stages):
         memory = self.settings.memory.of(model, shape.branching, shape.depth)
         settings = self.settings.training
         tokens = int(examples.lengths[examples.assigned].sum()) // len({leaf[0] for leaf in examples.leaves})
-        settings = replace(settings, epochs=self.settings.epochs or epochs_for(tokens, settings))
+        settings = replace(settings, epochs=self.settings.epochs or epochs_for(tokens))
         with self.stage("training"), self.work.writing():
             training = Training(
                 self.work.path(TRAINING),

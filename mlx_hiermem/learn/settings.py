@@ -16,7 +16,7 @@ from mlx_hiermem.memory.slot import sizes
 
 PLACEMENTS = ("uniform", "early", "middle", "late")
 FINEST, COARSER = 8, 3  # units of a block at the finest level, and times more at each level above
-STEPS, FEWEST, MOST = 160, 4, 16  # of a subtree in its training; epochs, where they are chosen
+ENOUGH, FEWEST, MOST = 120_000, 3, 16  # tokens learnt by a subtree, over all epochs; epochs, where they are chosen
 ATTENTION, OBJECTIVES = ("document", "row"), ("next-token", "distillation")
 
 
@@ -30,7 +30,7 @@ class TrainingSettings:
     """
 
     epochs: int = 4
-    groups: int = 4
+    groups: int = 1  # many small steps: with 4, elements took half as many epochs more (docs/learning.md)
     group_tokens: int = 256
     rate: float = 6e-3
     final_rate: float = 0.05  # of `rate`
@@ -62,10 +62,9 @@ class TrainingSettings:
         return asdict(self)
 
 
-def epochs_for(tokens: int, settings: TrainingSettings) -> int:
-    """How often a subtree of so many tokens is learnt, so that it takes about `STEPS` steps."""
-    steps = tokens / (settings.groups * settings.group_tokens)
-    return min(max(math.ceil(STEPS / max(steps, 1e-9)), FEWEST), MOST)
+def epochs_for(tokens: int) -> int:
+    """How often a subtree of so many tokens is learnt, so that it learns about `ENOUGH`."""
+    return min(max(math.ceil(ENOUGH / max(tokens, 1)), FEWEST), MOST)
 
 
 def memory_layers(placement: str | Sequence[int], layers: int) -> tuple[int, ...]:
