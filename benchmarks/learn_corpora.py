@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=0, help="how many; default: all")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["study"])
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("build/learn"))
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=0, help="default: as hiermem learn chooses")
     parser.add_argument("options", nargs="*", help="for hiermem learn, after --")
     options = parser.parse_args()
 

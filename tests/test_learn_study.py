@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from books import COUNT, fact, write_library
 from mlx_lm.generate import generate
+from mlx_lm.models.cache import RotatingKVCache
 from tiny import make_anchor
 from tokenizers import Tokenizer
 
@@ -188,6 +189,12 @@ class TestTeacher:
             log_p = mx.softmax(tiny.model(mx.array([tokens]))[0], axis=-1).log()
             own = [float(log_p[i - 1, tokens[i]]) for i in range(len(tokens) - length, len(tokens))]
             assert found == pytest.approx(np.mean(own), abs=1e-4)
+
+    def test_other_caches_are_not_shared(self, tiny: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked = [("how many", "12"), ("a longer question", "x")]
+        expected = tiny.finds("some text", asked, [])
+        monkeypatch.setattr("mlx_hiermem.learn.teacher.make_prompt_cache", lambda _: [RotatingKVCache(4)] * 2)
+        assert tiny.finds("some text", asked, []) == pytest.approx(expected, abs=1e-4)
 
     def test_a_likelier_answer_is_preferred(self, tiny: Teacher) -> None:
         rivals = [chr(c) for c in range(ord("a"), ord("z"))]

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.generate import BatchGenerator
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
 from mlx_hiermem.errors import AnchorError
@@ -93,25 +93,30 @@ class Teacher:
         `others` that began the same way is likelier.
         """
         read, cache = self._encode(beginning), make_prompt_cache(self.model)
-        self.model(mx.array([read]), cache=cache)
-        mx.eval([layer.state for layer in cache])
+        shared = all(type(layer) is KVCache for layer in cache)  # other kinds, of windows or states, are read anew
+        if shared:
+            self.model(mx.array([read]), cache=cache)
+            mx.eval([layer.state for layer in cache])
+        before = [] if shared else read
         rivals = [self._encode(f" {other}") for other in others]
-        rows = [(self._encode(prompt), self._encode(f" {answer}")) for prompt, answer in asked]
+        rows = [(before + self._encode(prompt), self._encode(f" {answer}")) for prompt, answer in asked]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
         found = [0.0] * len(rows)
         for start in range(0, len(order), BATCH // 2):
             some = order[start : start + BATCH // 2]
-            for i, log_p in zip(some, self._log_p([rows[i] for i in some], cache), strict=True):
+            log_ps = self._log_p([rows[i] for i in some], cache if shared else None)
+            for i, log_p in zip(some, log_ps, strict=True):
                 found[i] = _certainty(log_p, rows[i][1], rivals)
         return found
 
-    def _log_p(self, rows: Sequence[tuple[list[int], list[int]]], cache: list[Any]) -> list[np.ndarray]:
+    def _log_p(self, rows: Sequence[tuple[list[int], list[int]]], cache: list[KVCache] | None) -> list[np.ndarray]:
         """[tokens of the answer, V] log p of each row, after what `cache` holds."""
         length = max(len(prompt) + len(answer) for prompt, answer in rows) - 1
         tokens = np.zeros((len(rows), length), np.int32)
         for row, (prompt, answer) in zip(tokens, rows, strict=True):
             row[: len(prompt) + len(answer) - 1] = prompt + answer[:-1]
-        logits = self.model(mx.array(tokens), cache=[_spread(layer, len(rows)) for layer in cache])
+        spread = None if cache is None else [_spread(layer, len(rows)) for layer in cache]
+        logits = self.model(mx.array(tokens), cache=spread)
         return [
             np.array(nn.log_softmax(own[len(prompt) - 1 : len(prompt) + len(answer) - 1].astype(mx.float32)))
             for own, (prompt, answer) in zip(logits, rows, strict=True)
@@ -135,7 +140,7 @@ def load_teacher(name: str) -> Teacher:
     return Teacher(model, tokenizer)
 
 
-def _spread(cache: Any, rows: int) -> Any:
+def _spread(cache: KVCache, rows: int) -> KVCache:
     """A KV cache of one text, for so many continuations of it."""
     spread = copy.copy(cache)
     spread.keys, spread.values = (mx.broadcast_to(x, (rows, *x.shape[1:])) for x in cache.state[:2])
