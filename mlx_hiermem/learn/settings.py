@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -64,7 +63,7 @@ class TrainingSettings:
 
 def epochs_for(tokens: int) -> int:
     """How often a subtree of so many tokens is learnt, so that it learns about `ENOUGH`."""
-    return min(max(math.ceil(ENOUGH / max(tokens, 1)), FEWEST), MOST)
+    return min(max(round(ENOUGH / max(tokens, 1)), FEWEST), MOST)
 
 
 def memory_layers(placement: str | Sequence[int], layers: int) -> tuple[int, ...]:

@@ -32,9 +32,10 @@ from mlx_hiermem.learn.work import Work, read_lines, write_lines
 TOGETHER = 256  # windows that are studied at a time: a wording is shared among these, and a killed run repeats them
 COMMON = 8  # windows from which on a shape is worth many wordings
 FIRST_TRIES = 2
-EXAMPLE = (  # tells the model that answers are short
+EXAMPLE = (  # tells the model that answers are short; with one question it found no element's symbol, with two all
     "Penicillin is a medicine with the code J01C. It was found in 1928.\n\n"
     "Question: In which year was penicillin found?\nAnswer: 1928\n\n"
+    "Question: What is the code of penicillin?\nAnswer: J01C\n\n"
 )
 Progress = Callable[[int, int], None]
 Share = Callable[[float], None]
@@ -201,17 +202,22 @@ def _try(
     settings: StudySettings,
     rng: random.Random,
 ) -> dict[str, list[Tried]]:
-    """The wordings that find their answers, best first. Who fails on the first windows is not tried on more."""
-    order = {shape: rng.sample(own, min(len(own), settings.tried)) for shape, own in shapes.items()}
-    results: dict[tuple[str, Wording], list[float]] = {
-        (shape, wording): [] for shape, own in invented.items() for wording in own
-    }
+    """The wordings that find their answers, best first. Who fails on the first windows is not tried on more.
+
+    Each begins with other windows than the one before it: in some, whatever the wording, nothing is found.
+    """
+    order, results = dict[tuple[str, Wording], list[Fact]](), dict[tuple[str, Wording], list[float]]()
+    for shape, alike in shapes.items():
+        some = rng.sample(alike, min(len(alike), settings.tried))
+        for number, wording in enumerate(invented[shape]):
+            first = number * FIRST_TRIES % len(some)
+            order[shape, wording], results[shape, wording] = some[first:] + some[:first], []
     for first, last in ((0, FIRST_TRIES), (FIRST_TRIES, settings.tried)):
         asked = [
             (fact, wording)
             for (shape, wording), log_ps in results.items()
             if not log_ps or _right(log_ps) >= settings.right
-            for fact in order[shape][first:last]
+            for fact in order[shape, wording][first:last]
         ]
         for fact, wording, log_p in tries.log_ps(asked):
             results[fact.shape, wording].append(log_p)
