@@ -1,10 +1,11 @@
-"""What removing a block leaves behind, and what a corrected fact changes: the demo's bank, its 354 questions.
+"""What removing a block leaves behind, and what a corrected fact changes: the demo's bank, 472 of its questions.
 
     python benchmarks/editing.py MODEL [--leaf 2.0] [--subject Molybdenum] [--answer 142]
 
 Three copies of the bank. In one the leaf is removed and its questions go to the nearest other leaf; in one it is
 closed and they stop above, so that only the block above answers; in one the leaf alone is trained on, with one
-atomic number changed. Every question is asked again in each. Writes benchmarks/results/editing.json.
+atomic number changed. Atomic numbers and symbols are asked for again in each, in two wordings; without memory only
+those of the leaf. Writes benchmarks/results/editing.json.
 """
 
 from __future__ import annotations
@@ -18,10 +19,8 @@ import tempfile
 import time
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
-import mlx_hiermem  # noqa: F401  (picks the BLAS for MLX)
 from mlx_hiermem.anchor import load_anchor
 from mlx_hiermem.bank import edit
 from mlx_hiermem.bank.bank import MemoryBank
@@ -35,12 +34,14 @@ from mlx_hiermem.learn.blocks import Tensors
 from mlx_hiermem.learn.examples import Example, TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.settings import TrainingSettings
 from mlx_hiermem.learn.training import Training
+from mlx_hiermem.model import load
+
+import mlx.core as mx  # isort: skip  (after mlx_hiermem, which picks the BLAS)
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "editing.json"
-ROWS = [
-    json.loads(line) for line in (ROOT / "apps/demo/elements_qa.jsonl").read_text(encoding="utf-8").splitlines()
-]
+QUESTIONS = (ROOT / "apps/demo/elements_qa.jsonl").read_text(encoding="utf-8")
+ROWS = [row for row in map(json.loads, QUESTIONS.splitlines()) if row["relation"] != "element_of_number"]
 SETTINGS = TrainingSettings(epochs=30, groups=1, group_tokens=512, rate=3e-3, generic=False)
 
 
@@ -55,6 +56,13 @@ def copy(model: pathlib.Path, out: pathlib.Path) -> pathlib.Path:
 def ask(model: pathlib.Path, file: pathlib.Path, out: pathlib.Path, memory: str = "fetched") -> Run:
     evaluation = Evaluation.of(model, out)
     return evaluation.run(evaluation.prepare(Task("questions", "questions", file), (memory,)), memory)
+
+
+def write(file: pathlib.Path, rows: list[dict[str, Any]]) -> pathlib.Path:
+    """A file of questions, each with one other wording."""
+    shown = (row | {"heldout_prompts": row["heldout_prompts"][:1]} for row in rows)
+    file.write_text("".join(json.dumps(row) + "\n" for row in shown), encoding="utf-8")
+    return file
 
 
 def right(run: Run, ids: set[str]) -> str:
@@ -99,8 +107,7 @@ def correct(model: pathlib.Path, leaf: Path, ids: set[str], subject: str, answer
 
 
 def measure(model: pathlib.Path, leaf: Path, subject: str, answer: str, folder: pathlib.Path) -> dict[str, Any]:
-    file, out = folder / "questions.jsonl", folder / "results"
-    file.write_text("".join(json.dumps(row | {"heldout_prompts": []}) + "\n" for row in ROWS), encoding="utf-8")
+    out, file = folder / "results", write(folder / "questions.jsonl", ROWS)
     before = ask(model, file, out)
     inside = {row["id"] for row in before.rows if row["path"] == str(leaf)}
     outside = {row["id"] for row in before.rows} - inside
@@ -113,7 +120,8 @@ def measure(model: pathlib.Path, leaf: Path, subject: str, answer: str, folder: 
     correct(changed, leaf, inside, subject, answer, folder)
     found["training, CPU seconds"] = round(time.process_time() - start, 1)
     runs = {name: ask(folder / name, file, out) for name in ("removed", "closed", "changed")}
-    runs["none"] = ask(model, file, out, "none")
+    own = write(folder / "own.jsonl", [row for row in ROWS if row["id"] in inside])
+    found["none"] = {"leaf": right(ask(model, own, out, "none"), inside)}
     for name, run in runs.items():
         (locality,) = compare(columns([("before", before), (name, run)])).locality
         found[name] = {
@@ -124,10 +132,10 @@ def measure(model: pathlib.Path, leaf: Path, subject: str, answer: str, folder: 
             ),
             "replies changed under the same memory": locality.changed_with_same_memory,
         }
-    wanted = next(r["id"] for r in ROWS if r["subject"] == subject and r["relation"] == "atomic_number")
+    row = next(r for r in ROWS if r["subject"] == subject and r["relation"] == "atomic_number")
     found["corrected"] = {
-        name: next(row["reply"] for row in run.rows if row["id"] == wanted)
-        for name, run in {"before": before, **runs}.items()
+        name: [load(of).generate(prompt, max_tokens=6) for prompt in (row["prompt"], *row["heldout_prompts"])]
+        for name, of in (("before", model), ("changed", changed))
     }
     return found
 
