@@ -6,6 +6,7 @@ import json
 import math
 import pathlib
 import shutil
+from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -16,12 +17,15 @@ from tiny import HashEmbedder, make_model
 from mlx_hiermem.bank.edit import add
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import BankError, HierMemError, OutputError, TaskError
+from mlx_hiermem.evaluate import runner
 from mlx_hiermem.evaluate.answers import is_decided, rule_for
 from mlx_hiermem.evaluate.compare import columns, compare, draw
+from mlx_hiermem.evaluate.examples import Example
 from mlx_hiermem.evaluate.results import MEMORIES, ResultFile, read_runs
-from mlx_hiermem.evaluate.routes import place
+from mlx_hiermem.evaluate.routes import Placed, place
 from mlx_hiermem.evaluate.runner import Evaluation, Prepared
 from mlx_hiermem.evaluate.tasks import Task, read_tasks
+from mlx_hiermem.model import Choice, MemoryModel
 
 Tasks = dict[str, Task]
 
@@ -232,6 +236,38 @@ def test_a_larger_limit_adds_to_what_is_there(model: pathlib.Path, tasks: Tasks,
     assert file.read_text().splitlines()[:5] == lines
     assert tested.run(tested.prepare(tasks["cloze"], ("none",), limit=4), "none").rows == few.rows
     assert [run.task for run in read_runs(tmp_path)] == ["cloze"]
+
+
+def test_what_gets_no_memory_is_the_anchors(
+    model: pathlib.Path, tasks: Tasks, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "place", half_beyond_reach)
+    alone = evaluation(model, tmp_path / "alone")
+    expected = alone.run(alone.prepare(tasks["choice"], ("fetched",)), "fetched")
+    after = evaluation(model, tmp_path / "after")
+    prepared = after.prepare(tasks["choice"], ("none", "fetched"))
+    after.run(prepared, "none")
+    asked: list[int] = []
+    score = after.scorer.score
+    monkeypatch.setattr(after.scorer, "score", lambda pairs: (asked.append(len(pairs)), score(pairs))[1])
+    run = after.run(prepared, "fetched")
+    assert sum(asked) == 6, "the other six are those of the run without memory"
+    for row, other in zip(run.rows, expected.rows, strict=True):
+        assert {name: row[name] for name in ("id", "path", "memory")} == {
+            name: other[name] for name in ("id", "path", "memory")
+        }
+        assert np.array(row["scores"]) == pytest.approx(np.array(other["scores"]), abs=1e-3)
+        assert row["cost"]["seconds"] > 0
+        assert (row["path"] == "") == (row["memory"] == "none")
+
+
+def half_beyond_reach(model: MemoryModel, examples: Sequence[Example], memory: str) -> list[Placed]:
+    """As `place`, but of a bank that every second line is too far from."""
+    found = place(model, examples, memory)
+    return [
+        Placed(Choice("none"), "none") if example.line % 2 else one
+        for example, one in zip(examples, found, strict=True)
+    ]
 
 
 def test_results_of_another_bank_are_not_taken(model: pathlib.Path, tasks: Tasks, tmp_path: pathlib.Path) -> None:

@@ -98,7 +98,7 @@ class ResultFile:
 
     def __init__(self, file: pathlib.Path, head: dict[str, Any]) -> None:
         """Raises OutputError where it cannot be written."""
-        self.file, self.done = file, dict[str, Row]()
+        self.file, self.head, self.done = file, head, dict[str, Row]()
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             if file.is_file():

@@ -115,18 +115,7 @@ class Evaluation:
 
     def run(self, prepared: Prepared, memory: str, progress: Progress | None = None) -> Run:
         """Raises OutputError where results cannot be written; those that were are kept."""
-        fingerprint = self._fingerprint(prepared, memory)
-        head = {
-            "format": FORMAT,
-            "version": VERSION,
-            "model": self.name,
-            "memory": memory,
-            "task": prepared.task.to_json(),
-            "examples": len(prepared.examples),
-            "file_sha256": prepared.digest,
-            "fingerprint": fingerprint,
-        }
-        file = ResultFile(self.out / f"{prepared.task.name}.{memory}.{fingerprint[:12]}.jsonl", head)
+        file = self._results(prepared, memory)
         asked = [prepared.examples[n] for n in prepared.prompts]
         missing = [n for n in prepared.prompts if prepared.examples[n].id not in file.done]
         done = len(asked) - len(missing)
@@ -137,23 +126,47 @@ class Evaluation:
             done += len(rows)
             if progress:
                 progress(done, len(asked))
-        return Run(head, [{**file.done[example.id], **example.tags} for example in asked])
+        return Run(file.head, [{**file.done[example.id], **example.tags} for example in asked])
+
+    def _file(self, prepared: Prepared, memory: str) -> pathlib.Path:
+        return self.out / f"{prepared.task.name}.{memory}.{self._fingerprint(prepared, memory)[:12]}.jsonl"
+
+    def _results(self, prepared: Prepared, memory: str) -> ResultFile:
+        head = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": self.name,
+            "memory": memory,
+            "task": prepared.task.to_json(),
+            "examples": len(prepared.examples),
+            "file_sha256": prepared.digest,
+            "fingerprint": self._fingerprint(prepared, memory),
+        }
+        return ResultFile(self._file(prepared, memory), head)
 
     def _rows(self, prepared: Prepared, memory: str, numbers: Sequence[int]) -> Iterator[list[Row]]:
-        """Rows of these examples, batch by batch. Each has its share of the batch's cost."""
+        """Rows of these examples, batch by batch. Each has its share of the batch's cost, and of the routing's."""
         begun = time.perf_counter()
         placed = dict(zip(numbers, place(self.model, [prepared.examples[n] for n in numbers], memory), strict=True))
+        routing = (time.perf_counter() - begun) / max(1, len(numbers))
+        # What gets no memory is the anchor's, and need not be computed once more.
+        known = self._results(prepared, "none").done if self._file(prepared, "none").is_file() else {}
+        same = {n for n, one in placed.items() if one.key == "none" and prepared.examples[n].id in known}
+        yield [
+            self._row(prepared, placed[n], n, known[prepared.examples[n].id], routing) for n in placed if n in same
+        ]
+        placed = {n: one for n, one in placed.items() if n not in same}
         generated = prepared.task.kind in ("generation", "questions")
-        read = self._bytes_read()
+        begun, read = time.perf_counter(), self._bytes_read()
         for batch in (self._generate if generated else self._score)(prepared, placed):
             now, computed, read_now = time.perf_counter(), self.scorer.computed, self._bytes_read()
             cost = {
-                "seconds": round((now - begun) / len(batch), 6),
+                "seconds": (now - begun) / len(batch),
                 "tokens": round(computed / len(batch), 2),
                 "bytes_read": (read_now - read) / len(batch),
             }
             begun, read, self.scorer.computed = now, read_now, 0
-            yield [self._row(prepared, placed[n], n, found) | {"cost": cost} for n, found in batch]
+            yield [self._row(prepared, placed[n], n, found | {"cost": cost}, routing) for n, found in batch]
 
     def _score(
         self, prepared: Prepared, placed: Mapping[int, Placed]
@@ -203,14 +216,17 @@ class Evaluation:
         decided = partial(is_decided, rule=rule_for(prepared.task.kind, names[0]), names=names)
         return Asked(prompt.pairs[0][0], placed.choice, prompt.reply, decided)
 
-    def _row(self, prepared: Prepared, placed: Placed, number: int, found: dict[str, Any]) -> dict[str, Any]:
+    def _row(
+        self, prepared: Prepared, placed: Placed, number: int, found: Mapping[str, Any], routing: float
+    ) -> dict[str, Any]:
         example = prepared.examples[number]
         row = {"id": example.id, "line": example.line, "path": str(placed.choice.path), "memory": placed.key}
         if "#" in example.id or prepared.task.kind == "questions":
             row["question"] = example.id.partition("#")[0]
         if placed.agrees is not None:
             row["routing"] = placed.agrees
-        return row | found
+        cost = found["cost"]
+        return row | dict(found) | {"cost": cost | {"seconds": round(cost["seconds"] + routing, 6)}}
 
     def _windows(self, document: Example) -> Prompt:
         tokens, first = self.prompter.plain(document.continuations[0]), self.prompter.first
