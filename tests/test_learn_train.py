@@ -32,6 +32,7 @@ from mlx_hiermem.learn import blocks as blocks_module
 from mlx_hiermem.learn import trainer as trainer_module
 from mlx_hiermem.learn.blocks import Tensors, new_block
 from mlx_hiermem.learn.examples import Example, TrainingSet
+from mlx_hiermem.learn.heldout import HeldOut
 from mlx_hiermem.learn.learner import Inputs, Learner
 from mlx_hiermem.learn.packing import batch
 from mlx_hiermem.learn.progress import Progress, read_log
@@ -221,6 +222,38 @@ def test_every_placement_trains(
     bank = trained(tmp_path / "work", anchor, training_set, placement=placement)
     for node, block in bank.items():
         assert all(np.abs(part).max() > 0 for part in block["down"]), f"a layer of {node} learnt nothing"
+
+
+@pytest.mark.parametrize("cotrain", [False, True])
+def test_held_out_texts_are_measured_as_the_blocks_are_now(
+    cotrain: bool,
+    anchor: pathlib.Path,
+    training_set: TrainingSet,
+    heldout: TrainingSet,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was computed the first time is not stale: a fresh measurement finds the same."""
+    model = load_anchor(anchor, mx.float32)[0]
+    settings = dataclasses.replace(QUICK, cotrain=cotrain, anchor_rate=1e-2)
+    trainer = (training := Training(tmp_path / "work", model, tiny_config(model), training_set, settings)).trainer(
+        training.jobs[0]
+    )
+    alone: list[int] = []
+    losses = trainer.losses
+    monkeypatch.setattr(
+        trainer, "losses", lambda nodes, inputs: (alone.append(not nodes), losses(nodes, inputs))[1]
+    )
+    texts = HeldOut(trainer, heldout)
+    before, without = texts.measure(), sum(alone)
+    for step in trainer.schedule.steps(0):
+        trainer.take(step)
+    after = texts.measure()
+    assert after["fetched"] != before["fetched"]
+    assert (after["none"] == before["none"]) == (not cotrain)
+    assert sum(alone) == (2 * without if cotrain else without)
+    for name, (loss, tokens) in HeldOut(trainer, heldout).measure().items():
+        assert after[name] == (pytest.approx(loss), tokens)
 
 
 def test_only_fetched_blocks_move(anchor: pathlib.Path, training_set: TrainingSet, tmp_path: pathlib.Path) -> None:

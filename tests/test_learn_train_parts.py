@@ -31,7 +31,7 @@ from mlx_hiermem.learn.forward import Anchor
 from mlx_hiermem.learn.loss import divergence, next_token
 from mlx_hiermem.learn.optimizer import schedule, update
 from mlx_hiermem.learn.packing import batch, cut, fill, pack, row_length
-from mlx_hiermem.learn.schedule import GENERIC, Schedule, carriers, jobs, share
+from mlx_hiermem.learn.schedule import GENERIC, Job, Schedule, carriers, jobs, share
 from mlx_hiermem.learn.settings import TrainingSettings, memory_layers
 
 CONFIG = MemoryConfig("ffn", 2, (4, 2), (2, 3), 32, dtype="float32", ffn_width=64, q_width=32, kv_width=16)
@@ -258,6 +258,17 @@ def test_ranks_share_the_jobs(training_set: TrainingSet) -> None:
     assert [job.name for job in jobs(training_set, CONFIG, dataclasses.replace(QUICK, generic=False))] == ["0", "1"]
     together = jobs(training_set, CONFIG, dataclasses.replace(QUICK, cotrain=True))
     assert [job.leaves for job in together] == [(*training_set.leaves, GENERIC)]
+
+
+@pytest.mark.parametrize("names", ["01234", "0123456789abcdefgh"])
+def test_ranks_are_done_at_about_the_same_time(names: str) -> None:
+    """Few jobs are shared as well as they can be: 8 + 7 and 6 + 5 + 4; of many, the largest go first."""
+    work = {name: 8 - number % 5 for number, name in enumerate(names)}
+    every = [Job(name, ()) for name in names]
+    shares = [share(every, lambda job: work[job.name], rank, 2) for rank in range(2)]
+    assert sorted(job.name for mine in shares for job in mine) == sorted(names)
+    loads = [sum(work[job.name] for job in mine) for mine in shares]
+    assert max(loads) - min(loads) <= sum(work.values()) % 2
 
 
 def test_levels_without_memory_have_no_block() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -23,33 +24,65 @@ GROUP_TOKENS = 1024
 Sums = dict[str, tuple[float, int]]  # name of a memory -> summed loss, tokens
 
 
-def measure(trainer: Trainer, heldout: TrainingSet) -> Sums:
-    """Losses of a job's held-out texts under its blocks as they are now.
+@dataclass
+class _Group:
+    """Texts of one leaf, in one batch."""
 
-    A subtree's job has `none`, `level 1` ... (the path cut off there) and `fetched`; the generic block's has
-    `generic`, over all texts, and the others for texts whose subtree nobody learns.
-    """
-    found: Sums = {}
-    own, known = _tops(trainer.job.leaves), _tops(trainer.examples.leaves)
-    for leaf, numbers in _texts(trainer, heldout):
-        memories: dict[str, list[Path]] = {"generic": [GENERIC]} if GENERIC in trainer.job.leaves else {}
-        if leaf[:1] in own or leaf[:1] not in known:
-            memories |= _levels(trainer, leaf)
-        trainer.use({node for nodes in memories.values() for node in nodes})
-        for group in cut(numbers, heldout.lengths[numbers], GROUP_TOKENS, np.random.default_rng(0)):
-            inputs = _inputs(trainer, [heldout.read(int(number)) for number in group])
-            learnt = int(heldout.learnts[group].sum())
-            _add(found, {name: (float(trainer.losses(n, inputs).sum()), learnt) for name, n in memories.items()})
-    return found
+    memories: dict[str, list[Path]]  # name -> the nodes whose blocks are attached
+    inputs: Inputs
+    learnt: int
+    alone: float | None = None  # the loss without memory, where it stays what it is
+
+
+class HeldOut:
+    """A job's held-out texts. What training does not change is computed once, the first time they are measured."""
+
+    def __init__(self, trainer: Trainer, texts: TrainingSet) -> None:
+        self.trainer, self.texts = trainer, texts
+        self._groups: list[_Group] | None = None
+
+    def measure(self) -> Sums:
+        """Losses under the job's blocks as they are now.
+
+        A subtree's job has `none`, `level 1` ... (the path cut off there) and `fetched`; the generic block's has
+        `generic`, over all texts, and the others for texts whose subtree nobody learns.
+        """
+        if self._groups is None:
+            self._groups = list(self._read())
+        found: Sums = {}
+        for group in self._groups:
+            self.trainer.use({node for nodes in group.memories.values() for node in nodes})
+            _add(found, {name: (self._loss(group, n), group.learnt) for name, n in group.memories.items()})
+        return found
+
+    def _loss(self, group: _Group, nodes: list[Path]) -> float:
+        if not nodes and group.alone is not None:
+            return group.alone
+        loss = float(self.trainer.losses(nodes, group.inputs).sum())
+        if not nodes and not self.trainer.settings.cotrain:
+            group.alone = loss
+        return loss
+
+    def _read(self) -> Iterator[_Group]:
+        own, known = _tops(self.trainer.job.leaves), _tops(self.trainer.examples.leaves)
+        for leaf, numbers in _texts(self.trainer, self.texts):
+            memories: dict[str, list[Path]] = {"generic": [GENERIC]} if GENERIC in self.trainer.job.leaves else {}
+            if leaf[:1] in own or leaf[:1] not in known:
+                memories |= _levels(self.trainer, leaf)
+            for group in cut(numbers, self.texts.lengths[numbers], GROUP_TOKENS, np.random.default_rng(0)):
+                texts = [self.texts.read(int(number)) for number in group]
+                yield _Group(memories, _inputs(self.trainer, texts), int(self.texts.learnts[group].sum()))
 
 
 def _inputs(trainer: Trainer, texts: Sequence[Example]) -> Inputs:
-    """Texts as a batch; what no memory changes is computed once for all memories."""
+    """Texts as a batch; of a frozen anchor with the states that enter the first memory layer."""
     packed, layer = batch(texts), trainer.learner.first_layer
     if trainer.settings.cotrain or not layer:
         return Inputs(packed)
     documents = mx.array(packed.documents) if packed.packed else None
-    return Inputs(packed, trainer.learner.anchor.states(mx.array(packed.tokens), layer, documents))
+    states = trainer.learner.anchor.states(mx.array(packed.tokens), layer, documents)
+    mx.eval(states)
+    return Inputs(packed, states)
 
 
 def _levels(trainer: Trainer, leaf: Path) -> dict[str, list[Path]]:

@@ -12,6 +12,7 @@ fine block is read from disk and written back once an epoch, however large the b
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from mlx_hiermem.learn.examples import TrainingSet
 from mlx_hiermem.learn.packing import cut
 from mlx_hiermem.learn.settings import TrainingSettings
 
+FEW = 1 << 15  # ways to share jobs that are all tried
 GENERIC = Path()  # stands among the leaves for the control block
 
 
@@ -64,13 +66,21 @@ def jobs(examples: TrainingSet, config: MemoryConfig, settings: TrainingSettings
     return [*found, Job("generic", generic)] if generic else found
 
 
-def share(all_jobs: Sequence[Job], tokens: Callable[[Job], int], rank: int, ranks: int) -> list[Job]:
-    """The jobs of one rank: the largest first, each to the rank that has least to do. Kept in their order."""
-    work = [0] * ranks
-    mine = set()
-    for job in sorted(all_jobs, key=lambda job: (-tokens(job), job.name)):
-        taker = work.index(min(work))
-        work[taker] += tokens(job)
+def share(all_jobs: Sequence[Job], work: Callable[[Job], float], rank: int, ranks: int) -> list[Job]:
+    """The jobs of one rank, in their order. The rank with most to do has least: of all ways to share them where
+    these are few, else the largest goes first, each to whom has least to do."""
+    works = [work(job) for job in all_jobs]
+
+    def loads(takers: Sequence[int]) -> list[float]:
+        return sorted(sum(w for w, taker in zip(works, takers, strict=True) if taker == r) for r in range(ranks))
+
+    if ranks ** len(all_jobs) <= FEW:
+        takers = min(itertools.product(range(ranks), repeat=len(all_jobs)), key=lambda takers: loads(takers)[::-1])
+        return [job for job, taker in zip(all_jobs, takers, strict=True) if taker == rank]
+    todo, mine = [0.0] * ranks, set()
+    for load, job in sorted(zip(works, all_jobs, strict=True), key=lambda pair: (-pair[0], pair[1].name)):
+        taker = todo.index(min(todo))
+        todo[taker] += load
         if taker == rank:
             mine.add(job)
     return [job for job in all_jobs if job in mine]

@@ -25,11 +25,11 @@ from mlx_hiermem.config import MemoryConfig, Path
 from mlx_hiermem.errors import HierMemError, MissingDependencyError, OutputError
 from mlx_hiermem.learn.blocks import ANCHOR, GO_ON, Tensors, TrainedBlocks, new_block
 from mlx_hiermem.learn.examples import TrainingSet
-from mlx_hiermem.learn.heldout import measure, perplexities
+from mlx_hiermem.learn.heldout import HeldOut, perplexities
 from mlx_hiermem.learn.learner import Learner
 from mlx_hiermem.learn.progress import Progress, merge_logs, plot, read_log
 from mlx_hiermem.learn.rows import in_rows
-from mlx_hiermem.learn.schedule import Job, Schedule, jobs, share
+from mlx_hiermem.learn.schedule import GENERIC, Job, Schedule, jobs, share
 from mlx_hiermem.learn.settings import TrainingSettings
 from mlx_hiermem.learn.trainer import Trainer
 
@@ -76,7 +76,7 @@ class Training:
             raise HierMemError("there is nothing to learn", "No example is in a leaf whose path has a block.")
         if settings.cotrain and self.group.size() > 1:
             raise HierMemError("co-training takes one rank: all leaves move one anchor", "Leave out mlx.launch.")
-        self.mine = share(self.jobs, self._tokens, self.group.rank(), self.group.size())
+        self.mine = share(self.jobs, self._work, self.group.rank(), self.group.size())
 
     def run(self, tick: Tick = lambda progress: None) -> dict[str, float]:
         """Trains this rank's jobs and waits for the others'; returns held-out perplexities by memory.
@@ -132,10 +132,10 @@ class Training:
     def _train(self, job: Job, ticker: _Ticker) -> None:
         trainer = self.trainer(job)
         ticker.begin(job.name, trainer.tokens)
+        heldout = HeldOut(trainer, self.heldout) if self.heldout is not None else None
 
         def evaluate(trainer: Trainer) -> None:
-            sums = measure(trainer, self.heldout) if self.heldout is not None else {}
-            if sums:
+            if heldout and (sums := heldout.measure()):
                 trainer.note({"heldout": sums})
                 ticker.measured({name: loss / tokens for name, (loss, tokens) in sums.items()})
 
@@ -152,6 +152,13 @@ class Training:
 
     def _tokens(self, job: Job) -> int:
         return Schedule(job, self.examples, self.config, self.settings, lambda node: 0).tokens
+
+    def _work(self, job: Job) -> float:
+        """Layers that are run for a job's tokens, those that learn three times for the way back; the layers below
+        are run once for all epochs where their states are kept, which for the generic block's they are not."""
+        below, layers = self.learner.first_layer, len(self.learner.anchor.layers)
+        often = 1.0 if GENERIC in job.leaves else 1 / self.settings.epochs
+        return self._tokens(job) * (3 * (layers - below) + often * below)
 
     def _folder(self, job: Job) -> pathlib.Path:
         folder = self.work / f"subtree-{job.name}"
