@@ -6,6 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 import torch
+from tiny import HashEmbedder, make_model
 
 from mlx_hiermem import load
 from mlx_hiermem.apps.demo import evaluate, tour
@@ -13,8 +14,10 @@ from mlx_hiermem.apps.demo.anchor import load_anchor, run_layers
 from mlx_hiermem.apps.demo.train import Bank, Progress, Settings, run_trunk, train
 from mlx_hiermem.apps.demo.wordings import element_wordings, training_texts
 from mlx_hiermem.bank.bank import MemoryBank
+from mlx_hiermem.bank.policy import BankPolicy
 from mlx_hiermem.config import Path
 from mlx_hiermem.embedder import Embedder
+from mlx_hiermem.router import Router
 
 HERE = pathlib.Path(tour.__file__).parent
 
@@ -36,6 +39,14 @@ def test_nothing_held_out_is_trained_on() -> None:
             inner = prompt.removeprefix("Question: ").removesuffix("\nAnswer:")
             assert inner.lower() not in texts
     assert not any(question.chat.lower() in texts for question in evaluate.questions())
+
+
+def test_questions_beyond_the_reach_are_the_anchors(tmp_path: pathlib.Path) -> None:
+    model = load(make_model(tmp_path / "model"))
+    assert model.bank is not None
+    model._router = Router(model.bank.tree, HashEmbedder(), BankPolicy(reach=1e-6))
+    prompts = ["the atomic number", "of gold is"]
+    assert evaluate.answers(model, prompts, "fetched") == evaluate.answers(model, prompts, "none")
 
 
 def test_bundled_bank_is_whole_and_small() -> None:

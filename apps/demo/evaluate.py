@@ -73,7 +73,7 @@ def answers(model: MemoryModel, prompts: Sequence[str], memory: str, chat: bool 
     groups: dict[str, list[int]] = defaultdict(list)
     if memory == "fetched":
         for index, routed in enumerate(model.router.route_batch(prompts)):
-            groups[str(routed.path)].append(index)
+            groups[str(routed.path) or "none"].append(index)
     else:
         groups[memory] = list(range(len(prompts)))
     found: list[int | None] = [None] * len(prompts)

@@ -32,8 +32,9 @@ from mlx_hiermem.learn.work import Work, read_lines, write_lines
 TOGETHER = 256  # windows that are studied at a time: a wording is shared among these, and a killed run repeats them
 COMMON = 8  # windows from which on a shape is worth many wordings
 FIRST_TRIES = 2
-EXAMPLE = (  # tells the model that answers are short; with one question it found no element's symbol, with two all
-    "Penicillin is a medicine with the code J01C. It was found in 1928.\n\n"
+EXAMPLE = (  # answers are short, and a name, a number or a code: after numbers alone a capital was read as a year
+    "Penicillin is a medicine with the code J01C. It was found by Alexander Fleming in 1928.\n\n"
+    "Question: Who found penicillin?\nAnswer: Alexander Fleming\n\n"
     "Question: In which year was penicillin found?\nAnswer: 1928\n\n"
     "Question: What is the code of penicillin?\nAnswer: J01C\n\n"
 )
