@@ -208,6 +208,17 @@ class TestTeacher:
         found = smollm2_teacher.finds(text, list(zip(prompts, answers, strict=True)), answers)
         assert [log_p > -math.inf for log_p in found] == [False, True, False]
 
+    def test_smollm2_reads_names_in_windows_that_name_nobody(self, smollm2_teacher: Teacher) -> None:
+        text = study_module._named(
+            "Capital: Wexholm Government type: republic Independence: 7 July 1978", "Norland"
+        )
+        assert study_module._named(text, "norland") == text == f"Norland. {text.removeprefix('Norland. ')}"
+        answers = ["Wexholm", "republic", "7", "July", "1978"]
+        prompts = ["Question: What is the capital of Norland?\nAnswer:"] * len(answers)
+        asked = list(zip(prompts, answers, strict=True))
+        found = smollm2_teacher.finds(f"{study_module.EXAMPLE}{text}\n\n", asked, answers)
+        assert [log_p > -math.inf for log_p in found] == [True, False, False, False, False]
+
     def test_a_teacher_that_is_none(self, tmp_path: pathlib.Path) -> None:
         with pytest.raises(AnchorError, match="cannot load the teacher"):
             load_teacher(str(tmp_path))

@@ -189,7 +189,7 @@ class _Tries:
             by_window[fact.window].append((fact, wording))
         for done, (number, own) in enumerate(by_window.items(), 1):
             prompts = [(_prompt(wording, fact.subject), fact.answer) for fact, wording in own]
-            beginning = f"{EXAMPLE}{self.windows[number].text}\n\n"
+            beginning = f"{EXAMPLE}{_named(self.windows[number].text, own[0][0].subject)}\n\n"
             found = self.teacher.finds(beginning, prompts, self.answers[number])
             for (fact, wording), log_p in zip(own, found, strict=True):
                 yield fact, wording, log_p
@@ -234,6 +234,11 @@ def _try(
 
 def _right(log_ps: Sequence[float]) -> float:
     return sum(log_p > -math.inf for log_p in log_ps) / len(log_ps)
+
+
+def _named(text: str, subject: str) -> str:
+    """A document's later windows need not name what they are about: unnamed, the capital in one is nobody's."""
+    return text if subject.casefold() in text.casefold() else f"{subject}. {text}"
 
 
 def _prompt(wording: Wording, subject: str) -> str:
