@@ -16,8 +16,8 @@ KIT = apps/ios/HierMemKit
 CHAT = apps/ios/HierMemChat/Sources
 # What is no measurement, or is given its corpus or model.
 OTHER = common banks learn_corpora editing evaluation_equality plot reach
-# What has a small form; the rest of benchmarks/ takes minutes however little is asked for.
-QUICK = fetch growth hidden_fetch swap decode minilm rag start
+# What has a small form that takes seconds; the rest of benchmarks/ takes minutes however little is asked for.
+QUICK = fetch growth hidden_fetch swap decode minilm start
 
 .PHONY: help setup demo test test-swift lint elements bench bench-quick
 

@@ -89,7 +89,7 @@ def measure(model: MemoryModel, runs: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = common.options(__doc__, runs=21, quick=3)
+    parser = common.options(__doc__, runs=21, quick=2)
     parser.add_argument("--folder", type=pathlib.Path, help="where to write; default: a temporary folder")
     asked, before = common.parsed(parser), os.getloadavg()[0]
     with banks.scratch(asked.folder, 5e8) as folder:

@@ -23,6 +23,7 @@ from mlx_hiermem.apps.demo import tour
 PROMPT = "The atomic number of neon is"
 OURS = "from mlx_hiermem.apps.cli.main import main; main()"
 PEER = "from mlx_lm.generate import main; main()"
+BASE = "mlx_lm.generate, with our BLAS"  # the peer
 RULE = b"==========\n"  # mlx_lm's, before the answer
 
 
@@ -32,7 +33,7 @@ def commands(model: pathlib.Path) -> dict[str, list[str]]:
     ours = ["generate", str(model), PROMPT, "--max-tokens", "1"]
     return {
         "mlx_lm.generate": ["-c", PEER, *peer],
-        "mlx_lm.generate, with our BLAS": ["-c", f"import mlx_hiermem; {PEER}", *peer],
+        BASE: ["-c", f"import mlx_hiermem; {PEER}", *peer],
         "hiermem generate": ["-c", OURS, *ours],
         "hiermem generate --memory none": ["-c", OURS, *ours, "--memory", "none"],
         "hiermem ask": ["-c", OURS, "ask", f"What is {PROMPT[:-3]}?", "--model", str(model), "--max-tokens", "1"],
@@ -63,14 +64,16 @@ def main() -> None:
     asked, before = common.parsed(common.options(__doc__, runs=9, quick=1)), os.getloadavg()[0]
     model = tour.prepare(lambda line: print(line, file=sys.stderr))
     sides = commands(model)
+    if asked.quick:
+        sides = {name: sides[name] for name in (BASE, "hiermem generate")}
     times: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in sides}
-    for run in range(asked.runs + 1):
+    for run in range(asked.quick, asked.runs + 1):  # the first warms up, in little what ran before has done so
         for name in sides if run % 2 else reversed(sides):
             wall, cpu = first_token(sides[name])
             if run:
                 times[name]["wall"].append(wall)
                 times[name]["cpu"].append(cpu)
-    found: dict[str, Any] = common.compared(times, "mlx_lm.generate, with our BLAS")
+    found: dict[str, Any] = common.compared(times, BASE)
     common.save(__file__, {"torch_installed": _has("torch"), "sides": found}, asked, before)
     rows = []
     for name, side in found.items():
