@@ -23,9 +23,9 @@ from mlx_hiermem.learn import Window
 from mlx_hiermem.learn import study as study_module
 from mlx_hiermem.learn.facts import BLANK, OTHER, SUBJECT, Fact, facts, worth_asking
 from mlx_hiermem.learn.stages import STUDY, Corpus, read_corpus
-from mlx_hiermem.learn.study import StudySettings, study
+from mlx_hiermem.learn.study import StudySettings, Tried, study
 from mlx_hiermem.learn.teacher import Teacher, load_teacher
-from mlx_hiermem.learn.wordings import PATTERNS, SHOWN, own_beginning, own_words, wordings
+from mlx_hiermem.learn.wordings import PATTERNS, SHOWN, Wording, own_beginning, own_words, wordings
 from mlx_hiermem.learn.work import Work, read_lines
 
 QUICK = StudySettings(questions=2, statements=1, chats=1, invented=1, tried=3)
@@ -166,6 +166,27 @@ class TestWordings:
         assert len(found) == 3
         assert all("speed" in wording.text for wording in found)
         assert all(wording.text.count(SUBJECT) == 1 and "320" not in wording.text for wording in found)
+
+
+class TestInTurns:
+    def test_a_second_name_comes_before_the_first_ones_second_wording(self) -> None:
+        fared = [("speed", 1.0, -0.1), ("speed", 1.0, -0.2), ("speed", 0.9, -0.1), ("pace", 0.5, -3.0)]
+        tries = [
+            Tried(Wording(f"{what} {i}?", statement=False, what=what), right, log_p)
+            for i, (what, right, log_p) in enumerate(fared)
+        ]
+        found = [tried.wording.text for tried in study_module._in_turns(tries[::-1])]
+        assert found == ["speed 0?", "pace 3?", "speed 1?", "speed 2?"]
+
+    def test_statements_have_turns_of_their_own(self) -> None:
+        tries = [
+            Tried(Wording("The speed is", statement=True, what="speed"), 1.0, -0.1),
+            Tried(Wording("What speed?", statement=False, what="speed"), 0.9, -0.2),
+            Tried(Wording("Which speed?", statement=False, what="speed"), 0.8, -0.2),
+            Tried(Wording("What pace?", statement=False, what="pace"), 0.7, -0.2),
+        ]
+        found = [tried.wording.text for tried in study_module._in_turns(tries)]
+        assert found == ["The speed is", "What speed?", "What pace?", "Which speed?"]
 
 
 class TestTeacher:

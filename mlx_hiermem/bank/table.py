@@ -1,8 +1,8 @@
 """The manifest's table of blocks, read where it is asked: opening a bank of 70 000 blocks costs what 300 cost.
 
 `BankManifest.write` puts the table last, one row a line, sorted by level and path. So a row is found by halving the
-file, a few rows at each step. A manifest laid out in any other way is read whole: slower, with the same result.
-The file stays open: one that replaces it does not change what was opened.
+file, a few rows at each step, until what is left is small enough to be read. A manifest laid out otherwise is read
+whole: slower, with the same result. The file stays open: one that replaces it does not change what was opened.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from mlx_hiermem.errors import BankError, HierMemError
 
 START, END = b',\n "blocks": [\n', b"\n ]\n}\n"  # no string in JSON has a line break
 PAGE = 1024  # bytes; a few rows
+REGION = 16 * PAGE  # that are read at once, where a search has come so far
 REMEMBERED = 10  # steps of a search whose rows are kept, a thousand at most: every search begins with them
 ROW = re.compile(rb'  \{"path": "([0-9.]+)"')
 
@@ -87,13 +88,20 @@ class BlockTable(Mapping[Path, BlockEntry]):
     def _search(self, path: Path) -> bytes | None:
         """The line of a path, if the table is sorted."""
         low, high, wanted, step = self._start, self._end, order(path), 0
-        while low < high:
+        while high - low > REGION:
             begin, end, found = self._half(low, high, step < REMEMBERED)
             if found == wanted:
                 return os.pread(self._file.fileno(), end - begin, begin)
             low, high = (end + 1, high) if found < wanted else (low, begin - 1)
             step += 1
-        return None
+        return self._among(path, os.pread(self._file.fileno(), max(0, high - low), low))
+
+    def _among(self, path: Path, lines: bytes) -> bytes | None:
+        """The line of a path; as `BankManifest.write` begins it, or else any line that is about it."""
+        begin = lines.find(b'  {"path": "%s"' % str(path).encode())
+        if begin >= 0:
+            return lines[begin:].split(b"\n", 1)[0]
+        return next((line for line in lines.split(b"\n") if line and self._path(line) == path), None)
 
     def _half(self, low: int, high: int, remember: bool) -> tuple[int, int, tuple[int, Path]]:
         """Of the line in the middle between two ends of lines: its own ends, and what it is sorted by."""

@@ -15,7 +15,7 @@ from mlx_hiermem.memory.slot import sizes
 
 PLACEMENTS = ("uniform", "early", "middle", "late")
 FINEST, COARSER = 8, 3  # units of a block at the finest level, and times more at each level above
-ENOUGH, FEWEST, MOST = 120_000, 3, 16  # tokens learnt by a subtree, over all epochs; epochs, where they are chosen
+ENOUGH, FEWEST, MOST = 100_000, 3, 16  # tokens learnt by a subtree, over all epochs; epochs, where they are chosen
 ATTENTION, OBJECTIVES = ("document", "row"), ("next-token", "distillation")
 
 

@@ -46,9 +46,9 @@ Share = Callable[[float], None]
 class StudySettings:
     """How many wordings a fact is learnt in at most, and on how many windows one is invented and tried."""
 
-    questions: int = 6
-    statements: int = 3
-    chats: int = 3
+    questions: int = 5
+    statements: int = 2
+    chats: int = 1  # of the questions, other ones in each window: a chat's template is longer than what it asks
     invented: int = 2
     tried: int = 6
     right: float = 0.5  # of the tries; by chance one in as many as the window has answers
@@ -203,7 +203,7 @@ def _try(
     settings: StudySettings,
     rng: random.Random,
 ) -> dict[str, list[Tried]]:
-    """The wordings that find their answers, best first. Who fails on the first windows is not tried on more.
+    """The wordings that find their answers, in turns. Who fails on the first windows is not tried on more.
 
     Each begins with other windows than the one before it: in some, whatever the wording, nothing is found.
     """
@@ -227,9 +227,19 @@ def _try(
         if _right(log_ps) >= settings.right:
             right = [log_p for log_p in log_ps if log_p > -math.inf]
             kept[shape].append(Tried(wording, _right(log_ps), sum(right) / len(right)))
-    for own in kept.values():
-        own.sort(key=lambda tried: (-tried.right, -tried.log_p))
-    return kept
+    return {shape: list(_in_turns(own)) for shape, own in kept.items()}
+
+
+def _in_turns(kept: Sequence[Tried]) -> Iterator[Tried]:
+    """Best first, but no name of what is asked for comes again before all others have: a few ask in many ways."""
+    best = sorted(kept, key=lambda tried: (-tried.right, -tried.log_p))
+    before = Counter[tuple[bool, str]]()
+    turns = []
+    for tried in best:
+        name = (tried.wording.statement, tried.wording.what)
+        turns.append(before[name])
+        before[name] += 1
+    return (best[i] for i in sorted(range(len(best)), key=turns.__getitem__))
 
 
 def _right(log_ps: Sequence[float]) -> float:
@@ -263,7 +273,7 @@ def _rows(fact: Fact, kept: Sequence[Tried], window: Window, settings: StudySett
             "answer": fact.answer,
             "chat": False,
         }
-        if i < settings.chats:
+        if (i - fact.window) % len(questions) < settings.chats:
             answer = fact.sentence.removeprefix(f"{fact.subject}. ")
             yield {"window": window.id, "prompt": text, "answer": answer, "chat": True}
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mlx_hiermem.learn.facts import SUBJECT, Fact, without
 from mlx_hiermem.learn.teacher import Teacher
@@ -89,6 +89,7 @@ class Wording:
 
     text: str
     statement: bool
+    what: str = field(default="", compare=False)  # is asked for
 
     def prompt(self, subject: str) -> str:
         text = self.text.replace(SUBJECT, subject)
@@ -148,8 +149,9 @@ def wordings(
     found: list[list[Wording]] = [[] for _ in asked]
     lines = teacher.lines([(shown, prompt) for _, _, shown, prompt in tasks], LINE, tell=tell)
     for (i, number, _, _), line in zip(tasks, lines, strict=True):
-        wording = Wording(without(asked[i][0].subject, line), PATTERNS[number][1])
-        if wording not in found[i] and _is_whole(wording, asked[i][0]):
+        fact, what, _ = asked[i]
+        wording = Wording(without(fact.subject, line), PATTERNS[number][1], what)
+        if wording not in found[i] and _is_whole(wording, fact):
             found[i].append(wording)
     return found
 
