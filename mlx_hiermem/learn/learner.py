@@ -17,6 +17,7 @@ from mlx_hiermem.errors import AnchorError
 from mlx_hiermem.learn.blocks import Tensors
 from mlx_hiermem.learn.compiling import compiled
 from mlx_hiermem.learn.forward import Anchor
+from mlx_hiermem.learn.gating import quicken
 from mlx_hiermem.learn.loss import divergence, next_token
 from mlx_hiermem.learn.packing import Batch
 from mlx_hiermem.memory.attach import attach
@@ -48,6 +49,7 @@ class Learner:
         """Raises AnchorError where the architecture cannot carry this memory, or cannot be run by parts."""
         self.config, self.anchor = config, Anchor(model, vocabulary)
         self.anchor.check()
+        quicken(self.anchor.layers)
         self.attachment = attach(model, config)
         self.first_layer = min(config.layers)
         self._gradients = compiled(self._compute_gradients)
