@@ -67,7 +67,7 @@ def main() -> None:
     if asked.quick:
         sides = {name: sides[name] for name in (BASE, "hiermem generate")}
     times: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in sides}
-    for run in range(asked.quick, asked.runs + 1):  # the first warms up, in little what ran before has done so
+    for run in range(asked.quick, asked.runs + 1):  # run 0 warms up; a quick measurement does without
         for name in sides if run % 2 else reversed(sides):
             wall, cpu = first_token(sides[name])
             if run:

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 
+from mlx_hiermem.bank import table
 from mlx_hiermem.bank.manifest import BankManifest, FileEntry
 from mlx_hiermem.bank.table import BlockEntry, BlockTable
 from mlx_hiermem.config import AnchorIdentity, EmbedderIdentity, MemoryConfig, Path
@@ -24,6 +25,12 @@ def row(path: Path) -> BlockEntry:
 
 
 PATHS = [Path((a,)) for a in range(12)] + [Path((a, b)) for a in range(12) for b in range(a, 12)]
+
+
+@pytest.fixture(autouse=True, params=[0, table.REGION])
+def region(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are found by halving alone, as in a large table, and in what is left of it."""
+    monkeypatch.setattr(table, "REGION", request.param)
 
 
 @pytest.fixture
