@@ -5,10 +5,11 @@
     python benchmarks/learn_corpora.py wordnet_topics.jsonl --questions wordnet_isa_qa.jsonl --documents 100
 
 A corpus is a JSONL file with an `id` a line; `--documents` takes so many of them, spread evenly. Questions are a
-file in the form that `hiermem eval` reads, those about other documents left out; `countries` asks for capitals and
-years of independence, as the countries' fields and texts have them. What follows `--` is for `hiermem learn`.
-Ways: `study` is the default; `plain` has no self-study, and where it comes after `study` learns as many tokens by
-learning each text more often; `both` also distils the anchor that has the window before it.
+file in the form that `hiermem eval` reads, those about other documents left out; `countries` asks for capitals,
+years of independence, and the country of a capital, as the countries' fields and texts have them. What follows `--`
+is for `hiermem learn`. Ways: `study` is the default; `plain` has no self-study; `both` also distils the anchor that
+has the window before it. A later way gets the training time of the first, by the number of its epochs: one epoch of
+it is timed before.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict, dataclass
 from typing import Any
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -39,6 +41,10 @@ COUNTRIES = {  # what is asked of a country: (the prompt, held-out wordings)
         "Question: In which year did {} gain its independence?\nAnswer:",
         "{} has been independent since the year",
     ),
+    "country_of_capital": (
+        "The country whose capital is {} is",
+        "Question: Which country is governed from {}?\nAnswer:",
+    ),
 }
 
 
@@ -55,32 +61,65 @@ def of_countries(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Questions from the countries' own fields, where their text has the answer too."""
     found = []
     for row in documents:
-        year = INDEPENDENCE.search(row["text"])
-        answers = {"capital": row.get("capital_factbook"), "independence": year and year[1]}
-        for relation, (prompt, *heldout) in COUNTRIES.items():
-            if not answers[relation] or answers[relation] not in row["text"]:
+        year, name, capital = INDEPENDENCE.search(row["text"]), row["name"], row.get("capital_factbook")
+        asked = {
+            "capital": (name, capital),
+            "independence": (name, year and year[1]),
+            "country_of_capital": (capital, name),
+        }
+        for relation, (subject, answer) in asked.items():
+            if not subject or not answer or subject not in row["text"] or answer not in row["text"]:
                 continue
+            prompt, *heldout = (wording.format(subject) for wording in COUNTRIES[relation])
             found.append(
                 {
                     "id": f"{row['id']}-{relation}",
                     "doc": row["id"],
                     "relation": relation,
-                    "subject": row["name"],
-                    "answer": answers[relation],
-                    "aliases": [answers[relation]],
-                    "prompt": prompt.format(row["name"]),
-                    "heldout_prompts": [wording.format(row["name"]) for wording in heldout],
+                    "subject": subject,
+                    "answer": answer,
+                    "aliases": [answer],
+                    "prompt": prompt,
+                    "heldout_prompts": heldout,
                 }
             )
     return found
 
 
-def tokens_learnt(model: pathlib.Path) -> int:
-    """Over all epochs and leaves."""
-    last: dict[str, int] = {}
-    for row in rows(model / "learning" / "log.jsonl"):
-        last[row["job"]] = max(row["tokens"], last.get(row["job"], 0))
-    return sum(last.values())
+@dataclass(frozen=True)
+class Trained:
+    """What a training took, over all jobs: tokens, seconds, and of these what came before the first epoch."""
+
+    tokens: int
+    seconds: float
+    before: float
+
+    @classmethod
+    def of(cls, model: pathlib.Path) -> Trained:
+        """By the log. A job's seconds a token are those after its first line."""
+        jobs: dict[str, list[dict[str, Any]]] = {}
+        for row in rows(model / "learning" / "log.jsonl"):
+            if "loss" in row:
+                jobs.setdefault(row["job"], []).append(row)
+        tokens, seconds, learning = 0, 0.0, 0.0
+        for own in jobs.values():
+            first, last = own[0] if len(own) > 1 else {"tokens": 0, "seconds": 0.0}, own[-1]
+            tokens, seconds = tokens + last["tokens"], seconds + last["seconds"]
+            rate = (last["seconds"] - first["seconds"]) / (last["tokens"] - first["tokens"])
+            learning += rate * last["tokens"]
+        return cls(tokens, seconds, seconds - learning)
+
+    def epochs_for(self, seconds: float) -> int:
+        """How many epochs take so long, if this was one."""
+        return max(1, round((seconds - self.before) / (self.seconds - self.before)))
+
+
+def like(studied: pathlib.Path, work: pathlib.Path) -> None:
+    """Gives a way the same questions, in its own work folder."""
+    source, target = (folder.with_name(f"{folder.name}.learn") for folder in (studied, work))
+    if source.exists() and not target.exists():
+        shutil.copytree(source, target, symlinks=True)
+        shutil.rmtree(target / "training", ignore_errors=True)
 
 
 def learn(corpus: pathlib.Path, out: pathlib.Path, options: list[str]) -> dict[str, Any]:
@@ -129,21 +168,21 @@ def main() -> None:
     questions = write(work / "questions.jsonl", asked)
 
     result: dict[str, Any] = {"corpus": options.corpus.stem, "documents": count, "ways": {}}
-    learnt = 0
+    time = 0.0
     for way in options.ways:
-        out, epochs = work / way, options.epochs
-        if way == "plain" and learnt:
-            learn(corpus, work / "once", [*of_learn, *WAYS[way], "--epochs", "1"])
-            epochs = max(epochs, round(learnt / tokens_learnt(work / "once")))
-        studied = work / "study.learn"
-        if way == "both" and studied.exists() and not (work / "both.learn").exists():
-            shutil.copytree(studied, work / "both.learn")  # the same questions
-            shutil.rmtree(work / "both.learn" / "training", ignore_errors=True)
-        report = learn(corpus, out, [*of_learn, *WAYS[way], "--epochs", str(epochs)])
-        learnt = learnt or tokens_learnt(out)
+        out, epochs, command = work / way, options.epochs, [*of_learn, *WAYS[way]]
+        if way == "both":
+            like(work / "study", work / "both-once")
+        if time:
+            once = work / f"{way}-once"
+            learn(corpus, once, [*command, "--epochs", "1"])
+            epochs = Trained.of(once).epochs_for(time)
+            like(once, out)
+        report, trained = learn(corpus, out, [*command, "--epochs", str(epochs)]), Trained.of(work / way)
+        time = time or trained.seconds
         result["ways"][way] = {
             "epochs": epochs,
-            "tokens": tokens_learnt(out),
+            "trained": asdict(trained),
             "bank_bytes": sum(file.stat().st_size for file in (out / "bank").rglob("*") if file.is_file()),
             "report": report,
             "right": ask(out, questions),

@@ -129,6 +129,44 @@ def test_centroids_learn_to_look_past_the_wording(batch: int, monkeypatch: pytes
     assert right[False] < 0.8
 
 
+def test_questions_that_name_no_subject_are_told_apart_too() -> None:
+    probe, rng = worded(48, 12), np.random.default_rng(1)
+    subjects, wordings = unit(rng.normal(size=(40, 24))), 2 * unit(rng.normal(size=(4, 24)))  # 8 windows have none
+    owner = np.repeat(np.arange(40), 12)
+    points = unit(subjects[owner] + wordings[rng.integers(4, size=len(owner))])
+    turned = ProbeVectors.of(points, owner, 48)
+    right = {}
+    for name, tune in (("alone", Separation(probe)), ("with", Separation(probe, turned))):
+        grown = grow(means(probe), Shape(4, 1), 0, tune)
+        for kind, vectors_, whose in (
+            ("plain", probe.vectors, np.repeat(np.arange(48), 12)),
+            ("turned", points, owner),
+        ):
+            right[name, kind] = float(np.mean(descend(grown.tree, vectors_)[1] == grown.row[whose]))
+    assert right["alone", "turned"] < 0.5
+    assert right["with", "turned"] > 0.8
+    assert right["with", "plain"] > 0.95
+
+
+def test_a_draw_of_probes_weighs_windows_as_all_of_them_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = np.array([0, 0, 0, 2, 5, 5])  # windows 1, 3 and 4 have none
+    probe = ProbeVectors.of(np.eye(6, dtype=np.float32), owner, 6)
+    members, rng = np.array([5, 1, 2, 0]), np.random.default_rng(0)
+    whole = routing._Part(probe, members, 0.5)
+    _, whose, weight = whole.draw(rng)
+    assert whose.tolist() == [0, 0, 2, 3, 3, 3]
+    each = np.bincount(whose, weight, 4)
+    assert each == pytest.approx([0.125, 0, 0.125, 0.125])
+    monkeypatch.setattr(routing, "BATCH", 5)
+    monkeypatch.setattr(routing._Part, "_all", None)
+    drawn, parts = np.zeros(4), [routing._Part(probe, members, 0.5).draw(rng) for _ in range(600)]
+    for some, whose, weight in parts:
+        assert all(owner[point.argmax()] == members[who] for point, who in zip(some, whose, strict=True))
+        drawn += np.bincount(whose, weight, 4) / len(parts)
+    assert drawn == pytest.approx(each, abs=0.01)
+    assert not routing._Part(probe, np.array([1, 3]), 0.5).any
+
+
 def test_descent_is_the_routers() -> None:
     probe = worded(90, 5)
     grown = grow(means(probe), Shape(4, 3), 0, Separation(probe))  # ragged: some nodes of level 2 have 5 windows
@@ -222,6 +260,37 @@ def test_generated_questions_shape_the_tree_and_some_measure_it(tmp_path: pathli
     assert planted.agreement["questions"] == len(held_out) > 1
     assert planted.agreement["agreement"] >= 0.75
     assert 1 <= planted.agreement["leaves_a_window"] <= routing.LEAVES
+
+
+def test_reversed_questions_shape_no_clusters(tmp_path: pathlib.Path) -> None:
+    source, tokenizer = documents(tmp_path), Embedder.load().tokenizer
+    works = Work(tmp_path / "work"), Work(tmp_path / "other")
+    for work in works:
+        read_corpus(work, [str(source)], tokenizer, MADE_UP)
+    corpora = [read_corpus(work, [str(source)], tokenizer, MADE_UP) for work in works]
+    rows = [
+        {"window": one.id, "question": f"What stands in {one.title[::-1]}?", "answer": one.title, "reversed": True}
+        for one in corpora[0].windows()
+    ]
+    more = [{"window": row["window"], "prompt": "It is", "answer": "x", "reversed": True} for row in rows]
+    chats = [
+        {"window": row["window"], "prompt": "Hello", "answer": "x", "reversed": True, "chat": True} for row in rows
+    ]
+    write_lines(works[0].path(STUDY), (row for three in zip(rows, more, chats, strict=True) for row in three))
+    for work, corpus in zip(works, corpora, strict=True):
+        plant(work, corpus, Letters())
+    found = list(read_lines(works[0].path(PROBES)))
+    turned = [row["text"] for row in found if row.get("reversed")]
+    kept = [row["text"] for row in found if row.get("held_out")]
+    asked = [row["question"] for row in rows]
+    assert kept == [text for i, text in enumerate(asked) if is_held_out(i, text)]
+    assert set(turned) >= set(asked) - set(kept)
+    assert not set(turned) & set(kept)
+    assert "It is" in turned
+    assert "Hello" not in {row["text"] for row in found}
+    means_ = [work.path("means.npy").read_bytes() for work in works]
+    assert means_[0] == means_[1]
+    assert works[0].path(TREE).read_bytes() != works[1].path(TREE).read_bytes()
 
 
 def test_given_questions_measure_too(tmp_path: pathlib.Path) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import pathlib
+import random
+from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from books import COUNT, fact, write_library
+from books import COUNT, VILLAGES, fact, write_library
 from mlx_lm.generate import generate
 from mlx_lm.models.cache import RotatingKVCache
 from tiny import make_anchor
@@ -19,13 +21,24 @@ import mlx_hiermem  # noqa: F401  before mlx
 from mlx_hiermem.anchor import load_anchor
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import AnchorError
-from mlx_hiermem.learn import Window
+from mlx_hiermem.learn import Window, reverse
 from mlx_hiermem.learn import study as study_module
 from mlx_hiermem.learn.facts import BLANK, OTHER, SUBJECT, Fact, facts, worth_asking
+from mlx_hiermem.learn.reverse import Chooser, reversible, try_reversed
 from mlx_hiermem.learn.stages import STUDY, Corpus, read_corpus
-from mlx_hiermem.learn.study import StudySettings, Tried, study
+from mlx_hiermem.learn.study import study
 from mlx_hiermem.learn.teacher import Teacher, load_teacher
-from mlx_hiermem.learn.wordings import PATTERNS, SHOWN, Wording, own_beginning, own_words, wordings
+from mlx_hiermem.learn.trying import EXAMPLE, StudySettings, Tried, in_turns, named
+from mlx_hiermem.learn.wordings import (
+    PATTERNS,
+    REVERSED,
+    SHOWN,
+    SHOWN_REVERSED,
+    Wording,
+    own_beginning,
+    own_words,
+    wordings,
+)
 from mlx_hiermem.learn.work import Work, read_lines
 
 QUICK = StudySettings(questions=2, statements=1, chats=1, invented=1, tried=3)
@@ -175,7 +188,7 @@ class TestInTurns:
             Tried(Wording(f"{what} {i}?", statement=False, what=what), right, log_p)
             for i, (what, right, log_p) in enumerate(fared)
         ]
-        found = [tried.wording.text for tried in study_module._in_turns(tries[::-1])]
+        found = [tried.wording.text for tried in in_turns(tries[::-1])]
         assert found == ["speed 0?", "pace 3?", "speed 1?", "speed 2?"]
 
     def test_statements_have_turns_of_their_own(self) -> None:
@@ -185,8 +198,72 @@ class TestInTurns:
             Tried(Wording("Which speed?", statement=False, what="speed"), 0.8, -0.2),
             Tried(Wording("What pace?", statement=False, what="pace"), 0.7, -0.2),
         ]
-        found = [tried.wording.text for tried in study_module._in_turns(tries)]
+        found = [tried.wording.text for tried in in_turns(tries)]
         assert found == ["The speed is", "What speed?", "What pace?", "Which speed?"]
+
+
+class TestReversed:
+    """From what a window says to what it is about."""
+
+    def towers(self, heights: Sequence[int]) -> list[Fact]:
+        own = [
+            Window(i, i, "a.txt", name, f"The height of {name.upper()} is {height}.")
+            for i, (name, height) in enumerate(zip(VILLAGES, heights, strict=False))
+        ]
+        return [facts(one, one.title)[0] for one in own]
+
+    def test_values_that_tell_subjects_apart_are_turned_round(self) -> None:
+        towers = self.towers(range(10, 20))
+        (found,) = reversible({"height": towers}).values()
+        assert [(one.subject, one.answer) for one in found] == [(str(10 + i), VILLAGES[i]) for i in range(10)]
+        assert found[3].sentence == "The height of Dunmore is 13."  # as the title writes it
+
+    def test_ambiguous_values_are_left_out(self) -> None:
+        found = reversible({"height": self.towers([*range(10, 20), 10])})
+        assert [one.subject for one in found["height"]] == [str(10 + i) for i in range(1, 10)]
+
+    @pytest.mark.parametrize("heights", [range(10, 17), [1, 2, 3] * 4])  # a rare shape, and one that tells nothing
+    def test_others_are_not_turned_round(self, heights: Sequence[int]) -> None:
+        assert reversible({"height": self.towers(heights)}) == {}
+
+    def test_one_subject_is_not_asked_for(self) -> None:
+        one = Window(0, 0, "a.txt", "Tower", "The Tower was 5 metres high in 1901.")
+        assert reversible({"height": [facts(one, "Tower")[0]] * 12}) == {}
+
+    def test_every_pattern_is_shown_on_every_subject(self) -> None:
+        for lines, statement in REVERSED:
+            assert len(lines) == len(SHOWN_REVERSED)
+            for line, (subject, _, value) in zip(lines, SHOWN_REVERSED, strict=True):
+                assert value.split()[0] in line
+                assert subject not in line
+                assert (line[-1] == "?") is not statement
+
+    def test_smollm2_asks_and_reads_backwards(self, smollm2_teacher: Teacher) -> None:
+        towers = self.towers(range(210, 900, 57))
+        turned = reversible({towers[0].shape: towers})
+        windows = {one.window: Window(one.window, 0, "a.txt", one.subject, one.sentence) for one in towers}
+        forward = [Tried(Wording(f"What is the height of {SUBJECT}?", False, "height"), 1.0, -0.1)]
+        kept = try_reversed(
+            turned, {towers[0].shape: forward}, windows, smollm2_teacher, StudySettings(), random.Random(0), print
+        )
+        texts = [tried.wording.text for tried in kept[towers[0].shape]]
+        assert texts
+        assert all(text.count(SUBJECT) == 1 and not any(name in text for name in VILLAGES) for text in texts)
+        assert all(tried.right >= reverse.RIGHT for tried in kept[towers[0].shape])
+
+    def test_the_value_decides(self, smollm2_teacher: Teacher) -> None:
+        towers = self.towers(range(210, 900, 57))
+        turned = reversible({towers[0].shape: towers})[towers[0].shape]
+        windows = {one.window: Window(one.window, 0, "a.txt", one.subject, one.sentence) for one in towers}
+        chooser = Chooser(smollm2_teacher, windows, {towers[0].shape: turned}, random.Random(0), print)
+        good, idle = (
+            Wording(f"Which village has the height {SUBJECT}?", False),
+            Wording("Which village is it?", False),
+        )
+        found = list(chooser.log_ps([(fact, wording) for fact in turned[:8] for wording in (good, idle)]))
+        assert [wording for _, wording, _ in found] == [good, idle] * 8
+        assert sum(log_p > -math.inf for _, wording, log_p in found if wording == good) >= 6
+        assert not any(log_p > -math.inf for _, wording, log_p in found if wording == idle)
 
 
 class TestTeacher:
@@ -230,14 +307,12 @@ class TestTeacher:
         assert [log_p > -math.inf for log_p in found] == [False, True, False]
 
     def test_smollm2_reads_names_in_windows_that_name_nobody(self, smollm2_teacher: Teacher) -> None:
-        text = study_module._named(
-            "Capital: Wexholm Government type: republic Independence: 7 July 1978", "Norland"
-        )
-        assert study_module._named(text, "norland") == text == f"Norland. {text.removeprefix('Norland. ')}"
+        text = named("Capital: Wexholm Government type: republic Independence: 7 July 1978", "Norland")
+        assert named(text, "norland") == text == f"Norland. {text.removeprefix('Norland. ')}"
         answers = ["Wexholm", "republic", "7", "July", "1978"]
         prompts = ["Question: What is the capital of Norland?\nAnswer:"] * len(answers)
         asked = list(zip(prompts, answers, strict=True))
-        found = smollm2_teacher.finds(f"{study_module.EXAMPLE}{text}\n\n", asked, answers)
+        found = smollm2_teacher.finds(f"{EXAMPLE}{text}\n\n", asked, answers)
         assert [log_p > -math.inf for log_p in found] == [True, False, False, False, False]
 
     def test_a_teacher_that_is_none(self, tmp_path: pathlib.Path) -> None:
@@ -263,10 +338,13 @@ class TestStudy:
         assert [row["window"] for row in rows] == sorted(row["window"] for row in rows)
         assert all(row["answer"] in texts[row["window"]] for row in rows)
         name, _, people = fact(0)
-        about = [row for row in rows if name in texts[row["window"]]]
+        about = [row for row in rows if name in texts[row["window"]] and not row.get("reversed")]
         assert all(name in row["prompt"] for row in about)
         assert {row["answer"] for row in about if row.get("question")} >= {people}
         assert any(row["chat"] for row in about)
+        turned = [row for row in rows if row.get("reversed") and not row["chat"]]
+        assert {row["answer"] for row in turned} <= set(VILLAGES)
+        assert all(row["answer"] not in row["prompt"] for row in turned)
 
     def test_an_interrupted_study_goes_on(
         self, corpus: Corpus, tiny: Teacher, monkeypatch: pytest.MonkeyPatch

@@ -45,8 +45,9 @@ from mlx_hiermem.learn.routing import LEAVES
 from mlx_hiermem.learn.schedule import carriers
 from mlx_hiermem.learn.settings import TrainingSettings
 from mlx_hiermem.learn.stages import STUDY, CorpusSettings, read_corpus
-from mlx_hiermem.learn.study import StudySettings, study
+from mlx_hiermem.learn.study import study
 from mlx_hiermem.learn.training import Training
+from mlx_hiermem.learn.trying import StudySettings
 from mlx_hiermem.learn.work import Work, write_text
 from mlx_hiermem.learn.writing import Nodes, entry, in_order, stored
 from mlx_hiermem.tree import ClusterTree

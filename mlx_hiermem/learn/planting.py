@@ -86,12 +86,12 @@ def plant(
     embedded = _embed_probes(work, made, embedder, progress)
 
     def make() -> None:
-        shaping, _ = _probe_vectors(work, made)
+        found = _Probes.read(work, made)
         means = np.load(work.path(MEANS), mmap_mode="r")
-        shape = settings.shape(made.count)
-        tree = grow(means, shape, settings.seed, Separation(shaping), settings.balance).tree
+        shape, tune = settings.shape(made.count), Separation(found.plain, found.turned)
+        tree = grow(means, shape, settings.seed, tune, settings.balance).tree
         tree.save(work.path(TREE))
-        _place(work, made, tree, settings.leaves)
+        _place(work, found, tree, settings.leaves)
 
     return Planted(made, work.stage("tree", asdict(settings), [embedded], make))
 
@@ -109,10 +109,10 @@ def settle(
     embedded = _embed_probes(work, made, embedder, progress)
 
     def make() -> None:
-        _probe_vectors(work, made)
+        found = _Probes.read(work, made)
         tree = choose(np.load(work.path(MEANS)))
         tree.save(work.path(TREE))
-        _place(work, made, tree, leaves)
+        _place(work, found, tree, leaves)
 
     return Planted(made, work.stage("tree", [of, leaves], [embedded], make))
 
@@ -137,25 +137,33 @@ def _embed_probes(work: Work, made: Corpus, embedder: TextEmbedder, progress: ve
 
 
 def _write_probes(work: Work, made: Corpus) -> None:
-    """Window by window; last the generated questions that are kept for measuring."""
-    study = work.path(STUDY)
+    """Window by window; then the reversed questions; last the generated ones that are kept for measuring."""
 
     def rows() -> Iterator[dict[str, Any]]:
         named = probes.with_subjects(made.windows())
-        for (window, subject), studied in with_rows(named, study, lambda pair: pair[0].id):
-            own = [question for question in _questions(studied) if not is_held_out(window.id, question)]
+        for (window, subject), studied in with_rows(named, work.path(STUDY), lambda pair: pair[0].id):
+            own = _asked(window.id, (row for row in studied if not row.get("reversed")))
             yield from ({"window": window.id, "text": text} for text in probes.probes(window.text, subject, own))
-        for number, studied in with_rows(range(made.count), study, lambda number: number):
-            for question in _questions(studied):
-                if is_held_out(number, question):
-                    yield {"window": number, "text": question, "held_out": True}
+        for number, studied in _studied(work, made):
+            own = _asked(number, (row for row in studied if row.get("reversed") and not row.get("chat")), "prompt")
+            yield from ({"window": number, "text": text, "reversed": True} for text in probes.framed(own))
+        for number, studied in _studied(work, made):
+            own = _asked(number, studied, held_out=True)
+            yield from ({"window": number, "text": text, "held_out": True} for text in own)
 
     write_lines(work.path(PROBES), rows())
 
 
-def _questions(studied: Iterable[dict[str, Any]]) -> dict[str, None]:
-    """The questions among a window's rows, each once."""
-    return dict.fromkeys(row["question"] for row in studied if row.get("question"))
+def _studied(work: Work, made: Corpus) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    return with_rows(range(made.count), work.path(STUDY), lambda number: number)
+
+
+def _asked(
+    window: int, rows: Iterable[dict[str, Any]], also: str = "question", held_out: bool = False
+) -> list[str]:
+    """What rows ask, each once: their questions, or what `also` names where they have none."""
+    texts = dict.fromkeys(row.get("question") or row.get(also) for row in rows)
+    return [text for text in texts if text and is_held_out(window, text) == held_out]
 
 
 def is_held_out(window: int, question: str) -> bool:
@@ -163,43 +171,53 @@ def is_held_out(window: int, question: str) -> bool:
     return zlib.crc32(f"{window} {question}".encode()) % HELD_OUT == 0
 
 
-def _probe_vectors(work: Work, made: Corpus) -> tuple[ProbeVectors, np.ndarray]:
-    """The probes that shape the tree, whose means are written too, and the windows of those that measure."""
-    everything = np.load(work.path(PROBE_VECTORS), mmap_mode="r")
-    owner, shapes = np.empty(len(everything), np.int64), 0
-    for i, row in enumerate(read_lines(work.path(PROBES))):
-        owner[i] = row["window"]
-        shapes += "held_out" not in row
-    shaping = ProbeVectors.of(everything[:shapes], owner[:shapes], made.count)
-    vectors.write(shaping.means(), made.count, everything.shape[1], work.path(MEANS))
-    return shaping, owner[shapes:]
+@dataclass(frozen=True)
+class _Probes:
+    """The embedded probes by what they are for; the means of `plain` are written."""
+
+    plain: ProbeVectors  # what is typed by who knows what a window is about
+    turned: ProbeVectors  # questions for that
+    shaping: np.ndarray  # [n, dim]: both
+    kept: np.ndarray  # [m, dim]: what measures
+    asked: np.ndarray  # [m]: the windows of these
+
+    @classmethod
+    def read(cls, work: Work, made: Corpus) -> _Probes:
+        everything = np.load(work.path(PROBE_VECTORS), mmap_mode="r")
+        owner, plain, shapes = np.empty(len(everything), np.int64), 0, 0
+        for i, row in enumerate(read_lines(work.path(PROBES))):
+            owner[i] = row["window"]
+            plain += not ("held_out" in row or "reversed" in row)
+            shapes += "held_out" not in row
+        found = ProbeVectors.of(everything[:plain], owner[:plain], made.count)
+        vectors.write(found.means(), made.count, everything.shape[1], work.path(MEANS))
+        turned = ProbeVectors.of(everything[plain:shapes], owner[plain:shapes], made.count)
+        return cls(found, turned, everything[:shapes], everything[shapes:], owner[shapes:])
 
 
-def _place(work: Work, made: Corpus, tree: ClusterTree, most: int) -> None:
+def _place(work: Work, found: _Probes, tree: ClusterTree, most: int) -> None:
     """Writes which window is learnt where, and how many of the kept questions reach one of theirs."""
-    shaping, asked = _probe_vectors(work, made)
-    placed, wanted, total = dict[int, tuple[Path, ...]](), set(asked.tolist()), 0
+    placed, wanted, total = dict[int, tuple[Path, ...]](), set(found.asked.tolist()), 0
+    windows = len(found.plain.first) - 1
 
     def rows() -> Iterator[dict[str, Any]]:
         nonlocal total
-        for window, leaves in enumerate(place(tree, shaping, most)):
+        for window, leaves in enumerate(place(tree, found.plain, most)):
             total += len(leaves)
             if window in wanted:
                 placed[window] = leaves
             yield {"window": window, "leaves": [str(leaf) for leaf in leaves]}
 
     write_lines(work.path(LEAVES_FILE), rows())
-    kept = (
-        np.load(work.path(PROBE_VECTORS), mmap_mode="r")[-len(asked) :] if len(asked) else np.empty((0, tree.dim))
-    )
+    answers = [[int(window)] for window in found.asked]
     report = {
         "branching": tree.branching,
         "depth": tree.depth,
-        "windows": made.count,
-        "leaves_a_window": total / made.count,
-        "questions": len(asked),
-        "agreement": agreement(tree, placed, kept, [[int(window)] for window in asked]) if len(asked) else None,
-        "reach": reach_of(tree, shaping.vectors),
+        "windows": windows,
+        "leaves_a_window": total / windows,
+        "questions": len(answers),
+        "agreement": agreement(tree, placed, found.kept, answers) if answers else None,
+        "reach": reach_of(tree, found.shaping),
     }
     write_text(work.path(AGREEMENT), json.dumps(report, indent=1) + "\n")
 

@@ -31,8 +31,12 @@ def with_subjects(windows: Iterable[Window]) -> Iterator[tuple[Window, str]]:
 
 def probes(text: str, subject: str, questions: Sequence[str] = ()) -> list[str]:
     """The probes of one window, without repetitions; `questions` are those of self-study."""
-    plain = list(dict.fromkeys((*statements(text, subject), *questions)))
-    return plain + [FRAME.format(probe) for probe in plain]
+    return framed(list(dict.fromkeys((*statements(text, subject), *questions))))
+
+
+def framed(texts: list[str]) -> list[str]:
+    """Texts as they stand, and once more in the frame of questions."""
+    return texts + [FRAME.format(text) for text in texts]
 
 
 def statements(text: str, subject: str) -> Iterator[str]:

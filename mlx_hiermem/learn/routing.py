@@ -60,38 +60,32 @@ class ProbeVectors:
 
 @dataclass(frozen=True, eq=False)
 class Separation:
-    """Moves a node's centroids until its windows' probes are nearest to their own child; a `clustering.Tune`."""
+    """Moves a node's centroids until its windows' probes are nearest to their own child; a `clustering.Tune`.
+
+    `turned` are questions for what a window is about, given something that it says. They weigh half as much, and
+    shape neither clusters nor places: by these a window would be far from its like.
+    """
 
     probes: ProbeVectors
+    turned: ProbeVectors | None = None
 
     def __call__(
         self, members: np.ndarray, child: np.ndarray, centroids: np.ndarray, rng: np.random.Generator
     ) -> np.ndarray:
         start, moving = centroids.astype(np.float32), centroids.astype(np.float32)
         mean, spread = np.zeros_like(moving), np.zeros_like(moving)
-        counts = self.probes.first[members + 1] - self.probes.first[members]
-        fixed = self._all(members, counts) if counts.sum() <= BATCH else None
+        parts = [_Part(self.probes, members, 1.0)]
+        if self.turned:
+            parts = [_Part(self.probes, members, 2 / 3), _Part(self.turned, members, 1 / 3)]
         for step in range(1, STEPS + 1):
-            points, owner, weight = fixed or self._draw(members, counts, rng)
-            gradient = self._gradient(moving, points, child[owner], weight) + 2 * HOLD * (moving - start)
+            gradient = 2 * HOLD * (moving - start)
+            for points, owner, weight in (part.draw(rng) for part in parts if part.any):
+                gradient += self._gradient(moving, points, child[owner], weight)
             mean = 0.9 * mean + 0.1 * gradient
             spread = 0.999 * spread + 0.001 * gradient**2
-            moving -= RATE * (mean / (1 - 0.9**step)) / (np.sqrt(spread / (1 - 0.999**step)) + 1e-8)
+            rate = RATE * (1 - (step - 1) / STEPS)  # at a constant one some nodes end in the middle of a leap
+            moving -= rate * (mean / (1 - 0.9**step)) / (np.sqrt(spread / (1 - 0.999**step)) + 1e-8)
         return moving
-
-    def _all(self, members: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(points, whose they are, weights): every probe, so that each window weighs the same."""
-        rows, owner = self.probes.rows(members)
-        return np.asarray(self.probes.vectors[rows]), owner, (1 / (counts[owner] * len(members))).astype(np.float32)
-
-    def _draw(
-        self, members: np.ndarray, counts: np.ndarray, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The same in expectation: windows drawn evenly, of each one probe."""
-        owner = rng.integers(len(members), size=BATCH)
-        rows = self.probes.first[members[owner]] + (rng.random(BATCH) * counts[owner]).astype(np.int64)
-        order = np.argsort(rows)  # a memory map is read forwards
-        return np.asarray(self.probes.vectors[rows[order]]), owner[order], np.full(BATCH, 1 / BATCH, np.float32)
 
     @staticmethod
     def _gradient(centroids: np.ndarray, points: np.ndarray, label: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -103,6 +97,36 @@ class Separation:
         wrong[np.arange(len(label)), label] -= 1
         wrong *= weight[:, None]
         return -2 * SHARPNESS * (centroids * wrong.sum(0)[:, None] - wrong.T @ points)
+
+
+class _Part:
+    """Probes of some windows, for the steps of `Separation`: (points, whose they are among the members, weights).
+
+    Each window weighs the same, one in all `members` times `share`; one without probes weighs nothing.
+    """
+
+    def __init__(self, probes: ProbeVectors, members: np.ndarray, share: float) -> None:
+        self._probes, self._members, self._share = probes, members, share
+        self._counts = probes.first[members + 1] - probes.first[members]
+        self._having = np.flatnonzero(self._counts)
+        self.any = len(self._having) > 0
+        self._fixed = self._all() if self._counts.sum() <= BATCH else None
+
+    def draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Every probe, or where these are many the same in expectation: windows drawn evenly, of each one probe."""
+        if self._fixed:
+            return self._fixed
+        owner = self._having[rng.integers(len(self._having), size=BATCH)]
+        rows = self._probes.first[self._members[owner]]
+        rows = rows + (rng.random(BATCH) * self._counts[owner]).astype(np.int64)
+        order = np.argsort(rows)  # a memory map is read forwards
+        weight = self._share * len(self._having) / len(self._members) / BATCH
+        return np.asarray(self._probes.vectors[rows[order]]), owner[order], np.full(BATCH, weight, np.float32)
+
+    def _all(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        rows, owner = self._probes.rows(self._members)
+        weight = self._share / (self._counts[owner] * len(self._members))
+        return np.asarray(self._probes.vectors[rows]), owner, weight.astype(np.float32)
 
 
 def descend(tree: ClusterTree, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -32,8 +32,9 @@ from mlx_hiermem.learn.planting import TreeSettings, describe_nodes, given_agree
 from mlx_hiermem.learn.ranks import Ranks
 from mlx_hiermem.learn.settings import MemorySettings, TrainingSettings, epochs_for
 from mlx_hiermem.learn.stages import AGREEMENT, SKIPPED, STUDY, TREE, CorpusSettings, read_corpus
-from mlx_hiermem.learn.study import StudySettings, study
+from mlx_hiermem.learn.study import study
 from mlx_hiermem.learn.training import LOG, PLOT, Training
+from mlx_hiermem.learn.trying import StudySettings
 from mlx_hiermem.learn.work import Work, write_text
 from mlx_hiermem.learn.writing import About, Nodes, link, publish, write_anchor, write_bank
 from mlx_hiermem.memory.attach import attach

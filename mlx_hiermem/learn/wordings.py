@@ -54,6 +54,56 @@ PATTERNS = [
         True,
     ),
 ]
+# The same the other way round: what is shown are subjects, what is said of them, and the value.
+SHOWN_REVERSED = [
+    ("penicillin", "code", "J01C"),
+    ("Mount Everest", "height", "8,849 metres"),
+    ("Brazil", "spoken language", "Portuguese"),
+    ("the octopus", "number of arms", "8"),
+    ("Marie Curie", "year of birth", "1867"),
+]
+REVERSED = [
+    (
+        [
+            "Which medicine has the code J01C?",
+            "Which mountain has the height 8,849 metres?",
+            "Which country has the spoken language Portuguese?",
+            "Which animal has the number of arms 8?",
+            "Which physicist has the year of birth 1867?",
+        ],
+        False,
+    ),
+    (
+        [
+            "The medicine with the code J01C is",
+            "The mountain with the height 8,849 metres is",
+            "The country with the spoken language Portuguese is",
+            "The animal with the number of arms 8 is",
+            "The physicist with the year of birth 1867 is",
+        ],
+        True,
+    ),
+    (
+        [
+            "Which medicine is listed as J01C?",
+            "Which mountain is 8,849 metres high?",
+            "In which country do people speak Portuguese?",
+            "Which animal has 8 arms?",
+            "Which physicist was born in 1867?",
+        ],
+        False,
+    ),
+    (
+        [
+            "J01C is the code of which medicine?",
+            "8,849 metres is the height of which mountain?",
+            "Portuguese is the spoken language of which country?",
+            "8 is the number of arms of which animal?",
+            "1867 is the year of birth of which physicist?",
+        ],
+        False,
+    ),
+]
 OWN, SYNONYM, RARE = range(len(PATTERNS)), range(5), range(0, 4, 3)  # by which patterns a name is asked for
 OTHER_WORDS = (
     "The same in other words.\n\nheight: how high it is\nauthor: person who wrote it\nbirthplace: town where "
@@ -141,25 +191,61 @@ def wordings(
     tell: Callable[[float], None] = lambda share: None,
 ) -> list[list[Wording]]:
     """For each (fact, what is asked for, numbers of patterns) its wordings; `tell` is told the share done."""
+    shown = [_shown([f"{subject}, {what}" for subject, what in SHOWN], lines) for lines, _ in PATTERNS]
     tasks = [
-        (i, number, _shown(number), f"{fact.subject}, {what}:")
+        _Task(i, shown[number], f"{fact.subject}, {what}:", PATTERNS[number][1])
         for i, (fact, what, numbers) in enumerate(asked)
         for number in numbers
     ]
+    return _continued(teacher, [(fact, what) for fact, what, _ in asked], tasks, tell)
+
+
+def reversed_wordings(
+    teacher: Teacher, asked: Sequence[tuple[Fact, str]], tell: Callable[[float], None] = lambda share: None
+) -> list[list[Wording]]:
+    """For each (reversed fact, what its value is) its wordings, by all patterns."""
+    tasks = [
+        _Task(
+            i,
+            _shown([", ".join(one) for one in SHOWN_REVERSED], lines),
+            f"{fact.answer}, {what}, {fact.subject}:",
+            s,
+        )
+        for i, (fact, what) in enumerate(asked)
+        for lines, s in REVERSED
+    ]
+    return _continued(teacher, asked, tasks, tell)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A pattern to go on with, for the fact of this number."""
+
+    number: int
+    shown: str
+    prompt: str
+    statement: bool
+
+
+def _continued(
+    teacher: Teacher,
+    asked: Sequence[tuple[Fact, str]],
+    tasks: Sequence[_Task],
+    tell: Callable[[float], None],
+) -> list[list[Wording]]:
     found: list[list[Wording]] = [[] for _ in asked]
-    lines = teacher.lines([(shown, prompt) for _, _, shown, prompt in tasks], LINE, tell=tell)
-    for (i, number, _, _), line in zip(tasks, lines, strict=True):
-        fact, what, _ = asked[i]
-        wording = Wording(without(fact.subject, line), PATTERNS[number][1], what)
-        if wording not in found[i] and _is_whole(wording, fact):
-            found[i].append(wording)
+    lines = teacher.lines([(task.shown, task.prompt) for task in tasks], LINE, tell=tell)
+    for task, line in zip(tasks, lines, strict=True):
+        fact, what = asked[task.number]
+        wording = Wording(without(fact.subject, line), task.statement, what)
+        if wording not in found[task.number] and _is_whole(wording, fact):
+            found[task.number].append(wording)
     return found
 
 
-def _shown(number: int) -> str:
+def _shown(asked: Sequence[str], lines: Sequence[str]) -> str:
     """A pattern on the examples' subjects."""
-    lines = PATTERNS[number][0]
-    return "".join(f"{subject}, {what}: {line}\n" for (subject, what), line in zip(SHOWN, lines, strict=True))
+    return "".join(f"{what}: {line}\n" for what, line in zip(asked, lines, strict=True))
 
 
 def _is_whole(wording: Wording, fact: Fact) -> bool:
