@@ -2,7 +2,7 @@
 
     python benchmarks/learn_corpora.py elements.jsonl --questions elements_qa.jsonl -- --branching 4 --sizes 24,8
     python benchmarks/learn_corpora.py countries.jsonl --questions countries --documents 8 --ways study plain both
-    python benchmarks/learn_corpora.py wordnet_topics.jsonl --questions wordnet_isa_qa.jsonl --documents 100
+    python benchmarks/learn_corpora.py wordnet_topics.jsonl --questions wordnet_isa_qa.jsonl --documents 60 --asked
 
 A corpus is a JSONL file with an `id` a line; `--documents` takes so many of them, spread evenly. Questions are a
 file in the form that `hiermem eval` reads, those about other documents left out; `countries` asks for capitals,
@@ -150,19 +150,24 @@ def main() -> None:
     parser.add_argument("corpus", type=pathlib.Path)
     parser.add_argument("--questions", required=True, help="a file, or countries")
     parser.add_argument("--documents", type=int, default=0, help="how many; default: all")
+    parser.add_argument("--asked", action="store_true", help="take only documents that questions are about")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["study"])
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("build/learn"))
     parser.add_argument("--epochs", type=int, default=0, help="default: as hiermem learn chooses")
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     options, of_learn = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]
 
-    documents = rows(options.corpus)
+    documents, countries = rows(options.corpus), options.questions == "countries"
+    if options.asked:
+        every = of_countries(documents) if countries else rows(pathlib.Path(options.questions))
+        asked_about = {row["doc"] for row in every}
+        documents = [row for row in documents if row["id"] in asked_about]
     count = options.documents or len(documents)
     documents = [documents[i * len(documents) // count] for i in range(count)]
     work = options.work / f"{options.corpus.stem}-{count}"
     work.mkdir(parents=True, exist_ok=True)
     corpus = write(work / f"{options.corpus.stem}.jsonl", documents)
-    asked = of_countries(documents) if options.questions == "countries" else rows(pathlib.Path(options.questions))
+    asked = of_countries(documents) if countries else rows(pathlib.Path(options.questions))
     sources = {row["id"]: f"{corpus.name}:{n}" for n, row in enumerate(documents, 1)}  # as the bank names them
     asked = [{**row, "doc": sources[row["doc"]]} for row in asked if row["doc"] in sources]
     questions = write(work / "questions.jsonl", asked)

@@ -26,7 +26,7 @@ from mlx_hiermem.config import Path
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.learn import Window
 from mlx_hiermem.learn.clustering import BALANCE, Shape, grow
-from mlx_hiermem.learn.probes import probes, statements, with_subjects
+from mlx_hiermem.learn.probes import framed, probes, statements, with_subjects
 from mlx_hiermem.learn.routing import ProbeVectors, Separation, agreement, descend, place
 from mlx_hiermem.learn.windows import sentences
 from mlx_hiermem.tree import ClusterTree
@@ -52,6 +52,7 @@ class Candidate:
     placing: str | None = None
     most: int = 0
     tuned: bool = False
+    turned: bool = False  # centroids are moved by reversed questions too
     balance: float = BALANCE
     tried: int = 1
 
@@ -87,6 +88,22 @@ CANDIDATES = (
         True,
         balance=1.0,
     ),
+    Candidate(
+        "expected questions, centroids moved by reversed ones too, even trees, likeliest 2 leaves",
+        "probes",
+        "probes",
+        2,
+        True,
+        True,
+        balance=1.0,
+    ),
+)
+# What self-study (SmolLM2-135M) writes about the elements; none of it is among the questions.
+TURNED = (
+    "Which element has the atomic number {}?",
+    "The element with the atomic number {} is",
+    "Which element has the number of protons {}?",
+    "{} is the number of protons of which element?",
 )
 
 
@@ -104,6 +121,7 @@ class Corpus:
             "titled sentences": [[f"{about}. {s}" for s in sentences(w.text)] for w, about in self.windows],
             "statements": [list(dict.fromkeys(statements(w.text, about))) for w, about in self.windows],
             "probes": [probes(window.text, about) for window, about in self.windows],
+            "turned": [framed([text.format(row["atomic_number"]) for text in TURNED]) for row in rows],
         }
         document = {row["id"]: i for i, row in enumerate(rows)}
         self.questions: dict[str, list[tuple[str, int]]] = defaultdict(list)
@@ -112,7 +130,7 @@ class Corpus:
             for number, text in enumerate([row["prompt"], *row["heldout_prompts"]]):
                 self.questions[f"{row['relation']} {number}"].append((text, document[row["doc"]]))
         asked = {text for kind in self.questions.values() for text, _ in kind}
-        overlap = asked & {text for texts in self.sets["probes"] for text in texts}
+        overlap = asked & {text for name in ("probes", "turned") for texts in self.sets[name] for text in texts}
         if overlap:
             raise SystemExit(f"{len(overlap)} of the questions are among the texts that shape the tree")
 
@@ -138,7 +156,8 @@ def measure(corpus: Corpus, candidate: Candidate, shape: Shape, seed: int) -> di
     """One tree: the share of each kind of question that reaches its document, and what that takes."""
     start, shaping = time.perf_counter(), corpus.probe_vectors(candidate.shaping)
     middles = np.concatenate(list(shaping.means()))
-    grown = grow(middles, shape, seed, Separation(shaping) if candidate.tuned else None, candidate.balance)
+    turned = corpus.probe_vectors("turned") if candidate.turned else None
+    grown = grow(middles, shape, seed, Separation(shaping, turned) if candidate.tuned else None, candidate.balance)
     tree, count = grown.tree, len(corpus.windows)
     placed: Places
     if candidate.placing is None:

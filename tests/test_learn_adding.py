@@ -41,7 +41,8 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A model that has learnt the library. Do not write into it."""
     folder = tmp_path_factory.mktemp("original")
     make_anchor(folder / "tiny" / "anchor")
-    call("learn", write_library(folder / "books"), folder / "model", "--anchor", folder / "tiny", *QUICK)
+    options = ["--anchor", folder / "tiny", "--leaves", "1", *QUICK]
+    call("learn", write_library(folder / "books"), folder / "model", *options)
     return folder / "model"
 
 
@@ -125,7 +126,8 @@ def test_documents_get_a_leaf_of_their_own(model: pathlib.Path, news: pathlib.Pa
         call("bank", "add", model, news, "--new-leaf", *QUICK)
     shutil.rmtree(model.with_name("model.learn"))
     bank = MemoryBank.open(model / "bank")
-    gone, texts = bank.tree.nodes(2)[-1], model / "learning" / "examples"
+    texts = model / "learning" / "examples"
+    gone = bank.tree.nodes(2)[-1]
     assert len(TrainingSet.open(texts).ids(gone))
     output = call("bank", "remove", model, str(gone), "--yes")
     assert "dropped" in output

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import pathlib
-import random
-from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -21,19 +19,17 @@ import mlx_hiermem  # noqa: F401  before mlx
 from mlx_hiermem.anchor import load_anchor
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import AnchorError
-from mlx_hiermem.learn import Window, reverse
+from mlx_hiermem.learn import Window
 from mlx_hiermem.learn import study as study_module
 from mlx_hiermem.learn.facts import BLANK, OTHER, SUBJECT, Fact, facts, worth_asking
-from mlx_hiermem.learn.reverse import Chooser, reversible, try_reversed
+from mlx_hiermem.learn.noted import NotedTeacher
 from mlx_hiermem.learn.stages import STUDY, Corpus, read_corpus
 from mlx_hiermem.learn.study import study
 from mlx_hiermem.learn.teacher import Teacher, load_teacher
 from mlx_hiermem.learn.trying import EXAMPLE, StudySettings, Tried, in_turns, named
 from mlx_hiermem.learn.wordings import (
     PATTERNS,
-    REVERSED,
     SHOWN,
-    SHOWN_REVERSED,
     Wording,
     own_beginning,
     own_words,
@@ -202,70 +198,6 @@ class TestInTurns:
         assert found == ["The speed is", "What speed?", "What pace?", "Which speed?"]
 
 
-class TestReversed:
-    """From what a window says to what it is about."""
-
-    def towers(self, heights: Sequence[int]) -> list[Fact]:
-        own = [
-            Window(i, i, "a.txt", name, f"The height of {name.upper()} is {height}.")
-            for i, (name, height) in enumerate(zip(VILLAGES, heights, strict=False))
-        ]
-        return [facts(one, one.title)[0] for one in own]
-
-    def test_values_that_tell_subjects_apart_are_turned_round(self) -> None:
-        towers = self.towers(range(10, 20))
-        (found,) = reversible({"height": towers}).values()
-        assert [(one.subject, one.answer) for one in found] == [(str(10 + i), VILLAGES[i]) for i in range(10)]
-        assert found[3].sentence == "The height of Dunmore is 13."  # as the title writes it
-
-    def test_ambiguous_values_are_left_out(self) -> None:
-        found = reversible({"height": self.towers([*range(10, 20), 10])})
-        assert [one.subject for one in found["height"]] == [str(10 + i) for i in range(1, 10)]
-
-    @pytest.mark.parametrize("heights", [range(10, 17), [1, 2, 3] * 4])  # a rare shape, and one that tells nothing
-    def test_others_are_not_turned_round(self, heights: Sequence[int]) -> None:
-        assert reversible({"height": self.towers(heights)}) == {}
-
-    def test_one_subject_is_not_asked_for(self) -> None:
-        one = Window(0, 0, "a.txt", "Tower", "The Tower was 5 metres high in 1901.")
-        assert reversible({"height": [facts(one, "Tower")[0]] * 12}) == {}
-
-    def test_every_pattern_is_shown_on_every_subject(self) -> None:
-        for lines, statement in REVERSED:
-            assert len(lines) == len(SHOWN_REVERSED)
-            for line, (subject, _, value) in zip(lines, SHOWN_REVERSED, strict=True):
-                assert value.split()[0] in line
-                assert subject not in line
-                assert (line[-1] == "?") is not statement
-
-    def test_smollm2_asks_and_reads_backwards(self, smollm2_teacher: Teacher) -> None:
-        towers = self.towers(range(210, 900, 57))
-        turned = reversible({towers[0].shape: towers})
-        windows = {one.window: Window(one.window, 0, "a.txt", one.subject, one.sentence) for one in towers}
-        forward = [Tried(Wording(f"What is the height of {SUBJECT}?", False, "height"), 1.0, -0.1)]
-        kept = try_reversed(
-            turned, {towers[0].shape: forward}, windows, smollm2_teacher, StudySettings(), random.Random(0), print
-        )
-        texts = [tried.wording.text for tried in kept[towers[0].shape]]
-        assert texts
-        assert all(text.count(SUBJECT) == 1 and not any(name in text for name in VILLAGES) for text in texts)
-        assert all(tried.right >= reverse.RIGHT for tried in kept[towers[0].shape])
-
-    def test_the_value_decides(self, smollm2_teacher: Teacher) -> None:
-        towers = self.towers(range(210, 900, 57))
-        turned = reversible({towers[0].shape: towers})[towers[0].shape]
-        windows = {one.window: Window(one.window, 0, "a.txt", one.subject, one.sentence) for one in towers}
-        chooser = Chooser(smollm2_teacher, windows, {towers[0].shape: turned}, random.Random(0), print)
-        good, idle = (
-            Wording(f"Which village has the height {SUBJECT}?", False),
-            Wording("Which village is it?", False),
-        )
-        found = list(chooser.log_ps([(fact, wording) for fact in turned[:8] for wording in (good, idle)]))
-        assert [wording for _, wording, _ in found] == [good, idle] * 8
-        assert sum(log_p > -math.inf for _, wording, log_p in found if wording == good) >= 6
-        assert not any(log_p > -math.inf for _, wording, log_p in found if wording == idle)
-
-
 class TestTeacher:
     def test_lines_are_what_the_model_writes_alone(self, smollm2_teacher: Teacher) -> None:
         beginning = "Capitals.\n\nFrance: Paris\nItaly: Rome\n"
@@ -314,6 +246,17 @@ class TestTeacher:
         asked = list(zip(prompts, answers, strict=True))
         found = smollm2_teacher.finds(f"{EXAMPLE}{text}\n\n", asked, answers)
         assert [log_p > -math.inf for log_p in found] == [True, False, False, False, False]
+
+    def test_answers_are_noted(self, tiny: Teacher, tmp_path: pathlib.Path) -> None:
+        lines, finds = ([("ab", "c"), ("ab", "dd")], 6, 0.8, 3), ("some text", [("how many", "12")], ["13"])
+        first = NotedTeacher.of(tiny, tmp_path / "notes")
+        said = first.lines(*lines), first.finds(*finds), first.finds("other", *finds[1:])
+        assert said == (tiny.lines(*lines), tiny.finds(*finds), tiny.finds("other", *finds[1:]))
+        mute = Teacher(None, None)  # type: ignore[arg-type]  # fails when it is asked
+        again = NotedTeacher.of(mute, tmp_path / "notes")
+        assert (again.lines(*lines), again.finds(*finds), again.finds("other", *finds[1:])) == said
+        with pytest.raises(AttributeError):
+            again.lines(*lines[:3], 4)
 
     def test_a_teacher_that_is_none(self, tmp_path: pathlib.Path) -> None:
         with pytest.raises(AnchorError, match="cannot load the teacher"):
@@ -376,10 +319,50 @@ class TestStudy:
         study(again.work, again, lambda: tiny, "tiny", other)
         assert again.work.path(STUDY).read_text() == went_on
 
+    def test_answers_of_a_killed_study_are_not_asked_for_again(
+        self, corpus: Corpus, tiny: Teacher, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        calls: list[str] = []
+
+        def counted(name: str, fails_at: int) -> None:
+            own = getattr(Teacher, name)
+
+            def call(self: Teacher, *args: object, **options: object) -> list[object]:
+                if len(calls) == fails_at:
+                    raise KeyboardInterrupt
+                calls.append(name)
+                return own(self, *args, **options)
+
+            monkeypatch.setattr(Teacher, name, call)
+
+        def run(fails_at: int = -1) -> str:
+            for name in ("lines", "finds"):
+                counted(name, fails_at)
+            try:
+                study(corpus.work, corpus, lambda: tiny, f"tiny {seed}", QUICK)
+            finally:
+                monkeypatch.undo()
+            return corpus.work.path(STUDY).read_text()
+
+        seed = 0
+        whole = run()
+        every, seed = list(calls), 1
+        assert len(every) > 3
+        for fails_at in (1, len(every) // 2, len(every) - 1):
+            calls.clear()
+            with pytest.raises(KeyboardInterrupt):
+                run(fails_at)
+            assert calls == every[:fails_at]
+            (notes,) = corpus.work.path("study.parts").glob("*.notes")
+            notes.write_bytes(notes.read_bytes()[:-3])  # the last line is torn
+            assert run() == whole
+            assert calls == every[:fails_at] + every[fails_at - 1 :]
+            seed += 1
+
     def test_without_self_study_there_is_no_file(self, corpus: Corpus, tiny: Teacher) -> None:
         study(corpus.work, corpus, lambda: tiny, "tiny", QUICK)
         first = corpus.work.path(STUDY).exists()
-        study(corpus.work, corpus, None, "")
+        study(corpus.work, corpus, None, "", QUICK)
         assert (first, corpus.work.path(STUDY).exists()) == (True, False)
 
     def test_answers_that_are_not_found_are_not_asked_for(self, corpus: Corpus, tiny: Teacher) -> None:

@@ -2,17 +2,20 @@
 
 Every stage reads the files of the stages before it and writes its own into a work folder `OUT.learn/`, each beside
 its final name and then renamed. A killed run goes on with the first stage whose files are missing or were made from
-something else (`work.Work`). Of what grows with the corpus, some tens of bytes a window are held in memory.
+something else (`work.Work`). Of what grows with the corpus, no text or vector is held in memory but some tens of
+bytes for a window, and for each example that self-study makes of it.
 
     stage    module        file              a line, or an array
     corpus   corpus,       windows.jsonl     {"id", "document", "source", "title", "text"}: line i is window i
              duplicates,   skipped.jsonl     {"what", "why"}
              windows
-    study    study         study.jsonl       {"window", "question", "answer", ...}: any number of lines a window, in
-                                             the order of the windows
+    study    study, facts, study.jsonl       {"window", "question", "answer", ...}: any number of lines a window, in
+             wordings,                       the order of the windows
+             trying, reverse
     probes   probes        probes.jsonl      {"window", "text"}: what somebody may type who wants this window: its
-                                             sentences, their beginnings, its generated questions; in the end
-                                             the questions that are kept for measuring ("held_out": true)
+                                             sentences, their beginnings, its generated questions; then those
+                                             that ask for its subject ("reversed": true), and in the end the
+                                             questions that are kept for measuring ("held_out": true)
     vectors  vectors       probes.npy        [probes, 384] float32, unit length, row for row of probes.jsonl
     tree     clustering,   means.npy         [windows, 384] float32, unit length: the middle of a window's probes
              routing       tree.safetensors  the bank's tree (`ClusterTree`), ragged

@@ -34,9 +34,9 @@ from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import BankError
 from mlx_hiermem.learn import telling
 from mlx_hiermem.learn.blocks import Tensors
-from mlx_hiermem.learn.command import ANCHOR, BANK, LEARNING, TRAINING, Stages, find_teacher, locked, work_folder
+from mlx_hiermem.learn.command import ANCHOR, BANK, TRAINING, Stages, find_teacher, locked, work_folder
 from mlx_hiermem.learn.examples import TrainingSet, TrainingSetWriter
-from mlx_hiermem.learn.kept import still_there
+from mlx_hiermem.learn.kept import kept_texts, still_there, swap
 from mlx_hiermem.learn.labels import SOURCES
 from mlx_hiermem.learn.making import EXAMPLES, ExampleSettings, make_examples
 from mlx_hiermem.learn.new_leaf import Goes, added_node, with_new_leaf
@@ -131,7 +131,9 @@ class _Adding(Stages):
             self.listener.end(telling.corpus_line(corpus, skipped))
         with self.stage("study"):
             teacher = find_teacher(settings.teacher, model, tokenizer, self.bank.manifest.anchor)
-            study(self.work, corpus, *teacher, settings.study, self.progress("windows"))
+            # The tree stands, and was not made to take reversed questions to the new documents.
+            asked = replace(settings.study, reversed_questions=0, reversed_statements=0)
+            study(self.work, corpus, *teacher, asked, self.progress("windows"))
             self.listener.end(telling.study_line(self.work.path(STUDY)))
         with self.stage("tree"):
             planted = settle(
@@ -180,13 +182,13 @@ class _Adding(Stages):
     @cached_property
     def _kept(self) -> TrainingSet | None:
         """What the bank has learnt so far, where that was kept."""
-        folder = self.model / LEARNING / EXAMPLES
+        folder = kept_texts(self.model)
         return TrainingSet.open(folder) if folder.is_dir() else None
 
     def _texts_line(self, new: int, old: int) -> str:
         line = f"{new:,} texts"
         if self._kept is None:
-            return f"{line}; what their blocks knew may fade: {self.model / LEARNING / EXAMPLES} is not there"
+            return f"{line}; what their blocks knew may fade: {kept_texts(self.model)} is not there"
         return f"{line}, and {old:,} that their blocks have learnt before"
 
     def _target(self, leaf: Path) -> Path:
@@ -280,11 +282,10 @@ class _Adding(Stages):
                 replace(policy, reach=reach).write(edit.file(POLICY))
             if origin := Origin.read(self.root):  # the hub does not have these blocks
                 replace(origin, subtrees=origin.subtrees | weights.keys()).write(edit.file(REMOTE).parent)
-        kept = self.model / LEARNING / EXAMPLES
+        kept = kept_texts(self.model)
         if self.work.path(ALL).is_dir() and kept.is_dir():
             with self.work.writing():
-                shutil.rmtree(kept)
-                self.work.path(ALL).rename(kept)
+                swap(self.work.path(ALL), kept)
 
     def _is_ours(self) -> bool:
         """Whether the bank is what it was before, or what it is to become."""

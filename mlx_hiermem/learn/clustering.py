@@ -67,6 +67,15 @@ class Grown:
         return Path.of_row(int(self.row[window]), int(self.level[window]), self.tree.branching)
 
 
+def check_size(windows: int) -> None:
+    """Raises CorpusError for fewer than two."""
+    if windows < 2:
+        raise CorpusError(
+            f"the corpus has {windows} window{'s' * (windows != 1)} of text",
+            "A tree needs two or more: give more documents.",
+        )
+
+
 def grow(
     vectors: np.ndarray, shape: Shape, seed: int = 0, tune: Tune | None = None, balance: float = EVEN
 ) -> Grown:
@@ -75,10 +84,7 @@ def grow(
     Raises CorpusError for fewer than two windows.
     """
     n, k = len(vectors), shape.branching
-    if n < 2:
-        raise CorpusError(
-            f"the corpus has {n} window{'s' * (n != 1)} of text", "A tree needs two or more: give more documents."
-        )
+    check_size(n)
     level, row = np.zeros(n, np.int8), np.zeros(n, np.int64)
     centroids, present = [], []
     for depth in range(shape.depth):

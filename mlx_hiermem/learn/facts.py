@@ -17,6 +17,7 @@ from mlx_hiermem.learn.windows import sentences
 
 SUBJECT, BLANK, OTHER = "\u2983", "\u2984", "\u2985"  # in a shape: the subject, the answer, other answers
 FACTS = 10  # of a window at most
+COMMON = 8  # windows from which on a shape is worth many wordings
 WORDS = 60  # of a sentence; what is longer says too much at once to be asked about
 
 NUMBER = r"(?<![\w.,^*-])\d[\d.,:/]*(?<![.,:/])(?![\w^*])"
@@ -27,8 +28,13 @@ ENTRY = re.compile(
 )
 ANSWER = re.compile(f"{NUMBER}|{NAME}")
 LEADING = re.compile(r"(?:(?:The|A|An) )?([A-Z][\w'’-]{2,}(?: (?:(?:of|the) )?[A-Z][\w'’-]*)*) (?=[a-z])")
-PRONOUNS = re.compile(
-    "(?:s?he|they|you|his|hers?|its|our|their|your|this|that|these|those|there|here)", re.IGNORECASE
+# Words that a sentence begins with and that name nothing.
+OPENERS = re.compile(
+    "(?:the|s?he|they|you|his|hers?|its|our|their|your|this|that|these|those|there|here|who|what|which|when|where|while|"
+    "why|how|after|before|since|until|during|although|though|because|but|and|yet|nor|for|from|with|without|into|under|"
+    "over|between|among|about|some|many|most|much|more|few|all|any|both|each|every|another|other|such|one|two|three|"
+    "then|thus|hence|also|however|therefore|moreover|instead|today|now|once|later|often|sometimes|only|not|according)",
+    re.IGNORECASE,
 )
 ENDING = re.compile(
     r"(?:\b(?:is|are|was|were|by|in|of|as|to|at|on|for|with|from|a|an|the)|:) ([\w'’-]+(?: [\w'’-]+){0,2})[.!]?$"
@@ -77,7 +83,7 @@ def _of_sentence(window: int, subject: str, text: str) -> Iterator[Fact]:
 
     Where the window has no subject, a sentence may begin with its own.
     """
-    if not subject and (leading := LEADING.match(text)) and not PRONOUNS.fullmatch(leading[1]):
+    if not subject and (leading := LEADING.match(text)) and not OPENERS.fullmatch(leading[1]):
         subject = leading[1]
     entries = [f"{found[1]}: {found[2]}" for found in ENTRY.finditer(text)]
     if len(entries) > 1:
@@ -85,6 +91,12 @@ def _of_sentence(window: int, subject: str, text: str) -> Iterator[Fact]:
             yield from _asked(window, subject, about(entry, subject))
     elif len(text.split()) <= WORDS:
         yield from _asked(window, subject, about(text, subject))
+
+
+def mention(sentence: str, subject: str) -> tuple[int, int]:
+    """Where a sentence first names its subject, in whichever case; (0, 0) where it does not."""
+    found = re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", sentence, re.IGNORECASE)
+    return found.span() if found else (0, 0)
 
 
 def _asked(window: int, subject: str, sentence: str) -> Iterator[Fact]:

@@ -17,7 +17,7 @@ from mlx_hiermem.tree import ClusterTree
 
 def forget(model: pathlib.Path) -> int:
     """Drops the kept texts of leaves that were removed, unless another leaf has learnt them; returns how many."""
-    kept, tree = model / LEARNING / EXAMPLES, MemoryBank.open(model / BANK).tree
+    kept, tree = kept_texts(model), MemoryBank.open(model / BANK).tree
     if not kept.is_dir():
         return 0
     old, fewer = TrainingSet.open(kept), kept.with_name(f"{EXAMPLES}.fewer")
@@ -26,13 +26,32 @@ def forget(model: pathlib.Path) -> int:
             for number, leaves in still_there(old, tree):
                 out.add(old.read(number), leaves)
         count = len(old) - len(TrainingSet.open(fewer))
-        shutil.rmtree(kept)
-        fewer.rename(kept)
+        swap(fewer, kept)
     except OSError as error:
         raise OutputError(
             f"cannot write {kept}: {error.strerror or error}", "It still has texts of what was removed: delete it."
         ) from error
     return count
+
+
+def kept_texts(model: pathlib.Path) -> pathlib.Path:
+    """Where they are; brings back what a `swap` that was killed has put aside."""
+    kept = model / LEARNING / EXAMPLES
+    if not kept.exists() and _aside(kept).is_dir():
+        _aside(kept).rename(kept)
+    return kept
+
+
+def swap(new: pathlib.Path, kept: pathlib.Path) -> None:
+    """Puts other texts in their place, so that at no moment there are none."""
+    shutil.rmtree(_aside(kept), ignore_errors=True)
+    kept.rename(_aside(kept))
+    new.rename(kept)
+    shutil.rmtree(_aside(kept))
+
+
+def _aside(kept: pathlib.Path) -> pathlib.Path:
+    return kept.with_name(f"{kept.name}.before")
 
 
 def still_there(old: TrainingSet, tree: ClusterTree) -> Iterator[tuple[int, list[Path]]]:

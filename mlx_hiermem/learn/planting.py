@@ -148,8 +148,10 @@ def _write_probes(work: Work, made: Corpus) -> None:
             own = _asked(number, (row for row in studied if row.get("reversed") and not row.get("chat")), "prompt")
             yield from ({"window": number, "text": text, "reversed": True} for text in probes.framed(own))
         for number, studied in _studied(work, made):
-            own = _asked(number, studied, held_out=True)
-            yield from ({"window": number, "text": text, "held_out": True} for text in own)
+            for turned in (False, True):
+                own = _asked(number, (row for row in studied if bool(row.get("reversed")) == turned), held_out=True)
+                more = {"held_out": True} | ({"reversed": True} if turned else {})
+                yield from ({"window": number, "text": text} | more for text in own)
 
     write_lines(work.path(PROBES), rows())
 
@@ -176,23 +178,29 @@ class _Probes:
     """The embedded probes by what they are for; the means of `plain` are written."""
 
     plain: ProbeVectors  # what is typed by who knows what a window is about
-    turned: ProbeVectors  # questions for that
+    turned: ProbeVectors  # reversed questions, which ask what that is
     shaping: np.ndarray  # [n, dim]: both
     kept: np.ndarray  # [m, dim]: what measures
     asked: np.ndarray  # [m]: the windows of these
+    backwards: np.ndarray  # bool [m]: which of these are reversed
 
     @classmethod
     def read(cls, work: Work, made: Corpus) -> _Probes:
         everything = np.load(work.path(PROBE_VECTORS), mmap_mode="r")
-        owner, plain, shapes = np.empty(len(everything), np.int64), 0, 0
-        for i, row in enumerate(read_lines(work.path(PROBES))):
-            owner[i] = row["window"]
-            plain += not ("held_out" in row or "reversed" in row)
-            shapes += "held_out" not in row
-        found = ProbeVectors.of(everything[:plain], owner[:plain], made.count)
+        counts = np.zeros((2, made.count), np.int64)  # plain, turned
+        asked, backwards = list[int](), list[bool]()
+        for row in read_lines(work.path(PROBES)):
+            if "held_out" in row:
+                asked.append(row["window"])
+                backwards.append("reversed" in row)
+            else:
+                counts[int("reversed" in row), row["window"]] += 1
+        plain, shapes = counts[0].sum(), counts.sum()
+        found = ProbeVectors.counted(everything[:plain], counts[0])
         vectors.write(found.means(), made.count, everything.shape[1], work.path(MEANS))
-        turned = ProbeVectors.of(everything[plain:shapes], owner[plain:shapes], made.count)
-        return cls(found, turned, everything[:shapes], everything[shapes:], owner[shapes:])
+        turned = ProbeVectors.counted(everything[plain:shapes], counts[1])
+        kept = everything[shapes:]
+        return cls(found, turned, everything[:shapes], kept, np.array(asked, np.int64), np.array(backwards, bool))
 
 
 def _place(work: Work, found: _Probes, tree: ClusterTree, most: int) -> None:
@@ -209,14 +217,20 @@ def _place(work: Work, found: _Probes, tree: ClusterTree, most: int) -> None:
             yield {"window": window, "leaves": [str(leaf) for leaf in leaves]}
 
     write_lines(work.path(LEAVES_FILE), rows())
-    answers = [[int(window)] for window in found.asked]
+
+    def agreed(rows: np.ndarray) -> float | None:
+        answers = [[int(window)] for window in found.asked[rows]]
+        return agreement(tree, placed, found.kept[rows], answers) if answers else None
+
     report = {
         "branching": tree.branching,
         "depth": tree.depth,
         "windows": windows,
         "leaves_a_window": total / windows,
-        "questions": len(answers),
-        "agreement": agreement(tree, placed, found.kept, answers) if answers else None,
+        "questions": int((~found.backwards).sum()),
+        "agreement": agreed(~found.backwards),
+        "reversed_questions": int(found.backwards.sum()),
+        "reversed_agreement": agreed(found.backwards),
         "reach": reach_of(tree, found.shaping),
     }
     write_text(work.path(AGREEMENT), json.dumps(report, indent=1) + "\n")

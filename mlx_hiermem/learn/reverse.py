@@ -16,35 +16,42 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mlx_hiermem.learn import Window
-from mlx_hiermem.learn.facts import Fact
+from mlx_hiermem.learn.facts import COMMON, Fact, mention
 from mlx_hiermem.learn.teacher import Teacher
-from mlx_hiermem.learn.trying import EXAMPLE, Share, StudySettings, Tried, framed, named, try_out
+from mlx_hiermem.learn.trying import EXAMPLE, Share, StudySettings, Tried, as_asked, named, try_out
 from mlx_hiermem.learn.wordings import Wording, reversed_wordings
 
-COMMON = 8  # windows from which on a shape is worth many wordings, and can be turned round
 TELLING = 0.8  # of a shape's windows have a value that no other has
 RIGHT, TRIED = 0.65, 12  # of the tries; by chance it would be half, so there are more of them
 NAMES = 4  # of what is asked for, by which a value is introduced: "the code J01C"
 
 
 def reversible(shapes: Mapping[str, Sequence[Fact]]) -> dict[str, list[Fact]]:
-    """Of each shape whose values tell its subjects apart, the facts turned round; ambiguous values are left out."""
+    """Of each shape whose values tell its subjects apart, the facts turned round; ambiguous values are left out.
+
+    Values are told apart among these windows, not in the whole corpus. Mere numbers are left out: a small memory
+    hardly learns which name belongs to a number (docs/learning.md).
+    """
     found = dict[str, list[Fact]]()
     for shape, alike in shapes.items():
         counts = Counter(fact.answer.casefold() for fact in alike)
-        telling = [fact for fact in alike if fact.subject and counts[fact.answer.casefold()] == 1]
+        telling = [fact for fact in alike if counts[fact.answer.casefold()] == 1 and _can_be_turned(fact)]
         subjects = {fact.subject for fact in telling}
         if len(subjects) >= COMMON and len(telling) >= TELLING * len(alike):
             found[shape] = [_turned(fact) for fact in telling]
     return found
 
 
+def _can_be_turned(fact: Fact) -> bool:
+    named = fact.subject != "" and mention(fact.sentence, fact.subject) != (0, 0)
+    return named and any(map(str.isalpha, fact.answer))
+
+
 def _turned(fact: Fact) -> Fact:
     """The answer becomes the subject, and the subject, written as the title has it, the answer."""
-    start = fact.sentence.casefold().find(fact.subject.casefold())
-    end = start + len(fact.subject)
+    start, end = mention(fact.sentence, fact.subject)
     sentence = fact.sentence[:start] + fact.subject + fact.sentence[end:]
-    return replace(fact, subject=fact.answer, sentence=sentence, start=start, end=end)
+    return replace(fact, subject=fact.answer, sentence=sentence, start=start, end=start + len(fact.subject))
 
 
 def try_reversed(
@@ -90,11 +97,12 @@ class Chooser:
         for fact, wording in asked:
             by_fact[fact].append(wording)
         for done, (fact, wordings) in enumerate(by_fact.items(), 1):
-            other = self.rng.choice([one for one in self.facts[fact.shape] if one.answer != fact.answer])
+            others = [one for one in self.facts[fact.shape] if one.answer != fact.answer]
+            other = self.rng.choice([one for one in others if one.window != fact.window] or others)
             both = self.rng.sample([fact, other], 2)
             text = "\n\n".join(named(self.windows[one.window].text, one.answer) for one in both)
             values = [one.subject for one in (fact, other)]
-            prompts = [(framed(wording, value), fact.answer) for wording in wordings for value in values]
+            prompts = [(as_asked(wording, value), fact.answer) for wording in wordings for value in values]
             found = self.teacher.finds(f"{EXAMPLE}{text}\n\n", prompts, [])
             for wording, right, wrong in zip(wordings, found[::2], found[1::2], strict=True):
                 yield fact, wording, right if right > wrong else -math.inf

@@ -1,6 +1,6 @@
 """Routing agreement: a question must reach a leaf in which its answer was learnt.
 
-Two steps see to it, both for any corpus. Once a node's windows are divided among its children, its centroids are
+Two steps see to it, for any corpus. Once a node's windows are divided among its children, its centroids are
 moved until the windows' probes are nearest to their own child (`Separation`): k-means puts them where the windows
 are, but nearest-centroid routing is a linear classifier, and this one is trained to tell the subjects apart in
 whatever wording. Then a window is learnt where its probes go, and where they nearly go (`place`): that is where
@@ -23,9 +23,9 @@ from mlx_hiermem.tree import ClusterTree
 STEPS, BATCH, RATE = 150, 8192, 0.02  # of Adam; the batch is the probes of a step
 SHARPNESS = 30.0  # turns squared distances of about 0.1 into logits that differ by a few units
 DOUBT = 5.0  # the same where other wordings than the probes are reckoned with: less sure by so much
-HOLD = 1e-3  # pulls the centroids to where k-means put them, so that text of other forms is treated alike
+HOLD = 1e-2  # pulls the centroids to where k-means put them: else text of other kinds is no farther than probes
 LEAVES = 2  # in which a window is learnt at most: a third one hardly helps (docs/learning.md)
-NEARLY_ALL = 0.999  # of the probes are within a bank's reach
+NEARLY_ALL = 0.995  # of the probes are within a bank's reach
 MEASURED = 100_000  # probes, about, that say how far that is
 LEAST = 0.05  # a leaf that is less likely than this does not get it
 
@@ -41,6 +41,11 @@ class ProbeVectors:
     def of(cls, vectors: np.ndarray, windows: np.ndarray, count: int) -> ProbeVectors:
         """`windows` [p] says, in rising order, whose each probe is; `count` is the number of windows."""
         return cls(vectors, np.searchsorted(windows, np.arange(count + 1)))
+
+    @classmethod
+    def counted(cls, vectors: np.ndarray, counts: np.ndarray) -> ProbeVectors:
+        """`counts` [windows] says how many each window has."""
+        return cls(vectors, np.concatenate([[0], np.cumsum(counts)]))
 
     def rows(self, members: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(rows of all probes of these windows, the position in `members` that each belongs to)."""
@@ -75,11 +80,11 @@ class Separation:
         start, moving = centroids.astype(np.float32), centroids.astype(np.float32)
         mean, spread = np.zeros_like(moving), np.zeros_like(moving)
         parts = [_Part(self.probes, members, 1.0)]
-        if self.turned:
-            parts = [_Part(self.probes, members, 2 / 3), _Part(self.turned, members, 1 / 3)]
+        if self.turned and (turned := _Part(self.turned, members, 1 / 3)).any:
+            parts = [_Part(self.probes, members, 2 / 3), turned]
         for step in range(1, STEPS + 1):
             gradient = 2 * HOLD * (moving - start)
-            for points, owner, weight in (part.draw(rng) for part in parts if part.any):
+            for points, owner, weight in (part.draw(rng) for part in parts):
                 gradient += self._gradient(moving, points, child[owner], weight)
             mean = 0.9 * mean + 0.1 * gradient
             spread = 0.999 * spread + 0.001 * gradient**2
@@ -152,7 +157,7 @@ def _descend(tree: ClusterTree, points: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def reach_of(tree: ClusterTree, vectors: np.ndarray) -> float:
-    """How far a bank reaches: all but one in a thousand of these [n, dim] probes are as near to their last node."""
+    """How far a bank reaches: all but one in 200 of these [n, dim] probes are as near to their last node."""
     some = np.asarray(vectors[:: max(1, len(vectors) // MEASURED)])
     levels, rows = descend(tree, some)
     ends = np.stack(

@@ -25,6 +25,7 @@ from mlx_hiermem.config import EmbedderIdentity
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import AnchorError, HierMemError, OutputError
 from mlx_hiermem.learn import telling
+from mlx_hiermem.learn.clustering import check_size
 from mlx_hiermem.learn.command import ANCHOR, BANK, LEARNING, TRAINING, Stages, find_teacher, locked, work_folder
 from mlx_hiermem.learn.forward import Anchor
 from mlx_hiermem.learn.making import EXAMPLES, ExampleSettings, make_examples, open_examples
@@ -139,7 +140,8 @@ def learn(
             anchor = find_anchor()
             prepared = run.prepare(sources, anchor)
         learnt = run.write(anchor.name, prepared, *run.train())
-        publish(work.path(MODEL), out)
+        with work.writing():
+            publish(work.path(MODEL), out)
     if not settings.keep:
         shutil.rmtree(work.folder, ignore_errors=True)
     return learnt
@@ -181,6 +183,7 @@ class _Run(Stages):
                 self.work, sources, embedder.tokenizer, self.settings.corpus, self.counter("documents")
             )
             skipped = sum(1 for _ in corpus.skipped())
+            check_size(corpus.count)  # before anything that takes long
             self.listener.end(telling.corpus_line(corpus, skipped))
         with self.stage("study"):
             teacher = find_teacher(self.settings.teacher, *self.loaded[:2], identify(self.folder))
@@ -206,7 +209,9 @@ class _Run(Stages):
         shape = ClusterTree.load(self.work.path(TREE))
         memory = self.settings.memory.of(model, shape.branching, shape.depth)
         settings = self.settings.training
-        tokens = int(examples.lengths[examples.assigned].sum()) // len({leaf[0] for leaf in examples.leaves})
+        tokens = int(examples.lengths[examples.assigned].sum()) // max(
+            1, len({leaf[0] for leaf in examples.leaves})
+        )
         settings = replace(settings, epochs=self.settings.epochs or epochs_for(tokens))
         with self.stage("training"), self.work.writing():
             training = Training(

@@ -24,9 +24,10 @@ from functools import partial
 from typing import Any
 
 from mlx_hiermem.learn import Window
-from mlx_hiermem.learn.facts import Fact, facts, worth_asking
+from mlx_hiermem.learn.facts import COMMON, Fact, facts, mention, worth_asking
+from mlx_hiermem.learn.noted import NotedTeacher
 from mlx_hiermem.learn.probes import FRAME, with_subjects
-from mlx_hiermem.learn.reverse import COMMON, reversible, try_reversed
+from mlx_hiermem.learn.reverse import reversible, try_reversed
 from mlx_hiermem.learn.stages import STUDY, Corpus
 from mlx_hiermem.learn.teacher import Teacher
 from mlx_hiermem.learn.trying import Reader, Share, StudySettings, Tried, try_out
@@ -48,7 +49,7 @@ def study(
     """Stage `study`: writes study.jsonl and returns its digest; without a teacher there is none.
 
     `teacher` loads it, `identity` names it; `progress` counts windows. An interrupted stage goes on with the first
-    windows that were not studied together.
+    thing that it did not ask the teacher yet.
     """
     if teacher is None:
         return work.stage("study", None, [corpus.digest], lambda: work.path(STUDY).unlink(missing_ok=True))
@@ -63,7 +64,9 @@ def study(
             if not file.exists():
                 rng = random.Random(f"{settings.seed} {number}")
                 tell = partial(_told, progress, done, len(some), corpus.count)
-                write_lines(file, _studied(some, loaded, settings, rng, tell))
+                noted = NotedTeacher.of(loaded, file.with_suffix(".notes"))
+                write_lines(file, _studied(some, noted, settings, rng, tell))
+                noted.file.unlink(missing_ok=True)
             files.append(file)
             done += len(some)
             progress(done, corpus.count)
@@ -112,12 +115,12 @@ def _studied(
     for own in by_window.values():
         for fact in own:
             shapes[fact.shape].append(fact)
-    invented = _invent(shapes, teacher, settings, rng, partial(_part, tell, 0, 0.45))
+    invented = _invent(shapes, teacher, settings, rng, partial(_part, tell, 0, 0.5))
     answers = {number: list(dict.fromkeys(fact.answer for fact in own)) for number, own in by_window.items()}
     by_id = {window.id: window for window, _ in windows}
-    reader = Reader(teacher, by_id, answers, partial(_part, tell, 0.45, 0.9))
+    reader = Reader(teacher, by_id, answers, partial(_part, tell, 0.5, 0.9))
     kept = try_out(shapes, invented, reader, settings, rng)
-    back = reversible(shapes)
+    back = reversible(shapes) if settings.reversed_questions or settings.reversed_statements else {}
     kept_back = try_reversed(back, kept, by_id, teacher, settings, rng, partial(_part, tell, 0.9, 1))
     turned = defaultdict[int, list[Fact]](list)
     for fact in itertools.chain(*back.values()):
@@ -167,7 +170,8 @@ def _rows(fact: Fact, kept: Sequence[Wording], window: Window, settings: StudySe
     own = own_beginning(fact)
     for i, wording in enumerate(dict.fromkeys([own, *statements])):
         for form in forms if wording == own else forms[i % len(forms) :][:1]:
-            yield {"window": window.id, "prompt": wording.prompt(form), "answer": fact.answer, "chat": False}
+            if prompt := wording.prompt(form):  # a sentence without a subject may begin with its answer
+                yield {"window": window.id, "prompt": prompt, "answer": fact.answer, "chat": False}
     yield from _asked(fact, questions, forms, window, settings)
 
 
@@ -203,5 +207,6 @@ def _asked(
 
 def _forms(fact: Fact) -> list[str]:
     """The subject as the sentence writes it, and as the title does."""
-    at = fact.sentence.casefold().find(fact.subject.casefold())
-    return list(dict.fromkeys([fact.sentence[at : at + len(fact.subject)], fact.subject]))
+    return list(
+        dict.fromkeys([fact.sentence[slice(*mention(fact.sentence, fact.subject))] or fact.subject, fact.subject])
+    )

@@ -92,7 +92,7 @@ class Teacher:
         `asked` are (prompt, answer). Returns mean log p per token of the answer; -inf where at some token one of
         `others` that began the same way is likelier.
         """
-        read, cache = self._encode(beginning), make_prompt_cache(self.model)
+        read, cache = self.tokenizer.encode(beginning), make_prompt_cache(self.model)
         shared = all(type(layer) is KVCache for layer in cache)  # other kinds, of windows or states, are read anew
         if shared:
             self.model(mx.array([read]), cache=cache)

@@ -51,6 +51,8 @@ def tree_line(found: dict[str, Any], given: float | None) -> str:
     line = f"{found['depth']} levels of {found['branching']}, {found['leaves_a_window']:.2f} leaves a window"
     if found["agreement"] is not None:
         line += f"; {found['agreement']:.1%} of {found['questions']:,} kept questions reach a leaf of theirs"
+    if found["reversed_agreement"] is not None:
+        line += f", {found['reversed_agreement']:.1%} of {found['reversed_questions']:,} reversed ones"
     return line + (f"; {given:.1%} of the given ones" if given is not None else "")
 
 

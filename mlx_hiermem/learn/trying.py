@@ -75,7 +75,7 @@ class Reader:
         for fact, wording in asked:
             by_window[fact.window].append((fact, wording))
         for done, (number, own) in enumerate(by_window.items(), 1):
-            prompts = [(framed(wording, fact.subject), fact.answer) for fact, wording in own]
+            prompts = [(as_asked(wording, fact.subject), fact.answer) for fact, wording in own]
             beginning = f"{EXAMPLE}{named(self.windows[number].text, own[0][0].subject)}\n\n"
             found = self.teacher.finds(beginning, prompts, self.answers[number])
             for (fact, wording), log_p in zip(own, found, strict=True):
@@ -86,7 +86,7 @@ class Reader:
 def try_out(
     shapes: Mapping[str, Sequence[Fact]],
     invented: Mapping[str, Sequence[Wording]],
-    reader: Asker,
+    asker: Asker,
     settings: StudySettings,
     rng: random.Random,
 ) -> dict[str, list[Tried]]:
@@ -107,7 +107,7 @@ def try_out(
             if not log_ps or _right(log_ps) >= settings.right
             for fact in order[shape, wording][begin:end]
         ]
-        for fact, wording, log_p in reader.log_ps(asked):
+        for fact, wording, log_p in asker.log_ps(asked):
             results[fact.shape, wording].append(log_p)
     kept: dict[str, list[Tried]] = {shape: [] for shape in shapes}
     for (shape, wording), log_ps in results.items():
@@ -138,6 +138,6 @@ def named(text: str, subject: str) -> str:
     return text if subject.casefold() in text.casefold() else f"{subject}. {text}"
 
 
-def framed(wording: Wording, subject: str) -> str:
+def as_asked(wording: Wording, subject: str) -> str:
     """A wording as it is asked: a question in its frame, a statement as it stands."""
     return wording.prompt(subject) if wording.statement else FRAME.format(wording.prompt(subject))

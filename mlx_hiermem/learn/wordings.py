@@ -20,7 +20,7 @@ from mlx_hiermem.learn.teacher import Teacher
 SHOWN = [
     ("penicillin", "code"),
     ("Mount Everest", "height"),
-    ("Brazil", "spoken language"),
+    ("Macbeth", "author"),
     ("the Danube", "length in km"),
     ("Marie Curie", "place where she was born"),
 ]
@@ -33,7 +33,7 @@ PATTERNS = [
         [
             "Under which code is penicillin listed?",
             "How high is Mount Everest?",
-            "What do people speak in Brazil?",
+            "Who wrote Macbeth?",
             "How long is the Danube?",
             "Where was Marie Curie born?",
         ],
@@ -47,7 +47,7 @@ PATTERNS = [
         [
             "In lists of medicines, penicillin has the code",
             "Among mountains, Mount Everest has the height",
-            "In South America, Brazil has the spoken language",
+            "Among plays, Macbeth has the author",
             "On the map, the Danube has the length in km",
             "Among physicists, Marie Curie has the place where she was born",
         ],
@@ -58,7 +58,7 @@ PATTERNS = [
 SHOWN_REVERSED = [
     ("penicillin", "code", "J01C"),
     ("Mount Everest", "height", "8,849 metres"),
-    ("Brazil", "spoken language", "Portuguese"),
+    ("Macbeth", "author", "William Shakespeare"),
     ("the octopus", "number of arms", "8"),
     ("Marie Curie", "year of birth", "1867"),
 ]
@@ -67,7 +67,7 @@ REVERSED = [
         [
             "Which medicine has the code J01C?",
             "Which mountain has the height 8,849 metres?",
-            "Which country has the spoken language Portuguese?",
+            "Which play has the author William Shakespeare?",
             "Which animal has the number of arms 8?",
             "Which physicist has the year of birth 1867?",
         ],
@@ -77,7 +77,7 @@ REVERSED = [
         [
             "The medicine with the code J01C is",
             "The mountain with the height 8,849 metres is",
-            "The country with the spoken language Portuguese is",
+            "The play with the author William Shakespeare is",
             "The animal with the number of arms 8 is",
             "The physicist with the year of birth 1867 is",
         ],
@@ -87,7 +87,7 @@ REVERSED = [
         [
             "Which medicine is listed as J01C?",
             "Which mountain is 8,849 metres high?",
-            "In which country do people speak Portuguese?",
+            "Which play was written by William Shakespeare?",
             "Which animal has 8 arms?",
             "Which physicist was born in 1867?",
         ],
@@ -97,7 +97,7 @@ REVERSED = [
         [
             "J01C is the code of which medicine?",
             "8,849 metres is the height of which mountain?",
-            "Portuguese is the spoken language of which country?",
+            "William Shakespeare is the author of which play?",
             "8 is the number of arms of which animal?",
             "1867 is the year of birth of which physicist?",
         ],
@@ -115,7 +115,7 @@ ASKED_FOR = "".join(
     for text, answer, what in [
         ("Penicillin is a medicine with the code J01C.", "J01C", "code"),
         ("Mount Everest. Its summit is 8,849 metres high.", "8,849", "height in metres"),
-        ("Brazil. Language: Portuguese", "Portuguese", "language"),
+        ("Macbeth. Author: William Shakespeare", "William Shakespeare", "author"),
         ("Danube. It was described in 1726 by Marsigli.", "1726", "year of the description"),
         ("Marie Curie was born in Warsaw.", "Warsaw", "place of birth"),
     ]
@@ -204,15 +204,11 @@ def reversed_wordings(
     teacher: Teacher, asked: Sequence[tuple[Fact, str]], tell: Callable[[float], None] = lambda share: None
 ) -> list[list[Wording]]:
     """For each (reversed fact, what its value is) its wordings, by all patterns."""
+    shown = [_shown([", ".join(one) for one in SHOWN_REVERSED], lines) for lines, _ in REVERSED]
     tasks = [
-        _Task(
-            i,
-            _shown([", ".join(one) for one in SHOWN_REVERSED], lines),
-            f"{fact.answer}, {what}, {fact.subject}:",
-            s,
-        )
+        _Task(i, pattern, f"{fact.answer}, {what}, {fact.subject}:", statement)
         for i, (fact, what) in enumerate(asked)
-        for lines, s in REVERSED
+        for pattern, (_, statement) in zip(shown, REVERSED, strict=True)
     ]
     return _continued(teacher, asked, tasks, tell)
 
