@@ -311,16 +311,25 @@ def test_labels_are_what_sets_a_node_apart() -> None:
     subjects = ["bread dough oven", "bread dough flour", "harbour ship sail", "harbour ship anchor"]
     windows = [Window(i, i // 2, f"d{i // 2}.txt", "", f"the {words} there") for i, words in enumerate(subjects)]
     placed = [Placed(i, (Path((i // 2, i % 2)), Path((1 - i // 2,)))) for i in range(4)]
-    nodes = labels.describe(lambda: windows, lambda: placed, lambda text: len(text.split()))
+    learnt = [one.leaves[:1] for one in placed]
+    learnt[0], learnt[3] = (Path((0, 0)), Path((1, 1))), ()  # one is learnt elsewhere too, one nowhere
+    nodes = labels.describe(windows, placed, learnt, lambda text: len(text.split()))
     assert list(nodes) == ["0", "0.0", "0.1", "1", "1.0", "1.1"]
+    assert [nodes[name]["sources"] for name in nodes] == [
+        ["d0.txt"],
+        ["d0.txt"],
+        ["d0.txt"],
+        ["d0.txt", "d1.txt"],
+        ["d1.txt"],
+        ["d0.txt"],
+    ]
     assert set(nodes["0"]["label"].split(", ")[:2]) == {"bread", "dough"}
     assert set(nodes["1"]["label"].split(", ")[:2]) == {"harbour", "ship"}
     assert "the" not in nodes["0"]["label"].split(", ")
     assert "oven" in nodes["0.0"]["label"].split(", ")
-    assert {key: nodes["1"][key] for key in ("documents", "windows", "tokens", "sources")} == {
+    assert {key: nodes["1"][key] for key in ("documents", "windows", "tokens")} == {
         "documents": 1,
         "windows": 2,
         "tokens": 10,
-        "sources": ["d1.txt"],
     }
     json.dumps(nodes)

@@ -15,6 +15,7 @@ from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import CorpusError
 from mlx_hiermem.learn import Window, routing, vectors
 from mlx_hiermem.learn.clustering import Shape, grow
+from mlx_hiermem.learn.examples import Example, TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.planting import TreeSettings, describe_nodes, given_agreement, is_held_out, plant
 from mlx_hiermem.learn.probes import FRAME, probes, with_subjects
 from mlx_hiermem.learn.routing import ProbeVectors, Separation, agreement, descend, place
@@ -231,7 +232,14 @@ def test_the_stages_in_files(tmp_path: pathlib.Path) -> None:
     placed = list(planted.placed())
     assert [one.window for one in placed] == list(range(corpus.count))
     assert all(planted.tree.has(leaf) for one in placed for leaf in one.leaves)
-    nodes = describe_nodes(work, planted, lambda text: len(text.split()))
+    with TrainingSetWriter(tmp_path / "set") as out:
+        for one in placed[1:]:
+            out.add(Example(np.array([1, 2]), np.array([False, True]), one.window), one.leaves)
+    examples = TrainingSet.open(tmp_path / "set")
+    nodes = describe_nodes(work, planted, lambda text: len(text.split()), examples)
+    sources = [window.source for window in corpus.windows()]
+    assert not any(sources[0] in node["sources"] for node in nodes.values())  # nothing of it is learnt
+    assert all(sources[one.window] in nodes[str(leaf)]["sources"] for one in placed[1:] for leaf in one.leaves)
     assert sum(nodes[str(top)]["windows"] for top in planted.tree.nodes(1) if str(top) in nodes) == corpus.count
     assert json.loads(work.path(NODES).read_text()) == nodes
 

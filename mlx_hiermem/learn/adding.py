@@ -149,12 +149,12 @@ class _Adding(Stages):
             leaves = sorted({leaf for placed in planted.placed() for leaf in placed.leaves})
             self.listener.end(_leaves_line(leaves, new_leaf))
         with self.stage("examples"):
-            nodes = describe_nodes(self.work, planted, lambda text: len(tokenizer.encode(text)))
             teachers = settings.training.objective == "distillation"
             digest = make_examples(
                 self.work, planted, embedder, tokenizer, ExampleSettings(0.0, teachers), self.progress("windows")
             )
             new = TrainingSet.open(self.work.path(EXAMPLES))
+            nodes = describe_nodes(self.work, planted, lambda text: len(tokenizer.encode(text)), new)
             blocks = {self._target(leaf) for leaf in new.leaves}
             goes = Goes(planted.tree, new_leaf, embedder, tokenizer) if new_leaf else None
             self.work.stage("joined", self.digest, [digest], lambda: self._join(new, blocks, goes))

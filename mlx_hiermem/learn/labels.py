@@ -43,22 +43,29 @@ def terms(window: Window) -> set[str]:
 
 
 def describe(
-    windows: Callable[[], Iterable[Window]], placed: Callable[[], Iterable[Placed]], tokens: Callable[[str], int]
+    windows: Iterable[Window],
+    placed: Iterable[Placed],
+    learnt: Iterable[Iterable[Path]],
+    tokens: Callable[[str], int],
 ) -> dict[str, dict[str, Any]]:
-    """Node -> {"label", "documents", "windows", "tokens", "sources"}; a window counts where its own leaf is.
+    """Node -> {"label", "documents", "windows", "tokens", "sources"}; the corpus is read once.
 
-    `windows` and `placed` begin anew at each call: the corpus is read once. `tokens` counts those of a text.
+    A window counts where its own leaf is, and is a source of all leaves of `learnt`, where something of it is
+    learnt: who closes or removes a block has to know. `tokens` counts those of a text.
     """
     everywhere = np.zeros(BUCKETS, np.int32)
     nodes: dict[Path, _Node] = defaultdict(_Node)
     total = 0
-    for window, place in zip(windows(), placed(), strict=True):
+    for window, place, leaves in zip(windows, placed, learnt, strict=True):
         found, size = terms(window), tokens(window.text)
         total += 1
         for term in found:
             everywhere[_bucket(term)] += 1
         for node in place.leaves[0].prefixes():
             nodes[node].add(window, found, size)
+        for node in {node for leaf in leaves for node in leaf.prefixes()}:
+            if len(nodes[node].sources) < SOURCES:
+                nodes[node].sources[window.source] = None
     return {str(node): nodes[node].row(everywhere, total) for node in sorted(nodes)}
 
 
@@ -81,8 +88,6 @@ class _Node:
         # a document's windows follow each other
         self.documents += window.document != self.last
         self.last = window.document
-        if len(self.sources) < SOURCES:
-            self.sources[window.source] = None
         self.terms.update(sorted(found))
         if len(self.terms) > 4 * CANDIDATES:
             self.terms = Counter(dict(self.terms.most_common(CANDIDATES)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import zlib
 from collections import defaultdict
@@ -16,6 +17,7 @@ from mlx_hiermem.config import Path
 from mlx_hiermem.errors import CorpusError
 from mlx_hiermem.learn import Placed, labels, probes, vectors
 from mlx_hiermem.learn.clustering import EVEN, Shape, grow
+from mlx_hiermem.learn.examples import TrainingSet
 from mlx_hiermem.learn.routing import LEAVES, ProbeVectors, Separation, agreement, place, reach_of
 from mlx_hiermem.learn.stages import (
     AGREEMENT,
@@ -256,12 +258,29 @@ def given_agreement(planted: Planted, embedder: TextEmbedder, questions: Sequenc
     return agreement(planted.tree, placed, vectors_, [answers[document] for _, document in questions])
 
 
-def describe_nodes(work: Work, planted: Planted, tokens: Callable[[str], int]) -> dict[str, dict[str, Any]]:
-    """Stage `labels`: every node's label, documents, windows, tokens (as `tokens` counts them) and sources."""
+def describe_nodes(
+    work: Work, planted: Planted, tokens: Callable[[str], int], examples: TrainingSet
+) -> dict[str, dict[str, Any]]:
+    """Stage `labels`: every node's label, documents, windows, tokens (as `tokens` counts them), and its sources,
+    which are those of the examples that it learns."""
 
     def make() -> None:
-        nodes = labels.describe(planted.corpus.windows, planted.placed, tokens)
+        learnt = _learnt_in(examples, planted.corpus.count)
+        nodes = labels.describe(planted.corpus.windows(), planted.placed(), learnt, tokens)
         write_text(work.path(NODES), json.dumps(nodes, ensure_ascii=False, indent=1) + "\n")
 
-    work.stage("labels", None, [planted.digest], make)
+    work.stage("labels", None, [planted.digest, examples.digest], make)
     return json.loads(work.path(NODES).read_text(encoding="utf-8"))
+
+
+def _learnt_in(examples: TrainingSet, windows: int) -> Iterator[set[Path]]:
+    """The leaves in which something of each window is learnt."""
+    pairs = zip(examples.windows.tolist(), examples.leaves_of(), strict=True)  # in the order of the windows
+    groups = itertools.groupby(pairs, key=lambda pair: pair[0])
+    at, own = next(groups, (windows, iter(())))
+    for window in range(windows):
+        if window < at:
+            yield set()
+            continue
+        yield {leaf for _, leaves in own for leaf in leaves}
+        at, own = next(groups, (windows, iter(())))

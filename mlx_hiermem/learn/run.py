@@ -195,10 +195,10 @@ class _Run(Stages):
             given = given_agreement(planted, embedder, asked) if asked else None
             self.listener.end(telling.tree_line(planted.agreement, given))
         with self.stage("examples"):
-            nodes = describe_nodes(self.work, planted, lambda text: len(tokenizer.encode(text)))
             chosen = ExampleSettings(self.settings.heldout, self.settings.training.objective == "distillation")
             make_examples(self.work, planted, embedder, tokenizer, chosen, self.progress("windows"))
             learnt, _ = open_examples(self.work)
+            nodes = describe_nodes(self.work, planted, lambda text: len(tokenizer.encode(text)), learnt)
             self.listener.end(f"{len(learnt):,} texts, {int(learnt.lengths.sum()):,} tokens")
         return Prepared(corpus.documents, corpus.count, skipped, planted.agreement, given, nodes, embedder.identity)
 
