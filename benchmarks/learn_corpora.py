@@ -53,7 +53,10 @@ def rows(file: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def write(file: pathlib.Path, found: list[dict[str, Any]]) -> pathlib.Path:
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found), encoding="utf-8")
+    """Where it is as it should be it keeps its time, by which `hiermem learn` knows it again."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
+    if not file.exists() or file.read_text(encoding="utf-8") != text:
+        file.write_text(text, encoding="utf-8")
     return file
 
 
