@@ -26,7 +26,7 @@ from mlx_hiermem.learn.examples import TrainingSet
 from mlx_hiermem.model import MemoryModel, load
 
 QUICK = ["--epochs", "6", "--rate", "0.02", "--no-self-study"]
-NEW = 3  # villages
+NEW = 2  # villages
 
 
 def call(*arguments: str | pathlib.Path) -> str:

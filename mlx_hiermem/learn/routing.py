@@ -23,7 +23,7 @@ from mlx_hiermem.tree import ClusterTree
 STEPS, BATCH, RATE = 150, 8192, 0.02  # of Adam; the batch is the probes of a step
 SHARPNESS = 30.0  # turns squared distances of about 0.1 into logits that differ by a few units
 DOUBT = 5.0  # the same where other wordings than the probes are reckoned with: less sure by so much
-HOLD = 1e-2  # pulls the centroids to where k-means put them: else text of other kinds is no farther than probes
+HOLD = 3e-2  # pulls the centroids to where k-means put them: else text of other kinds is no farther than probes
 LEAVES = 2  # in which a window is learnt at most: a third one hardly helps (docs/learning.md)
 NEARLY_ALL = 0.995  # of the probes are within a bank's reach
 MEASURED = 100_000  # probes, about, that say how far that is
