@@ -124,10 +124,11 @@ def test_a_killed_addition_ends_with_the_same_bank(
 def test_documents_get_a_leaf_of_their_own(model: pathlib.Path, news: pathlib.Path) -> None:
     with pytest.raises(BankError, match="no room for a leaf"):
         call("bank", "add", model, news, "--new-leaf", *QUICK)
+    means = np.load(model.with_name("model.learn") / "means.npy")
     shutil.rmtree(model.with_name("model.learn"))
     bank = MemoryBank.open(model / "bank")
     texts = model / "learning" / "examples"
-    gone = bank.tree.nodes(2)[-1]
+    gone = bank.tree.route(means)[0].path  # where the new documents would go
     assert len(TrainingSet.open(texts).ids(gone))
     output = call("bank", "remove", model, str(gone), "--yes")
     assert "dropped" in output
