@@ -1,10 +1,12 @@
 """How often a question reaches a leaf in which its answer was learnt, by the way the tree was made.
 
-    python benchmarks/routing_agreement.py        the tables in docs/learning.md; some minutes on two cores
+    python benchmarks/routing_agreement.py              the tables in docs/learning.md; some minutes on two cores
+    python benchmarks/routing_agreement.py --run WORK   of the default way alone, with the questions of a self-study
 
 The demo's 118 elements are the documents, and its 354 questions with all their held-out wordings are asked; none
 of these shapes a tree. Trees are of the demo's shape (two levels of 4) and of one level of 16. Only the embedder is
-used: nothing is trained but centroids. Figures are over several seeds, because any way has lucky trees.
+used: nothing is trained but centroids. Figures are over several seeds, because any way has lucky trees. WORK is the
+folder that `hiermem learn elements.jsonl OUT --keep` leaves.
 """
 
 from __future__ import annotations
@@ -219,7 +221,35 @@ def show(results: Sequence[dict[str, Any]]) -> None:
                 print(f"| {result['way']} | {row['leaves']:.2f} | {row['largest']:.0%} | {figures} |")
 
 
+def of_run(work: pathlib.Path) -> None:
+    """Each wording's agreement with the probes of a run, reversed questions among them: mean and worst seed."""
+    corpus, rows = Corpus(), [json.loads(line) for line in (work / "probes.jsonl").read_text().splitlines()]
+    titles = [json.loads(line)["title"] for line in (work / "windows.jsonl").read_text().splitlines()]
+    of_document = [titles.index(subject) for _, subject in corpus.windows]  # a document's first window
+    asked = {text for kind in corpus.questions.values() for text, _ in kind}
+    if among := asked & {row["text"] for row in rows}:
+        raise SystemExit(f"{len(among)} of the questions are among the probes of {work}")
+    vectors, owner = np.load(work / "probes.npy"), np.array([row["window"] for row in rows])
+    kind = np.array([2 if "held_out" in row else int("reversed" in row) for row in rows])
+    plain, turned = (ProbeVectors.of(vectors[kind == i], owner[kind == i], len(titles)) for i in range(2))
+    for shape in SHAPES:
+        found, leaves = defaultdict[str, list[float]](list), list[float]()
+        for seed in SEEDS:
+            tree = grow(np.concatenate(list(plain.means())), shape, seed, Separation(plain, turned), 1.0).tree
+            placed = list(place(tree, plain, 2))
+            leaves.append(sum(map(len, placed)) / len(placed))
+            for name, questions in corpus.questions.items():
+                texts, documents = zip(*questions, strict=True)
+                windows = [[of_document[document]] for document in documents]
+                found[name].append(agreement(tree, placed, corpus.embed(texts), windows))
+        print(f"k = {shape.branching}: {np.mean(leaves):.2f} leaves a window")
+        for name, values in found.items():
+            print(f"  {name:22} {100 * np.mean(values):.1f} ({100 * min(values):.1f})")
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["--run"]:
+        return of_run(pathlib.Path(sys.argv[2]))
     corpus, results = Corpus(), list[dict[str, Any]]()
     for shape in SHAPES:
         for candidate in CANDIDATES:
