@@ -23,6 +23,7 @@ from mlx_hiermem.bank.check import check
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import BankError, HierMemError
 from mlx_hiermem.learn.examples import TrainingSet
+from mlx_hiermem.learn.kept import kept_texts, swap
 from mlx_hiermem.model import MemoryModel, load
 
 QUICK = ["--epochs", "6", "--rate", "0.02", "--no-self-study"]
@@ -170,3 +171,22 @@ def test_bad_input_changes_nothing(model: pathlib.Path, tmp_path: pathlib.Path, 
         assert done.exit_code == 2
         assert wrong[0] in done.output
     assert digests(model) == before
+
+
+def test_texts_put_aside_by_a_killed_swap_come_back(model: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = kept_texts(model)
+    before, new = TrainingSet.open(texts).digest, texts.with_name("new")
+    own, renamed = pathlib.Path.rename, list[str]()
+
+    def rename(self: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
+        if renamed:
+            raise KeyboardInterrupt
+        renamed.append(self.name)
+        return own(self, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", rename)
+    with pytest.raises(KeyboardInterrupt):
+        swap(new, texts)
+    monkeypatch.undo()
+    assert not texts.exists()
+    assert TrainingSet.open(kept_texts(model)).digest == before

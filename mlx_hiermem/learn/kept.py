@@ -43,7 +43,7 @@ def kept_texts(model: pathlib.Path) -> pathlib.Path:
 
 
 def swap(new: pathlib.Path, kept: pathlib.Path) -> None:
-    """Puts other texts in their place, so that at no moment there are none."""
+    """Puts other texts in their place; killed between the renames, `kept_texts` brings the old ones back."""
     shutil.rmtree(_aside(kept), ignore_errors=True)
     kept.rename(_aside(kept))
     new.rename(kept)
