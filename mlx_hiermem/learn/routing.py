@@ -25,6 +25,7 @@ SHARPNESS = 30.0  # turns squared distances of about 0.1 into logits that differ
 DOUBT = 5.0  # the same where other wordings than the probes are reckoned with: less sure by so much
 HOLD = 3e-2  # pulls the centroids to where k-means put them: else text of other kinds is no farther than probes
 LEAVES = 2  # in which a window is learnt at most: a third one hardly helps (docs/learning.md)
+ROOM = 1.05  # a bank reaches so much farther: people word things otherwise than its probes
 NEARLY_ALL = 0.995  # of the probes are within a bank's reach
 MEASURED = 100_000  # probes, about, that say how far that is
 LEAST = 0.05  # a leaf that is less likely than this does not get it
@@ -157,13 +158,13 @@ def _descend(tree: ClusterTree, points: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def reach_of(tree: ClusterTree, vectors: np.ndarray) -> float:
-    """How far a bank reaches: all but one in 200 of these [n, dim] probes are as near to their last node."""
+    """How far a bank reaches: all but one in 200 of these [n, dim] probes are within it, with `ROOM`."""
     some = np.asarray(vectors[:: max(1, len(vectors) // MEASURED)])
     levels, rows = descend(tree, some)
     ends = np.stack(
         [tree.centroids[level - 1].reshape(-1, tree.dim)[row] for level, row in zip(levels, rows, strict=True)]
     )
-    return math.ceil(1e4 * np.quantile(np.linalg.norm(some - ends, axis=1), NEARLY_ALL)) / 1e4
+    return math.ceil(1e4 * ROOM * np.quantile(np.linalg.norm(some - ends, axis=1), NEARLY_ALL)) / 1e4
 
 
 def place(tree: ClusterTree, probes: ProbeVectors, most: int = LEAVES) -> Iterator[tuple[Path, ...]]:
