@@ -86,7 +86,9 @@ def test_a_reach_that_is_none(tmp_path: pathlib.Path, reach: str) -> None:
 
 
 def test_nearly_all_probes_are_within(tree: ClusterTree) -> None:
-    angles = np.append(np.linspace(0, np.pi / 2, 5_000), np.full(5, np.pi))  # of 5 005 probes, 5 are far from the rest
+    angles = np.append(
+        np.linspace(0, np.pi / 2, 5_000), np.full(5, np.pi)
+    )  # of 5 005 probes, 5 are far from the rest
     probes = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
     reach = reach_of(tree, probes)
     far = [route.far for route in tree.route(probes, reach=reach)]

@@ -163,6 +163,9 @@ def add(
     self_study: bool = typer.Option(
         True, "--self-study/--no-self-study", help="Documents: have questions written."
     ),
+    prompts: pathlib.Path | None = typer.Option(
+        None, help="Documents: prompts of your own to learn, as `hiermem learn` takes them."
+    ),
     keep: bool = typer.Option(False, "--keep", help="Documents: keep the work folder MODEL.learn."),
     path: str = typer.Option(
         "", help="Block: the node it is for, such as 10.7. A new node's parent must be there."
@@ -199,15 +202,16 @@ def add(
     if not is_block:
         from mlx_hiermem.apps.cli.learn import add_documents
         from mlx_hiermem.learn.adding import AddSettings
+        from mlx_hiermem.learn.prompts import read_prompts
         from mlx_hiermem.learn.settings import TrainingSettings
         from mlx_hiermem.learn.stages import CorpusSettings
 
         corpus = CorpusSettings(field, title, any_language=any_language)
         training = TrainingSettings(epochs=epochs, rate=rate)
         who = teacher if self_study else None
-        add_documents(
-            model, what, AddSettings(corpus, new_leaf=new_leaf, teacher=who, training=training, keep=keep)
-        )
+        own = read_prompts(prompts) if prompts else ()
+        settings = AddSettings(corpus, new_leaf=new_leaf, teacher=who, training=training, prompts=own, keep=keep)
+        add_documents(model, what, settings)
         return
     from mlx_hiermem.bank import edit
 

@@ -62,6 +62,9 @@ def learn(
     questions: pathlib.Path | None = typer.Option(
         None, help="Questions to measure the routing by: a JSON line each, with question and document."
     ),
+    prompts: pathlib.Path | None = typer.Option(
+        None, help="Prompts of your own to learn: a JSON line each, with document, prompt and completion."
+    ),
     licence: str = typer.Option("", help="Of the documents, for the bank's manifest."),
     seed: int = typer.Option(0, help="Of everything that is drawn at random."),
     keep: bool = typer.Option(False, "--keep", help="Keep the work folder OUT.learn."),
@@ -74,6 +77,7 @@ def learn(
     from mlx_hiermem.errors import HierMemError
     from mlx_hiermem.learn import run
     from mlx_hiermem.learn.planting import TreeSettings
+    from mlx_hiermem.learn.prompts import read_prompts
     from mlx_hiermem.learn.settings import MemorySettings, TrainingSettings
     from mlx_hiermem.learn.stages import CorpusSettings
 
@@ -87,6 +91,7 @@ def learn(
         epochs=epochs,
         training=TrainingSettings(rate=rate, objective=objective, attention=attention, cotrain=cotrain, seed=seed),
         questions=tuple(_questions(questions)) if questions else (),
+        prompts=read_prompts(prompts) if prompts else (),
         licence=licence,
         keep=keep,
     )

@@ -12,6 +12,8 @@ bytes for a window, and for each example that self-study makes of it.
     study    study, facts, study.jsonl       {"window", "question", "answer", ...}: any number of lines a window, in
              wordings,                       the order of the windows
              trying, reverse
+    prompts  prompts      prompts.jsonl     the same and, in their windows, the prompts that the user gives; only
+                                             where there are any
     probes   probes        probes.jsonl      {"window", "text"}: what somebody may type who wants this window: its
                                              sentences, their beginnings, its generated questions; then those
                                              that ask for its subject ("reversed": true), and in the end the

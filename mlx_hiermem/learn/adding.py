@@ -41,10 +41,11 @@ from mlx_hiermem.learn.labels import SOURCES
 from mlx_hiermem.learn.making import EXAMPLES, ExampleSettings, make_examples
 from mlx_hiermem.learn.new_leaf import Goes, added_node, with_new_leaf
 from mlx_hiermem.learn.planting import describe_nodes, settle
+from mlx_hiermem.learn.prompts import Given, give
 from mlx_hiermem.learn.routing import LEAVES
 from mlx_hiermem.learn.schedule import carriers
 from mlx_hiermem.learn.settings import TrainingSettings
-from mlx_hiermem.learn.stages import STUDY, CorpusSettings, read_corpus
+from mlx_hiermem.learn.stages import CorpusSettings, read_corpus
 from mlx_hiermem.learn.study import study
 from mlx_hiermem.learn.training import Training
 from mlx_hiermem.learn.trying import StudySettings
@@ -65,6 +66,7 @@ class AddSettings:
     teacher: str | None = ""  # as for `run.LearnSettings`
     study: StudySettings = field(default_factory=StudySettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
+    prompts: tuple[Given, ...] = ()
     keep: bool = False
 
 
@@ -133,8 +135,9 @@ class _Adding(Stages):
             teacher = find_teacher(settings.teacher, model, tokenizer, self.bank.manifest.anchor)
             # The tree stands, and was not made to take reversed questions to the new documents.
             asked = replace(settings.study, reversed_questions=0, reversed_statements=0)
-            study(self.work, corpus, *teacher, asked, self.progress("windows"))
-            self.listener.end(telling.study_line(self.work.path(STUDY)))
+            studied = study(self.work, corpus, *teacher, asked, self.progress("windows"))
+            give(self.work, corpus, settings.prompts, studied)
+            self.listener.end(telling.study_line(corpus.studied))
         with self.stage("tree"):
             planted = settle(
                 self.work,

@@ -27,7 +27,6 @@ from mlx_hiermem.learn.examples import Example, TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.planting import Planted, is_held_out
 from mlx_hiermem.learn.probes import FRAME, about, with_subjects
 from mlx_hiermem.learn.routing import descend
-from mlx_hiermem.learn.stages import STUDY
 from mlx_hiermem.learn.work import Work, with_rows
 from mlx_hiermem.router import TextEmbedder
 from mlx_hiermem.tree import ClusterTree
@@ -128,7 +127,7 @@ def make_examples(
             TrainingSetWriter(work.path(EXAMPLES)) as learnt,
             TrainingSetWriter(work.path(HELDOUT)) as held,
         ):
-            drafts = _drafts(work, planted, Encoder(tokenizer), settings)
+            drafts = _drafts(planted, Encoder(tokenizer), settings)
             while some := list(itertools.islice(drafts, TOGETHER)):
                 for draft, leaf in zip(some, _reached(some, tree, embedder), strict=True):
                     own = [leaf] if leaf else []
@@ -159,12 +158,12 @@ def _reached(drafts: Sequence[Draft], tree: ClusterTree, embedder: TextEmbedder)
     return [next(leaves) if draft.asked else None for draft in drafts]
 
 
-def _drafts(work: Work, planted: Planted, encoder: Encoder, settings: ExampleSettings) -> Iterator[Draft]:
+def _drafts(planted: Planted, encoder: Encoder, settings: ExampleSettings) -> Iterator[Draft]:
     # Without anything held out, every so manieth window.
     nothing_held_out = not (settings.heldout or planted.agreement["questions"])
     every = max(1, planted.corpus.count // MEASURED) if nothing_held_out else 0
     subjects = with_subjects(planted.corpus.windows())
-    studied = with_rows(subjects, work.path(STUDY), lambda pair: pair[0].id)
+    studied = with_rows(subjects, planted.corpus.studied, lambda pair: pair[0].id)
     for ((window, subject), rows), place in zip(studied, planted.placed(), strict=True):
         text, out = about(window.text, subject), window_is_held_out(window, settings.heldout)
         tokens = encoder.text(text)
@@ -184,7 +183,7 @@ def window_is_held_out(window: Window, share: float) -> bool:
 def _of_row(
     row: dict[str, Any], window: Window, leaves: Sequence[Path], encoder: Encoder, teachers: bool
 ) -> Iterator[Draft]:
-    """The example of one row of study.jsonl; none where it has no answer."""
+    """The example of one row of self-study, or a given one; none where it has no answer."""
     prompt, answer, chat = row.get("prompt") or row.get("question") or "", row["answer"], bool(row.get("chat"))
     if not prompt:
         tokens = encoder.text(answer)
@@ -193,9 +192,11 @@ def _of_row(
         return
     if not answer.strip():
         return
-    asked, said = encoder.prompt(prompt, chat), encoder.answer(prompt, answer, chat, "question" in row)
+    given = bool(row.get("given"))
+    ends = given or "question" in row
+    asked, said = encoder.prompt(prompt, chat), encoder.answer(prompt, answer, chat, ends)
     teacher = encoder.prompt(with_context(window.text, prompt), chat) if teachers else None
-    out = is_held_out(window.id, row.get("question") or prompt)
+    out = not given and is_held_out(window.id, row.get("question") or prompt)
     yield Draft(_example(asked, said, window, teacher), leaves, prompt, not out, out)
 
 

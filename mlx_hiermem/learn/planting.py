@@ -14,10 +14,10 @@ import numpy as np
 
 from mlx_hiermem.bank.bank import file_digest
 from mlx_hiermem.config import Path
-from mlx_hiermem.errors import CorpusError
 from mlx_hiermem.learn import Placed, labels, probes, vectors
 from mlx_hiermem.learn.clustering import EVEN, Shape, grow
 from mlx_hiermem.learn.examples import TrainingSet
+from mlx_hiermem.learn.prompts import not_there
 from mlx_hiermem.learn.routing import LEAVES, ProbeVectors, Separation, agreement, place, reach_of
 from mlx_hiermem.learn.stages import (
     AGREEMENT,
@@ -26,13 +26,11 @@ from mlx_hiermem.learn.stages import (
     NODES,
     PROBE_VECTORS,
     PROBES,
-    STUDY,
     TREE,
-    WINDOWS,
     Corpus,
     count_lines,
 )
-from mlx_hiermem.learn.work import Work, read_lines, with_rows, write_lines, write_text
+from mlx_hiermem.learn.work import Row, Work, read_lines, with_rows, write_lines, write_text
 from mlx_hiermem.router import TextEmbedder
 from mlx_hiermem.tree import ClusterTree
 
@@ -121,8 +119,7 @@ def settle(
 
 def _embed_probes(work: Work, made: Corpus, embedder: TextEmbedder, progress: vectors.Progress | None) -> str:
     """Stages `probes` and `vectors`; returns the digest of the second."""
-    study = work.path(STUDY)
-    studied = file_digest(study) if study.exists() else ""
+    studied = file_digest(made.studied) if made.studied.exists() else ""
     asked = work.stage("probes", studied, [made.digest], lambda: _write_probes(work, made))
 
     def embed() -> None:
@@ -143,28 +140,38 @@ def _write_probes(work: Work, made: Corpus) -> None:
 
     def rows() -> Iterator[dict[str, Any]]:
         named = probes.with_subjects(made.windows())
-        for (window, subject), studied in with_rows(named, work.path(STUDY), lambda pair: pair[0].id):
-            own = _asked(window.id, (row for row in studied if not row.get("reversed")))
-            yield from ({"window": window.id, "text": text} for text in probes.probes(window.text, subject, own))
-        for number, studied in _studied(work, made):
-            own = _asked(number, (row for row in studied if row.get("reversed") and not row.get("chat")), "prompt")
-            yield from ({"window": number, "text": text, "reversed": True} for text in probes.framed(own))
-        for number, studied in _studied(work, made):
+        for (window, subject), studied in with_rows(named, made.studied, lambda pair: pair[0].id):
+            own, given = _parted(studied, turned=False)
+            texts = probes.probes(window.text, subject, _asked(window.id, own))
+            yield from ({"window": window.id, "text": text} for text in dict.fromkeys((*texts, *given)))
+        for number, studied in _studied(made):
+            own, given = _parted(studied, turned=True)
+            texts = probes.framed(_asked(number, (row for row in own if not row.get("chat")), "prompt"))
+            yield from (
+                {"window": number, "text": text, "reversed": True} for text in dict.fromkeys((*texts, *given))
+            )
+        for number, studied in _studied(made):
             for turned in (False, True):
-                own = _asked(number, (row for row in studied if bool(row.get("reversed")) == turned), held_out=True)
+                kept = _asked(number, _parted(studied, turned)[0], held_out=True)
                 more = {"held_out": True} | ({"reversed": True} if turned else {})
-                yield from ({"window": number, "text": text} | more for text in own)
+                yield from ({"window": number, "text": text} | more for text in kept)
 
     write_lines(work.path(PROBES), rows())
 
 
-def _studied(work: Work, made: Corpus) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    return with_rows(range(made.count), work.path(STUDY), lambda number: number)
+def _studied(made: Corpus) -> Iterator[tuple[int, list[Row]]]:
+    return with_rows(range(made.count), made.studied, lambda number: number)
 
 
-def _asked(
-    window: int, rows: Iterable[dict[str, Any]], also: str = "question", held_out: bool = False
-) -> list[str]:
+def _parted(studied: Sequence[Row], turned: bool) -> tuple[list[Row], list[str]]:
+    """Of the rows that are reversed, or those that are not: self-study's, and the texts of the given ones."""
+    rows = [row for row in studied if bool(row.get("reversed")) == turned]
+    given = [row for row in rows if row.get("given")]
+    texts = [text for row in given for text in (row.get("question"), row["prompt"]) if text]
+    return [row for row in rows if not row.get("given")], texts
+
+
+def _asked(window: int, rows: Iterable[Row], also: str = "question", held_out: bool = False) -> list[str]:
     """What rows ask, each once: their questions, or what `also` names where they have none."""
     texts = dict.fromkeys(row.get("question") or row.get(also) for row in rows)
     return [text for text in texts if text and is_held_out(window, text) == held_out]
@@ -250,10 +257,7 @@ def given_agreement(planted: Planted, embedder: TextEmbedder, questions: Sequenc
             answers[name].append(window.id)
             placed[window.id] = place_.leaves
     if missing := sorted(wanted - answers.keys()):
-        raise CorpusError(
-            f"no document is called '{missing[0]}', which a question asks about",
-            f"Name documents by their title, or by their source as {WINDOWS} has it.",
-        )
+        raise not_there(missing[0], "a question")
     vectors_ = embedder.embed([question for question, _ in questions])
     return agreement(planted.tree, placed, vectors_, [answers[document] for _, document in questions])
 

@@ -30,9 +30,10 @@ from mlx_hiermem.learn.command import ANCHOR, BANK, LEARNING, TRAINING, Stages, 
 from mlx_hiermem.learn.forward import Anchor
 from mlx_hiermem.learn.making import EXAMPLES, ExampleSettings, make_examples, open_examples
 from mlx_hiermem.learn.planting import TreeSettings, describe_nodes, given_agreement, plant
+from mlx_hiermem.learn.prompts import Given, give
 from mlx_hiermem.learn.ranks import Ranks
 from mlx_hiermem.learn.settings import MemorySettings, TrainingSettings, epochs_for
-from mlx_hiermem.learn.stages import AGREEMENT, SKIPPED, STUDY, TREE, CorpusSettings, read_corpus
+from mlx_hiermem.learn.stages import AGREEMENT, SKIPPED, TREE, CorpusSettings, read_corpus
 from mlx_hiermem.learn.study import study
 from mlx_hiermem.learn.training import LOG, PLOT, Training
 from mlx_hiermem.learn.trying import StudySettings
@@ -49,7 +50,8 @@ REPORT = "report.json"
 class LearnSettings:
     """All that a user may choose.
 
-    `epochs` 0 is chosen by the corpus' size; `questions` are (question, document that answers it), to measure by.
+    `epochs` 0 is chosen by the corpus' size; `questions` are (question, document that answers it), to measure by;
+    `prompts` are learnt.
     """
 
     corpus: CorpusSettings = field(default_factory=CorpusSettings)
@@ -61,6 +63,7 @@ class LearnSettings:
     epochs: int = 0
     training: TrainingSettings = field(default_factory=TrainingSettings)
     questions: tuple[tuple[str, str], ...] = ()
+    prompts: tuple[Given, ...] = ()
     licence: str = ""
     keep: bool = False
 
@@ -187,8 +190,9 @@ class _Run(Stages):
             self.listener.end(telling.corpus_line(corpus, skipped))
         with self.stage("study"):
             teacher = find_teacher(self.settings.teacher, *self.loaded[:2], identify(self.folder))
-            study(self.work, corpus, *teacher, self.settings.study, self.progress("windows"))
-            self.listener.end(telling.study_line(self.work.path(STUDY)))
+            studied = study(self.work, corpus, *teacher, self.settings.study, self.progress("windows"))
+            give(self.work, corpus, self.settings.prompts, studied)
+            self.listener.end(telling.study_line(corpus.studied))
         with self.stage("tree"):
             planted = plant(self.work, corpus, embedder, self.settings.tree, self.progress("texts embedded"))
             asked = self.settings.questions
@@ -242,7 +246,11 @@ class _Run(Stages):
                 write_anchor(self.folder, model / ANCHOR, weights)
             recipe = {"name": "learn", "by": f"mlx-hiermem {__version__}", "documents": prepared.documents}
             training_settings = {"training": training.settings.to_json()}
-            recipe |= {"windows": prepared.windows, "settings": settings.to_json() | training_settings}
+            recipe |= {
+                "windows": prepared.windows,
+                "prompts": len(settings.prompts),
+                "settings": settings.to_json() | training_settings,
+            }
             about = About(
                 identify(model / ANCHOR, name), prepared.embedder, prepared.nodes, recipe, settings.licence
             )

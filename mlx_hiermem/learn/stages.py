@@ -26,7 +26,8 @@ from mlx_hiermem.learn.duplicates import Seen
 from mlx_hiermem.learn.windows import TOKENS, splintered, split, untruncated
 from mlx_hiermem.learn.work import Work, read_lines, write_lines
 
-WINDOWS, SKIPPED, STUDY, PROBES = "windows.jsonl", "skipped.jsonl", "study.jsonl", "probes.jsonl"
+WINDOWS, SKIPPED, PROBES = "windows.jsonl", "skipped.jsonl", "probes.jsonl"
+STUDY, GIVEN = "study.jsonl", "prompts.jsonl"
 PROBE_VECTORS, MEANS = "probes.npy", "means.npy"
 TREE, LEAVES_FILE, AGREEMENT, NODES = "tree.safetensors", "leaves.jsonl", "agreement.json", "nodes.json"
 FOREIGN = 0.25  # see `splintered`
@@ -65,6 +66,12 @@ class Corpus:
             size = stream.seek(0, os.SEEK_END)
             stream.seek(max(0, size - LONGEST_LINE))
             return int(json.loads(stream.read().splitlines()[-1])["document"]) + 1
+
+    @property
+    def studied(self) -> pathlib.Path:
+        """The file with prompts and answers about the windows: of self-study and of the user. There may be none."""
+        given = self.work.path(GIVEN)
+        return given if given.exists() else self.work.path(STUDY)
 
     def windows(self) -> Iterator[Window]:
         return (Window(**row) for row in read_lines(self.work.path(WINDOWS)))

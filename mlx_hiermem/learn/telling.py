@@ -41,10 +41,13 @@ def corpus_line(corpus: Corpus, skipped: int) -> str:
 def study_line(file: pathlib.Path) -> str:
     if not file.exists():
         return "none: texts are learnt as they stand"
-    rows, questions = 0, 0
+    rows, questions, given = 0, 0, 0
     for row in read_lines(file):
-        rows, questions = rows + 1, questions + ("question" in row)
-    return f"{rows:,} prompts with answers, {questions:,} of them questions"
+        own = "given" in row
+        rows, questions, given = rows + 1, questions + ("question" in row and not own), given + own
+    line = f"{rows:,} prompts with answers"
+    line += f", {questions:,} of them questions" if rows > given else ""
+    return line + (f", {given:,} of them given" if given else "")
 
 
 def tree_line(found: dict[str, Any], given: float | None) -> str:

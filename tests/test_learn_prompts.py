@@ -1,0 +1,148 @@
+"""Prompts that the user gives: their forms, whose window they are about, what is learnt of them, and where."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import pytest
+from books import COUNT, VILLAGES, fact, write_library, write_study
+from tiny import make_anchor
+
+from mlx_hiermem.anchor import load_tokenizer
+from mlx_hiermem.embedder import Embedder
+from mlx_hiermem.errors import CorpusError, HierMemError
+from mlx_hiermem.learn.making import make_examples, open_examples
+from mlx_hiermem.learn.planting import TreeSettings, plant
+from mlx_hiermem.learn.probes import FRAME
+from mlx_hiermem.learn.prompts import Given, give, read_prompts
+from mlx_hiermem.learn.stages import GIVEN, PROBES, STUDY, Corpus, CorpusSettings, read_corpus
+from mlx_hiermem.learn.telling import study_line
+from mlx_hiermem.learn.work import Work, read_lines
+
+NAME, THING, PEOPLE = fact(3)
+LINES: list[dict[str, Any]] = [
+    {"document": NAME, "prompt": f"Known for its {THING} is the village of", "completion": f" {NAME}."},
+    {"document": f"{NAME}.txt", "question": f"What is made in {NAME}?", "answer": THING},
+    {
+        "document": NAME,
+        "messages": [
+            {"role": "user", "content": f"How many live in {NAME}?"},
+            {"role": "assistant", "content": f"In {NAME} live {PEOPLE}."},
+        ],
+    },
+]
+
+
+@pytest.fixture
+def corpus(tmp_path: pathlib.Path) -> Corpus:
+    work = Work(tmp_path / "work")
+    return read_corpus(work, [str(write_library(tmp_path / "books"))], Embedder.load().tokenizer)
+
+
+def written(folder: pathlib.Path, *lines: Any) -> pathlib.Path:
+    file = folder / "prompts.jsonl"
+    file.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n\n")
+    return file
+
+
+def test_the_forms(tmp_path: pathlib.Path) -> None:
+    assert read_prompts(written(tmp_path, *LINES)) == (
+        Given(NAME, f"Known for its {THING} is the village of", f" {NAME}."),
+        Given(f"{NAME}.txt", f"What is made in {NAME}?", THING, framed=True),
+        Given(NAME, f"How many live in {NAME}?", f"In {NAME} live {PEOPLE}.", chat=True),
+    )
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "what?",
+        "[]",
+        {"prompt": "A", "completion": "B"},
+        {"document": "D", "prompt": "A"},
+        {"document": "D", "prompt": " ", "completion": "B"},
+        {"document": "D", "question": "A", "answer": 3},
+        {"document": "D", "messages": [{"role": "user", "content": "A"}]},
+        {"document": "D", "messages": [{"role": "user"}, {"role": "assistant", "content": "A"}]},
+    ],
+)
+def test_a_line_that_is_none(tmp_path: pathlib.Path, line: Any) -> None:
+    with pytest.raises(HierMemError, match=r"line 2 of .*prompts.jsonl is no prompt") as error:
+        read_prompts(written(tmp_path, LINES[0], line))
+    assert '"messages"' in str(error.value.hint)
+
+
+def test_they_join_those_of_self_study_in_their_windows(corpus: Corpus, tmp_path: pathlib.Path) -> None:
+    work = corpus.work
+    write_study(work.path(STUDY))
+    studied = list(read_lines(work.path(STUDY)))
+    own = read_prompts(written(tmp_path, *LINES))
+    digest = give(work, corpus, own, "of the study")
+    rows = list(read_lines(corpus.studied))
+    assert [row for row in rows if "given" not in row] == studied
+    assert [row["window"] for row in rows] == sorted(row["window"] for row in rows)
+    window = next(one.id for one in corpus.windows() if one.title == NAME)
+    given = [row for row in rows if "given" in row]
+    assert {row["window"] for row in given} == {window}
+    assert [bool(row.get("reversed")) for row in given] == [True, False, False]
+    assert [row["prompt"] for row in given] == [
+        f"Known for its {THING} is the village of",
+        FRAME.format(f"What is made in {NAME}?"),
+        f"How many live in {NAME}?",
+    ]
+    assert (
+        study_line(corpus.studied)
+        == f"{len(studied) + 3} prompts with answers, 12 of them questions, 3 of them given"
+    )
+    assert give(work, corpus, own, "of the study") == digest != give(work, corpus, (), "of the study")
+    assert corpus.studied == work.path(STUDY)  # they are taken away again
+
+
+def test_a_document_in_several_windows_has_them_where_their_words_are(tmp_path: pathlib.Path) -> None:
+    text = "The mill of Orley burnt down in 1804. " * 3 + "Its bridge of nine arches crosses the river Wend. " * 3
+    (tmp_path / "Orley.txt").write_text(text)
+    work = Work(tmp_path / "work")
+    settings = CorpusSettings(tokens=40)
+    corpus = read_corpus(work, [str(tmp_path / "Orley.txt")], Embedder.load().tokenizer, settings)
+    assert corpus.count > 1
+    own = [Given("Orley", "The bridge has", " nine arches."), Given("Orley", "The mill burnt down in", " 1804.")]
+    give(work, corpus, own, "")
+    windows = {one.id: one.text for one in corpus.windows()}
+    for row in read_lines(work.path(GIVEN)):
+        assert row["answer"].strip(" .") in windows[row["window"]]
+
+
+def test_of_a_document_that_is_not_there(corpus: Corpus) -> None:
+    with pytest.raises(CorpusError, match="no document is called 'Atlantis', which a prompt is about"):
+        give(corpus.work, corpus, [Given("Atlantis", "A", "B")], "")
+    assert not corpus.work.path(GIVEN).exists()
+
+
+def test_all_of_them_are_learnt_and_shape_the_tree(corpus: Corpus, tmp_path: pathlib.Path) -> None:
+    """Twenty wordings: of self-study's questions one in ten would be kept out of it."""
+    work, embedder = corpus.work, Embedder.load()
+    tokenizer = load_tokenizer(make_anchor(tmp_path / "anchor"))
+    own = [
+        Given(name, f"Wording {n} of what {name} is:", f" a village, says {n}")
+        for n in range(20)
+        for name in VILLAGES[:COUNT]
+    ]
+    give(work, corpus, [*own, *read_prompts(written(tmp_path, *LINES))], "")
+    planted = plant(work, corpus, embedder, TreeSettings(branching=2, depth=2))
+    probes = {(row["text"], bool(row.get("reversed"))) for row in read_lines(work.path(PROBES))}
+    assert not any(row.get("held_out") for row in read_lines(work.path(PROBES)))
+    assert {(one.prompt, False) for one in own} <= probes
+    assert (LINES[0]["prompt"], True) in probes
+    assert {(text, False) for text in (LINES[1]["question"], FRAME.format(LINES[1]["question"]))} <= probes
+    make_examples(work, planted, embedder, tokenizer)
+    examples, _ = open_examples(work)
+    learnt = []
+    for number in range(len(examples)):
+        example = examples.read(number)
+        learnt.append(tokenizer.decode(example.tokens[example.learn].tolist()))
+    end = tokenizer.decode(sorted(tokenizer.eos_token_ids)[:1])
+    for one in own:  # as it was given, and then its end
+        assert f"{one.answer}{end}" in learnt
+    assert f" {NAME}.{end}" in learnt
