@@ -5,24 +5,18 @@ from __future__ import annotations
 import json
 import pathlib
 import re
-import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import typer
 
 from mlx_hiermem.apps.cli.display import console, notes, several, size
+from mlx_hiermem.apps.cli.learn_screen import duration, screen_for
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as Bar
-
     from mlx_hiermem.learn.adding import AddSettings
-    from mlx_hiermem.learn.progress import Progress
     from mlx_hiermem.learn.run import AnchorSource, Learnt
 
-LINE_SECONDS = 60.0  # between lines about the training where there is no terminal
 GO_ON = "What was learnt is kept: the same command goes on from there."
 DEFAULTS = "Chosen by the corpus' size."
 
@@ -96,7 +90,7 @@ def learn(
         keep=keep,
     )
     try:
-        with _screen(not as_json and _is_first()) as screen:
+        with screen_for(not as_json and _is_first()) as screen:
             learnt = run.learn(docs, out, lambda: find_anchor(anchor), settings, screen)
     except KeyboardInterrupt as error:
         raise HierMemError("stopped", GO_ON) from error
@@ -112,7 +106,7 @@ def add_documents(model: pathlib.Path, docs: list[str], settings: AddSettings) -
     from mlx_hiermem.learn import adding
 
     try:
-        with _screen(True) as screen:
+        with screen_for(True) as screen:
             added = adding.add(model, docs, settings, screen)
     except KeyboardInterrupt as error:
         raise HierMemError("stopped", GO_ON) from error
@@ -211,81 +205,15 @@ def _questions(file: pathlib.Path) -> Iterator[tuple[str, str]]:
             ) from error
 
 
-class Screen:
-    """Shows a run: a line a stage, and in a terminal a bar below them."""
-
-    def __init__(self, bar: Bar | None, lines: bool) -> None:
-        self._bar, self._lines, self._stage, self._said = bar, lines, "", time.monotonic()
-        self._task = bar.add_task("", total=None, note="") if bar else None
-
-    def begin(self, stage: str) -> None:
-        self._stage = stage
-        if self._bar is not None and self._task is not None:
-            self._bar.reset(self._task, description=stage, total=None, note="")
-
-    def advance(self, done: int, total: int | None, unit: str) -> None:
-        self._show(done, total, f"{done:,} {unit}" if total is None else f"{done:,} of {total:,} {unit}")
-
-    def end(self, line: str) -> None:
-        if self._lines:
-            # Beside the bar where both are seen: it would be drawn over otherwise.
-            seen = self._bar.console if self._bar and sys.stdout.isatty() else console
-            seen.print(f"{self._stage:<10}{line}", markup=False, highlight=False, soft_wrap=True)
-
-    def training(self, progress: Progress) -> None:
-        if progress.losses:
-            losses = ", ".join(f"{name} {loss:.3f}" for name, loss in progress.losses.items())
-            self._say(f"loss in subtree {progress.job}: {losses}")
-        elif progress.doing == "learning":
-            left = f", {_duration(progress.seconds_left)} left" if progress.seconds_left is not None else ""
-            note = f"loss {progress.loss or 0:.3f}, {progress.tokens_per_second:,.0f} tokens/s{left}"
-            self._show(progress.tokens, progress.total, note)
-            if self._bar is None and time.monotonic() - self._said > LINE_SECONDS:
-                self._say(f"{progress.tokens / progress.total:.0%}, {note}")
-        else:
-            note = f"{progress.doing} of subtree {progress.job}"
-            self._show(progress.tokens, progress.total, note)
-
-    def _say(self, line: str) -> None:
-        self._said = time.monotonic()
-        if self._lines:
-            notes.print(f"{self._stage:<10}{line}", style="dim", markup=False, soft_wrap=True)
-
-    def _show(self, done: int, total: int | None, note: str) -> None:
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, total=total, note=note)
-
-
-@contextmanager
-def _screen(lines: bool) -> Iterator[Screen]:
-    """A screen with a bar where somebody sees it. `lines`: whether anything is said at all."""
-    if not (lines and sys.stderr.isatty()):
-        yield Screen(None, lines)
-        return
-    from rich.progress import BarColumn, Progress, TextColumn
-
-    columns = (TextColumn("{task.description:<9}"), BarColumn(), TextColumn("{task.fields[note]}", style="dim"))
-    with Progress(*columns, console=notes, transient=True) as bar:
-        yield Screen(bar, lines)
-
-
 def _print(out: pathlib.Path, learnt: Learnt) -> None:
     totals = learnt.totals
     figures = (
         f"{several(totals['blocks'], 'block')}, {size(totals['bytes'])}; "
         f"{totals['fetched_parameters'] / 1e6:.2f} M parameters fetched for a question"
     )
-    times = ", ".join(f"{stage} {_duration(seconds)}" for stage, seconds in learnt.seconds.items())
+    times = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in learnt.seconds.items())
     console.print(f"{'written':<10}{out}: {figures}", markup=False, soft_wrap=True)
     console.print(f"{'times':<10}{times}", markup=False, soft_wrap=True)
     if (picture := out / "learning" / "loss.png").exists():
         console.print(f"{'plot':<10}{picture}", markup=False, soft_wrap=True)
     console.print(f"Talk to it: hiermem chat {out}", markup=False, soft_wrap=True)
-
-
-def _duration(seconds: float | None) -> str:
-    """4 s, 12 min, 3.1 h."""
-    seconds = max(seconds or 0.0, 0.0)  # what is left is an estimate, and may have passed
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

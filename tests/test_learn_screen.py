@@ -1,0 +1,32 @@
+"""What long work tells of itself where there is no bar: now and then how far it is, and how long it will take."""
+
+from __future__ import annotations
+
+import pytest
+
+from mlx_hiermem.apps.cli import learn_screen
+from mlx_hiermem.apps.cli.learn_screen import Screen, duration
+
+
+def test_the_time_left_is_told(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    now = 1_000.0
+    monkeypatch.setattr(learn_screen.time, "monotonic", lambda: now)
+    monkeypatch.setenv("COLUMNS", "200")
+    screen = Screen(None, lines=True)
+    screen.begin("study")
+    screen.advance(40, 100, "windows")  # an earlier run did these
+    assert capfd.readouterr().err == ""
+    now += 30
+    screen.advance(45, 100, "windows")
+    assert capfd.readouterr().err == ""  # not so soon
+    now += 60
+    screen.advance(70, 100, "windows")
+    assert capfd.readouterr().err == "study     70 of 100 windows, 90 s left\n"
+    screen.begin("tree")
+    now += 61
+    screen.advance(5, 10, "texts embedded")
+    assert capfd.readouterr().err == "tree      5 of 10 texts embedded\n"
+
+
+def test_durations() -> None:
+    assert [duration(seconds) for seconds in (-1, None, 4, 720, 11_160)] == ["0 s", "0 s", "4 s", "12 min", "3.1 h"]
