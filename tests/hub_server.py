@@ -1,6 +1,7 @@
 """A model hub on 127.0.0.1: as much of its protocol as huggingface_hub needs to upload and to download.
 
-Repositories live in memory: commits, each a whole set of files, and branches that name one. Faults can be
+Repositories live in memory: commits, each a whole set of files, and branches that name one. That of a data set is
+called datasets/owner/name, which can be read only. Faults can be
 ordered: a connection that breaks off in the middle of a file, a file that never comes, other bytes in its place.
 """
 
@@ -176,8 +177,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _api_parts(self) -> tuple[str, str, str]:
         """/api/models/org/name/tree/main/bank -> ("org/name", "tree", "main/bank")."""
-        parts = unquote(urlsplit(self.path).path).removeprefix("/api/models/").split("/")
-        return "/".join(parts[:2]), [*parts, ""][2], "/".join(parts[3:])
+        kind, *parts = unquote(urlsplit(self.path).path).removeprefix("/api/").split("/")
+        name = "/".join(parts[:2])
+        return name if kind == "models" else f"{kind}/{name}", [*parts, ""][2], "/".join(parts[3:])
 
     def _visible(self, name: str) -> Repository | None:
         repo = self.server.repos.get(name)
