@@ -6,7 +6,7 @@ import errno
 import json
 import pathlib
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 from tokenizers import Tokenizer
@@ -313,7 +313,11 @@ def test_labels_are_what_sets_a_node_apart() -> None:
     placed = [Placed(i, (Path((i // 2, i % 2)), Path((1 - i // 2,)))) for i in range(4)]
     learnt = [one.leaves[:1] for one in placed]
     learnt[0], learnt[3] = (Path((0, 0)), Path((1, 1))), ()  # one is learnt elsewhere too, one nowhere
-    nodes = labels.describe(windows, placed, learnt, lambda text: len(text.split()))
+
+    def again(numbers: Iterable[int]) -> Iterator[Window]:
+        return (windows[number] for number in numbers)
+
+    nodes = labels.describe(windows, again, placed, learnt, lambda text: len(text.split()))
     assert list(nodes) == ["0", "0.0", "0.1", "1", "1.0", "1.1"]
     assert [nodes[name]["sources"] for name in nodes] == [
         ["d0.txt"],
@@ -333,3 +337,33 @@ def test_labels_are_what_sets_a_node_apart() -> None:
         "tokens": 10,
     }
     json.dumps(nodes)
+
+
+def test_memory_for_labels_does_not_grow_with_the_terms_of_leaves() -> None:
+    from mlx_hiermem.config import Path
+    from mlx_hiermem.learn import Placed, Window
+
+    def window(number: int) -> Window:
+        letters = "abcdefghijklmnop"
+        words = (
+            f"{letters[number // 256]}{letters[number // 16 % 16]}{letters[number % 16]}{a}{b}"
+            for a in letters
+            for b in letters
+        )
+        return Window(number, number, f"{number}", "", " ".join(words))
+
+    def peak(leaves: int) -> int:
+        paths = [Path((number // 16 % 16, number // 256, number % 16)) for number in range(leaves)]
+        tracemalloc.start()
+        labels.describe(
+            map(window, range(leaves)),
+            lambda numbers: map(window, numbers),
+            (Placed(number, (path,)) for number, path in enumerate(paths)),
+            ([path] for path in paths),
+            len,
+        )
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    assert peak(900) < peak(300) + 600 * 2_500  # the 256 terms of a leaf take ten times as much

@@ -2,7 +2,8 @@
 
 A term's weight in a node is how many of its windows have it, times the log of how much likelier that is than in a
 window anywhere (its share of the Kullback-Leibler divergence). Counting for the whole corpus is in a hashed table,
-so that one number a bucket is held and the candidates of each node, however long the corpus is.
+one number a bucket. The terms of nodes are counted leaf by leaf, so that those of one path are held, however many
+leaves there are.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import math
 import re
 import zlib
+from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,39 +36,65 @@ over own same she should since some such than that the their them then there the
 two under until upon use used very was were what when where which while who whose why will with within without
 would years yet you your
 """
+PLAIN_WORDS = frozenset(PLAIN.split())
+
+Again = Callable[[np.ndarray], Iterable[Window]]
 
 
 def terms(window: Window) -> set[str]:
     """The words of a window, and its title as one term."""
-    found = {word.lower() for word in WORD.findall(window.text)}.difference(PLAIN.split())
+    found = {word.lower() for word in WORD.findall(window.text)}.difference(PLAIN_WORDS)
     return found | ({window.title.lower()} if window.title else set())
 
 
 def describe(
     windows: Iterable[Window],
+    again: Again,
     placed: Iterable[Placed],
     learnt: Iterable[Iterable[Path]],
     tokens: Callable[[str], int],
 ) -> dict[str, dict[str, Any]]:
-    """Node -> {"label", "documents", "windows", "tokens", "sources"}; the corpus is read once.
+    """Node -> {"label", "documents", "windows", "tokens", "sources"}. `again` reads windows by their numbers.
 
     A window counts where its own leaf is, and is a source of all leaves of `learnt`, where something of it is
     learnt: who closes or removes a block has to know. `tokens` counts those of a text.
     """
-    everywhere = np.zeros(BUCKETS, np.int32)
-    nodes: dict[Path, _Node] = defaultdict(_Node)
-    total = 0
+    everywhere, nodes = np.zeros(BUCKETS, np.int32), defaultdict[Path, _Node](_Node)
+    numbers, homes = dict[Path, int](), array("i")  # of leaves, in order of appearance; each window's
     for window, place, leaves in zip(windows, placed, learnt, strict=True):
-        found, size = terms(window), tokens(window.text)
-        total += 1
-        for term in found:
+        size, home = tokens(window.text), place.leaves[0]
+        for term in terms(window):
             everywhere[_bucket(term)] += 1
-        for node in place.leaves[0].prefixes():
-            nodes[node].add(window, found, size)
+        for node in home.prefixes():
+            nodes[node].add(window, size)
         for node in {node for leaf in leaves for node in leaf.prefixes()}:
             if len(nodes[node].sources) < SOURCES:
                 nodes[node].sources[window.source] = None
-    return {str(node): nodes[node].row(everywhere, total) for node in sorted(nodes)}
+        homes.append(numbers.setdefault(home, len(numbers)))
+    found = dict(_labels(again, list(numbers), np.array(homes), everywhere))
+    return {str(node): nodes[node].row(found.get(node, "")) for node in sorted(nodes)}
+
+
+def _labels(
+    again: Again,
+    leaves: Sequence[Path],
+    homes: np.ndarray,
+    everywhere: np.ndarray,
+) -> Iterator[tuple[Path, str]]:
+    """Every node with its label; `homes` [windows] says which of the leaves is a window's own."""
+    by_leaf = np.argsort(homes, kind="stable")
+    ends = np.cumsum(np.bincount(homes, minlength=len(leaves)))
+    held: dict[Path, _Terms] = {}
+    for number in sorted(range(len(leaves)), key=leaves.__getitem__):
+        path = leaves[number].prefixes()
+        for node in held.keys() - path:
+            yield node, held.pop(node).label(everywhere, len(homes))
+        for window in again(by_leaf[ends[number - 1] if number else 0 : ends[number]]):
+            found = sorted(terms(window))
+            for node in path:
+                held.setdefault(node, _Terms()).add(found)
+    for node in held:
+        yield node, held[node].label(everywhere, len(homes))
 
 
 def _bucket(term: str) -> int:
@@ -74,41 +102,54 @@ def _bucket(term: str) -> int:
 
 
 class _Node:
-    """What is counted of one node."""
+    """What a manifest says of one node."""
 
     def __init__(self) -> None:
         self.windows = self.documents = self.tokens = 0
         self.last = -1
-        self.terms: Counter[str] = Counter()
         self.sources: dict[str, None] = {}
 
-    def add(self, window: Window, found: set[str], tokens: int) -> None:
+    def add(self, window: Window, tokens: int) -> None:
         self.windows += 1
         self.tokens += tokens
         # a document's windows follow each other
         self.documents += window.document != self.last
         self.last = window.document
-        self.terms.update(sorted(found))
-        if len(self.terms) > 4 * CANDIDATES:
-            self.terms = Counter(dict(self.terms.most_common(CANDIDATES)))
 
-    def row(self, everywhere: np.ndarray, total: int) -> dict[str, Any]:
-        def weight(term: str) -> float:
-            inside = self.terms[term] / self.windows
-            lift = inside * total / max(everywhere[_bucket(term)], self.terms[term])
-            return inside * math.log(lift) if lift >= TELLING else 0.0
-
-        chosen = list[str]()
-        for term in sorted(self.terms, key=lambda term: (-weight(term), term)):
-            # "noble gas" says "gas" too
-            if not any(term in other or other in term for other in chosen):
-                chosen.append(term)
-            if len(chosen) == TERMS:
-                break
+    def row(self, label: str) -> dict[str, Any]:
         return {
-            "label": ", ".join(chosen),
+            "label": label,
             "documents": self.documents,
             "windows": self.windows,
             "tokens": self.tokens,
             "sources": list(self.sources),
         }
+
+
+class _Terms:
+    """In how many of a node's windows each term is."""
+
+    def __init__(self) -> None:
+        self.windows = 0
+        self.counts: Counter[str] = Counter()
+
+    def add(self, found: list[str]) -> None:
+        self.windows += 1
+        self.counts.update(found)
+        if len(self.counts) > 4 * CANDIDATES:
+            self.counts = Counter(dict(self.counts.most_common(CANDIDATES)))
+
+    def label(self, everywhere: np.ndarray, total: int) -> str:
+        def weight(term: str) -> float:
+            inside = self.counts[term] / self.windows
+            lift = inside * total / max(everywhere[_bucket(term)], self.counts[term])
+            return inside * math.log(lift) if lift >= TELLING else 0.0
+
+        chosen = list[str]()
+        for term in sorted(self.counts, key=lambda term: (-weight(term), term)):
+            # "noble gas" says "gas" too
+            if not any(term in other or other in term for other in chosen):
+                chosen.append(term)
+            if len(chosen) == TERMS:
+                break
+        return ", ".join(chosen)

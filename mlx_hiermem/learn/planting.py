@@ -269,8 +269,9 @@ def describe_nodes(
     which are those of the examples that it learns."""
 
     def make() -> None:
-        learnt = _learnt_in(examples, planted.corpus.count)
-        nodes = labels.describe(planted.corpus.windows(), planted.placed(), learnt, tokens)
+        made = planted.corpus
+        learnt = _learnt_in(examples, made.count)
+        nodes = labels.describe(made.windows(), made.read, planted.placed(), learnt, tokens)
         write_text(work.path(NODES), json.dumps(nodes, ensure_ascii=False, indent=1) + "\n")
 
     work.stage("labels", None, [planted.digest, examples.digest], make)

@@ -15,8 +15,10 @@ import itertools
 import json
 import os
 import pathlib
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 from tokenizers import Tokenizer
 
@@ -75,6 +77,23 @@ class Corpus:
 
     def windows(self) -> Iterator[Window]:
         return (Window(**row) for row in read_lines(self.work.path(WINDOWS)))
+
+    def read(self, numbers: Iterable[int]) -> Iterator[Window]:
+        """Windows by their numbers, in this order."""
+        with self.work.path(WINDOWS).open("rb") as stream:
+            for number in numbers:
+                stream.seek(self._starts[number])
+                yield Window(**json.loads(stream.readline()))
+
+    @cached_property
+    def _starts(self) -> array[int]:
+        """Where each window's line begins."""
+        found, at = array("q"), 0
+        with self.work.path(WINDOWS).open("rb") as stream:
+            for line in stream:
+                found.append(at)
+                at += len(line)
+        return found
 
     def skipped(self) -> Iterator[Skipped]:
         return (Skipped(**row) for row in read_lines(self.work.path(SKIPPED)))
