@@ -191,6 +191,29 @@ def test_states_that_exceed_the_budget_are_computed_each_time(
     assert list(tmp_path.rglob("*.states")) == []  # a job that is done needs none
 
 
+def test_a_run_goes_on_with_less_disk_for_states(
+    anchor: pathlib.Path, training_set: TrainingSet, whole: Bank, tmp_path: pathlib.Path
+) -> None:
+    class StoppedError(Exception):
+        pass
+
+    def stop(progress: Progress) -> None:
+        if progress.doing == "learning" and progress.tokens > 0.3 * progress.total:
+            raise StoppedError
+
+    model = load_anchor(anchor, mx.float32)[0]
+    with pytest.raises(StoppedError):
+        Training(tmp_path, model, tiny_config(model), training_set, QUICK).run(stop)
+    less = dataclasses.replace(QUICK, states_bytes=10_000)
+    assert max(file.stat().st_size for file in tmp_path.rglob("*.states")) > less.states_bytes
+    found = trained(tmp_path, anchor, training_set, less)
+    for node in whole:
+        for name, weights in whole[node].items():
+            assert np.abs(found[node][name] - weights).max() < 1e-3 * np.abs(weights).max()
+    with pytest.raises(HierMemError, match="other settings"):
+        Training(tmp_path, model, tiny_config(model), training_set, dataclasses.replace(less, epochs=9))
+
+
 # What is learnt
 
 

@@ -59,6 +59,9 @@ def learn(
     prompts: pathlib.Path | None = typer.Option(
         None, help="Prompts of your own to learn: a JSON line each, with document, prompt and completion."
     ),
+    cache: float = typer.Option(
+        20.0, min=0.0, help="GiB of disk for what the anchor computes again and again. Less is slower."
+    ),
     licence: str = typer.Option("", help="Of the documents, for the bank's manifest."),
     seed: int = typer.Option(0, help="Of everything that is drawn at random."),
     keep: bool = typer.Option(False, "--keep", help="Keep the work folder OUT.learn."),
@@ -83,7 +86,14 @@ def learn(
         teacher=teacher if self_study else None,
         heldout=heldout,
         epochs=epochs,
-        training=TrainingSettings(rate=rate, objective=objective, attention=attention, cotrain=cotrain, seed=seed),
+        training=TrainingSettings(
+            rate=rate,
+            objective=objective,
+            attention=attention,
+            cotrain=cotrain,
+            seed=seed,
+            states_bytes=int(cache * 2**30),
+        ),
         questions=tuple(_questions(questions)) if questions else (),
         prompts=read_prompts(prompts) if prompts else (),
         licence=licence,

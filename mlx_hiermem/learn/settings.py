@@ -21,7 +21,7 @@ ATTENTION, OBJECTIVES = ("document", "row"), ("next-token", "distillation")
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """All of it enters the fingerprint of a run: an interrupted one goes on with the same settings only.
+    """All but `states_bytes` enters the fingerprint of a run: an interrupted one goes on with the same only.
 
     A step is `groups` groups of texts, about `group_tokens` tokens each; a group is of one leaf, so its texts share
     one memory. The optimiser is the paper's (arXiv:2510.02375, App. A.2), at a higher rate: a leaf sees thousands

@@ -65,9 +65,8 @@ class Training:
         self.group = mx.distributed.init()
         self.learner = Learner(model, config, vocabulary)
         work.mkdir(parents=True, exist_ok=True)
-        self._claim(
-            {"settings": settings.to_json(), "memory": config.to_json(), "of": examples.digest, "in": identity}
-        )
+        decides = {name: value for name, value in settings.to_json().items() if name != "states_bytes"}
+        self._claim({"settings": decides, "memory": config.to_json(), "of": examples.digest, "in": identity})
         if settings.attention == "row":
             examples = in_rows(examples, work, settings, self.group.rank())
         self.examples = examples
