@@ -13,11 +13,13 @@ from collections.abc import Sequence
 
 import lessons
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from lessons import LEAVES, QUICK, full_disk, make_set, tiny_config, trained
+from mlx_lm.models.cache import KVCache
 from sources import make_hf
 from tiny import make_anchor
 
@@ -28,10 +30,13 @@ from mlx_hiermem.convert import parity, reference_memory
 from mlx_hiermem.convert.anchors.huggingface import convert_huggingface
 from mlx_hiermem.convert.source import find_source
 from mlx_hiermem.errors import HierMemError, OutputError
+from mlx_hiermem.learn import activations
 from mlx_hiermem.learn import blocks as blocks_module
 from mlx_hiermem.learn import trainer as trainer_module
+from mlx_hiermem.learn.activations import TeacherStates
 from mlx_hiermem.learn.blocks import Tensors, new_block
-from mlx_hiermem.learn.examples import Example, TrainingSet
+from mlx_hiermem.learn.examples import Example, TrainingSet, TrainingSetWriter
+from mlx_hiermem.learn.forward import Anchor, read_once
 from mlx_hiermem.learn.heldout import HeldOut
 from mlx_hiermem.learn.learner import Inputs, Learner
 from mlx_hiermem.learn.packing import batch
@@ -321,6 +326,41 @@ def _watch_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _held_bytes(blocks: blocks_module.TrainedBlocks) -> int:
     return sum(block.nbytes for block in blocks._held.values())
+
+
+@pytest.mark.parametrize("budget", [1 << 30, 0])
+def test_what_teachers_have_in_common_is_read_once(
+    budget: int, anchor: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three windows of 30 tokens, each with five prompts, two of which begin otherwise."""
+    rng = np.random.default_rng(0)
+    with TrainingSetWriter(tmp_path / "set") as out:
+        for window in range(3):
+            before = rng.integers(0, 64, 30)
+            for row in range(5):
+                tokens = rng.integers(0, 64, 4 + row).astype(np.int32)
+                ahead = before if row < 3 else np.append(rng.integers(0, 64, 3) if row == 3 else 7, before)
+                learn = np.arange(len(tokens)) >= 2
+                out.add(Example(tokens, learn, window, np.append(ahead, tokens).astype(np.int32)), [PATH[1]])
+    examples, read = TrainingSet.open(tmp_path / "set"), []
+
+    def noted(model: nn.Module, tokens: Sequence[int]) -> list[KVCache] | None:
+        read.append(len(tokens))
+        return read_once(model, tokens)
+
+    monkeypatch.setattr(activations, "read_once", noted)
+    part, numbers = Anchor(load_anchor(anchor, mx.float32)[0]), np.arange(15)
+    last = len(part.layers)
+    states = TeacherStates(tmp_path / "states", part, examples, numbers, budget, last)
+    states.complete()
+    found = states.of(numbers, [examples.read(int(n)) for n in numbers])
+    assert read == [30, 30, 30]
+    for number, own in zip(numbers, found, strict=True):
+        example = examples.read(int(number))
+        assert example.teacher is not None
+        alone = part.states(mx.array(example.teacher[None]), last)[0]
+        wanted = alone[-int(example.learn.sum()) - 1 : -1]
+        assert float(mx.abs(own - wanted).max()) < 1e-5 * float(mx.abs(wanted).max())
 
 
 def test_distillation_brings_the_student_to_the_teacher(

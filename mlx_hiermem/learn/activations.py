@@ -8,17 +8,20 @@ same bits. What exceeds the budget is not kept, and the whole model runs for it 
 
 from __future__ import annotations
 
+import itertools
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_hiermem.learn.examples import Example, TrainingSet
-from mlx_hiermem.learn.forward import Anchor
+from mlx_hiermem.learn.forward import Anchor, read_once, spread
 
 BATCH_TOKENS = 1024
+BATCH_PROMPTS, ALIKE = 32, 16  # of one window; tokens by which it is told that prompts have a beginning in common
 Tick = Callable[[int, int], None]  # tokens done, tokens in all
 
 
@@ -37,7 +40,7 @@ class States:
         """`layer` is that which the states enter. Nothing is computed until `complete`."""
         self.file, self.anchor, self.examples, self.layer = file, anchor, examples, layer
         costs = self._costs(numbers)
-        order = np.lexsort((numbers, costs))
+        order = self._order(numbers)
         self.numbers, self._cost = numbers[order], costs[order]
         self.rows = self._rows(self.numbers)
         probe = anchor.states(mx.zeros((1, 1), mx.int32), layer)
@@ -54,6 +57,10 @@ class States:
     def _costs(self, numbers: np.ndarray) -> np.ndarray:
         """Tokens that are run for them."""
         return self._rows(numbers)
+
+    def _order(self, numbers: np.ndarray) -> np.ndarray:
+        """In which order they are computed and kept."""
+        return np.lexsort((numbers, self._costs(numbers)))
 
     def complete(self, tick: Tick | None = None) -> None:
         """Computes what is not in the file yet."""
@@ -112,7 +119,10 @@ class States:
 
 
 class TeacherStates(States):
-    """What leaves the teacher's last layer, at the positions that predict what is learnt."""
+    """What leaves the teacher's last layer, at the positions that predict what is learnt.
+
+    The prompts about a window begin with it: they are computed together, and it is read once.
+    """
 
     def _rows(self, numbers: np.ndarray) -> np.ndarray:
         return self.examples.learnts[numbers]
@@ -120,20 +130,59 @@ class TeacherStates(States):
     def _costs(self, numbers: np.ndarray) -> np.ndarray:
         return self.examples.teachers[numbers]
 
-    def _compute(self, examples: list[Example]) -> Iterator[mx.array]:
-        teachers = [example.teacher for example in examples if example.teacher is not None]
-        tokens, _ = _in_rows([teacher[:-1] for teacher in teachers])
-        states = self.anchor.states(tokens, self.layer)
-        for row, (example, teacher) in enumerate(zip(examples, teachers, strict=True)):
-            shift = len(teacher) - len(example.tokens) - 1
-            yield states[row, mx.array(np.flatnonzero(example.learn) + shift)]
+    def _order(self, numbers: np.ndarray) -> np.ndarray:
+        return np.lexsort((numbers, self.examples.windows[numbers]))
 
-    def of(self, number: int, example: Example) -> mx.array:
-        """An example's states, computed where they are not kept; zeros where it has no teacher."""
-        if example.teacher is None:
-            return mx.zeros((int(example.learn.sum()), self.width), self.dtype)
-        place = self.find(number)
-        return next(self._compute([example])) if place is None else self.array(self.read(place))
+    def _batches(self) -> Iterator[tuple[int, int]]:
+        windows = self.examples.windows[self.numbers]
+        ends = np.append(np.flatnonzero(np.diff(windows)) + 1, len(windows)) if len(windows) else windows
+        for start, end in itertools.pairwise([0, *ends.tolist()]):
+            for first in range(start, end, BATCH_PROMPTS):
+                yield first, min(first + BATCH_PROMPTS, end)
+
+    def of(self, numbers: np.ndarray, examples: Sequence[Example]) -> list[mx.array]:
+        """States of some examples, computed where they are not kept; zeros where one has no teacher."""
+        places = [
+            None if one.teacher is None else self.find(int(n)) for n, one in zip(numbers, examples, strict=True)
+        ]
+        missing = [at for at, one in enumerate(examples) if one.teacher is not None and places[at] is None]
+        found = dict(zip(missing, self._compute([examples[at] for at in missing]), strict=True))
+        for at, place in enumerate(places):
+            if place is not None:
+                found[at] = self.array(self.read(place))
+        nothing = [mx.zeros((int(one.learn.sum()), self.width), self.dtype) for one in examples]
+        return [found.get(at, nothing[at]) for at in range(len(examples))]
+
+    def _compute(self, examples: list[Example]) -> Iterator[mx.array]:
+        alike = defaultdict[bytes, list[int]](list)
+        for at, example in enumerate(examples):
+            assert example.teacher is not None
+            alike[example.teacher[:ALIKE].tobytes()].append(at)
+        found = dict[int, mx.array]()
+        for rows in alike.values():
+            found |= dict(zip(rows, self._together([examples[at] for at in rows]), strict=True))
+        yield from (found[at] for at in range(len(examples)))
+
+    def _together(self, examples: list[Example]) -> list[mx.array]:
+        """Of prompts that begin alike."""
+        teachers = [example.teacher[:-1] for example in examples if example.teacher is not None]
+        wanted = [
+            np.flatnonzero(example.learn) + len(teacher) - len(example.tokens)
+            for example, teacher in zip(examples, teachers, strict=True)
+        ]
+        shared = _shared(teachers, min(int(positions[0]) for positions in wanted)) if len(teachers) > 1 else 0
+        cache = read_once(self.anchor.model, teachers[0][:shared].tolist()) if shared else None
+        shared = shared if cache else 0
+        tokens, _ = _in_rows([teacher[shared:] for teacher in teachers])
+        states = self.anchor.states(tokens, self.layer, cache=spread(cache, len(teachers)) if cache else None)
+        return [states[row, mx.array(positions - shared)] for row, positions in enumerate(wanted)]
+
+
+def _shared(texts: Sequence[np.ndarray], most: int) -> int:
+    """With how many tokens all of these begin, at most."""
+    most = min(most, *map(len, texts))
+    differs = np.any([text[:most] != texts[0][:most] for text in texts], axis=0)
+    return int(differs.argmax()) if differs.any() else most
 
 
 def _in_rows(texts: list[np.ndarray]) -> tuple[mx.array, list[int]]:

@@ -12,12 +12,14 @@ Texts that share a row do not see each other: attention takes its mask from a "K
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from mlx_hiermem.errors import AnchorError
 
@@ -133,6 +135,25 @@ class Anchor:
                 f"{type(self.model).__module__} does not give by parts what it gives whole",
                 "This architecture cannot learn memories yet; dense llama-like models can.",
             )
+
+
+def read_once(model: nn.Module, tokens: Sequence[int]) -> list[KVCache] | None:
+    """The KV caches of a text that others begin with; None for layers of other kinds, by windows or states."""
+    cache = make_prompt_cache(model)
+    if not all(type(layer) is KVCache for layer in cache):
+        return None
+    model(mx.array([tokens]), cache=cache)
+    mx.eval([layer.state for layer in cache])
+    return cache
+
+
+def spread(cache: Sequence[KVCache], rows: int) -> list[KVCache]:
+    """KV caches of one text, for so many continuations of it."""
+    found = []
+    for layer in cache:
+        found.append(copy.copy(layer))
+        found[-1].keys, found[-1].values = (mx.broadcast_to(x, (rows, *x.shape[1:])) for x in layer.state[:2])
+    return found
 
 
 def _pass(own: Call, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:

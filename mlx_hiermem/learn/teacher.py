@@ -19,6 +19,7 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
 from mlx_hiermem.errors import AnchorError
+from mlx_hiermem.learn.forward import read_once, spread
 
 BATCH = 32  # lines written at a time; when one is done, no other takes its place: that would copy all their caches
 
@@ -92,19 +93,16 @@ class Teacher:
         `asked` are (prompt, answer). Returns mean log p per token of the answer; -inf where at some token one of
         `others` that began the same way is likelier.
         """
-        read, cache = self.tokenizer.encode(beginning), make_prompt_cache(self.model)
-        shared = all(type(layer) is KVCache for layer in cache)  # other kinds, of windows or states, are read anew
-        if shared:
-            self.model(mx.array([read]), cache=cache)
-            mx.eval([layer.state for layer in cache])
-        before = [] if shared else read
+        read = self.tokenizer.encode(beginning)
+        cache = read_once(self.model, read)
+        before = [] if cache else read
         rivals = [self._encode(f" {other}") for other in others]
         rows = [(before + self._encode(prompt), self._encode(f" {answer}")) for prompt, answer in asked]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
         found = [0.0] * len(rows)
         for start in range(0, len(order), BATCH // 2):
             some = order[start : start + BATCH // 2]
-            log_ps = self._log_p([rows[i] for i in some], cache if shared else None)
+            log_ps = self._log_p([rows[i] for i in some], cache)
             for i, log_p in zip(some, log_ps, strict=True):
                 found[i] = _certainty(log_p, rows[i][1], rivals)
         return found
@@ -115,8 +113,7 @@ class Teacher:
         tokens = np.zeros((len(rows), length), np.int32)
         for row, (prompt, answer) in zip(tokens, rows, strict=True):
             row[: len(prompt) + len(answer) - 1] = prompt + answer[:-1]
-        spread = None if cache is None else [_spread(layer, len(rows)) for layer in cache]
-        logits = self.model(mx.array(tokens), cache=spread)
+        logits = self.model(mx.array(tokens), cache=None if cache is None else spread(cache, len(rows)))
         return [
             np.array(nn.log_softmax(own[len(prompt) - 1 : len(prompt) + len(answer) - 1].astype(mx.float32)))
             for own, (prompt, answer) in zip(logits, rows, strict=True)
@@ -138,13 +135,6 @@ def load_teacher(name: str) -> Teacher:
     if mx.default_device().type == mx.DeviceType.cpu:
         model.set_dtype(mx.float32)
     return Teacher(model, tokenizer)
-
-
-def _spread(cache: KVCache, rows: int) -> KVCache:
-    """A KV cache of one text, for so many continuations of it."""
-    spread = copy.copy(cache)
-    spread.keys, spread.values = (mx.broadcast_to(x, (rows, *x.shape[1:])) for x in cache.state[:2])
-    return spread
 
 
 def _certainty(log_p: np.ndarray, answer: list[int], rivals: Sequence[list[int]]) -> float:

@@ -134,7 +134,7 @@ class Trainer:
         if self.settings.objective != "distillation" or all(example.teacher is None for example in examples):
             return Inputs(packed, states)
         assert self._teachers
-        parts = [self._teachers.of(int(n), example) for n, example in zip(numbers, examples, strict=True)]
+        parts = self._teachers.of(numbers, examples)
         taught = [
             np.full(len(part), example.teacher is not None) for part, example in zip(parts, examples, strict=True)
         ]
@@ -159,6 +159,8 @@ class Trainer:
             budget -= self._states.nbytes
             self._states.complete(reporter.states)
         if self.settings.objective == "distillation":
+            budget = budget if GENERIC not in self.job.leaves else self.settings.states_bytes
+            numbers = np.unique(self.examples.assigned) if GENERIC in self.job.leaves else numbers
             taught = numbers[self.examples.teachers[numbers] > 0]
             self._teachers = TeacherStates(
                 self.folder / "teacher.states", self.learner.anchor, self.examples, taught, budget, last
