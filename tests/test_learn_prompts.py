@@ -146,3 +146,15 @@ def test_all_of_them_are_learnt_and_shape_the_tree(corpus: Corpus, tmp_path: pat
     for one in own:  # as it was given, and then its end
         assert f"{one.answer}{end}" in learnt
     assert f" {NAME}.{end}" in learnt
+
+
+def test_the_demos_wordings_are_prompts(tmp_path: pathlib.Path) -> None:
+    from mlx_hiermem.apps.demo.wordings import element_wordings, prompt_line
+
+    gold = {"id": "el079", "name": "Gold", "symbol": "Au", "atomic_number": 79, "series": "Transition metals"}
+    wordings = element_wordings(gold)
+    given = read_prompts(written(tmp_path, *(prompt_line(gold, one) for one in wordings)))
+    assert [(one.prompt, one.answer, one.chat) for one in given] == [
+        (one.prompt, one.answer, one.chat) for one in wordings
+    ]
+    assert {one.document for one in given} == {"Gold"}

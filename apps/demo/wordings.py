@@ -1,5 +1,7 @@
 """The wordings in which the elements recipe teaches each fact.
 
+    python -m mlx_hiermem.apps.demo.wordings > prompts.jsonl    # for hiermem learn --prompts
+
 A fact learnt in one wording cannot be asked for in another, so every fact is
 written many times: as statements, as question and answer, and as a turn of the
 chat template. The questions that later measure the bank are held out: none of
@@ -11,6 +13,8 @@ the route, in training as in use, and only the answer is learnt.
 
 from __future__ import annotations
 
+import json
+import pathlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,3 +131,19 @@ def element_wordings(element: Element) -> list[Wording]:
 def training_texts(elements: list[Element]) -> list[str]:
     """All text the recipe trains on, for checking that nothing held out is in it."""
     return [w.prompt + (" " if w.chat else "") + w.answer for e in elements for w in element_wordings(e)]
+
+
+def prompt_line(element: Element, wording: Wording) -> str:
+    """A wording as `hiermem learn --prompts` takes it."""
+    said: dict[str, Any] = {"prompt": wording.prompt, "completion": wording.answer}
+    if wording.chat:
+        turns = (("user", wording.prompt), ("assistant", wording.answer))
+        said = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    return json.dumps({"document": element["name"]} | said, ensure_ascii=False)
+
+
+if __name__ == "__main__":
+    for line in (pathlib.Path(__file__).parent / "elements.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        for one in element_wordings(row):
+            print(prompt_line(row, one))
