@@ -18,6 +18,7 @@ from tiny import make_anchor
 
 from mlx_hiermem.anchor import identify
 from mlx_hiermem.bank.bank import MemoryBank
+from mlx_hiermem.learn.examples import TrainingSet
 from mlx_hiermem.learn.work import read_lines
 
 
@@ -110,3 +111,30 @@ def test_the_anchor_learns_too(anchor: pathlib.Path, tmp_path: pathlib.Path) -> 
         timeout=120,
     )
     assert json.loads(answered.stdout)["selection"]["blocks"]
+
+
+def test_prompts_of_ones_own(anchor: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Learnt by `learn` and by `bank add`; what is about no document is told before anything is learnt."""
+    library, out, file = write_library(tmp_path / "books"), tmp_path / "model", tmp_path / "own.jsonl"
+    own = [{"document": name, "question": f"Whose is {name}?", "answer": "Nobody's"} for name in VILLAGES[:COUNT]]
+    file.write_text("".join(json.dumps(row) + "\n" for row in own))
+    learn(library, out, anchor, "--no-self-study", "--prompts", str(file))
+    assert MemoryBank.open(out / "bank").manifest.recipe["prompts"] == COUNT
+    learnt = len(TrainingSet.open(out / "learning" / "examples"))
+    assert learnt == 2 * COUNT  # and each document
+    more = write_library(tmp_path / "more", 2, first=COUNT)
+    file.write_text(json.dumps({"document": VILLAGES[COUNT], "prompt": "The mayor is", "completion": " Ann."}))
+    script = command(library, out, anchor)[0]
+    call = [script, "bank", "add", str(out), str(more), "--no-self-study", "--epochs", "1", "--prompts", str(file)]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len(TrainingSet.open(out / "learning" / "examples")) == learnt + 3
+    done = subprocess.run(
+        command(library, tmp_path / "other", anchor, "--prompts", str(file)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1
+    assert f"no document is called '{VILLAGES[COUNT]}', which a prompt is about" in done.stderr
+    assert not (tmp_path / "other.learn" / "study.parts").exists()

@@ -16,7 +16,7 @@ from mlx_hiermem.errors import CorpusError, HierMemError
 from mlx_hiermem.learn.making import make_examples, open_examples
 from mlx_hiermem.learn.planting import TreeSettings, plant
 from mlx_hiermem.learn.probes import FRAME
-from mlx_hiermem.learn.prompts import Given, give, read_prompts
+from mlx_hiermem.learn.prompts import Given, about_windows, give, read_prompts
 from mlx_hiermem.learn.stages import GIVEN, PROBES, STUDY, Corpus, CorpusSettings, read_corpus
 from mlx_hiermem.learn.telling import study_line
 from mlx_hiermem.learn.work import Work, read_lines
@@ -79,7 +79,7 @@ def test_they_join_those_of_self_study_in_their_windows(corpus: Corpus, tmp_path
     write_study(work.path(STUDY))
     studied = list(read_lines(work.path(STUDY)))
     own = read_prompts(written(tmp_path, *LINES))
-    digest = give(work, corpus, own, "of the study")
+    digest = give(work, about_windows(corpus, own), "of the study")
     rows = list(read_lines(corpus.studied))
     assert [row for row in rows if "given" not in row] == studied
     assert [row["window"] for row in rows] == sorted(row["window"] for row in rows)
@@ -96,7 +96,7 @@ def test_they_join_those_of_self_study_in_their_windows(corpus: Corpus, tmp_path
         study_line(corpus.studied)
         == f"{len(studied) + 3} prompts with answers, 12 of them questions, 3 of them given"
     )
-    assert give(work, corpus, own, "of the study") == digest != give(work, corpus, (), "of the study")
+    assert give(work, about_windows(corpus, own), "of the study") == digest != give(work, [], "of the study")
     assert corpus.studied == work.path(STUDY)  # they are taken away again
 
 
@@ -108,7 +108,7 @@ def test_a_document_in_several_windows_has_them_where_their_words_are(tmp_path: 
     corpus = read_corpus(work, [str(tmp_path / "Orley.txt")], Embedder.load().tokenizer, settings)
     assert corpus.count > 1
     own = [Given("Orley", "The bridge has", " nine arches."), Given("Orley", "The mill burnt down in", " 1804.")]
-    give(work, corpus, own, "")
+    give(work, about_windows(corpus, own), "")
     windows = {one.id: one.text for one in corpus.windows()}
     for row in read_lines(work.path(GIVEN)):
         assert row["answer"].strip(" .") in windows[row["window"]]
@@ -116,8 +116,7 @@ def test_a_document_in_several_windows_has_them_where_their_words_are(tmp_path: 
 
 def test_of_a_document_that_is_not_there(corpus: Corpus) -> None:
     with pytest.raises(CorpusError, match="no document is called 'Atlantis', which a prompt is about"):
-        give(corpus.work, corpus, [Given("Atlantis", "A", "B")], "")
-    assert not corpus.work.path(GIVEN).exists()
+        about_windows(corpus, [Given("Atlantis", "A", "B")])
 
 
 def test_all_of_them_are_learnt_and_shape_the_tree(corpus: Corpus, tmp_path: pathlib.Path) -> None:
@@ -129,7 +128,7 @@ def test_all_of_them_are_learnt_and_shape_the_tree(corpus: Corpus, tmp_path: pat
         for n in range(20)
         for name in VILLAGES[:COUNT]
     ]
-    give(work, corpus, [*own, *read_prompts(written(tmp_path, *LINES))], "")
+    give(work, about_windows(corpus, [*own, *read_prompts(written(tmp_path, *LINES))]), "")
     planted = plant(work, corpus, embedder, TreeSettings(branching=2, depth=2))
     probes = {(row["text"], bool(row.get("reversed"))) for row in read_lines(work.path(PROBES))}
     assert not any(row.get("held_out") for row in read_lines(work.path(PROBES)))

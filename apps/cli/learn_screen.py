@@ -62,6 +62,7 @@ class Screen:
         else:
             note = f"{progress.doing} of subtree {progress.job}"
             self._show(progress.tokens, progress.total, note)
+            self._say_now_and_then(f"{note}, {progress.tokens / max(1, progress.total):.0%}")
 
     def _say_now_and_then(self, line: str) -> None:
         """For those who see no bar."""

@@ -41,7 +41,7 @@ from mlx_hiermem.learn.labels import SOURCES
 from mlx_hiermem.learn.making import EXAMPLES, ExampleSettings, make_examples
 from mlx_hiermem.learn.new_leaf import Goes, added_node, with_new_leaf
 from mlx_hiermem.learn.planting import describe_nodes, settle
-from mlx_hiermem.learn.prompts import Given, give
+from mlx_hiermem.learn.prompts import Given, about_windows, give
 from mlx_hiermem.learn.routing import LEAVES
 from mlx_hiermem.learn.schedule import carriers
 from mlx_hiermem.learn.settings import TrainingSettings
@@ -132,11 +132,12 @@ class _Adding(Stages):
             skipped = sum(1 for _ in corpus.skipped())
             self.listener.end(telling.corpus_line(corpus, skipped))
         with self.stage("study"):
+            prompts = about_windows(corpus, settings.prompts)  # before anything that takes long
             teacher = find_teacher(settings.teacher, model, tokenizer, self.bank.manifest.anchor)
             # The tree stands, and was not made to take reversed questions to the new documents.
             asked = replace(settings.study, reversed_questions=0, reversed_statements=0)
             studied = study(self.work, corpus, *teacher, asked, self.progress("windows"))
-            give(self.work, corpus, settings.prompts, studied)
+            give(self.work, prompts, studied)
             self.listener.end(telling.study_line(corpus.studied))
         with self.stage("tree"):
             planted = settle(

@@ -19,8 +19,8 @@ import json
 import pathlib
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mlx_hiermem.errors import CorpusError, HierMemError
@@ -81,43 +81,47 @@ def read_prompts(file: pathlib.Path) -> tuple[Given, ...]:
     return tuple(found)
 
 
-def give(work: Work, corpus: Corpus, given: Sequence[Given], studied: str) -> str:
-    """Stage `prompts`, after that of self-study with the digest `studied`; returns its own digest.
+def about_windows(corpus: Corpus, given: Sequence[Given]) -> list[Row]:
+    """The rows of the prompts, in the order of their windows.
 
     Raises CorpusError where a prompt is about a document that is not there.
     """
-
-    def make() -> None:
-        if not given:
-            work.path(GIVEN).unlink(missing_ok=True)
-            return
-        study = work.path(STUDY)
-        rows = read_lines(study) if study.exists() else iter(())
-        write_lines(work.path(GIVEN), heapq.merge(rows, _rows(corpus, given), key=lambda row: row["window"]))
-
-    stamp = hashlib.sha256(json.dumps([astuple(one) for one in given]).encode()).hexdigest() if given else None
-    return work.stage("prompts", stamp, [studied], make)
-
-
-def _rows(corpus: Corpus, given: Sequence[Given]) -> Iterator[Row]:
-    """The rows of the prompts, in the order of their windows."""
     by_document = defaultdict[str, list[int]](list)
     for number, one in enumerate(given):
         by_document[one.document].append(number)
     words = [_words(f"{one.prompt} {one.answer}") for one in given]
     best: list[tuple[int, int, str]] = [(-1, 0, "")] * len(given)  # words in common, window, its subject
-    for window, subject in with_subjects(corpus.windows()):
+    for window, subject in with_subjects(corpus.windows()) if given else ():
         own = {number for name in {window.source, window.title} for number in by_document.get(name, ())}
         said = _words(window.text) if own else set()
         for number in own:
             common = len(words[number] & said)
             if common > best[number][0]:
                 best[number] = common, window.id, subject
-    for number in sorted(range(len(given)), key=lambda number: (best[number][1], number)):
-        common, window_id, subject = best[number]
+    for one, (common, _, _) in zip(given, best, strict=True):
         if common < 0:
-            raise not_there(given[number].document, "a prompt")
-        yield _row(given[number], window_id, subject)
+            raise not_there(one.document, "a prompt")
+    rows = [_row(one, window, subject) for one, (_, window, subject) in zip(given, best, strict=True)]
+    return sorted(rows, key=_window)
+
+
+def give(work: Work, rows: Sequence[Row], studied: str) -> str:
+    """Stage `prompts`, after that of self-study with the digest `studied`; returns its own digest."""
+
+    def make() -> None:
+        if not rows:
+            work.path(GIVEN).unlink(missing_ok=True)
+            return
+        study = work.path(STUDY)
+        own = read_lines(study) if study.exists() else iter(())
+        write_lines(work.path(GIVEN), heapq.merge(own, rows, key=_window))
+
+    stamp = hashlib.sha256(json.dumps(rows).encode()).hexdigest() if rows else None
+    return work.stage("prompts", stamp, [studied], make)
+
+
+def _window(row: Row) -> int:
+    return int(row["window"])
 
 
 def _words(text: str) -> set[str]:

@@ -30,7 +30,7 @@ from mlx_hiermem.learn.command import ANCHOR, BANK, LEARNING, TRAINING, Stages, 
 from mlx_hiermem.learn.forward import Anchor
 from mlx_hiermem.learn.making import EXAMPLES, ExampleSettings, make_examples, open_examples
 from mlx_hiermem.learn.planting import TreeSettings, describe_nodes, given_agreement, plant
-from mlx_hiermem.learn.prompts import Given, give
+from mlx_hiermem.learn.prompts import Given, about_windows, give
 from mlx_hiermem.learn.ranks import Ranks
 from mlx_hiermem.learn.settings import MemorySettings, TrainingSettings, epochs_for
 from mlx_hiermem.learn.stages import AGREEMENT, SKIPPED, TREE, CorpusSettings, read_corpus
@@ -189,9 +189,10 @@ class _Run(Stages):
             check_size(corpus.count)  # before anything that takes long
             self.listener.end(telling.corpus_line(corpus, skipped))
         with self.stage("study"):
+            prompts = about_windows(corpus, self.settings.prompts)  # before anything that takes long
             teacher = find_teacher(self.settings.teacher, *self.loaded[:2], identify(self.folder))
             studied = study(self.work, corpus, *teacher, self.settings.study, self.progress("windows"))
-            give(self.work, corpus, self.settings.prompts, studied)
+            give(self.work, prompts, studied)
             self.listener.end(telling.study_line(corpus.studied))
         with self.stage("tree"):
             planted = plant(self.work, corpus, embedder, self.settings.tree, self.progress("texts embedded"))
