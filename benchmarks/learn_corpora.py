@@ -24,6 +24,14 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
+from mlx_hiermem import load
+from mlx_hiermem.learn.examples import TrainingSet
+
+import mlx.core as mx  # isort: skip  (after mlx_hiermem, which picks the BLAS)
+import mlx.nn as nn  # isort: skip
+
 RESULTS = pathlib.Path(__file__).parent / "results"
 HIERMEM = [sys.executable, "-c", "from mlx_hiermem.apps.cli.main import main; main()"]
 WAYS: dict[str, list[str]] = {"study": [], "plain": ["--no-self-study"], "both": ["--objective", "distillation"]}
@@ -132,6 +140,23 @@ def learn(corpus: pathlib.Path, out: pathlib.Path, options: list[str]) -> dict[s
     return json.loads((out / "learning" / "report.json").read_text(encoding="utf-8"))
 
 
+def of_windows(model: pathlib.Path) -> dict[str, float]:
+    """Perplexity by memory, of the held-out windows alone; fetched is that of the leaf which its text reaches."""
+    held, opened = TrainingSet.open(model.with_name(f"{model.name}.learn") / "heldout"), load(model)
+    losses = dict.fromkeys(MEMORIES, 0.0)
+    tokens = 0
+    for number, (leaf,) in enumerate(held.leaves_of()):
+        example = held.read(number)
+        if not example.learn[1:].all():  # a question
+            continue
+        tokens += len(example.tokens) - 1
+        for memory in MEMORIES:
+            opened.select(str(leaf) if memory == "fetched" else memory, "")
+            logits = opened.anchor(mx.array(example.tokens[None, :-1]))[0]
+            losses[memory] += float(nn.losses.cross_entropy(logits, mx.array(example.tokens[1:]), reduction="sum"))
+    return {memory: float(np.exp(loss / tokens)) for memory, loss in losses.items()} if tokens else {}
+
+
 def ask(model: pathlib.Path, questions: pathlib.Path) -> dict[str, dict[str, float]]:
     """Share of right answers by memory, and by relation and wording."""
     command = [*HIERMEM, "eval", str(model), "--tasks", str(questions), "--json", "--out", f"{model}.eval"]
@@ -193,6 +218,7 @@ def main() -> None:
             "trained": asdict(trained),
             "bank_bytes": sum(file.stat().st_size for file in (out / "bank").rglob("*") if file.is_file()),
             "report": report,
+            "perplexity_of_windows": of_windows(out),
             "right": ask(out, questions),
         }
         print(json.dumps(result["ways"][way]), flush=True)
