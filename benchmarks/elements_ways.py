@@ -1,0 +1,85 @@
+"""Right answers of a bank of the elements, in each way that its recipe's table counts.
+
+    python benchmarks/elements_ways.py elements       # a model; its results go to results/elements_ways.json
+
+Greedy, with fetched memory: the prompts of `apps/demo/elements_qa.jsonl`, each held-out wording, and for atomic
+numbers the last of these as a user's turn. A number is the reply's first integer; a name or a symbol is its first
+word.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+
+from mlx_hiermem import load
+from mlx_hiermem.apps.demo.evaluate import HERE
+from mlx_hiermem.model import MemoryModel
+
+from mlx_lm.generate import batch_generate  # isort: skip  (after mlx_hiermem, which picks the BLAS)
+
+RESULTS = pathlib.Path(__file__).parent / "results" / "elements_ways.json"
+
+
+@dataclass(frozen=True)
+class Asked:
+    text: str
+    answer: str
+    chat: bool
+
+    def is_right(self, reply: str) -> bool:
+        first = re.search(r"\d+" if self.answer.isdigit() else r"[A-Za-z]+", reply)
+        return first is not None and first.group() in (self.answer, self.answer.lower())
+
+
+def ways() -> dict[str, list[Asked]]:
+    found = defaultdict[str, list[Asked]](list)
+    for row in map(json.loads, (HERE / "elements_qa.jsonl").read_text(encoding="utf-8").splitlines()):
+        relation, answer, heldout = row["relation"], row["answer"], row["heldout_prompts"]
+        found[f"{relation}: prompt"].append(Asked(row["prompt"], answer, False))
+        for number, text in enumerate(heldout, 1):
+            found[f"{relation}: held-out {number}"].append(Asked(text, answer, False))
+        if relation == "atomic_number":
+            turn = heldout[-1].removeprefix("Question: ").removesuffix("\nAnswer:")
+            found[f"{relation}: chat"].append(Asked(turn, answer, True))
+    return found
+
+
+def right(model: MemoryModel, asked: list[Asked]) -> int:
+    """How many; questions of one path are decoded together."""
+    groups, count = defaultdict[str, list[Asked]](list), 0
+    for one, routed in zip(asked, model.router.route_batch([one.text for one in asked]), strict=True):
+        groups[str(routed.path) or "none"].append(one)
+    for path, some in groups.items():
+        model.select(path, "")
+        tokens = [
+            model.chat_tokens([{"role": "user", "content": one.text}]) if one.chat else model.tokens(one.text)
+            for one in some
+        ]
+        texts = batch_generate(model.anchor, model.tokenizer, tokens, max_tokens=16 if some[0].chat else 8).texts
+        count += sum(one.is_right(text) for one, text in zip(some, texts, strict=True))
+    return count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", type=pathlib.Path)
+    options = parser.parse_args()
+    model = load(options.model)
+    assert model.bank is not None
+    found = {}
+    for way, asked in ways().items():
+        found[way] = [right(model, asked), len(asked)]
+        print(f"{way:<32}{found[way][0]} of {found[way][1]}", flush=True)
+    report = options.model / "learning" / "report.json"
+    learnt = json.loads(report.read_text(encoding="utf-8")) if report.exists() else None
+    result = {"right": found, "recipe": model.bank.manifest.recipe, "report": learnt}
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
