@@ -1,12 +1,18 @@
 """Fixtures that several test files share. `import mlx_hiermem` comes first: it picks the BLAS for MLX."""
 
+from __future__ import annotations
+
 import pathlib
 import tempfile
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
-import mlx_hiermem  # noqa: F401
+import mlx_hiermem  # noqa: F401  # picks the BLAS before MLX is loaded
+
+if TYPE_CHECKING:
+    from mlx_hiermem.learn.teacher import Teacher
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -47,3 +53,23 @@ def smollm2(smollm2_gguf: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
 def smollm2_anchor(smollm2: pathlib.Path) -> pathlib.Path:
     """Its anchor folder."""
     return smollm2 / "anchor"
+
+
+@pytest.fixture(scope="session")
+def smollm2_teacher(smollm2_anchor: pathlib.Path) -> Teacher:
+    """It, as who studies."""
+    from mlx_hiermem.anchor import load_anchor
+    from mlx_hiermem.learn.teacher import Teacher
+
+    return Teacher(*load_anchor(smollm2_anchor)[:2])
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
+    """A tiny random model as who studies."""
+    from tiny import make_anchor
+
+    from mlx_hiermem.anchor import load_anchor
+    from mlx_hiermem.learn.teacher import Teacher
+
+    return Teacher(*load_anchor(make_anchor(tmp_path_factory.mktemp("teacher") / "anchor"))[:2])

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import math
-import pathlib
 import random
 from collections.abc import Sequence
 
 import pytest
 from books import VILLAGES
 
-import mlx_hiermem  # noqa: F401  before mlx
-from mlx_hiermem.anchor import load_anchor
 from mlx_hiermem.learn import Window, reverse
 from mlx_hiermem.learn.facts import SUBJECT, Fact, facts
 from mlx_hiermem.learn.reverse import Chooser, reversible, try_reversed
 from mlx_hiermem.learn.teacher import Teacher
 from mlx_hiermem.learn.trying import StudySettings, Tried
 from mlx_hiermem.learn.wordings import REVERSED, SHOWN_REVERSED, Wording
-
-
-@pytest.fixture(scope="module")
-def smollm2_teacher(smollm2_anchor: pathlib.Path) -> Teacher:
-    model, tokenizer, _ = load_anchor(smollm2_anchor)
-    return Teacher(model, tokenizer)
 
 
 def of_codes(codes: Sequence[int], letter: str = "K") -> list[Fact]:

@@ -8,11 +8,8 @@ import pathlib
 
 import pytest
 from books import COUNT, VILLAGES, fact, write_library
-from tiny import make_anchor
 from tokenizers import Tokenizer
 
-import mlx_hiermem  # noqa: F401  before mlx
-from mlx_hiermem.anchor import load_anchor
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.learn import Window
 from mlx_hiermem.learn import study as study_module
@@ -40,18 +37,6 @@ def window(text: str, title: str = "") -> Window:
 
 def asked(text: str, subject: str = "") -> list[tuple[str, str]]:
     return [(found.blank, found.answer) for found in facts(window(text), subject)]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
-    model, tokenizer, _ = load_anchor(make_anchor(tmp_path_factory.mktemp("teacher") / "anchor"))
-    return Teacher(model, tokenizer)
-
-
-@pytest.fixture(scope="module")
-def smollm2_teacher(smollm2_anchor: pathlib.Path) -> Teacher:
-    model, tokenizer, _ = load_anchor(smollm2_anchor)
-    return Teacher(model, tokenizer)
 
 
 class TestFacts:
@@ -157,11 +142,11 @@ class TestWordings:
         ],
     )
     def test_lines_that_are_no_question(
-        self, tiny: Teacher, monkeypatch: pytest.MonkeyPatch, line: str, kept: bool
+        self, tiny_teacher: Teacher, monkeypatch: pytest.MonkeyPatch, line: str, kept: bool
     ) -> None:
         monkeypatch.setattr(Teacher, "lines", lambda self, asked, *rest, **more: [line for _ in asked])
         (one, _) = facts(window("The height of the Tower is 80 metres. It was built in 1911."), "Tower")
-        assert bool(wordings(tiny, [(one, "height", (0,))])[0]) == kept
+        assert bool(wordings(tiny_teacher, [(one, "height", (0,))])[0]) == kept
 
     def test_smollm2_goes_on_with_the_patterns(self, smollm2_teacher: Teacher) -> None:
         known = self.of("The top speed of Falcon is 320.", "Falcon", "320")
@@ -219,14 +204,14 @@ class TestStudy:
         assert all(row["answer"] not in row["prompt"] for row in turned)
 
     def test_an_interrupted_study_goes_on(
-        self, corpus: Corpus, tiny: Teacher, monkeypatch: pytest.MonkeyPatch
+        self, corpus: Corpus, tiny_teacher: Teacher, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(study_module, "TOGETHER", 5)
-        study(corpus.work, corpus, lambda: tiny, "tiny", QUICK)
+        study(corpus.work, corpus, lambda: tiny_teacher, "tiny", QUICK)
         whole = corpus.work.path(STUDY).read_text()
         again = Corpus(Work(corpus.work.folder), corpus.digest)
         monkeypatch.setattr(study_module, "_studied", _must_not_run)
-        study(again.work, again, lambda: tiny, "tiny", QUICK)  # done: nothing runs
+        study(again.work, again, lambda: tiny_teacher, "tiny", QUICK)  # done: nothing runs
         monkeypatch.undo()
         monkeypatch.setattr(study_module, "TOGETHER", 5)
 
@@ -236,20 +221,20 @@ class TestStudy:
 
         other = StudySettings(**(QUICK.__dict__ | {"seed": 1}))
         with pytest.raises(KeyboardInterrupt):
-            study(again.work, again, lambda: tiny, "tiny", other, stop)
+            study(again.work, again, lambda: tiny_teacher, "tiny", other, stop)
         seen: list[int] = []
         own = study_module._studied
         monkeypatch.setattr(study_module, "_studied", lambda some, *a: seen.append(len(some)) or own(some, *a))
-        study(again.work, again, lambda: tiny, "tiny", other)
+        study(again.work, again, lambda: tiny_teacher, "tiny", other)
         assert seen == [COUNT - 10]
         went_on = again.work.path(STUDY).read_text()
-        study(again.work, again, lambda: tiny, "tiny", QUICK)
+        study(again.work, again, lambda: tiny_teacher, "tiny", QUICK)
         assert again.work.path(STUDY).read_text() == whole
-        study(again.work, again, lambda: tiny, "tiny", other)
+        study(again.work, again, lambda: tiny_teacher, "tiny", other)
         assert again.work.path(STUDY).read_text() == went_on
 
     def test_answers_of_a_killed_study_are_not_asked_for_again(
-        self, corpus: Corpus, tiny: Teacher, monkeypatch: pytest.MonkeyPatch
+        self, corpus: Corpus, tiny_teacher: Teacher, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         calls: list[str] = []
 
@@ -268,7 +253,7 @@ class TestStudy:
             for name in ("lines", "finds"):
                 counted(name, fails_at)
             try:
-                study(corpus.work, corpus, lambda: tiny, f"tiny {seed}", QUICK)
+                study(corpus.work, corpus, lambda: tiny_teacher, f"tiny {seed}", QUICK)
             finally:
                 monkeypatch.undo()
             return corpus.work.path(STUDY).read_text()
@@ -288,18 +273,18 @@ class TestStudy:
             assert calls == every[:fails_at] + every[fails_at - 1 :]
             seed += 1
 
-    def test_without_self_study_there_is_no_file(self, corpus: Corpus, tiny: Teacher) -> None:
-        study(corpus.work, corpus, lambda: tiny, "tiny", QUICK)
+    def test_without_self_study_there_is_no_file(self, corpus: Corpus, tiny_teacher: Teacher) -> None:
+        study(corpus.work, corpus, lambda: tiny_teacher, "tiny", QUICK)
         first = corpus.work.path(STUDY).exists()
         study(corpus.work, corpus, None, "", QUICK)
         assert (first, corpus.work.path(STUDY).exists()) == (True, False)
 
-    def test_answers_that_are_not_found_are_not_asked_for(self, corpus: Corpus, tiny: Teacher) -> None:
+    def test_answers_that_are_not_found_are_not_asked_for(self, corpus: Corpus, tiny_teacher: Teacher) -> None:
         class Blind(Teacher):
             def finds(self, beginning: str, asked: object, others: object) -> list[float]:
                 return [-math.inf for _ in asked]  # type: ignore[attr-defined]
 
-        study(corpus.work, corpus, lambda: Blind(tiny.model, tiny.tokenizer), "blind", QUICK)
+        study(corpus.work, corpus, lambda: Blind(tiny_teacher.model, tiny_teacher.tokenizer), "blind", QUICK)
         rows = list(read_lines(corpus.work.path(STUDY)))
         assert rows
         assert not any(row.get("question") for row in rows)

@@ -10,26 +10,11 @@ import numpy as np
 import pytest
 from mlx_lm.generate import generate
 from mlx_lm.models.cache import RotatingKVCache
-from tiny import make_anchor
 
-import mlx_hiermem  # noqa: F401  before mlx
-from mlx_hiermem.anchor import load_anchor
 from mlx_hiermem.errors import AnchorError
 from mlx_hiermem.learn.noted import NotedTeacher
 from mlx_hiermem.learn.teacher import Teacher, load_teacher
 from mlx_hiermem.learn.trying import EXAMPLE, named
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
-    model, tokenizer, _ = load_anchor(make_anchor(tmp_path_factory.mktemp("teacher") / "anchor"))
-    return Teacher(model, tokenizer)
-
-
-@pytest.fixture(scope="module")
-def smollm2_teacher(smollm2_anchor: pathlib.Path) -> Teacher:
-    model, tokenizer, _ = load_anchor(smollm2_anchor)
-    return Teacher(model, tokenizer)
 
 
 def test_lines_are_what_the_model_writes_alone(smollm2_teacher: Teacher) -> None:
@@ -41,31 +26,31 @@ def test_lines_are_what_the_model_writes_alone(smollm2_teacher: Teacher) -> None
     assert together == [text.split("\n")[0].strip() for text in alone]
 
 
-def test_beginnings_may_differ(tiny: Teacher) -> None:
+def test_beginnings_may_differ(tiny_teacher: Teacher) -> None:
     asked = [("ab", "c"), ("xyz", "c"), ("ab", "dd"), ("q", "")]
-    assert tiny.lines(asked, 6) == [tiny.lines([one], 6)[0] for one in asked]
+    assert tiny_teacher.lines(asked, 6) == [tiny_teacher.lines([one], 6)[0] for one in asked]
 
 
-def test_certainty_is_the_mean_log_p(tiny: Teacher) -> None:
+def test_certainty_is_the_mean_log_p(tiny_teacher: Teacher) -> None:
     asked = [("how many", "12"), ("who", "Ann"), ("a longer question", "x")]
-    for (prompt, answer), found in zip(asked, tiny.finds("some text", asked, []), strict=True):
-        tokens = tiny.tokenizer.encode(f"some text{prompt} {answer}")
-        length = len(tiny.tokenizer.encode(f" {answer}"))
-        log_p = mx.softmax(tiny.model(mx.array([tokens]))[0], axis=-1).log()
+    for (prompt, answer), found in zip(asked, tiny_teacher.finds("some text", asked, []), strict=True):
+        tokens = tiny_teacher.tokenizer.encode(f"some text{prompt} {answer}")
+        length = len(tiny_teacher.tokenizer.encode(f" {answer}"))
+        log_p = mx.softmax(tiny_teacher.model(mx.array([tokens]))[0], axis=-1).log()
         own = [float(log_p[i - 1, tokens[i]]) for i in range(len(tokens) - length, len(tokens))]
         assert found == pytest.approx(np.mean(own), abs=1e-4)
 
 
-def test_other_caches_are_not_shared(tiny: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_caches_are_not_shared(tiny_teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = [("how many", "12"), ("a longer question", "x")]
-    expected = tiny.finds("some text", asked, [])
-    monkeypatch.setattr("mlx_hiermem.learn.teacher.make_prompt_cache", lambda _: [RotatingKVCache(4)] * 2)
-    assert tiny.finds("some text", asked, []) == pytest.approx(expected, abs=1e-4)
+    expected = tiny_teacher.finds("some text", asked, [])
+    monkeypatch.setattr("mlx_hiermem.learn.forward.make_prompt_cache", lambda _: [RotatingKVCache(4)] * 2)
+    assert tiny_teacher.finds("some text", asked, []) == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_likelier_answer_is_preferred(tiny: Teacher) -> None:
+def test_a_likelier_answer_is_preferred(tiny_teacher: Teacher) -> None:
     rivals = [chr(c) for c in range(ord("a"), ord("z"))]
-    found = [tiny.finds("text", [("?", rival)], rivals)[0] for rival in rivals]
+    found = [tiny_teacher.finds("text", [("?", rival)], rivals)[0] for rival in rivals]
     assert sum(log_p > -math.inf for log_p in found) == 1
 
 
@@ -87,11 +72,11 @@ def test_smollm2_reads_names_in_windows_that_name_nobody(smollm2_teacher: Teache
     assert [log_p > -math.inf for log_p in found] == [True, False, False, False, False]
 
 
-def test_answers_are_noted(tiny: Teacher, tmp_path: pathlib.Path) -> None:
+def test_answers_are_noted(tiny_teacher: Teacher, tmp_path: pathlib.Path) -> None:
     lines, finds = ([("ab", "c"), ("ab", "dd")], 6, 0.8, 3), ("some text", [("how many", "12")], ["13"])
-    first = NotedTeacher.of(tiny, tmp_path / "notes")
+    first = NotedTeacher.of(tiny_teacher, tmp_path / "notes")
     said = first.lines(*lines), first.finds(*finds), first.finds("other", *finds[1:])
-    assert said == (tiny.lines(*lines), tiny.finds(*finds), tiny.finds("other", *finds[1:]))
+    assert said == (tiny_teacher.lines(*lines), tiny_teacher.finds(*finds), tiny_teacher.finds("other", *finds[1:]))
     mute = Teacher(None, None)  # type: ignore[arg-type]  # fails when it is asked
     again = NotedTeacher.of(mute, tmp_path / "notes")
     assert (again.lines(*lines), again.finds(*finds), again.finds("other", *finds[1:])) == said

@@ -159,8 +159,8 @@ class Trainer:
             budget -= self._states.nbytes
             self._states.complete(reporter.states)
         if self.settings.objective == "distillation":
-            budget = budget if GENERIC not in self.job.leaves else self.settings.states_bytes
-            numbers = np.unique(self.examples.assigned) if GENERIC in self.job.leaves else numbers
+            if GENERIC in self.job.leaves:  # whatever it meets: to read a window for all its prompts is cheaper
+                budget, numbers = self.settings.states_bytes, np.unique(self.examples.assigned)
             taught = numbers[self.examples.teachers[numbers] > 0]
             self._teachers = TeacherStates(
                 self.folder / "teacher.states", self.learner.anchor, self.examples, taught, budget, last
