@@ -1,14 +1,11 @@
-"""The wordings in which the elements recipe teaches each fact.
+"""The wordings in which the demo's bank was taught each fact, by `make elements`.
 
     python -m mlx_hiermem.apps.demo.wordings > prompts.jsonl    # for hiermem learn --prompts
 
 A fact learnt in one wording cannot be asked for in another, so every fact is
 written many times: as statements, as question and answer, and as a turn of the
 chat template. The questions that later measure the bank are held out: none of
-their wordings appears here, and `tests` can hold that with `training_texts`.
-
-A wording is a prompt and the answer that follows it. The prompt alone decides
-the route, in training as in use, and only the answer is learnt.
+their wordings appears here.
 """
 
 from __future__ import annotations
@@ -88,9 +85,8 @@ REVERSE_CHAT_ANSWER = "The element with atomic number {number} is {name}."
 
 @dataclass(frozen=True)
 class Wording:
-    """One prompt and its answer; `subject` groups what must be learnt together."""
+    """One prompt and its answer."""
 
-    subject: str  # the element's id, or "number 51" where only the number is given
     relation: str
     prompt: str
     answer: str
@@ -112,25 +108,19 @@ def _fields(element: Element) -> dict[str, str]:
 def element_wordings(element: Element) -> list[Wording]:
     """Every wording of one element's facts: number, symbol, series, and number to name."""
     fields = _fields(element)
-    named, numbered = element["id"], f"number {fields['number']}"
     groups = [
-        (named, "number", NUMBER, " {number}.", NUMBER_CHAT, NUMBER_CHAT_ANSWER),
-        (named, "symbol", SYMBOL, " {symbol}.", SYMBOL_CHAT, SYMBOL_CHAT_ANSWER),
-        (named, "series", SERIES, " {series}.", SERIES_CHAT, SERIES_CHAT_ANSWER),
-        (numbered, "reverse", REVERSE, " {Name}.", REVERSE_CHAT, REVERSE_CHAT_ANSWER),
+        ("number", NUMBER, " {number}.", NUMBER_CHAT, NUMBER_CHAT_ANSWER),
+        ("symbol", SYMBOL, " {symbol}.", SYMBOL_CHAT, SYMBOL_CHAT_ANSWER),
+        ("series", SERIES, " {series}.", SERIES_CHAT, SERIES_CHAT_ANSWER),
+        ("reverse", REVERSE, " {Name}.", REVERSE_CHAT, REVERSE_CHAT_ANSWER),
     ]
     wordings: list[Wording] = []
-    for subject, relation, raw, answer, chat, chat_answer in groups:
+    for relation, raw, answer, chat, chat_answer in groups:
         for prompts, reply, is_chat in ((raw, answer, False), (chat, chat_answer, True)):
             for prompt in prompts:
                 filled = prompt.format(**fields), reply.format(**fields)
-                wordings.append(Wording(subject, relation, *filled, is_chat))
+                wordings.append(Wording(relation, *filled, is_chat))
     return wordings
-
-
-def training_texts(elements: list[Element]) -> list[str]:
-    """All text the recipe trains on, for checking that nothing held out is in it."""
-    return [w.prompt + (" " if w.chat else "") + w.answer for e in elements for w in element_wordings(e)]
 
 
 def prompt_line(element: Element, wording: Wording) -> str:
