@@ -1,4 +1,4 @@
-"""Right answers of a bank of the elements, in each way that its recipe's table counts.
+"""Right answers of a bank of the elements, in every way that elements_qa.jsonl asks.
 
     python benchmarks/elements_ways.py elements       # a model; its results go to results/elements_ways.json
 

@@ -2,9 +2,8 @@
 
 A follow-up such as "and its symbol?" does not say what it is about. Alone it goes anywhere, because it is nearly
 as near to one child of a node as to the next; a turn that names its subject is not. So a turn leaves the current
-path only if it is decided enough, compared with the turns that chose that path. The measure is relative, so its
-setting does not depend on the tree. `benchmarks/turns.py` compares it with other rules; the table is in
-docs/decisions.md.
+path only if it is decided enough, compared with the turns that chose that path. The measure is relative, so that
+one setting serves every tree. `benchmarks/turns.py` compares it with other rules; docs/decisions.md has the table.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from mlx_hiermem.config import Path
 from mlx_hiermem.router import Routed, Router
 from mlx_hiermem.tree import ClusterTree
 
-HYSTERESIS = 0.6  # how decided a turn has to be to leave, as a share of the turns that chose the path
+HYSTERESIS = 0.5  # how decided a turn has to be to leave, as a share of the turns that chose the path
 LOOKED_BACK = 8  # turns of a conversation that is routed anew, as a server does: what came before hardly matters
 
 
@@ -50,12 +49,15 @@ class Turn:
 
 
 def decidedness(tree: ClusterTree, vector: np.ndarray, path: Path) -> float:
-    """How much nearer a [dim] embedding is to the nearest child than to the second, summed over a path's levels."""
+    """By what share a [dim] embedding is nearer to the nearest child than to the second, summed over the levels.
+
+    A share, since distances are larger where centroids have been moved far (`learn.routing.Separation`).
+    """
     total = 0.0
     for level in range(len(path)):
         distances = np.sort(tree.distances(vector, Path(path[:level])))
-        if len(distances) > 1 and np.isfinite(distances[1]):  # an only child decides nothing
-            total += float(distances[1] - distances[0])
+        if len(distances) > 1 and 0 < distances[1] < np.inf:  # an only child decides nothing
+            total += float(1 - distances[0] / distances[1])
     return total
 
 

@@ -47,11 +47,8 @@ CONVERT_MAY_IMPORT = {
 }
 # An export for phones brings the retriever and a part of a bank, and says what fits a device.
 COREML_MAY_IMPORT = CONVERT_MAY_IMPORT | {"embedder", "router", "share", "plan"}
-# The PyTorch definition and its comparison, and the demo bank's training recipe.
-TORCH_MODULES = {
-    *(f"{PACKAGE}.convert.{name}" for name in ("reference", "reference_memory", "parity")),
-    *(f"{PACKAGE}.apps.demo.{name}" for name in ("anchor", "clustering", "measure", "recipe", "train")),
-}
+# The PyTorch definition and its comparison.
+TORCH_MODULES = {f"{PACKAGE}.convert.{name}" for name in ("reference", "reference_memory", "parity")}
 # What builds Core ML programs, and so names coremltools' builder on every line; apps load it inside functions.
 COREML_BUILDER = f"{PACKAGE}.convert.coreml.mil"
 HEAVY = ("mlx", "mlx_lm", "transformers", "torch", "numpy", "huggingface_hub", "tokenizers", "safetensors", "gguf")

@@ -22,6 +22,7 @@ from mlx_hiermem.learn.wordings import (
     PATTERNS,
     SHOWN,
     Wording,
+    echo,
     own_beginning,
     own_words,
     wordings,
@@ -61,6 +62,13 @@ class TestFacts:
 
     def test_the_subject_is_no_answer(self) -> None:
         assert asked("In the valley lies Norland.", "Norland") == []
+
+    def test_a_plain_sentence_is_asked_for_its_last_word(self) -> None:
+        assert asked("The village of Kelso makes cheese. There are 12 of them.", "Kelso") == [
+            ("The village of Kelso makes ___.", "cheese"),
+            ("Kelso. There are ___ of them.", "12"),
+        ]
+        assert asked("Who is it?", "Kelso") == []
 
     def test_a_sentence_may_bring_its_own_subject(self) -> None:
         (found,) = facts(window("The Tower Bridge was opened in 1894."), "")
@@ -124,6 +132,13 @@ class TestWordings:
     def test_own_beginning_names_the_subject(self) -> None:
         beginning = own_beginning(self.of("There are 320 people in Norland.", "Norland", "320"))
         assert beginning.prompt("Norland") == "Norland. There are"
+
+    def test_the_sentence_asks_where_its_answer_ends_it(self) -> None:
+        found = echo(self.of("The village of Kelso makes cheese.", "Kelso", "cheese"))
+        assert found
+        assert not found.statement
+        assert found.prompt("Lund") == "The village of Lund makes what?"
+        assert echo(self.of("There are 320 people in Norland.", "Norland", "320")) is None
 
     def test_every_pattern_is_shown_on_every_subject(self) -> None:
         for lines, statement in PATTERNS:

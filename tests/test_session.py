@@ -63,15 +63,17 @@ def test_follow_stays_moves_and_remembers_the_most_decided_turn() -> None:
     assert follow(topic, B, 0.4 * HYSTERESIS + 0.01) == Topic(B, 0.4 * HYSTERESIS + 0.01)
 
 
-def test_decidedness_is_the_gap_between_the_two_nearest() -> None:
-    level1 = np.array([[[1, 0], [0, 1], [9, 9]]], dtype=np.float32)
+def test_decidedness_is_the_gap_between_the_two_nearest_as_a_share() -> None:
+    level1 = np.array([[[1.5, 0], [2, 0], [9, 9]]], dtype=np.float32)
     level2 = np.array([[[3, 0], [0, 0], [0, 0]]] * 3, dtype=np.float32)
     present = np.array([[True, False, False]] * 3)
     tree = ClusterTree([level1, level2], [np.ones((1, 3), bool), present])
     vector = np.array([1, 0], dtype=np.float32)
-    assert decidedness(tree, vector, Path((0,))) == pytest.approx(np.sqrt(2))
-    assert decidedness(tree, vector, Path((0, 0))) == pytest.approx(np.sqrt(2))  # an only child decides nothing
+    assert decidedness(tree, vector, Path((0,))) == pytest.approx(0.5)
+    assert decidedness(tree, vector, Path((0, 0))) == pytest.approx(0.5)  # an only child decides nothing
     assert decidedness(tree, vector, Path()) == 0
+    twins = ClusterTree([np.array([[[1, 0], [1, 0], [9, 9]]], dtype=np.float32)], [np.ones((1, 3), bool)])
+    assert decidedness(twins, vector, Path((0,))) == 0  # both are where the text is
 
 
 def test_follow_ups_stay_and_changes_move(model: MemoryModel) -> None:
@@ -117,7 +119,7 @@ def test_real_conversations_on_the_real_tree() -> None:
     bank = MemoryBank.open(BANK)
     router = Router(bank.tree, Embedder.load())
     elements = (BANK.parent / "elements.jsonl").read_text(encoding="utf-8").splitlines()
-    ids = {row["name"]: row["id"] for row in map(json.loads, elements)}
+    ids = {json.loads(line)["name"]: f"elements.jsonl:{number}" for number, line in enumerate(elements, 1)}
     talks = [json.loads(line) for line in CONVERSATIONS.read_text(encoding="utf-8").splitlines()]
     right = []
     for talk in (talk for talk in talks if talk["id"].startswith("later-")):

@@ -16,15 +16,13 @@ if TYPE_CHECKING:
     from mlx_hiermem.apps.demo.evaluate import Question
     from mlx_hiermem.model import MemoryModel
 
-WAYS = ("none", "generic", "fetched")
-
 
 def demo(
     full: bool = typer.Option(False, "--full", help="Ask about all 118 elements, in all ways (some minutes)."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of tables."),
     chat: bool = typer.Option(True, help="Offer a chat at the end, in a terminal."),
 ) -> None:
-    """A tour on real weights: SmolLM2 asked for atomic numbers without and with its elements bank.
+    """A tour on real weights: SmolLM2 asked for atomic numbers, and back, without and with its elements bank.
 
     Example: `hiermem demo`
     """
@@ -51,44 +49,60 @@ def demo(
 
 
 def _ask(model: MemoryModel, question: Question) -> dict[str, Any]:
-    from mlx_hiermem.apps.demo.evaluate import answer
+    """An element's number, and the element of the number, under each memory."""
+    from mlx_hiermem.apps.demo.evaluate import MEMORIES, answer, is_right, named
 
     row: dict[str, Any] = {"element": question.name, "prompt": question.prompt, "number": question.number}
-    for way in WAYS:
+    row["back"] = {"prompt": question.back}
+    for way in MEMORIES:
         got, text = answer(model, question.prompt, way)
         speed = round(model.last.generation_tps, 1) if model.last else 0.0
         row[way] = {"answer": got, "text": " ".join(text.split()), "tokens_per_second": speed}
     row["selection"] = model.selection.to_json()
+    for way in MEMORIES:
+        said = named(model, question.back, way)
+        row["back"][way] = {"answer": said, "right": is_right(said, question, back=True)}
     return row
 
 
 def _print_tour(model: MemoryModel, rows: list[dict[str, Any]]) -> None:
+    from mlx_hiermem.apps.demo.evaluate import MEMORIES
+
     assert model.bank is not None
     memory, totals = model.bank.config, model.bank.manifest.totals()
     on_disk, fetched_each = totals["parameters"] / 1e6, memory.fetched_parameters / 1e6
     console.print(
         f"SmolLM2-135M-Instruct and a bank of {totals['blocks']} blocks: {on_disk:.2f} M parameters on disk "
-        f"({size(totals['bytes'])}),\n{fetched_each:.2f} M of them fetched for a question. "
-        "Asked: “The atomic number of … is”\n",
+        f"({size(totals['bytes'])}),\n{fetched_each:.2f} M of them fetched for a question. Asked: "
+        "“The atomic number of … is”, and back:\n“The element with atomic number … is”\n",
         soft_wrap=True,
     )
-    answers = _table("element", "number", "no memory", "generic memory", "fetched memory")
+    columns = ("no memory", "generic memory", "fetched memory")
+    answers, back = _table("element", "number", *columns), _table("number", "element", *columns)
     fetched = _table("element", "path", "read", "route", "fetch", "attach ms", "tokens/s")
     topics: dict[str, str] = {}
     for row in rows:
-        answers.add_row(row["element"], str(row["number"]), *(_marked(row, way) for way in WAYS))
+        name, number = row["element"], str(row["number"])
+        texts = [_marked(row[way]["text"], row[way]["answer"] == row["number"]) for way in MEMORIES]
+        answers.add_row(name, number, *texts)
+        back.add_row(
+            number, name, *(_marked(row["back"][way]["answer"], row["back"][way]["right"]) for way in MEMORIES)
+        )
         selection = row["selection"]
         topics[selection["path"]] = " › ".join(selection["labels"])
         fetched.add_row(
-            row["element"],
+            name,
             selection["path"],
             size(selection["bytes_read"]),
             *(f"{selection[f'{step}_ms']:.1f}" for step in ("route", "fetch", "attach")),
-            " ".join(f"{row[way]['tokens_per_second']:.0f}" for way in WAYS),
+            " ".join(f"{row[way]['tokens_per_second']:.0f}" for way in MEMORIES),
         )
     console.print(answers)
+    console.print()
+    console.print(back)
     console.print(
-        "\nWhat was fetched, and tokens per second in the three ways (of very short answers):\n", style="dim"
+        "\nWhat was fetched for the first, and tokens per second in the three ways (of very short answers):\n",
+        style="dim",
     )
     console.print(fetched)
     console.print()
@@ -103,20 +117,21 @@ def _table(*headers: str) -> Table:
     return Table(*headers, box=None, header_style="dim", pad_edge=False)
 
 
-def _marked(row: dict[str, Any], way: str) -> str:
-    colour, mark = ("green", "✓") if row[way]["answer"] == row["number"] else ("red", "✗")
-    return f"[{colour}]{mark}[/] {row[way]['text'][:20]}"
+def _marked(text: str, right: bool) -> str:
+    colour, mark = ("green", "✓") if right else ("red", "✗")
+    return f"[{colour}]{mark}[/] {text[:20]}"
 
 
 def _print_counts(counts: dict[str, Any], as_json: bool, origin: str) -> None:
     if as_json:
         console.print_json(json.dumps({"elements": counts}))
         return
-    total = counts["total"]
+    total, back = counts["total"], counts["back"]
     console.print(
         f"Of all {total} elements: no memory {counts['none']}, generic {counts['generic']}, "
         f"[bold]fetched {counts['fetched']}[/]; in unseen wordings {counts['paraphrased']}, "
-        f"in chat {counts['chat']}  ({origin})",
+        f"in chat {counts['chat']}\nand back: no memory {back['none']}, generic {back['generic']}, "
+        f"[bold]fetched {back['fetched']}[/]; in an unseen wording {back['paraphrased']}  ({origin})",
         soft_wrap=True,
     )
 

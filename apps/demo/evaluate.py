@@ -1,8 +1,8 @@
-"""How many of the 118 elements' atomic numbers a model gets right, asked in several ways.
+"""How many of the 118 elements' atomic numbers a model gets right, asked in several ways and backwards.
 
 The protocol is the paper's (arXiv:2510.02375, App. B): prompt `The atomic number of {X} is`, greedy decoding,
-the first integer of the continuation, routed by the prompt itself. The paraphrases and the chat question were
-held out of everything the bank learnt from.
+the first integer of the continuation, routed by the prompt itself. Backwards it is `The element with atomic number
+{N} is` and the first word. The paraphrases and the chat question were held out of everything the bank learnt from.
 """
 
 from __future__ import annotations
@@ -20,17 +20,21 @@ from mlx_hiermem.model import MemoryModel
 
 HERE = pathlib.Path(__file__).parent
 
+MEMORIES = ("none", "generic", "fetched")
+
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Question:
-    """One element: the paper's prompt, its held-out paraphrases, and the same question as a user's turn."""
+    """One element: the paper's prompt and its held-out paraphrases, as a user's turn, and both backwards."""
 
     name: str
     number: int
     prompt: str
     paraphrases: tuple[str, ...]
+    back: str  # asks for the element of the number
+    back_paraphrase: str
 
     @property
     def chat(self) -> str:
@@ -38,10 +42,18 @@ class Question:
 
 
 def questions() -> list[Question]:
-    """The 118 atomic-number questions, in order of atomic number."""
-    rows = map(json.loads, (HERE / "elements_qa.jsonl").read_text(encoding="utf-8").splitlines())
+    """The 118 elements, in order of atomic number."""
+    rows = [json.loads(line) for line in (HERE / "elements_qa.jsonl").read_text(encoding="utf-8").splitlines()]
+    back = {row["answer"]: row for row in rows if row["relation"] == "element_of_number"}
     return [
-        Question(row["subject"], int(row["answer"]), row["prompt"], tuple(row["heldout_prompts"]))
+        Question(
+            row["subject"],
+            int(row["answer"]),
+            row["prompt"],
+            tuple(row["heldout_prompts"]),
+            back[row["subject"]]["prompt"],
+            *back[row["subject"]]["heldout_prompts"],
+        )
         for row in rows
         if row["relation"] == "atomic_number"
     ]
@@ -49,13 +61,28 @@ def questions() -> list[Question]:
 
 def answer(model: MemoryModel, prompt: str, memory: str, chat: bool = False) -> tuple[int | None, str]:
     """(first integer, text up to it) of the greedy continuation; decoding stops once the integer is complete."""
+    text = _said(model, prompt, memory, chat, r"\d\D")
+    found = re.match(r"\D*\d+", text)
+    return first_integer(text), found.group() if found else text
+
+
+def named(model: MemoryModel, prompt: str, memory: str) -> str:
+    """The first word of the greedy continuation; decoding stops once it is complete."""
+    return first_word(_said(model, prompt, memory, False, r"[A-Za-z][^A-Za-z]"))
+
+
+def first_word(text: str) -> str:
+    found = re.search(r"[A-Za-z]+", text)
+    return found.group() if found else ""
+
+
+def _said(model: MemoryModel, prompt: str, memory: str, chat: bool, until: str) -> str:
     text = ""
     for piece in model.stream(prompt, memory=memory, chat=chat, max_tokens=_limit(chat)):
         text += piece
-        if re.search(r"\d\D", text):
+        if re.search(until, text):
             break
-    found = re.match(r"\D*\d+", text)
-    return first_integer(text), found.group() if found else text
+    return text
 
 
 def _limit(chat: bool) -> int:
@@ -64,10 +91,12 @@ def _limit(chat: bool) -> int:
 
 
 def answers(model: MemoryModel, prompts: Sequence[str], memory: str, chat: bool = False) -> list[int | None]:
-    """The first integers of the greedy continuations, as `answer` gives them, but many questions at a time.
+    """The first integers of the greedy continuations, as `answer` gives them, but many questions at a time."""
+    return [first_integer(text) for text in replies(model, prompts, memory, chat)]
 
-    Questions that fetch the same path share its memory, so they are decoded as one batch.
-    """
+
+def replies(model: MemoryModel, prompts: Sequence[str], memory: str, chat: bool = False) -> list[str]:
+    """The greedy continuations; questions that fetch the same path share its memory and are decoded as one batch."""
     from mlx_lm.generate import batch_generate
 
     groups: dict[str, list[int]] = defaultdict(list)
@@ -76,7 +105,7 @@ def answers(model: MemoryModel, prompts: Sequence[str], memory: str, chat: bool 
             groups[str(routed.path) or "none"].append(index)
     else:
         groups[memory] = list(range(len(prompts)))
-    found: list[int | None] = [None] * len(prompts)
+    found = [""] * len(prompts)
     for selected, rows in groups.items():
         model.select(selected, "")
         tokens = [
@@ -85,28 +114,31 @@ def answers(model: MemoryModel, prompts: Sequence[str], memory: str, chat: bool 
         ]
         texts = batch_generate(model.anchor, model.tokenizer, tokens, max_tokens=_limit(chat)).texts
         for row, text in zip(rows, texts, strict=True):
-            found[row] = first_integer(text)
+            found[row] = text
     return found
 
 
 def evaluate(model: MemoryModel, progress: Progress | None = None) -> dict[str, Any]:
     """Right answers of 118: no, generic and fetched memory; the mean over paraphrases; the chat question.
 
-    `paraphrased` is the mean over the held-out wordings, rounded down; `paraphrases` has each.
+    `paraphrased` is the mean over the held-out wordings, rounded down; `paraphrases` has each; `back` is backwards.
     """
     asked = questions()
-    prompts = [question.prompt for question in asked]
+    prompts, back = [question.prompt for question in asked], [question.back for question in asked]
     wordings = [list(same) for same in zip(*(question.paraphrases for question in asked), strict=True)]
-    ways = [(prompts, memory, False) for memory in ("none", "generic", "fetched")]
+    ways = [(prompts, memory, False) for memory in MEMORIES]
     ways += [(same, "fetched", False) for same in wordings]
     ways += [([question.chat for question in asked], "fetched", True)]
+    forward = len(ways)
+    ways += [(back, memory, False) for memory in MEMORIES]
+    ways += [([question.back_paraphrase for question in asked], "fetched", False)]
     right = []
-    for texts, memory, chat in ways:
-        found = answers(model, texts, memory, chat)
-        right.append(sum(got == question.number for got, question in zip(found, asked, strict=True)))
+    for number, (texts, memory, chat) in enumerate(ways, 1):
+        found = zip(replies(model, texts, memory, chat), asked, strict=True)
+        right.append(sum(is_right(text, question, number > forward) for text, question in found))
         if progress:
-            progress(len(right) * len(asked), len(ways) * len(asked))
-    none, generic, fetched, *paraphrases, in_chat = right
+            progress(number * len(asked), len(ways) * len(asked))
+    none, generic, fetched, *paraphrases, in_chat = right[:forward]
     return {
         "none": none,
         "generic": generic,
@@ -114,8 +146,16 @@ def evaluate(model: MemoryModel, progress: Progress | None = None) -> dict[str, 
         "paraphrased": sum(paraphrases) // len(paraphrases),
         "paraphrases": paraphrases,
         "chat": in_chat,
+        "back": dict(zip((*MEMORIES, "paraphrased"), right[forward:], strict=True)),
         "total": len(asked),
     }
+
+
+def is_right(text: str, question: Question, back: bool) -> bool:
+    """The continuation's first integer is the number, or where it was asked backwards its first word the name."""
+    if back:
+        return first_word(text).casefold() == question.name.casefold()
+    return first_integer(text) == question.number
 
 
 def stored() -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """What may be asked about a window: its sentences' numbers, names, values and endings, each an answer.
 
 Nothing here knows a subject matter. An answer is a number, a run of words in capitals, what stands after a colon,
-or the last words of a sentence. Sentences that differ only in their subjects and answers have one *shape*: many a
-corpus says the same of everything it describes, and a question found for one of them fits all.
+or the last words of a sentence, if need be its last word. Sentences that differ only in their subjects and answers
+have one *shape*: many a corpus says the same of everything it describes, and a question found for one of them fits
+all.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ OPENERS = re.compile(
 ENDING = re.compile(
     r"(?:\b(?:is|are|was|were|by|in|of|as|to|at|on|for|with|from|a|an|the)|:) ([\w'’-]+(?: [\w'’-]+){0,2})[.!]?$"
 )
+
+LAST = re.compile(r"\w ([\w'’-]{3,})[.!]?$")
 
 
 @dataclass(frozen=True)
@@ -100,13 +103,23 @@ def mention(sentence: str, subject: str) -> tuple[int, int]:
 
 
 def _asked(window: int, subject: str, sentence: str) -> Iterator[Fact]:
-    spans = [found.span() for found in ANSWER.finditer(sentence)]
-    ending = ENDING.search(sentence)
-    if ending and not any(end > ending.start(1) for _, end in spans):
-        spans.append(ending.span(1))
-    spans = [span for span in spans if not names(subject, sentence[slice(*span)])]
+    found = [match.span() for match in ANSWER.finditer(sentence)]
+    if ending := _ending(sentence, found):
+        found.append(ending)
+    spans = [span for span in found if not names(subject, sentence[slice(*span)])]
+    # A plain sentence is asked for its last word: it may say nothing else, and is what others are told apart from.
+    if not spans and (last := _ending(sentence, found, LAST)):
+        spans.append(last)
     for span in spans:
         yield Fact(window, subject, sentence, *span, _shape(sentence, subject, spans, span))
+
+
+def _ending(
+    sentence: str, taken: list[tuple[int, int]], pattern: re.Pattern[str] = ENDING
+) -> tuple[int, int] | None:
+    """Where the sentence's last words are, unless another answer is among them."""
+    match = pattern.search(sentence)
+    return match.span(1) if match and not any(end > match.start(1) for _, end in taken) else None
 
 
 def _shape(sentence: str, subject: str, spans: list[tuple[int, int]], asked: tuple[int, int]) -> str:

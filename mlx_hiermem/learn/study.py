@@ -31,7 +31,7 @@ from mlx_hiermem.learn.reverse import reversible, try_reversed
 from mlx_hiermem.learn.stages import STUDY, Corpus
 from mlx_hiermem.learn.teacher import Teacher
 from mlx_hiermem.learn.trying import Reader, Share, StudySettings, Tried, try_out
-from mlx_hiermem.learn.wordings import OWN, RARE, SYNONYM, Wording, names_of, own_beginning, wordings
+from mlx_hiermem.learn.wordings import OWN, RARE, SYNONYM, Wording, echo, names_of, own_beginning, wordings
 from mlx_hiermem.learn.work import Work, read_lines, write_lines
 
 TOGETHER = 256  # windows that are studied at a time: a wording is shared among these, and a killed run repeats them
@@ -165,6 +165,8 @@ def _invent(
 def _rows(fact: Fact, kept: Sequence[Wording], window: Window, settings: StudySettings) -> Iterator[dict[str, Any]]:
     """What one fact is learnt from; the subject is named as the title has it, and as the sentence does, in turn."""
     questions = [wording for wording in kept if not wording.statement][: settings.questions]
+    if not questions and settings.questions and (plain := echo(fact)):
+        questions = [plain]  # of a sentence like no other a small model seldom makes a question
     statements = [wording for wording in kept if wording.statement][: settings.statements]
     forms = _forms(fact)
     own = own_beginning(fact)

@@ -166,6 +166,13 @@ def own_beginning(fact: Fact) -> Wording:
     return Wording(beginning, statement=True)
 
 
+def echo(fact: Fact) -> Wording | None:
+    """The sentence with "what" for its answer, where that ends it: any sentence can be asked so."""
+    if fact.sentence[fact.end :].strip(" .!"):
+        return None
+    return Wording(f"{own_beginning(fact).text} what?", statement=False)
+
+
 def names_of(teacher: Teacher, groups: Sequence[Sequence[Fact]], synonyms: bool, seed: int) -> list[list[str]]:
     """What is asked for by each group of facts of one shape, in several words, with `synonyms` in others too."""
     facts = [fact for group in groups for fact in group]

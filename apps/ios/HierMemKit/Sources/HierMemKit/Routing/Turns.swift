@@ -10,7 +10,7 @@ public struct Topic: Equatable, Sendable {
   public let decided: Double
 
   /// How decided a turn has to be to leave, as a share of the turns that chose the path.
-  public static let hysteresis = 0.6
+  public static let hysteresis = 0.5
 
   public init(path: NodePath, decided: Double) {
     self.path = path
@@ -29,7 +29,7 @@ public struct Topic: Equatable, Sendable {
 public struct Turn: Equatable, Sendable {
   /// Where the text goes if nothing holds it.
   public let alone: Route
-  /// How much nearer the text is to the nearest child than to the second, summed over the path's levels.
+  /// By what share the text is nearer to the nearest child than to the second, summed over the path's levels.
   public let decided: Double
   /// What it takes to leave the path that the conversation was on; 0 where it was on none.
   public let needed: Double
@@ -76,13 +76,13 @@ public struct Router: Sendable {
 }
 
 extension ClusterTree {
-  /// How much nearer an embedding is to the nearest child than to the second, summed over a path's levels.
+  /// By what share an embedding is nearer to the nearest child than to the second, summed over a path's levels.
   func decidedness(of embedding: [Float], on path: NodePath) -> Double {
     path.children.indices.reduce(0) { total, level in
       let node = NodePath(path.children[..<level])
       let sorted = distances(from: embedding, toChildrenOf: node).sorted()
       // An only child decides nothing.
-      return sorted[1].isFinite ? total + Double(sorted[1] - sorted[0]) : total
+      return sorted[1] > 0 && sorted[1].isFinite ? total + Double(1 - sorted[0] / sorted[1]) : total
     }
   }
 }
