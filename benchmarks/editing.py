@@ -1,6 +1,6 @@
 """What removing a block leaves behind, and what a corrected fact changes: the demo's bank, 472 of its questions.
 
-    python benchmarks/editing.py MODEL [--leaf 2.0] [--subject Molybdenum] [--answer 142]
+    python benchmarks/editing.py MODEL [--leaf 0.1] [--subject Molybdenum] [--answer 142]
 
 Three copies of the bank. In one the leaf is removed and its questions go to the nearest other leaf; in one it is
 closed and they stop above, so that only the block above answers; in one the leaf alone is trained on, with one
@@ -143,7 +143,7 @@ def measure(model: pathlib.Path, leaf: Path, subject: str, answer: str, folder: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=pathlib.Path)
-    parser.add_argument("--leaf", default="2.0", type=Path.parse)
+    parser.add_argument("--leaf", default="0.1", type=Path.parse)
     parser.add_argument("--subject", default="Molybdenum")
     parser.add_argument("--answer", default="142")
     options = parser.parse_args()

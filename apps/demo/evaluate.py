@@ -96,7 +96,7 @@ def answers(model: MemoryModel, prompts: Sequence[str], memory: str, chat: bool 
 
 
 def replies(model: MemoryModel, prompts: Sequence[str], memory: str, chat: bool = False) -> list[str]:
-    """The greedy continuations; questions that fetch the same path share its memory and are decoded as one batch."""
+    """The greedy continuations; questions of one path share its memory and are decoded as one batch."""
     from mlx_lm.generate import batch_generate
 
     groups: dict[str, list[int]] = defaultdict(list)

@@ -22,7 +22,7 @@ struct BankTests {
     #expect(bank.manifest.memory.blockSizes == [24, 8])
     #expect(bank.manifest.blocks.count == 20)
     #expect(bank.tree.dimension == 384)
-    #expect(bank.policy == BankPolicy(reach: 1.15))
+    #expect(bank.policy == BankPolicy(reach: 1.2785))
     let node = try NodePath(parsing: "1.2")
     #expect(bank.nodes(on: node).map(\.description) == ["1", "1.2"])
     #expect(bank.blocks(within: try NodePath(parsing: "1")).count == 5)
