@@ -4,12 +4,14 @@
 
 Greedy, with fetched memory: the prompts of `apps/demo/elements_qa.jsonl`, each held-out wording, and for atomic
 numbers the last of these as a user's turn. A number is the reply's first integer; a name or a symbol is its first
-word.
+word. Then follow-ups, which name nothing, behind a question and its right answer, on the path of that question;
+there a symbol is right anywhere in the reply.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import pathlib
 import re
@@ -25,13 +27,38 @@ from mlx_lm.generate import batch_generate  # isort: skip  (after mlx_hiermem, w
 RESULTS = pathlib.Path(__file__).parent / "results" / "elements_ways.json"
 
 
+NUMBER, SYMBOL = (
+    ("What is the atomic number of {}?", "The atomic number of {} is {}."),
+    ("What is the symbol of {}?", "The chemical symbol of {} is {}."),
+)
+FOLLOW_UPS = {  # (what was asked before, the relation that is asked for now)
+    "and its symbol?": (NUMBER, "symbol"),
+    "And its symbol?": (NUMBER, "symbol"),
+    "What is its symbol?": (NUMBER, "symbol"),
+    "and its atomic number?": (SYMBOL, "atomic_number"),
+    "How many protons does it have?": (SYMBOL, "atomic_number"),
+}
+
+
 @dataclass(frozen=True)
 class Asked:
+    """`before` are the turns before it, of which the first is routed."""
+
     text: str
     answer: str
     chat: bool
+    before: tuple[str, ...] = ()
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        roles = itertools.cycle(("user", "assistant"))
+        return [
+            {"role": role, "content": text} for role, text in zip(roles, (*self.before, self.text), strict=False)
+        ]
 
     def is_right(self, reply: str) -> bool:
+        if self.before and not self.answer.isdigit():
+            return re.search(rf"\b{self.answer}\b", reply) is not None
         first = re.search(r"\d+" if self.answer.isdigit() else r"[A-Za-z]+", reply)
         return first is not None and first.group() in (self.answer, self.answer.lower())
 
@@ -49,17 +76,30 @@ def ways() -> dict[str, list[Asked]]:
     return found
 
 
+def follow_ups() -> dict[str, list[Asked]]:
+    answers = defaultdict[str, dict[str, str]](dict)
+    for row in map(json.loads, (HERE / "elements_qa.jsonl").read_text(encoding="utf-8").splitlines()):
+        answers[row["relation"]][row["subject"].lower()] = row["answer"]
+    found = defaultdict[str, list[Asked]](list)
+    for text, (told, relation) in FOLLOW_UPS.items():
+        known = answers["atomic_number" if told is NUMBER else "symbol"]
+        for name, answer in answers[relation].items():
+            before = (told[0].format(name), told[1].format(name, known[name]))
+            found[f"after its {'number' if told is NUMBER else 'symbol'}: {text}"].append(
+                Asked(text, answer, True, before)
+            )
+    return found
+
+
 def right(model: MemoryModel, asked: list[Asked]) -> int:
     """How many; questions of one path are decoded together."""
     groups, count = defaultdict[str, list[Asked]](list), 0
-    for one, routed in zip(asked, model.router.route_batch([one.text for one in asked]), strict=True):
+    routed_by = [one.before[0] if one.before else one.text for one in asked]
+    for one, routed in zip(asked, model.router.route_batch(routed_by), strict=True):
         groups[str(routed.path) or "none"].append(one)
     for path, some in groups.items():
         model.select(path, "")
-        tokens = [
-            model.chat_tokens([{"role": "user", "content": one.text}]) if one.chat else model.tokens(one.text)
-            for one in some
-        ]
+        tokens = [model.chat_tokens(one.messages) if one.chat else model.tokens(one.text) for one in some]
         texts = batch_generate(model.anchor, model.tokenizer, tokens, max_tokens=16 if some[0].chat else 8).texts
         count += sum(one.is_right(text) for one, text in zip(some, texts, strict=True))
     return count
@@ -72,9 +112,9 @@ def main() -> None:
     model = load(options.model)
     assert model.bank is not None
     found = {}
-    for way, asked in ways().items():
+    for way, asked in (ways() | follow_ups()).items():
         found[way] = [right(model, asked), len(asked)]
-        print(f"{way:<32}{found[way][0]} of {found[way][1]}", flush=True)
+        print(f"{way:<50}{found[way][0]} of {found[way][1]}", flush=True)
     report = options.model / "learning" / "report.json"
     learnt = json.loads(report.read_text(encoding="utf-8")) if report.exists() else None
     result = {"right": found, "recipe": model.bank.manifest.recipe, "report": learnt}

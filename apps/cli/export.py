@@ -41,7 +41,7 @@ def coreml(
 ) -> None:
     """Write the folder that an iOS app bundles: Core ML packages, tokenizers, bank, manifest, receipt.
 
-    Example: `hiermem export coreml my-model MyApp/Model --only "noble gases"`
+    Example: `hiermem export coreml my-model MyApp/Model --only bromine`
     """
     from mlx_hiermem.convert.coreml.export import Options
     from mlx_hiermem.convert.coreml.export import export as run

@@ -58,7 +58,7 @@ def pull(
 ) -> None:
     """Download a model, or a part of its memories, at a fixed commit. Goes on after an interruption.
 
-    Example: `hiermem bank pull me/elements my-model --only "noble gases" --lazy`
+    Example: `hiermem bank pull me/elements my-model --only bromine --lazy`
     """
     from mlx_hiermem.share.pull import pull as run
 
