@@ -250,10 +250,10 @@ def test_real_weights(browser: Browser, smollm2_anchor: pathlib.Path, tmp_path: 
     with serving(lambda: load(tmp_path), timeout=120) as server, watched(browser) as context:
         page = opened(context, server)
         assert "26" in ask(page, question)
-        assert "metals, transition, aluminum" in caption(page)
+        assert "halogens, astatine, bromine" in caption(page)
         group, leaf = lit(page)
         assert leaf
-        ask(page, "What is the atomic number of neon?")
+        ask(page, "What is the atomic number of gold?")
         assert not {group, leaf} & {*lit(page)}
         choose(page, leaf, "Block")
         page.click("#new")

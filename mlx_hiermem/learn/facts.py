@@ -19,6 +19,7 @@ from mlx_hiermem.learn.windows import sentences
 SUBJECT, BLANK, OTHER = "\u2983", "\u2984", "\u2985"  # in a shape: the subject, the answer, other answers
 FACTS = 10  # of a window at most
 COMMON = 8  # windows from which on a shape is worth many wordings
+FEW = 4  # facts, below which a window's plain sentences are asked for their last words
 WORDS = 60  # of a sentence; what is longer says too much at once to be asked about
 
 NUMBER = r"(?<![\w.,^*-])\d[\d.,:/]*(?<![.,:/])(?![\w^*])"
@@ -54,6 +55,7 @@ class Fact:
     start: int  # of the answer, in the sentence
     end: int
     shape: str
+    plain: bool = False  # the answer is a plain sentence's last word
 
     @property
     def answer(self) -> str:
@@ -66,8 +68,13 @@ class Fact:
 
 
 def facts(window: Window, subject: str) -> list[Fact]:
-    """The facts of one window, in its order."""
-    return [fact for text in sentences(window.text) for fact in _of_sentence(window.id, subject, text)]
+    """The facts of one window, in its order.
+
+    A plain sentence is asked for its last word where the window says little else, and then others are told apart
+    from it. Where there is more to ask, these are the least of it, and would only be more to learn.
+    """
+    found = [fact for text in sentences(window.text) for fact in _of_sentence(window.id, subject, text)]
+    return found if sum(not fact.plain for fact in found) < FEW else [fact for fact in found if not fact.plain]
 
 
 def worth_asking(found: Sequence[Fact], common: Collection[str]) -> list[Fact]:
@@ -107,9 +114,8 @@ def _asked(window: int, subject: str, sentence: str) -> Iterator[Fact]:
     if ending := _ending(sentence, found):
         found.append(ending)
     spans = [span for span in found if not names(subject, sentence[slice(*span)])]
-    # A plain sentence is asked for its last word: it may say nothing else, and is what others are told apart from.
     if not spans and (last := _ending(sentence, found, LAST)):
-        spans.append(last)
+        yield Fact(window, subject, sentence, *last, _shape(sentence, subject, [last], last), plain=True)
     for span in spans:
         yield Fact(window, subject, sentence, *span, _shape(sentence, subject, spans, span))
 

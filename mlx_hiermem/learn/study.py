@@ -165,8 +165,8 @@ def _invent(
 def _rows(fact: Fact, kept: Sequence[Wording], window: Window, settings: StudySettings) -> Iterator[dict[str, Any]]:
     """What one fact is learnt from; the subject is named as the title has it, and as the sentence does, in turn."""
     questions = [wording for wording in kept if not wording.statement][: settings.questions]
-    if not questions and settings.questions and (plain := echo(fact)):
-        questions = [plain]  # of a sentence like no other a small model seldom makes a question
+    if fact.plain and not questions:  # of “makes” a small model makes none
+        questions = [echo(fact)][: settings.questions]
     statements = [wording for wording in kept if wording.statement][: settings.statements]
     forms = _forms(fact)
     own = own_beginning(fact)

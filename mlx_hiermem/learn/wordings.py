@@ -166,10 +166,8 @@ def own_beginning(fact: Fact) -> Wording:
     return Wording(beginning, statement=True)
 
 
-def echo(fact: Fact) -> Wording | None:
-    """The sentence with "what" for its answer, where that ends it: any sentence can be asked so."""
-    if fact.sentence[fact.end :].strip(" .!"):
-        return None
+def echo(fact: Fact) -> Wording:
+    """The sentence with "what" for its last word: a plain sentence can be asked so."""
     return Wording(f"{own_beginning(fact).text} what?", statement=False)
 
 
