@@ -165,7 +165,7 @@ def _invent(
 def _rows(fact: Fact, kept: Sequence[Wording], window: Window, settings: StudySettings) -> Iterator[dict[str, Any]]:
     """What one fact is learnt from; the subject is named as the title has it, and as the sentence does, in turn."""
     questions = [wording for wording in kept if not wording.statement][: settings.questions]
-    if fact.plain and not questions:  # of “makes” a small model makes none
+    if fact.plain and fact.subject and not questions:
         questions = [echo(fact)][: settings.questions]
     statements = [wording for wording in kept if wording.statement][: settings.statements]
     forms = _forms(fact)

@@ -167,7 +167,10 @@ def own_beginning(fact: Fact) -> Wording:
 
 
 def echo(fact: Fact) -> Wording:
-    """The sentence with "what" for its last word: a plain sentence can be asked so."""
+    """A plain sentence with "what" for its last word: of "makes" a small model makes no question.
+
+    Nothing has to be tried here. The words are the sentence's own.
+    """
     return Wording(f"{own_beginning(fact).text} what?", statement=False)
 
 
