@@ -45,7 +45,7 @@ lint: setup  ## check style, format, types, and the page of commands
 	$(BIN)/mypy
 	$(BIN)/python docs/make_commands.py --check
 
-elements: setup  ## learn the bundled elements bank again from its corpus (about an hour, resumes)
+elements: setup  ## learn the bundled elements bank again from its corpus (an hour or more, resumes)
 	mkdir -p build
 	$(BIN)/python -m mlx_hiermem.apps.demo.wordings > build/prompts.jsonl
 	$(BIN)/hiermem learn apps/demo/elements.jsonl build/elements --field facts_text --no-self-study \

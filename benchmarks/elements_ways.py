@@ -2,10 +2,10 @@
 
     python benchmarks/elements_ways.py elements       # a model; its results go to results/elements_ways.json
 
-Greedy, with fetched memory: the prompts of `apps/demo/elements_qa.jsonl`, each held-out wording, and for atomic
-numbers the last of these as a user's turn. A number is the reply's first integer; a name or a symbol is its first
-word. Then follow-ups, which name nothing, behind a question and its right answer, on the path of that question;
-there a symbol is right anywhere in the reply.
+Greedy, with the generic block and with fetched memory: the prompts of `apps/demo/elements_qa.jsonl`, each held-out
+wording, and for atomic numbers the last of these as a user's turn. A number is the reply's first integer; a name or
+a symbol is its first word. Then follow-ups, which name nothing, behind a question and its right answer, on the path
+of that question; there a symbol is right anywhere in the reply.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from mlx_hiermem import load
-from mlx_hiermem.apps.demo.evaluate import HERE
+from mlx_hiermem.apps.demo.evaluate import HERE, first_word, said
+from mlx_hiermem.evaluate.answers import first_integer
 from mlx_hiermem.model import MemoryModel
-
-from mlx_lm.generate import batch_generate  # isort: skip  (after mlx_hiermem, which picks the BLAS)
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "elements_ways.json"
 
@@ -50,17 +49,21 @@ class Asked:
     before: tuple[str, ...] = ()
 
     @property
-    def messages(self) -> list[dict[str, str]]:
+    def put(self) -> str | list[dict[str, str]]:
+        """As a prompt, or as messages."""
+        if not self.chat:
+            return self.text
         roles = itertools.cycle(("user", "assistant"))
         return [
             {"role": role, "content": text} for role, text in zip(roles, (*self.before, self.text), strict=False)
         ]
 
     def is_right(self, reply: str) -> bool:
-        if self.before and not self.answer.isdigit():
+        if self.answer.isdigit():
+            return first_integer(reply) == int(self.answer)
+        if self.before:
             return re.search(rf"\b{self.answer}\b", reply) is not None
-        first = re.search(r"\d+" if self.answer.isdigit() else r"[A-Za-z]+", reply)
-        return first is not None and first.group() in (self.answer, self.answer.lower())
+        return first_word(reply) in (self.answer, self.answer.lower())
 
 
 def ways() -> dict[str, list[Asked]]:
@@ -91,30 +94,22 @@ def follow_ups() -> dict[str, list[Asked]]:
     return found
 
 
-def right(model: MemoryModel, asked: list[Asked]) -> int:
-    """How many; questions of one path are decoded together."""
-    groups, count = defaultdict[str, list[Asked]](list), 0
-    routed_by = [one.before[0] if one.before else one.text for one in asked]
-    for one, routed in zip(asked, model.router.route_batch(routed_by), strict=True):
-        groups[str(routed.path) or "none"].append(one)
-    for path, some in groups.items():
-        model.select(path, "")
-        tokens = [model.chat_tokens(one.messages) if one.chat else model.tokens(one.text) for one in some]
-        texts = batch_generate(model.anchor, model.tokenizer, tokens, max_tokens=16 if some[0].chat else 8).texts
-        count += sum(one.is_right(text) for one, text in zip(some, texts, strict=True))
-    return count
+def right(model: MemoryModel, asked: list[Asked], memory: str) -> int:
+    """How many."""
+    put = [(one.put, one.before[0] if one.before else one.text) for one in asked]
+    texts = said(model, put, memory, 16 if asked[0].chat else 8)
+    return sum(one.is_right(text) for one, text in zip(asked, texts, strict=True))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=pathlib.Path)
     options = parser.parse_args()
-    model = load(options.model)
+    model, found = load(options.model), {}
     assert model.bank is not None
-    found = {}
     for way, asked in (ways() | follow_ups()).items():
-        found[way] = [right(model, asked), len(asked)]
-        print(f"{way:<50}{found[way][0]} of {found[way][1]}", flush=True)
+        found[way] = {memory: right(model, asked, memory) for memory in ("generic", "fetched")} | {"of": len(asked)}
+        print(f"{way:<50}{found[way]}", flush=True)
     report = options.model / "learning" / "report.json"
     learnt = json.loads(report.read_text(encoding="utf-8")) if report.exists() else None
     result = {"right": found, "recipe": model.bank.manifest.recipe, "report": learnt}

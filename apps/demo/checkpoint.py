@@ -62,8 +62,10 @@ def settings(bank: MemoryBank) -> dict[str, Any]:
 
 
 def write(bank: MemoryBank, file: pathlib.Path) -> None:
-    config = json.dumps(settings(bank), ensure_ascii=False)
-    file.write_bytes(save(tensors(bank), metadata={"config": config}))
+    """Writes the checkpoint, whole or not at all."""
+    beside = file.with_name(file.name + ".tmp")
+    beside.write_bytes(save(tensors(bank), metadata={"config": json.dumps(settings(bank), ensure_ascii=False)}))
+    beside.replace(file)
 
 
 if __name__ == "__main__":

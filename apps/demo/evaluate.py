@@ -23,6 +23,7 @@ HERE = pathlib.Path(__file__).parent
 MEMORIES = ("none", "generic", "fetched")
 
 Progress = Callable[[int, int], None]
+Asked = str | list[dict[str, str]]  # a prompt, or the messages of a chat
 
 
 @dataclass(frozen=True)
@@ -96,23 +97,34 @@ def answers(model: MemoryModel, prompts: Sequence[str], memory: str, chat: bool 
 
 
 def replies(model: MemoryModel, prompts: Sequence[str], memory: str, chat: bool = False) -> list[str]:
-    """The greedy continuations; questions of one path share its memory and are decoded as one batch."""
+    """The greedy continuations, or replies in chat."""
+    asked: list[tuple[Asked, str]] = [
+        ([{"role": "user", "content": prompt}] if chat else prompt, prompt) for prompt in prompts
+    ]
+    return said(model, asked, memory, _limit(chat))
+
+
+def said(model: MemoryModel, asked: Sequence[tuple[Asked, str]], memory: str, tokens: int) -> list[str]:
+    """What the model says to each (prompt or messages, the text that is routed), greedily.
+
+    Those of one path share its memory and are decoded as one batch.
+    """
     from mlx_lm.generate import batch_generate
 
     groups: dict[str, list[int]] = defaultdict(list)
     if memory == "fetched":
-        for index, routed in enumerate(model.router.route_batch(prompts)):
+        for index, routed in enumerate(model.router.route_batch([text for _, text in asked])):
             groups[str(routed.path) or "none"].append(index)
     else:
-        groups[memory] = list(range(len(prompts)))
-    found = [""] * len(prompts)
+        groups[memory] = list(range(len(asked)))
+    found = [""] * len(asked)
     for selected, rows in groups.items():
         model.select(selected, "")
-        tokens = [
-            model.chat_tokens([{"role": "user", "content": prompts[i]}]) if chat else model.tokens(prompts[i])
-            for i in rows
+        prompts = [
+            model.tokens(one) if isinstance(one, str) else model.chat_tokens(one)
+            for one, _ in (asked[i] for i in rows)
         ]
-        texts = batch_generate(model.anchor, model.tokenizer, tokens, max_tokens=_limit(chat)).texts
+        texts = batch_generate(model.anchor, model.tokenizer, prompts, max_tokens=tokens).texts
         for row, text in zip(rows, texts, strict=True):
             found[row] = text
     return found

@@ -70,8 +70,8 @@ class Fact:
 def facts(window: Window, subject: str) -> list[Fact]:
     """The facts of one window, in its order.
 
-    A plain sentence is asked for its last word where the window says little else, and then others are told apart
-    from it. Where there is more to ask, these are the least of it, and would only be more to learn.
+    A plain sentence is asked for its last word only where the window says little else: elsewhere these are the
+    least of what one asks, and would only be more to learn.
     """
     found = [fact for text in sentences(window.text) for fact in _of_sentence(window.id, subject, text)]
     return found if sum(not fact.plain for fact in found) < FEW else [fact for fact in found if not fact.plain]
