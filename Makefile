@@ -8,11 +8,15 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 TORCH ?= torch==2.13.0
 
 BIN = .venv/bin
+# The package lies in three folders. A strict editable install makes one of them, of links, which Python, mypy and
+# editors see; it is made again when a file comes or goes.
+install = $(PIP) install -e '.[cpu,$(1)]' --config-settings editable_mode=strict
+LINKED = $(firstword $(wildcard build/__editable__*))
+FOLDERS = $(shell find src convert apps -type d -not -name __pycache__)
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 SWIFT = apps/ios/swift.sh
-KIT = apps/ios/HierMemKit
 CHAT = apps/ios/HierMemChat/Sources
 # What is no measurement, or is given its corpus or model.
 OTHER = common banks learn_corpora editing evaluation_equality plot reach
@@ -35,14 +39,14 @@ test: setup  ## run the tests on tiny random models and on the real weights
 
 test-swift: setup  ## build and test the Swift package; on Debian, as root, this may make a root with Swift (3 GB)
 	$(BIN)/python tests/swift_goldens.py --real build/swift
-	$(SWIFT) swift test --package-path $(KIT) -Xswiftc -O
+	$(SWIFT) swift test -Xswiftc -O
 	$(SWIFT) swiftc -parse $(CHAT)/*.swift
-	$(SWIFT) swiftc -typecheck -swift-version 6 -I $(KIT)/.build/debug/Modules $(CHAT)/Assistant.swift
+	$(SWIFT) swiftc -typecheck -swift-version 6 -I .build/debug/Modules $(CHAT)/Assistant.swift
 
 lint: setup  ## check style, format, types, and the page of commands
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy
+	MYPYPATH=$(LINKED) $(BIN)/mypy
 	$(BIN)/python docs/make_commands.py --check
 
 elements: setup  ## learn the bundled elements bank again from its corpus (an hour or more, resumes)
@@ -63,15 +67,15 @@ bench-quick: .venv/bench.stamp  ## measure speed in little (two minutes)
 	@$(or $(PYTHON),false) $(NEW_ENOUGH) || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3"; exit 1; }
 	$(PYTHON) -m venv .venv
 
-.venv/demo.stamp: pyproject.toml | .venv/bin/python
-	$(PIP) install -e '.[cpu,demo]'
+.venv/demo.stamp: pyproject.toml $(FOLDERS) | .venv/bin/python
+	$(call install,demo)
 	@touch $@
 
-.venv/dev.stamp: pyproject.toml | .venv/bin/python
+.venv/dev.stamp: pyproject.toml $(FOLDERS) | .venv/bin/python
 	$(PIP) install '$(TORCH)'
-	$(PIP) install -e '.[cpu,dev]'
+	$(call install,dev)
 	@touch $@ .venv/demo.stamp
 
 .venv/bench.stamp: .venv/dev.stamp
-	$(PIP) install -e '.[cpu,bench]'
+	$(call install,bench)
 	@touch $@

@@ -30,10 +30,10 @@ from mlx_hiermem.evaluate.compare import columns, compare
 from mlx_hiermem.evaluate.results import Run
 from mlx_hiermem.evaluate.runner import Evaluation
 from mlx_hiermem.evaluate.tasks import Task
-from mlx_hiermem.learn.blocks import Tensors
-from mlx_hiermem.learn.examples import Example, TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.settings import TrainingSettings
-from mlx_hiermem.learn.training import Training
+from mlx_hiermem.learn.train.blocks import Tensors
+from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter
+from mlx_hiermem.learn.train.training import Training
 from mlx_hiermem.model import load
 
 import mlx.core as mx  # isort: skip  (after mlx_hiermem, which picks the BLAS)

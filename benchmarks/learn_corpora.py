@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from mlx_hiermem import load
-from mlx_hiermem.learn.examples import TrainingSet
+from mlx_hiermem.learn.train.dataset import TrainingSet
 
 import mlx.core as mx  # isort: skip  (after mlx_hiermem, which picks the BLAS)
 import mlx.nn as nn  # isort: skip

@@ -27,10 +27,10 @@ from mlx_hiermem.apps.demo.evaluate import HERE
 from mlx_hiermem.config import Path
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.learn import Window
-from mlx_hiermem.learn.clustering import BALANCE, Shape, grow
-from mlx_hiermem.learn.probes import framed, probes, statements, with_subjects
-from mlx_hiermem.learn.routing import ProbeVectors, Separation, agreement, descend, place
-from mlx_hiermem.learn.windows import sentences
+from mlx_hiermem.learn.corpus.windows import sentences
+from mlx_hiermem.learn.tree.kmeans import BALANCE, Shape, grow
+from mlx_hiermem.learn.tree.probes import framed, probes, statements, with_subjects
+from mlx_hiermem.learn.tree.routing import ProbeVectors, Separation, agreement, descend, place
 from mlx_hiermem.tree import ClusterTree
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "routing_agreement.json"

@@ -26,8 +26,8 @@ from mlx_hiermem.apps.demo.wordings import element_wordings
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.config import Path
 from mlx_hiermem.embedder import Embedder
-from mlx_hiermem.learn.clustering import Shape, grow
-from mlx_hiermem.learn.routing import ProbeVectors, Separation, place
+from mlx_hiermem.learn.tree.kmeans import Shape, grow
+from mlx_hiermem.learn.tree.routing import ProbeVectors, Separation, place
 from mlx_hiermem.tree import ClusterTree
 from mlx_hiermem.turns import HYSTERESIS, Topic, decidedness, follow
 

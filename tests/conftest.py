@@ -12,7 +12,7 @@ import pytest
 import mlx_hiermem  # noqa: F401  # picks the BLAS before MLX is loaded
 
 if TYPE_CHECKING:
-    from mlx_hiermem.learn.teacher import Teacher
+    from mlx_hiermem.learn.study.teacher import Teacher
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -59,7 +59,7 @@ def smollm2_anchor(smollm2: pathlib.Path) -> pathlib.Path:
 def smollm2_teacher(smollm2_anchor: pathlib.Path) -> Teacher:
     """It, as who studies."""
     from mlx_hiermem.anchor import load_anchor
-    from mlx_hiermem.learn.teacher import Teacher
+    from mlx_hiermem.learn.study.teacher import Teacher
 
     return Teacher(*load_anchor(smollm2_anchor)[:2])
 
@@ -70,6 +70,6 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
     from tiny import make_anchor
 
     from mlx_hiermem.anchor import load_anchor
-    from mlx_hiermem.learn.teacher import Teacher
+    from mlx_hiermem.learn.study.teacher import Teacher
 
     return Teacher(*load_anchor(make_anchor(tmp_path_factory.mktemp("teacher") / "anchor"))[:2])

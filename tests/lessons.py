@@ -17,9 +17,9 @@ import numpy as np
 
 from mlx_hiermem.anchor import load_anchor
 from mlx_hiermem.config import MemoryConfig, Path
-from mlx_hiermem.learn.examples import Example, TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.settings import TrainingSettings, memory_config
-from mlx_hiermem.learn.training import Training
+from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter
+from mlx_hiermem.learn.train.training import Training
 
 SIZES, BRANCHING = (4, 2), 2
 LEAVES = [Path((0, 0)), Path((0, 1)), Path((1, 0)), Path((1, 1))]
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from mlx_hiermem.learn import trainer
+    from mlx_hiermem.learn.train import trainer
 
     trainer.COMMIT_SECONDS = trainer.COMMIT_FACTOR = 0.0
     main()

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_hiermem.cpu import BLOCK, attention, gelu
+from mlx_hiermem.cpu.vector import BLOCK, attention, gelu
 
 
 @pytest.mark.parametrize("shape", [(1,), (3, 5, 7), (2, BLOCK + 3)])

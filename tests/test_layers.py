@@ -15,22 +15,33 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = "mlx_hiermem"
 
-# Each part may import the parts before it. A part is a module or a folder below mlx_hiermem/.
+# Each part may import the parts before it. A part is a module or a folder of the package.
 ORDER = [
-    "_blas",
-    "_malloc",
+    "cpu",
     "errors",
     "config",
     "assets",
     "tree",
     "bank",
-    "cpu",
     "embedder",
     "cache",
     "router",
     "memory",
 ]
-ORDER += ["openlm", "anchor", "share", "tiers", "plan", "model", "turns", "session", "batch", "learn", "evaluate"]
+ORDER += [
+    "openlm",
+    "anchor",
+    "partial",
+    "share",
+    "tiers",
+    "plan",
+    "model",
+    "turns",
+    "session",
+    "batch",
+    "learn",
+    "evaluate",
+]
 ORDER += ["convert", "apps"]
 # Writing needs no cache; `verify` reads through it, to check what a model would be given.
 CONVERT_MAY_IMPORT = {
@@ -73,10 +84,11 @@ def part_of(module: str) -> str:
 
 
 def source_files() -> dict[str, pathlib.Path]:
-    """Module name -> file; convert/ and apps/ are reached through their symlinks' targets."""
+    """Module name -> file, of all three folders."""
     files = {}
-    for folder, name in ((ROOT / PACKAGE, PACKAGE), *((ROOT / n, f"{PACKAGE}.{n}") for n in ("convert", "apps"))):
-        for file in folder.rglob("*.py"):  # does not follow symlinks to folders
+    folders = ((ROOT / "src" / PACKAGE, PACKAGE), *((ROOT / n, f"{PACKAGE}.{n}") for n in ("convert", "apps")))
+    for folder, name in folders:
+        for file in folder.rglob("*.py"):
             module = ".".join((name, *file.relative_to(folder).with_suffix("").parts))
             files[module.removesuffix(".__init__")] = file
     return files

@@ -22,8 +22,8 @@ from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.check import check
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import BankError, HierMemError
-from mlx_hiermem.learn.examples import TrainingSet
 from mlx_hiermem.learn.kept import kept_texts, swap
+from mlx_hiermem.learn.train.dataset import TrainingSet
 from mlx_hiermem.model import MemoryModel, load
 
 QUICK = ["--epochs", "6", "--rate", "0.02", "--no-self-study"]

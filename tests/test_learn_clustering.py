@@ -10,9 +10,9 @@ import pytest
 
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import CorpusError
-from mlx_hiermem.learn import clustering
-from mlx_hiermem.learn.clustering import BALANCE, Shape, assign, grow, kmeans, plus_plus, share, squared
-from mlx_hiermem.learn.vectors import write
+from mlx_hiermem.learn.tree import kmeans as clustering
+from mlx_hiermem.learn.tree.kmeans import BALANCE, Shape, assign, grow, kmeans, plus_plus, share, squared
+from mlx_hiermem.learn.tree.vectors import write
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

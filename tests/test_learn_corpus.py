@@ -13,10 +13,12 @@ from tokenizers import Tokenizer
 
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import CorpusError, OutputError
-from mlx_hiermem.learn import Document, Skipped, corpus, labels
-from mlx_hiermem.learn.duplicates import Seen
-from mlx_hiermem.learn.stages import SKIPPED, WINDOWS, CorpusSettings, read_corpus
-from mlx_hiermem.learn.windows import sentences, splintered, split, untruncated
+from mlx_hiermem.learn import Document, Skipped
+from mlx_hiermem.learn.corpus import readers as corpus
+from mlx_hiermem.learn.corpus.duplicates import Seen
+from mlx_hiermem.learn.corpus.stages import SKIPPED, WINDOWS, CorpusSettings, read_corpus
+from mlx_hiermem.learn.corpus.windows import sentences, splintered, split, untruncated
+from mlx_hiermem.learn.tree import labels
 from mlx_hiermem.learn.work import Work
 
 PAGE = """<html><head><title>Salt</title></head><body><nav><a href="/">Home</a> <a href="/all">All pages</a></nav>

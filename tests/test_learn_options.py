@@ -18,7 +18,7 @@ from tiny import make_anchor
 
 from mlx_hiermem.anchor import identify
 from mlx_hiermem.bank.bank import MemoryBank
-from mlx_hiermem.learn.examples import TrainingSet
+from mlx_hiermem.learn.train.dataset import TrainingSet
 from mlx_hiermem.learn.work import read_lines
 
 

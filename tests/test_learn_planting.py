@@ -12,11 +12,11 @@ import pytest
 from mlx_hiermem.apps.demo import evaluate
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import CorpusError
-from mlx_hiermem.learn import routing, vectors
-from mlx_hiermem.learn.examples import Example, TrainingSet, TrainingSetWriter
-from mlx_hiermem.learn.planting import TreeSettings, describe_nodes, given_agreement, is_held_out, plant
-from mlx_hiermem.learn.routing import agreement
-from mlx_hiermem.learn.stages import NODES, PROBES, STUDY, TREE, CorpusSettings, read_corpus
+from mlx_hiermem.learn.corpus.stages import NODES, PROBES, STUDY, TREE, CorpusSettings, read_corpus
+from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter
+from mlx_hiermem.learn.tree import routing, vectors
+from mlx_hiermem.learn.tree.planting import TreeSettings, describe_nodes, given_agreement, is_held_out, plant
+from mlx_hiermem.learn.tree.routing import agreement
 from mlx_hiermem.learn.work import Work, read_lines, write_lines
 
 MADE_UP = CorpusSettings(any_language=True)  # the words of `documents` are of none

@@ -13,12 +13,12 @@ from tiny import make_anchor
 from mlx_hiermem.anchor import load_tokenizer
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import CorpusError, HierMemError
-from mlx_hiermem.learn.making import make_examples, open_examples
-from mlx_hiermem.learn.planting import TreeSettings, plant
-from mlx_hiermem.learn.probes import FRAME
-from mlx_hiermem.learn.prompts import Given, about_windows, give, read_prompts
-from mlx_hiermem.learn.stages import GIVEN, PROBES, STUDY, Corpus, CorpusSettings, read_corpus
+from mlx_hiermem.learn.corpus.stages import GIVEN, PROBES, STUDY, Corpus, CorpusSettings, read_corpus
+from mlx_hiermem.learn.study.prompts import Given, about_windows, give, read_prompts
 from mlx_hiermem.learn.telling import study_line
+from mlx_hiermem.learn.train.encoding import make_examples, open_examples
+from mlx_hiermem.learn.tree.planting import TreeSettings, plant
+from mlx_hiermem.learn.tree.probes import FRAME
 from mlx_hiermem.learn.work import Work, read_lines
 
 NAME, THING, PEOPLE = fact(3)

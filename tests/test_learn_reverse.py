@@ -9,12 +9,13 @@ from collections.abc import Sequence
 import pytest
 from books import VILLAGES
 
-from mlx_hiermem.learn import Window, reverse
-from mlx_hiermem.learn.facts import SUBJECT, Fact, facts
-from mlx_hiermem.learn.reverse import Chooser, reversible, try_reversed
-from mlx_hiermem.learn.teacher import Teacher
-from mlx_hiermem.learn.trying import StudySettings, Tried
-from mlx_hiermem.learn.wordings import REVERSED, SHOWN_REVERSED, Wording
+from mlx_hiermem.learn import Window
+from mlx_hiermem.learn.study import reverse
+from mlx_hiermem.learn.study.facts import SUBJECT, Fact, facts
+from mlx_hiermem.learn.study.judge import StudySettings, Tried
+from mlx_hiermem.learn.study.reverse import Chooser, reversible, try_reversed
+from mlx_hiermem.learn.study.teacher import Teacher
+from mlx_hiermem.learn.study.wordings import REVERSED, SHOWN_REVERSED, Wording
 
 
 def of_codes(codes: Sequence[int], letter: str = "K") -> list[Fact]:

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from mlx_hiermem.config import Path
-from mlx_hiermem.learn import Window, routing
-from mlx_hiermem.learn.clustering import Shape, grow
-from mlx_hiermem.learn.probes import FRAME, probes, with_subjects
-from mlx_hiermem.learn.routing import ProbeVectors, Separation, agreement, descend, place
-from mlx_hiermem.learn.stages import CorpusSettings
+from mlx_hiermem.learn import Window
+from mlx_hiermem.learn.corpus.stages import CorpusSettings
+from mlx_hiermem.learn.tree import routing
+from mlx_hiermem.learn.tree.kmeans import Shape, grow
+from mlx_hiermem.learn.tree.probes import FRAME, probes, with_subjects
+from mlx_hiermem.learn.tree.routing import ProbeVectors, Separation, agreement, descend, place
 from mlx_hiermem.tree import ClusterTree
 
 MADE_UP = CorpusSettings(any_language=True)  # the words of `documents` are of none

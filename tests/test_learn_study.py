@@ -12,13 +12,13 @@ from tokenizers import Tokenizer
 
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.learn import Window
-from mlx_hiermem.learn import study as study_module
-from mlx_hiermem.learn.facts import BLANK, OTHER, SUBJECT, Fact, facts, worth_asking
-from mlx_hiermem.learn.stages import STUDY, Corpus, read_corpus
-from mlx_hiermem.learn.study import study
-from mlx_hiermem.learn.teacher import Teacher
-from mlx_hiermem.learn.trying import StudySettings, Tried, in_turns
-from mlx_hiermem.learn.wordings import (
+from mlx_hiermem.learn.corpus.stages import STUDY, Corpus, read_corpus
+from mlx_hiermem.learn.study import study as study_module
+from mlx_hiermem.learn.study.facts import BLANK, OTHER, SUBJECT, Fact, facts, worth_asking
+from mlx_hiermem.learn.study.judge import StudySettings, Tried, in_turns
+from mlx_hiermem.learn.study.study import study
+from mlx_hiermem.learn.study.teacher import Teacher
+from mlx_hiermem.learn.study.wordings import (
     PATTERNS,
     SHOWN,
     Wording,

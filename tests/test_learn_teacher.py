@@ -12,9 +12,9 @@ from mlx_lm.generate import generate
 from mlx_lm.models.cache import RotatingKVCache
 
 from mlx_hiermem.errors import AnchorError
-from mlx_hiermem.learn.noted import NotedTeacher
-from mlx_hiermem.learn.teacher import Teacher, load_teacher
-from mlx_hiermem.learn.trying import EXAMPLE, named
+from mlx_hiermem.learn.study.judge import EXAMPLE, named
+from mlx_hiermem.learn.study.noted import NotedTeacher
+from mlx_hiermem.learn.study.teacher import Teacher, load_teacher
 
 
 def test_lines_are_what_the_model_writes_alone(smollm2_teacher: Teacher) -> None:
@@ -44,7 +44,7 @@ def test_certainty_is_the_mean_log_p(tiny_teacher: Teacher) -> None:
 def test_other_caches_are_not_shared(tiny_teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = [("how many", "12"), ("a longer question", "x")]
     expected = tiny_teacher.finds("some text", asked, [])
-    monkeypatch.setattr("mlx_hiermem.learn.forward.make_prompt_cache", lambda _: [RotatingKVCache(4)] * 2)
+    monkeypatch.setattr("mlx_hiermem.partial.make_prompt_cache", lambda _: [RotatingKVCache(4)] * 2)
     assert tiny_teacher.finds("some text", asked, []) == pytest.approx(expected, abs=1e-4)
 
 

@@ -30,20 +30,20 @@ from mlx_hiermem.convert import parity, reference_memory
 from mlx_hiermem.convert.anchors.huggingface import convert_huggingface
 from mlx_hiermem.convert.source import find_source
 from mlx_hiermem.errors import HierMemError, OutputError
-from mlx_hiermem.learn import activations
-from mlx_hiermem.learn import blocks as blocks_module
-from mlx_hiermem.learn import trainer as trainer_module
-from mlx_hiermem.learn.activations import TeacherStates
-from mlx_hiermem.learn.blocks import Tensors, new_block
-from mlx_hiermem.learn.examples import Example, TrainingSet, TrainingSetWriter
-from mlx_hiermem.learn.forward import Anchor, read_once
-from mlx_hiermem.learn.heldout import HeldOut
-from mlx_hiermem.learn.learner import Inputs, Learner
-from mlx_hiermem.learn.packing import batch
-from mlx_hiermem.learn.progress import Progress, read_log
 from mlx_hiermem.learn.settings import TrainingSettings
-from mlx_hiermem.learn.trainer import Trainer
-from mlx_hiermem.learn.training import Training
+from mlx_hiermem.learn.train import activations
+from mlx_hiermem.learn.train import blocks as blocks_module
+from mlx_hiermem.learn.train import trainer as trainer_module
+from mlx_hiermem.learn.train.activations import TeacherStates
+from mlx_hiermem.learn.train.blocks import Tensors, new_block
+from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter
+from mlx_hiermem.learn.train.heldout import HeldOut
+from mlx_hiermem.learn.train.learner import Inputs, Learner
+from mlx_hiermem.learn.train.packing import batch
+from mlx_hiermem.learn.train.progress import Progress, read_log
+from mlx_hiermem.learn.train.trainer import Trainer
+from mlx_hiermem.learn.train.training import Training
+from mlx_hiermem.partial import Anchor, read_once
 
 SCRIPT = pathlib.Path(lessons.__file__)
 Bank = dict[Path, dict[str, np.ndarray]]

@@ -201,10 +201,10 @@ def add(
         raise typer.BadParameter("say which node the block is for, such as 10.7", param_hint="--path")
     if not is_block:
         from mlx_hiermem.apps.cli.learn import add_documents
-        from mlx_hiermem.learn.adding import AddSettings
-        from mlx_hiermem.learn.prompts import read_prompts
+        from mlx_hiermem.learn.add import AddSettings
+        from mlx_hiermem.learn.corpus.stages import CorpusSettings
         from mlx_hiermem.learn.settings import TrainingSettings
-        from mlx_hiermem.learn.stages import CorpusSettings
+        from mlx_hiermem.learn.study.prompts import read_prompts
 
         corpus = CorpusSettings(field, title, any_language=any_language)
         training = TrainingSettings(epochs=epochs, rate=rate)

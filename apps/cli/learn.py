@@ -14,7 +14,7 @@ from mlx_hiermem.apps.cli.display import console, notes, several, size
 from mlx_hiermem.apps.cli.learn_screen import duration, screen_for
 
 if TYPE_CHECKING:
-    from mlx_hiermem.learn.adding import AddSettings
+    from mlx_hiermem.learn.add import AddSettings
     from mlx_hiermem.learn.run import AnchorSource, Learnt
 
 GO_ON = "What was learnt is kept: the same command goes on from there."
@@ -73,10 +73,10 @@ def learn(
     """
     from mlx_hiermem.errors import HierMemError
     from mlx_hiermem.learn import run
-    from mlx_hiermem.learn.planting import TreeSettings
-    from mlx_hiermem.learn.prompts import read_prompts
+    from mlx_hiermem.learn.corpus.stages import CorpusSettings
     from mlx_hiermem.learn.settings import MemorySettings, TrainingSettings
-    from mlx_hiermem.learn.stages import CorpusSettings
+    from mlx_hiermem.learn.study.prompts import read_prompts
+    from mlx_hiermem.learn.tree.planting import TreeSettings
 
     units = _numbers(sizes, "--sizes") if sizes else ()
     settings = run.LearnSettings(
@@ -113,7 +113,7 @@ def learn(
 def add_documents(model: pathlib.Path, docs: list[str], settings: AddSettings) -> None:
     """`hiermem bank add MODEL DOCS`."""
     from mlx_hiermem.errors import HierMemError
-    from mlx_hiermem.learn import adding
+    from mlx_hiermem.learn import add as adding
 
     try:
         with screen_for(True) as screen:

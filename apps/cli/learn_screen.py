@@ -13,7 +13,7 @@ from mlx_hiermem.apps.cli.display import console, notes
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
-    from mlx_hiermem.learn.progress import Progress
+    from mlx_hiermem.learn.train.progress import Progress
 
 LINE_SECONDS = 60.0  # between lines about long work where there is no terminal
 

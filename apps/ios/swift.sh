@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs a command with Swift from wherever there is one: on the PATH, or in a Debian root that is built at first use.
 #
-#   apps/ios/swift.sh swift build --package-path apps/ios/HierMemKit
+#   apps/ios/swift.sh swift build
 #
 # It runs at the top of the repository, which is all that the root sees of this machine.
 # Debian has Swift from trixie on. On an older Debian, as root, a trixie root is made from the mirror that this

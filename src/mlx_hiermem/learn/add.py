@@ -1,0 +1,311 @@
+"""New documents for a bank that is there: only the blocks of the leaves that they reach learn, all others stay.
+
+    added = add(model_folder, ["./new"], AddSettings(), listener)
+
+The documents go through the stages of `run`, in the bank's own tree, or with a leaf of their own. What learns is
+the finest block on the path of each leaf; the blocks above serve other leaves too, and stand still. A block that
+learns something new forgets the old, so it learns the texts of its leaves once more: `learn` keeps them as tokens
+in the model's `learning/examples`. All is one edit of the bank in the end (`bank.commit`).
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_hiermem.anchor import identify, load_anchor
+from mlx_hiermem.bank.bank import MANIFEST, TREE, MemoryBank, file_digest
+from mlx_hiermem.bank.block import MemoryBlock, block_name, write_block
+from mlx_hiermem.bank.commit import editing
+from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
+from mlx_hiermem.bank.policy import POLICY, BankPolicy
+from mlx_hiermem.bank.quantize import quantized
+from mlx_hiermem.bank.remote import REMOTE, Origin
+from mlx_hiermem.config import Path
+from mlx_hiermem.embedder import Embedder
+from mlx_hiermem.errors import BankError
+from mlx_hiermem.learn import telling
+from mlx_hiermem.learn.command import ANCHOR, BANK, TRAINING, Stages, find_teacher, locked, work_folder
+from mlx_hiermem.learn.corpus.stages import CorpusSettings, read_corpus
+from mlx_hiermem.learn.kept import kept_texts, still_there, swap
+from mlx_hiermem.learn.new_leaf import Goes, added_node, with_new_leaf
+from mlx_hiermem.learn.publish import Nodes, entry, in_order, stored
+from mlx_hiermem.learn.settings import TrainingSettings
+from mlx_hiermem.learn.study.judge import StudySettings
+from mlx_hiermem.learn.study.prompts import Given, about_windows, give
+from mlx_hiermem.learn.study.study import study
+from mlx_hiermem.learn.train.blocks import Tensors
+from mlx_hiermem.learn.train.dataset import TrainingSet, TrainingSetWriter
+from mlx_hiermem.learn.train.encoding import EXAMPLES, ExampleSettings, make_examples
+from mlx_hiermem.learn.train.jobs import carriers
+from mlx_hiermem.learn.train.training import Training
+from mlx_hiermem.learn.tree.labels import SOURCES
+from mlx_hiermem.learn.tree.planting import describe_nodes, settle
+from mlx_hiermem.learn.tree.routing import LEAVES
+from mlx_hiermem.learn.work import Work, write_text
+from mlx_hiermem.tree import ClusterTree
+
+BEFORE, AFTER, JOINED, ALL, ROWS = "before", "after", "joined", "all", "rows.json"
+
+
+@dataclass(frozen=True)
+class AddSettings:
+    """`new_leaf`: the documents get a leaf of their own, where the tree has room for one near them."""
+
+    corpus: CorpusSettings = field(default_factory=CorpusSettings)
+    leaves: int = LEAVES
+    new_leaf: bool = False
+    teacher: str | None = ""  # as for `run.LearnSettings`
+    study: StudySettings = field(default_factory=StudySettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    prompts: tuple[Given, ...] = ()
+    keep: bool = False
+
+
+@dataclass(frozen=True)
+class Added:
+    """What was learnt where. `rehearsed` are old texts that were learnt once more."""
+
+    documents: int
+    windows: int
+    skipped: int
+    blocks: tuple[str, ...]
+    new_leaf: str
+    texts: int
+    rehearsed: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def add(model: pathlib.Path, sources: Sequence[str], settings: AddSettings, listener: telling.Listener) -> Added:
+    """Learns documents into a model folder's bank. Interrupted, the same call goes on.
+
+    Raises BankError where the model has no bank or no anchor, or its tree no room for a leaf that was asked for;
+    CorpusError and OutputError as `run.learn`.
+    """
+    if not (model / ANCHOR).is_dir():
+        raise BankError(f"{model} has no anchor/", "Documents are learnt into a whole model folder.")
+    bank = MemoryBank.open(model / BANK)
+    bank.manifest.check_anchor(identify(model / ANCHOR))
+    with locked(work_folder(model)) as work:
+        added = _Adding(work, model, settings, listener).run(sources)
+    if not settings.keep:
+        shutil.rmtree(work.folder, ignore_errors=True)
+    return added
+
+
+class _Adding(Stages):
+    """One command's work. What it computes is of the bank as it was `before`, however often it is interrupted."""
+
+    def __init__(self, work: Work, model: pathlib.Path, settings: AddSettings, listener: telling.Listener) -> None:
+        super().__init__(work, listener)
+        self.model, self.root, self.settings = model, model / BANK, settings
+        self.before = before = work.path(BEFORE)
+        if before.is_dir() and not self._is_ours():
+            shutil.rmtree(before)  # of a command that was given up: the bank is another by now
+        if not before.is_dir():
+            beside = work.path(f"{BEFORE}.tmp")
+            with work.writing():
+                shutil.rmtree(beside, ignore_errors=True)
+                beside.mkdir()
+                for name in (MANIFEST, TREE):
+                    shutil.copyfile(self.root / name, beside / name)
+                beside.rename(before)
+        self.bank = MemoryBank(self.root, BankManifest.read(before / MANIFEST))
+        self.tree, self.digest = ClusterTree.load(before / TREE), file_digest(before / MANIFEST)
+
+    def run(self, sources: Sequence[str]) -> Added:
+        """Everything, from where an earlier run stopped."""
+        model, tokenizer, config = load_anchor(self.model / ANCHOR)
+        embedder, settings = Embedder.load(), self.settings
+        with self.stage("corpus"):
+            corpus = read_corpus(self.work, sources, embedder.tokenizer, settings.corpus, self.counter("documents"))
+            skipped = sum(1 for _ in corpus.skipped())
+            self.listener.end(telling.corpus_line(corpus, skipped))
+        with self.stage("study"):
+            prompts = about_windows(corpus, settings.prompts)  # before anything that takes long
+            teacher = find_teacher(settings.teacher, model, tokenizer, self.bank.manifest.anchor)
+            # The tree stands, and was not made to take reversed questions to the new documents.
+            asked = replace(settings.study, reversed_questions=0, reversed_statements=0)
+            studied = study(self.work, corpus, *teacher, asked, self.progress("windows"))
+            give(self.work, prompts, studied)
+            self.listener.end(telling.study_line(corpus.studied))
+        with self.stage("tree"):
+            planted = settle(
+                self.work,
+                corpus,
+                embedder,
+                with_new_leaf(self.tree) if settings.new_leaf else lambda means: self.tree,
+                f"{self.bank.manifest.tree.sha256} {settings.new_leaf}",
+                settings.leaves,
+                self.progress("texts embedded"),
+            )
+            new_leaf = added_node(planted.tree, self.tree)
+            leaves = sorted({leaf for placed in planted.placed() for leaf in placed.leaves})
+            self.listener.end(_leaves_line(leaves, new_leaf))
+        with self.stage("examples"):
+            teachers = settings.training.objective == "distillation"
+            digest = make_examples(
+                self.work, planted, embedder, tokenizer, ExampleSettings(0.0, teachers), self.progress("windows")
+            )
+            new = TrainingSet.open(self.work.path(EXAMPLES))
+            nodes = describe_nodes(self.work, planted, lambda text: len(tokenizer.encode(text)), new)
+            blocks = {self._target(leaf) for leaf in new.leaves}
+            goes = Goes(planted.tree, new_leaf, embedder, tokenizer) if new_leaf else None
+            self.work.stage("joined", self.digest, [digest], lambda: self._join(new, blocks, goes))
+            joined = TrainingSet.open(self.work.path(JOINED))
+            self.listener.end(self._texts_line(len(new), len(joined) - len(new)))
+        with self.stage("training"), self.work.writing():
+            training = self._train(model, config, joined, blocks)
+        with self.stage("bank"):
+            self.work.stage(
+                "rows", [self.digest, sorted(map(str, blocks))], [digest], lambda: self._note_rows(blocks, nodes)
+            )
+            reach = planted.agreement["reach"]
+            self._write(dict(training.blocks()), planted.tree if new_leaf else None, reach)
+            self.listener.end(f"{len(blocks)} blocks have learnt, the others are what they were")
+        return Added(
+            corpus.documents,
+            corpus.count,
+            skipped,
+            tuple(map(str, sorted(blocks))),
+            str(new_leaf or ""),
+            len(new),
+            len(joined) - len(new),
+        )
+
+    @cached_property
+    def _kept(self) -> TrainingSet | None:
+        """What the bank has learnt so far, where that was kept."""
+        folder = kept_texts(self.model)
+        return TrainingSet.open(folder) if folder.is_dir() else None
+
+    def _texts_line(self, new: int, old: int) -> str:
+        line = f"{new:,} texts"
+        if self._kept is None:
+            return f"{line}; what their blocks knew may fade: {kept_texts(self.model)} is not there"
+        return f"{line}, and {old:,} that their blocks have learnt before"
+
+    def _target(self, leaf: Path) -> Path:
+        """The node whose block learns what is learnt in a leaf: the finest on its path."""
+        found = carriers(self.bank.config, leaf)
+        if not found:
+            raise BankError(f"no block is on the path {leaf}", "This bank has no memory for these documents.")
+        return found[-1]
+
+    def _join(self, new: TrainingSet, blocks: set[Path], goes: Goes | None) -> None:
+        """The new texts with the old ones of the blocks that learn them; and all texts, for the next time."""
+        with (
+            TrainingSetWriter(self.work.path(JOINED)) as joined,
+            TrainingSetWriter(self.work.path(ALL)) as everything,
+        ):
+            windows = 0
+            if (old := self._kept) is not None:
+                moved = goes.windows(old) if goes else set()
+                for number, leaves in still_there(old, self.tree):
+                    example = old.read(number)
+                    windows = max(windows, example.window + 1)
+                    if goes and example.window in moved:
+                        leaves.append(goes.leaf)
+                    everything.add(example, leaves)
+                    if here := [leaf for leaf in leaves if self._target(leaf) in blocks]:
+                        joined.add(example, here)
+            for number, leaves in enumerate(new.leaves_of()):
+                example = new.read(number)
+                joined.add(example, leaves)
+                everything.add(replace(example, window=windows + example.window), leaves)
+
+    def _train(self, model: nn.Module, config: dict[str, Any], joined: TrainingSet, blocks: set[Path]) -> Training:
+        training = Training(
+            self.work.path(TRAINING),
+            model,
+            replace(self.bank.config, quantization=()),
+            joined,
+            replace(self.settings.training, generic=False, cotrain=False),
+            joined,
+            identity=f"{identify(self.model / ANCHOR).weights_digest} {self.digest}",
+            vocabulary=config.get("effective_vocab_size"),
+            start=self._start,
+            learns=blocks.__contains__,
+        )
+        perplexity = training.run(self.listener.training)
+        self.listener.end(telling.perplexity_line(perplexity, "these texts"))
+        return training
+
+    def _start(self, node: Path) -> Tensors | None:
+        """A block's weights as the bank has them; None for a new leaf's."""
+        if node not in self.bank.manifest.blocks:
+            return None
+        block = self.bank.read(node)
+        return {name: block.values(name).astype(mx.float32) for name in self.bank.config.widths}
+
+    def _note_rows(self, blocks: set[Path], nodes: Nodes) -> None:
+        """The new rows of the block table, but for their files."""
+        rows = []
+        for node in sorted(blocks):
+            row = entry(node, FileEntry(0, ""), nodes)
+            if old := self.bank.manifest.blocks.get(node):
+                sources = tuple(dict.fromkeys((*old.sources, *row.sources)))[:SOURCES]
+                documents, tokens = old.documents + row.documents, old.tokens + row.tokens
+                row = replace(old, documents=documents, tokens=tokens, sources=sources)
+            rows.append(row.to_json())
+        write_text(self.work.path(ROWS), json.dumps(rows))
+
+    def _write(self, weights: dict[Path, Tensors], tree: ClusterTree | None, reach: float) -> None:
+        """The bank's edit, and the texts for the next time."""
+        with editing(self.root) as edit:
+            rows = map(BlockEntry.from_json, json.loads(self.work.path(ROWS).read_text(encoding="utf-8")))
+            blocks = dict(self.bank.manifest.blocks)
+            for row in rows:
+                file = FileEntry(*self._store(edit.file(block_name(row.path)), row.path, weights[row.path]))
+                blocks[row.path] = replace(row, bytes=file.bytes, sha256=file.sha256)
+            labels = {node: label for node, label in self.bank.manifest.labels.items() if node not in blocks}
+            manifest = replace(self.bank.manifest, blocks=in_order(blocks), labels=labels)
+            if tree is not None:
+                tree.save(edit.file(TREE))
+                size, digest = edit.file(TREE).stat().st_size, file_digest(edit.file(TREE))
+                manifest = replace(manifest, tree=FileEntry(size, digest))
+            manifest.write(edit.file(MANIFEST))
+            write_text(self.work.path(AFTER), file_digest(edit.file(MANIFEST)))
+            if not self._is_ours():
+                raise BankError(
+                    f"the bank {self.root} has changed since these documents were begun with",
+                    "Repeat the command: it begins anew.",
+                )
+            policy = BankPolicy.read(self.root / POLICY)
+            if policy.reach < reach:
+                replace(policy, reach=reach).write(edit.file(POLICY))
+            if origin := Origin.read(self.root):  # the hub does not have these blocks
+                replace(origin, subtrees=origin.subtrees | weights.keys()).write(edit.file(REMOTE).parent)
+        kept = kept_texts(self.model)
+        if self.work.path(ALL).is_dir() and kept.is_dir():
+            with self.work.writing():
+                swap(self.work.path(ALL), kept)
+
+    def _is_ours(self) -> bool:
+        """Whether the bank is what it was before, or what it is to become."""
+        after, now = self.work.path(AFTER), file_digest(self.root / MANIFEST)
+        return now == file_digest(self.before / MANIFEST) or (after.exists() and now == after.read_text())
+
+    def _store(self, file: pathlib.Path, node: Path, weights: Tensors) -> tuple[int, str]:
+        """Writes a block as the bank stores those of its level."""
+        config, how = self.bank.config, self.bank.config.quantized(len(node))
+        plain = stored(weights, config, str(node))
+        if how is None:
+            return write_block(file, plain, config.dtype)
+        values = {name: weights[name].astype(getattr(mx, config.dtype)) for name in plain}
+        return write_block(file, *quantized(MemoryBlock(values, 0), how))
+
+
+def _leaves_line(leaves: Sequence[Path], new_leaf: Path | None) -> str:
+    some = ", ".join(map(str, leaves[:8])) + ", …" * (len(leaves) > 8)
+    return f"learnt in {len(leaves)} leaves: {some}" + (f"; {new_leaf} is new" if new_leaf else "")

@@ -1,0 +1,188 @@
+"""The first stage, documents in windows; and the names of the files of all stages (see `mlx_hiermem.learn`).
+
+    work = Work(folder)
+    corpus = read_corpus(work, sources, tokenizer, CorpusSettings())
+    planted = plant(work, corpus, embedder, TreeSettings())         # planting.py
+    describe_nodes(work, planted, count)
+
+Self-study may come between the first two: `plant` takes the questions of its study.jsonl into account.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+from tokenizers import Tokenizer
+
+from mlx_hiermem.errors import CorpusError
+from mlx_hiermem.learn import Document, Skipped, Window
+from mlx_hiermem.learn.corpus import readers as corpus
+from mlx_hiermem.learn.corpus.duplicates import Seen
+from mlx_hiermem.learn.corpus.windows import TOKENS, splintered, split, untruncated
+from mlx_hiermem.learn.work import Work, read_lines, write_lines
+
+WINDOWS, SKIPPED, PROBES = "windows.jsonl", "skipped.jsonl", "probes.jsonl"
+STUDY, GIVEN = "study.jsonl", "prompts.jsonl"
+PROBE_VECTORS, MEANS = "probes.npy", "means.npy"
+TREE, LEAVES_FILE, AGREEMENT, NODES = "tree.safetensors", "leaves.jsonl", "agreement.json", "nodes.json"
+FOREIGN = 0.25  # see `splintered`
+LOOKED_AT = 500  # windows, to tell the language
+LONGEST_LINE = 1 << 20  # bytes; a window is of some hundred tokens
+
+
+@dataclass(frozen=True)
+class CorpusSettings:
+    """Which field of a record is the text, which its title ("": found), and the tokens of a window.
+
+    Unless `any_language`, a corpus in a language that the embedder does not know is refused.
+    """
+
+    field: str = "text"
+    title: str = ""
+    tokens: int = TOKENS
+    any_language: bool = False
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A corpus in windows; `digest` says what it was made of."""
+
+    work: Work
+    digest: str
+
+    @property
+    def count(self) -> int:
+        return count_lines(self.work.path(WINDOWS))
+
+    @property
+    def documents(self) -> int:
+        """How many there are, by the last window's."""
+        with self.work.path(WINDOWS).open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, size - LONGEST_LINE))
+            return int(json.loads(stream.read().splitlines()[-1])["document"]) + 1
+
+    @property
+    def studied(self) -> pathlib.Path:
+        """The file with prompts and answers about the windows: of self-study and of the user. There may be none."""
+        given = self.work.path(GIVEN)
+        return given if given.exists() else self.work.path(STUDY)
+
+    def windows(self) -> Iterator[Window]:
+        return (Window(**row) for row in read_lines(self.work.path(WINDOWS)))
+
+    def read(self, numbers: Iterable[int]) -> Iterator[Window]:
+        """Windows by their numbers, in this order."""
+        with self.work.path(WINDOWS).open("rb") as stream:
+            for number in numbers:
+                stream.seek(self._starts[number])
+                yield Window(**json.loads(stream.readline()))
+
+    @cached_property
+    def _starts(self) -> array[int]:
+        """Where each window's line begins."""
+        found, at = array("q"), 0
+        with self.work.path(WINDOWS).open("rb") as stream:
+            for line in stream:
+                found.append(at)
+                at += len(line)
+        return found
+
+    def skipped(self) -> Iterator[Skipped]:
+        return (Skipped(**row) for row in read_lines(self.work.path(SKIPPED)))
+
+
+def read_corpus(
+    work: Work,
+    sources: Sequence[str],
+    tokenizer: Tokenizer,
+    settings: CorpusSettings = CorpusSettings(),
+    progress: Callable[[str], None] = lambda what: None,
+) -> Corpus:
+    """Stage `corpus`. `progress` is told each document's source. Raises CorpusError where nothing is left."""
+
+    def make() -> None:
+        beside, reader = work.path(SKIPPED + ".tmp"), untruncated(tokenizer)
+        with beside.open("w", encoding="utf-8") as stream, Seen(work.path("seen.sqlite")) as seen:
+
+            def skip(skipped: Skipped) -> None:
+                stream.write(json.dumps(asdict(skipped), ensure_ascii=False) + "\n")
+
+            documents = _new_documents(corpus.read(sources, settings.field, settings.title), seen, skip, progress)
+            windows = _windows(documents, reader, settings.tokens)
+            count = write_lines(work.path(WINDOWS), map(asdict, windows))
+        beside.replace(work.path(SKIPPED))
+        if not count:
+            first = next(
+                (f": {row['what']} is skipped, {row['why']}" for row in read_lines(work.path(SKIPPED))), ""
+            )
+            raise CorpusError(
+                f"there is nothing to learn in {', '.join(sources)}{first}",
+                "Readable are .txt .md .html .pdf .jsonl files, folders of them, and data sets of the hub.",
+            )
+
+        if not settings.any_language:
+            _check_language(work, reader)
+
+    return Corpus(work, work.stage("corpus", [asdict(settings), _stamp(sources)], (), make))
+
+
+def _check_language(work: Work, tokenizer: Tokenizer) -> None:
+    windows = itertools.islice(read_lines(work.path(WINDOWS)), LOOKED_AT)
+    share = splintered(" ".join(row["text"] for row in windows), tokenizer)
+    if share > FOREIGN:
+        raise CorpusError(
+            f"the corpus does not seem to be in English, the sentence embedder's language: {share:.0%} of its "
+            "tokens are splinters of words, and questions would hardly find their answers",
+            "--any-language learns it nevertheless.",
+        )
+
+
+def _stamp(sources: Sequence[str]) -> str:
+    """Changes when a file of the sources does, by name, size or time; of a data set only the name is known."""
+    digest = hashlib.sha256()
+    for source in sources:
+        path = pathlib.Path(source)
+        files = (file for file, why in corpus.files_in(path) if not why) if path.is_dir() else [path]
+        for file in files:
+            if file.is_file():
+                status = file.stat()
+                digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        digest.update(source.encode())
+    return digest.hexdigest()
+
+
+def _new_documents(
+    found: Iterable[corpus.Found], seen: Seen, skip: Callable[[Skipped], None], progress: Callable[[str], None]
+) -> Iterator[Document]:
+    """The documents that no earlier one says again; the rest is skipped with its reason."""
+    for one in found:
+        if isinstance(one, Skipped):
+            skip(one)
+        elif why := seen.before(one.source, one.text):
+            skip(Skipped(one.source, why))
+        else:
+            progress(one.source)
+            yield one
+
+
+def _windows(documents: Iterable[Document], tokenizer: Tokenizer, tokens: int) -> Iterator[Window]:
+    count = 0
+    for number, document in enumerate(documents):
+        for text in split(document.text, tokenizer, tokens):
+            yield Window(count, number, document.source, document.title, text)
+            count += 1
+
+
+def count_lines(file: pathlib.Path) -> int:
+    """Lines of a file."""
+    with file.open("rb") as stream:
+        return sum(block.count(b"\n") for block in iter(lambda: stream.read(1 << 20), b""))

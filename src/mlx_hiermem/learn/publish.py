@@ -1,0 +1,157 @@
+"""The learnt bank as a model folder: blocks in the bank's dtype, labels and sources, the anchor beside it.
+
+Everything is put together in the work folder and renamed to OUT in the end, so OUT is never half a model. Files
+are linked there rather than copied; the work folder goes afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_hiermem.anchor import load_anchor
+from mlx_hiermem.bank.bank import GENERIC
+from mlx_hiermem.bank.block import block_name
+from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
+from mlx_hiermem.bank.writer import BankWriter, to_disk
+from mlx_hiermem.config import AnchorIdentity, EmbedderIdentity, MemoryConfig, Path
+from mlx_hiermem.errors import HierMemError
+from mlx_hiermem.learn.train.blocks import Tensors
+from mlx_hiermem.learn.train.training import Training
+from mlx_hiermem.tree import ClusterTree
+
+Nodes = Mapping[str, Mapping[str, Any]]  # as nodes.json has them
+
+
+@dataclass(frozen=True)
+class About:
+    """What a bank's manifest says beside its blocks."""
+
+    anchor: AnchorIdentity
+    embedder: EmbedderIdentity
+    nodes: Nodes
+    recipe: dict[str, Any] = field(default_factory=dict)
+    licence: str = ""
+
+
+def write_bank(folder: pathlib.Path, training: Training, tree: ClusterTree, about: About) -> BankManifest:
+    """Writes the trained blocks as the bank `folder`. Raises OutputError where the disk is full."""
+    config, blocks, generic = training.config, dict[Path, BlockEntry](), None
+    made_of = json.dumps([config.to_json(), about.recipe, about.anchor.to_json()], sort_keys=True)
+    with BankWriter(folder, hashlib.sha256(made_of.encode()).hexdigest()) as writer:
+        for node, weights in training.blocks():
+            name = block_name(node) if node else GENERIC
+            file = writer.write(name, stored(weights, config, str(node) or "generic"), config.dtype)
+            if node:
+                blocks[node] = entry(node, file, about.nodes)
+            else:
+                generic = file
+        manifest = BankManifest(
+            about.anchor,
+            config,
+            about.embedder,
+            in_order(blocks),
+            writer.write_tree(tree),
+            generic,
+            labels={
+                node: about.nodes[str(node)]["label"]
+                for level in range(1, tree.depth + 1)
+                for node in tree.nodes(level)
+                if node not in blocks and str(node) in about.nodes
+            },
+            recipe=about.recipe,
+            licence=about.licence,
+        )
+        writer.finish(manifest)
+    return manifest
+
+
+def in_order(blocks: Mapping[Path, BlockEntry]) -> dict[Path, BlockEntry]:
+    """Level by level, as manifests list them."""
+    return dict(sorted(blocks.items(), key=lambda item: (len(item[0]), item[0])))
+
+
+def entry(node: Path, file: FileEntry, nodes: Nodes) -> BlockEntry:
+    """A block's row of the table."""
+    about = nodes.get(str(node), {})
+    return BlockEntry(
+        node,
+        file.bytes,
+        file.sha256,
+        about.get("label", ""),
+        about.get("documents", 0),
+        about.get("tokens", 0),
+        tuple(about.get("sources", ())),
+    )
+
+
+def stored(weights: Tensors, config: MemoryConfig, name: str) -> dict[str, tuple[tuple[int, ...], np.ndarray]]:
+    """A block's tensors in the bank's dtype, as `write_block` takes them."""
+    found = {}
+    for part in config.widths:
+        value = weights[part].astype(getattr(mx, config.dtype))
+        if not mx.isfinite(value).all().item():
+            raise HierMemError(
+                f"block {name} has values that {config.dtype} cannot hold", "Learn with a lower --rate."
+            )
+        raw = np.array(value.view(mx.uint16) if value.dtype == mx.bfloat16 else value)
+        found[part] = (tuple(weights[part].shape), raw)
+    return found
+
+
+def write_anchor(source: pathlib.Path, out: pathlib.Path, weights: Tensors) -> None:
+    """A copy of an anchor's folder with weights that have changed, each in the dtype that it has there."""
+    from mlx_lm.utils import save_model
+
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(source, out, ignore=shutil.ignore_patterns("model*.safetensors*"))
+    dtypes = {
+        name: value.dtype
+        for file in sorted(source.glob("model*.safetensors"))
+        for name, value in _arrays(file).items()
+    }
+    model, _, _ = load_anchor(source, mx.float32)
+    model.load_weights(
+        [(name, value.astype(dtypes.get(name, mx.float32))) for name, value in weights.items()], strict=False
+    )
+    save_model(out, model)
+
+
+def _arrays(file: pathlib.Path) -> Tensors:
+    loaded = mx.load(str(file))
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def link(source: pathlib.Path, target: pathlib.Path) -> None:
+    """A file or folder under a second name; a copy where the disk knows no links."""
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=_link_file, dirs_exist_ok=True)
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _link_file(source, target)
+
+
+def _link_file(source: Any, target: Any) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(target)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def publish(folder: pathlib.Path, out: pathlib.Path) -> None:
+    """Brings a whole model to disk and gives it its name."""
+    to_disk(folder)
+    os.rename(folder, out)

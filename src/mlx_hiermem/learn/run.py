@@ -1,0 +1,297 @@
+"""All of `hiermem learn`: every stage in its turn, then the model folder. What is done is not done again.
+
+    learnt = learn(["./docs"], out, lambda: AnchorSource("SmolLM2", ..., put), LearnSettings(), listener)
+
+Of several ranks (`mlx.launch`) the first does everything but the training, which they share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import mlx.nn as nn
+
+from mlx_hiermem import __version__
+from mlx_hiermem.anchor import identify, load_anchor
+from mlx_hiermem.bank.policy import POLICY, BankPolicy
+from mlx_hiermem.config import EmbedderIdentity
+from mlx_hiermem.embedder import Embedder
+from mlx_hiermem.errors import AnchorError, HierMemError, OutputError
+from mlx_hiermem.learn import telling
+from mlx_hiermem.learn.command import ANCHOR, BANK, LEARNING, TRAINING, Stages, find_teacher, locked, work_folder
+from mlx_hiermem.learn.corpus.stages import AGREEMENT, SKIPPED, TREE, CorpusSettings, read_corpus
+from mlx_hiermem.learn.publish import About, Nodes, link, publish, write_anchor, write_bank
+from mlx_hiermem.learn.ranks import Ranks
+from mlx_hiermem.learn.settings import MemorySettings, TrainingSettings, epochs_for
+from mlx_hiermem.learn.study.judge import StudySettings
+from mlx_hiermem.learn.study.prompts import Given, about_windows, give
+from mlx_hiermem.learn.study.study import study
+from mlx_hiermem.learn.train.encoding import EXAMPLES, ExampleSettings, make_examples, open_examples
+from mlx_hiermem.learn.train.training import LOG, PLOT, Training
+from mlx_hiermem.learn.tree.kmeans import check_size
+from mlx_hiermem.learn.tree.planting import TreeSettings, describe_nodes, given_agreement, plant
+from mlx_hiermem.learn.work import Work, write_text
+from mlx_hiermem.memory.attach import attach
+from mlx_hiermem.partial import Anchor
+from mlx_hiermem.tree import ClusterTree
+
+BASE, MODEL = "base", "model"  # of the work folder
+REPORT = "report.json"
+
+
+@dataclass(frozen=True)
+class LearnSettings:
+    """All that a user may choose.
+
+    `epochs` 0 is chosen by the corpus' size; `questions` are (question, document that answers it), to measure by;
+    `prompts` are learnt.
+    """
+
+    corpus: CorpusSettings = field(default_factory=CorpusSettings)
+    tree: TreeSettings = field(default_factory=TreeSettings)
+    memory: MemorySettings = field(default_factory=MemorySettings)
+    teacher: str | None = ""  # who studies: "" the anchor, None nobody, or any model that mlx-lm loads
+    study: StudySettings = field(default_factory=StudySettings)
+    heldout: float = 0.0
+    epochs: int = 0
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    questions: tuple[tuple[str, str], ...] = ()
+    prompts: tuple[Given, ...] = ()
+    licence: str = ""
+    keep: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """What a bank's manifest says of them."""
+        data = asdict(self)
+        return {name: data[name] for name in ("corpus", "teacher", "study", "tree", "heldout")}
+
+
+@dataclass(frozen=True)
+class AnchorSource:
+    """An anchor to be: `put` makes its folder, with `anchor/` in it and perhaps `source.json`.
+
+    `made_of` says what it is made of, by which an interrupted run knows it again.
+    """
+
+    name: str
+    made_of: Any
+    put: Callable[[pathlib.Path], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What there is before the training; `given` is the agreement on given questions."""
+
+    documents: int
+    windows: int
+    skipped: int
+    agreement: dict[str, Any]
+    given: float | None
+    nodes: Nodes
+    embedder: EmbedderIdentity
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What came of it. `seconds` are those of each stage, added up over interrupted runs."""
+
+    documents: int
+    windows: int
+    skipped: int
+    agreement: dict[str, Any]
+    given_agreement: float | None
+    memory: dict[str, Any]
+    totals: dict[str, int]
+    perplexity: dict[str, float]  # by memory: none, generic, level 1 ..., fetched
+    perplexity_of: str  # held-out texts, or learnt ones
+    seconds: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def learn(
+    sources: Sequence[str],
+    out: pathlib.Path,
+    find_anchor: Callable[[], AnchorSource],
+    settings: LearnSettings,
+    listener: telling.Listener,
+) -> Learnt | None:
+    """Learns documents into the model folder `out`. On other ranks than the first it returns None.
+
+    Raises CorpusError, AnchorError and OutputError, each for what is wrong with what was given. What is done stays
+    in `work_folder(out)`, and the same call goes on from there.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise OutputError(f"{out} exists already", "Choose another folder, or remove it first.")
+    ranks = Ranks(work_folder(out))
+    if ranks.rank:
+        ranks.follow()
+        _Run(Work(work_folder(out)), settings, listener, first=False).train()
+        return None
+    tidy = _tidy(work_folder(out)) if ranks.count == 1 else contextlib.nullcontext()  # others look into it
+    with tidy, locked(work_folder(out)) as work:
+        run = _Run(work, settings, listener)
+        with ranks.leading():
+            anchor = find_anchor()
+            prepared = run.prepare(sources, anchor)
+        learnt = run.write(anchor.name, prepared, *run.train())
+        with work.writing():
+            publish(work.path(MODEL), out)
+    if not settings.keep:
+        shutil.rmtree(work.folder, ignore_errors=True)
+    return learnt
+
+
+@contextlib.contextmanager
+def _tidy(folder: pathlib.Path) -> Iterator[None]:
+    """A new work folder goes where it came to nothing: documents or anchor were wrong from the beginning."""
+    new = not folder.exists()
+    try:
+        yield
+    except HierMemError as error:
+        if new and not isinstance(error, OutputError) and not Work(folder).has("corpus"):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+class _Run(Stages):
+    """One command's work."""
+
+    def __init__(self, work: Work, settings: LearnSettings, listener: telling.Listener, first: bool = True) -> None:
+        super().__init__(work, listener, first)
+        self.settings, self.folder = settings, work.path(BASE) / ANCHOR
+
+    @cached_property
+    def loaded(self) -> tuple[nn.Module, Any, dict[str, Any]]:
+        """The anchor's model, tokenizer and configuration."""
+        return load_anchor(self.folder)
+
+    def prepare(self, sources: Sequence[str], anchor: AnchorSource) -> Prepared:
+        """Everything before the training."""
+        with self.stage("anchor"):
+            self.work.stage("anchor", anchor.made_of, (), lambda: self._put(anchor))
+            self._check()
+            self.listener.end(anchor.name)
+        embedder, tokenizer = Embedder.load(), self.loaded[1]
+        with self.stage("corpus"):
+            corpus = read_corpus(
+                self.work, sources, embedder.tokenizer, self.settings.corpus, self.counter("documents")
+            )
+            skipped = sum(1 for _ in corpus.skipped())
+            check_size(corpus.count)  # before anything that takes long
+            self.listener.end(telling.corpus_line(corpus, skipped))
+        with self.stage("study"):
+            prompts = about_windows(corpus, self.settings.prompts)  # before anything that takes long
+            teacher = find_teacher(self.settings.teacher, *self.loaded[:2], identify(self.folder))
+            studied = study(self.work, corpus, *teacher, self.settings.study, self.progress("windows"))
+            give(self.work, prompts, studied)
+            self.listener.end(telling.study_line(corpus.studied))
+        with self.stage("tree"):
+            planted = plant(self.work, corpus, embedder, self.settings.tree, self.progress("texts embedded"))
+            asked = self.settings.questions
+            given = given_agreement(planted, embedder, asked) if asked else None
+            self.listener.end(telling.tree_line(planted.agreement, given))
+        with self.stage("examples"):
+            chosen = ExampleSettings(self.settings.heldout, self.settings.training.objective == "distillation")
+            make_examples(self.work, planted, embedder, tokenizer, chosen, self.progress("windows"))
+            learnt, _ = open_examples(self.work)
+            nodes = describe_nodes(self.work, planted, lambda text: len(tokenizer.encode(text)), learnt)
+            self.listener.end(f"{len(learnt):,} texts, {int(learnt.lengths.sum()):,} tokens")
+        return Prepared(corpus.documents, corpus.count, skipped, planted.agreement, given, nodes, embedder.identity)
+
+    def train(self) -> tuple[Training, dict[str, float]]:
+        """Trains this rank's share; returns the perplexities too."""
+        model, _, config = self.loaded
+        examples, heldout = open_examples(self.work)
+        shape = ClusterTree.load(self.work.path(TREE))
+        memory = self.settings.memory.of(model, shape.branching, shape.depth)
+        settings = self.settings.training
+        tokens = int(examples.lengths[examples.assigned].sum()) // max(
+            1, len({leaf[0] for leaf in examples.leaves})
+        )
+        settings = replace(settings, epochs=self.settings.epochs or epochs_for(tokens))
+        with self.stage("training"), self.work.writing():
+            training = Training(
+                self.work.path(TRAINING),
+                model,
+                memory,
+                examples,
+                settings,
+                heldout,
+                identity=identify(self.folder).weights_digest,
+                vocabulary=config.get("effective_vocab_size"),
+            )
+            self.listener.end(f"{telling.memory_line(memory)}, {settings.epochs} epochs")
+            self.listener.begin("training")
+            perplexity = training.run(self.listener.training)
+            self.listener.end(telling.perplexity_line(perplexity, self._measured))
+        return training, perplexity
+
+    def write(self, name: str, prepared: Prepared, training: Training, perplexity: dict[str, float]) -> Learnt:
+        """Puts the model folder together in the work folder."""
+        model, settings = self.work.path(MODEL), self.settings
+        shutil.rmtree(model, ignore_errors=True)
+        with self.stage("bank"), self.work.writing():
+            weights = training.anchor()
+            if weights is None:
+                link(self.work.path(BASE), model)
+            else:
+                write_anchor(self.folder, model / ANCHOR, weights)
+            recipe = {"name": "learn", "by": f"mlx-hiermem {__version__}", "documents": prepared.documents}
+            training_settings = {"training": training.settings.to_json()}
+            recipe |= {
+                "windows": prepared.windows,
+                "prompts": len(settings.prompts),
+                "settings": settings.to_json() | training_settings,
+            }
+            about = About(
+                identify(model / ANCHOR, name), prepared.embedder, prepared.nodes, recipe, settings.licence
+            )
+            manifest = write_bank(model / BANK, training, ClusterTree.load(self.work.path(TREE)), about)
+            BankPolicy(reach=prepared.agreement["reach"]).write(model / BANK / POLICY)
+            for file in (SKIPPED, AGREEMENT, EXAMPLES):
+                link(self.work.path(file), model / LEARNING / file)
+            for file in (LOG, PLOT):
+                if (source := self.work.path(TRAINING) / file).exists():
+                    link(source, model / LEARNING / file)
+        learnt = Learnt(
+            prepared.documents,
+            prepared.windows,
+            prepared.skipped,
+            prepared.agreement,
+            prepared.given,
+            manifest.memory.to_json(),
+            manifest.totals(),
+            perplexity,
+            self._measured,
+            self.times,
+        )
+        with self.work.writing():
+            write_text(model / LEARNING / REPORT, json.dumps(learnt.to_json(), indent=1) + "\n")
+        return learnt
+
+    def _put(self, anchor: AnchorSource) -> None:
+        shutil.rmtree(self.work.path(BASE), ignore_errors=True)
+        anchor.put(self.work.path(BASE))
+
+    def _check(self) -> None:
+        """Raises AnchorError where this anchor cannot learn, before anything that takes long."""
+        model, tokenizer, _ = self.loaded
+        if tokenizer is None:
+            raise AnchorError("this anchor has no tokenizer", "Convert it again with --tokenizer.")
+        attach(model, self.settings.memory.of(model, 2, max(1, len(self.settings.memory.sizes)))).detach()
+        Anchor(model).check()
+
+    @property
+    def _measured(self) -> str:
+        """What the perplexities are of."""
+        held_out = self.settings.heldout or json.loads(self.work.path(AGREEMENT).read_text())["questions"]
+        return "held-out texts" if held_out else "learnt texts"

@@ -1,0 +1,145 @@
+"""Prompts that the user gives: what is to be said, and in which words, is known better than self-study can guess.
+
+A line of the file names a document and has one of three forms, the first two as mlx-lm's trainer takes them:
+
+    {"document": "Gold", "prompt": "The symbol of gold is", "completion": " Au."}
+    {"document": "Gold", "messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
+    {"document": "Gold", "question": "Which symbol does gold have?", "answer": "Au"}
+
+They join the rows of self-study, where there are any, in the window of the document that has most of their words:
+
+    prompts.jsonl   what study.jsonl has, and {"window", "prompt", "answer", "chat", "given": true, ...}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+import pathlib
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_hiermem.errors import CorpusError, HierMemError
+from mlx_hiermem.learn.corpus.stages import GIVEN, STUDY, Corpus
+from mlx_hiermem.learn.tree.probes import FRAME, names, with_subjects
+from mlx_hiermem.learn.work import Row, Work, read_lines, write_lines
+
+FORMS = (
+    'A line has a "document", its title or file, and "prompt" and "completion", or "question" and "answer", '
+    'or "messages" of a user and an assistant.'
+)
+
+
+@dataclass(frozen=True)
+class Given:
+    """A prompt and what is to follow it. `document` is a title or a source; if `framed` it is put as a question."""
+
+    document: str
+    prompt: str
+    answer: str
+    chat: bool = False
+    framed: bool = False
+
+    @classmethod
+    def parse(cls, line: str) -> Given:
+        """Raises ValueError where the line has none of the forms."""
+        row = json.loads(line)
+        match row:
+            case {
+                "document": str(document),
+                "messages": [{"role": "user"} as asked, {"role": "assistant"} as said],
+            }:
+                found = cls(document, str(asked["content"]), str(said["content"]), chat=True)
+            case {"document": str(document), "prompt": str(prompt), "completion": str(answer)}:
+                found = cls(document, prompt, answer)
+            case {"document": str(document), "question": str(question), "answer": str(answer)}:
+                found = cls(document, question, answer, framed=True)
+            case _:
+                raise ValueError("it has none of the forms")
+        if not (found.prompt.strip() and found.answer.strip()):
+            raise ValueError("a part of it is empty")
+        return found
+
+
+def read_prompts(file: pathlib.Path) -> tuple[Given, ...]:
+    """All prompts of a file. Raises HierMemError for the first line that is none."""
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise HierMemError(f"cannot read {file}: {getattr(error, 'strerror', '') or 'it is not UTF-8'}") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                found.append(Given.parse(line))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise HierMemError(f"line {number} of {file} is no prompt with what follows it", FORMS) from error
+    return tuple(found)
+
+
+def about_windows(corpus: Corpus, given: Sequence[Given]) -> list[Row]:
+    """The rows of the prompts, in the order of their windows.
+
+    Raises CorpusError where a prompt is about a document that is not there.
+    """
+    by_document = defaultdict[str, list[int]](list)
+    for number, one in enumerate(given):
+        by_document[one.document].append(number)
+    words = [_words(f"{one.prompt} {one.answer}") for one in given]
+    best: list[tuple[int, int, str]] = [(-1, 0, "")] * len(given)  # words in common, window, its subject
+    for window, subject in with_subjects(corpus.windows()) if given else ():
+        own = {number for name in {window.source, window.title} for number in by_document.get(name, ())}
+        said = _words(window.text) if own else set()
+        for number in own:
+            common = len(words[number] & said)
+            if common > best[number][0]:
+                best[number] = common, window.id, subject
+    for one, (common, _, _) in zip(given, best, strict=True):
+        if common < 0:
+            raise not_there(one.document, "a prompt")
+    rows = [_row(one, window, subject) for one, (_, window, subject) in zip(given, best, strict=True)]
+    return sorted(rows, key=_window)
+
+
+def give(work: Work, rows: Sequence[Row], studied: str) -> str:
+    """Stage `prompts`, after that of self-study with the digest `studied`; returns its own digest."""
+
+    def make() -> None:
+        if not rows:
+            work.path(GIVEN).unlink(missing_ok=True)
+            return
+        study = work.path(STUDY)
+        own = read_lines(study) if study.exists() else iter(())
+        write_lines(work.path(GIVEN), heapq.merge(own, rows, key=_window))
+
+    stamp = hashlib.sha256(json.dumps(rows).encode()).hexdigest() if rows else None
+    return work.stage("prompts", stamp, [studied], make)
+
+
+def _window(row: Row) -> int:
+    return int(row["window"])
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower()))
+
+
+def _row(one: Given, window: int, subject: str) -> Row:
+    row: dict[str, Any] = {"window": window, "prompt": one.prompt, "answer": one.answer, "chat": one.chat}
+    if one.framed:
+        row |= {"question": one.prompt, "prompt": FRAME.format(one.prompt)}
+    if names(one.answer, subject) and not names(one.prompt, subject):
+        row |= {"reversed": True}
+    return row | {"given": True}
+
+
+def not_there(document: str, what: str) -> CorpusError:
+    """The error for a document that `what` is about, but the corpus has not."""
+    return CorpusError(
+        f"no document is called '{document}', which {what} is about",
+        "Name documents by their title, or by their source as windows.jsonl has it.",
+    )

@@ -1,0 +1,214 @@
+"""Self-study: questions about what was read, in many wordings, each with its answer from the window.
+
+A fact that is learnt in one wording cannot be asked for in another. So before anything is learnt, every window's
+facts are given wordings by a language model, by default the anchor itself: see `facts` and `wordings`. A wording is
+invented for a few of the windows that say the same of different subjects, and is tried on others: it is kept where
+the model, with the window before it, prefers the right answer to all other answers of the window. The answers are
+the window's own words, so nothing is learnt that it does not say.
+
+    study.jsonl   {"window", "prompt", "question", "answer", "chat", "reversed"}: in the order of their windows;
+                  "question" is the prompt without its frame, where it has one, and "reversed" is there where the
+                  answer is what the window is about (see `reverse`)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from mlx_hiermem.learn import Window
+from mlx_hiermem.learn.corpus.stages import STUDY, Corpus
+from mlx_hiermem.learn.study.facts import COMMON, Fact, facts, mention, worth_asking
+from mlx_hiermem.learn.study.judge import Reader, Share, StudySettings, Tried, try_out
+from mlx_hiermem.learn.study.noted import NotedTeacher
+from mlx_hiermem.learn.study.reverse import reversible, try_reversed
+from mlx_hiermem.learn.study.teacher import Teacher
+from mlx_hiermem.learn.study.wordings import OWN, RARE, SYNONYM, Wording, echo, names_of, own_beginning, wordings
+from mlx_hiermem.learn.tree.probes import FRAME, with_subjects
+from mlx_hiermem.learn.work import Work, read_lines, write_lines
+
+TOGETHER = 256  # windows that are studied at a time: a wording is shared among these, and a killed run repeats them
+Progress = Callable[[int, int], None]
+
+
+def study(
+    work: Work,
+    corpus: Corpus,
+    teacher: Callable[[], Teacher] | None,
+    identity: str,
+    settings: StudySettings,
+    progress: Progress = lambda done, total: None,
+) -> str:
+    """Stage `study`: writes study.jsonl and returns its digest; without a teacher there is none.
+
+    `teacher` loads it, `identity` names it; `progress` counts windows. An interrupted stage goes on with the first
+    thing that it did not ask the teacher yet.
+    """
+    if teacher is None:
+        return work.stage("study", None, [corpus.digest], lambda: work.path(STUDY).unlink(missing_ok=True))
+
+    def make() -> None:
+        parts = work.path("study.parts")
+        mark = hashlib.sha256(json.dumps([corpus.digest, identity, asdict(settings)]).encode()).hexdigest()[:16]
+        parts.mkdir(exist_ok=True)
+        loaded, files, done = teacher(), [], 0
+        for number, some in enumerate(_together(corpus)):
+            file = parts / f"{mark}-{number}.jsonl"
+            if not file.exists():
+                rng = random.Random(f"{settings.seed} {number}")
+                tell = partial(_told, progress, done, len(some), corpus.count)
+                noted = NotedTeacher.of(loaded, file.with_suffix(".notes"))
+                write_lines(file, _studied(some, noted, settings, rng, tell))
+                noted.file.unlink(missing_ok=True)
+            files.append(file)
+            done += len(some)
+            progress(done, corpus.count)
+        write_lines(work.path(STUDY), (row for file in files for row in read_lines(file)))
+        for file in parts.iterdir():
+            file.unlink()
+        parts.rmdir()
+
+    return work.stage("study", [identity, asdict(settings)], [corpus.digest], make)
+
+
+def _told(progress: Progress, done: int, together: int, total: int, share: float) -> None:
+    """Of the windows that are studied together, a share."""
+    progress(done + int(share * together), total)
+
+
+def _part(tell: Share, begin: float, end: float, share: float) -> None:
+    """Of the whole work, the share that a part of it has done."""
+    tell(begin + share * (end - begin))
+
+
+def _together(corpus: Corpus) -> Iterator[list[tuple[Window, str]]]:
+    some = list[tuple[Window, str]]()
+    for pair in with_subjects(corpus.windows()):
+        some.append(pair)
+        if len(some) == TOGETHER:
+            yield some
+            some = []
+    if some:
+        yield some
+
+
+def _studied(
+    windows: Sequence[tuple[Window, str]],
+    teacher: Teacher,
+    settings: StudySettings,
+    rng: random.Random,
+    tell: Share,
+) -> Iterator[dict[str, Any]]:
+    """The rows of some windows. `tell` is told which share of the work is done."""
+    found = {window.id: facts(window, subject) for window, subject in windows}
+    counts = Counter(shape for own in found.values() for shape in {fact.shape for fact in own})
+    common = {shape for shape, count in counts.items() if count >= COMMON}
+    by_window = {number: worth_asking(own, common) for number, own in found.items()}
+    shapes = defaultdict[str, list[Fact]](list)
+    for own in by_window.values():
+        for fact in own:
+            shapes[fact.shape].append(fact)
+    invented = _invent(shapes, teacher, settings, rng, partial(_part, tell, 0, 0.5))
+    answers = {number: list(dict.fromkeys(fact.answer for fact in own)) for number, own in by_window.items()}
+    by_id = {window.id: window for window, _ in windows}
+    reader = Reader(teacher, by_id, answers, partial(_part, tell, 0.5, 0.9))
+    kept = try_out(shapes, invented, reader, settings, rng)
+    back = reversible(shapes) if settings.reversed_questions or settings.reversed_statements else {}
+    kept_back = try_reversed(back, kept, by_id, teacher, settings, rng, partial(_part, tell, 0.9, 1))
+    turned = defaultdict[int, list[Fact]](list)
+    for fact in itertools.chain(*back.values()):
+        turned[fact.window].append(fact)
+    for window, _ in windows:
+        asked = set[str]()  # a question that would fit two facts is about the first one
+        for fact in by_window[window.id]:
+            yield from _rows(fact, _new(fact, kept, asked), window, settings)
+        for fact in turned[window.id]:
+            yield from _reversed_rows(fact, _new(fact, kept_back, asked), window, settings)
+
+
+def _new(fact: Fact, kept: dict[str, list[Tried]], asked: set[str]) -> list[Wording]:
+    """The wordings of a fact that nothing was asked in before; notes them in `asked`."""
+    new = [tried.wording for tried in kept[fact.shape] if tried.wording.prompt(fact.subject) not in asked]
+    asked.update(wording.prompt(fact.subject) for wording in new)
+    return new
+
+
+def _invent(
+    shapes: dict[str, list[Fact]], teacher: Teacher, settings: StudySettings, rng: random.Random, tell: Share
+) -> dict[str, list[Wording]]:
+    """Wordings for each shape: many where it is common, by the first few patterns elsewhere."""
+    found: dict[str, list[Wording]] = {shape: [] for shape in shapes}
+    for rare, common in enumerate((True, False)):
+        some = [
+            rng.sample(own, min(len(own), settings.invented if common else 1))
+            for own in shapes.values()
+            if (len(own) >= COMMON) == common and own[0].subject
+        ]
+        asked = [
+            (facts[i % len(facts)], name, SYNONYM if i and common else OWN if common else RARE)
+            for facts, names in zip(some, names_of(teacher, some, common, settings.seed), strict=True)
+            for i, name in enumerate(names if common else names[:1])
+        ]
+        lines = wordings(teacher, asked, partial(_part, tell, rare / 2, (1 + rare) / 2))
+        for (fact, _, _), new in zip(asked, lines, strict=True):
+            found[fact.shape] += [wording for wording in new if wording not in found[fact.shape]]
+    return found
+
+
+def _rows(fact: Fact, kept: Sequence[Wording], window: Window, settings: StudySettings) -> Iterator[dict[str, Any]]:
+    """What one fact is learnt from; the subject is named as the title has it, and as the sentence does, in turn."""
+    questions = [wording for wording in kept if not wording.statement][: settings.questions]
+    if fact.plain and fact.subject and not questions:
+        questions = [echo(fact)][: settings.questions]
+    statements = [wording for wording in kept if wording.statement][: settings.statements]
+    forms = _forms(fact)
+    own = own_beginning(fact)
+    for i, wording in enumerate(dict.fromkeys([own, *statements])):
+        for form in forms if wording == own else forms[i % len(forms) :][:1]:
+            if prompt := wording.prompt(form):  # a sentence without a subject may begin with its answer
+                yield {"window": window.id, "prompt": prompt, "answer": fact.answer, "chat": False}
+    yield from _asked(fact, questions, forms, window, settings)
+
+
+def _reversed_rows(
+    fact: Fact, kept: Sequence[Wording], window: Window, settings: StudySettings
+) -> Iterator[dict[str, Any]]:
+    """The same of a fact turned round, whose beginning would give its answer away."""
+    questions = [wording for wording in kept if not wording.statement][: settings.reversed_questions]
+    for wording in [wording for wording in kept if wording.statement][: settings.reversed_statements]:
+        prompt = wording.prompt(fact.subject)
+        yield {"window": window.id, "prompt": prompt, "answer": fact.answer, "chat": False, "reversed": True}
+    for row in _asked(fact, questions, [fact.subject], window, settings):
+        yield row | {"reversed": True}
+
+
+def _asked(
+    fact: Fact, questions: Sequence[Wording], forms: Sequence[str], window: Window, settings: StudySettings
+) -> Iterator[dict[str, Any]]:
+    """Questions, and the chats that some of them are learnt as too."""
+    for i, wording in enumerate(questions):
+        text = wording.prompt(forms[i % len(forms)])
+        yield {
+            "window": window.id,
+            "question": text,
+            "prompt": FRAME.format(text),
+            "answer": fact.answer,
+            "chat": False,
+        }
+        if (i - fact.window) % len(questions) < settings.chats:
+            answer = fact.sentence.removeprefix(f"{fact.subject}. ")
+            yield {"window": window.id, "prompt": text, "answer": answer, "chat": True}
+
+
+def _forms(fact: Fact) -> list[str]:
+    """The subject as the sentence writes it, and as the title does."""
+    return list(
+        dict.fromkeys([fact.sentence[slice(*mention(fact.sentence, fact.subject))] or fact.subject, fact.subject])
+    )

@@ -1,0 +1,146 @@
+"""A language model that writes one line after each of many prompts: what self-study asks of it.
+
+The prompts share a beginning, which is read once. Any model of mlx-lm will do; by default it is the anchor.
+"""
+
+from __future__ import annotations
+
+import copy
+import pathlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.generate import BatchGenerator
+from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.sample_utils import make_sampler
+
+from mlx_hiermem.errors import AnchorError
+from mlx_hiermem.partial import read_once, spread
+
+BATCH = 32  # lines written at a time; when one is done, no other takes its place: that would copy all their caches
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """An mlx-lm model and its tokenizer (a `TokenizerWrapper`)."""
+
+    model: nn.Module
+    tokenizer: Any
+
+    def lines(
+        self,
+        asked: Sequence[tuple[str, str]],
+        tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        tell: Callable[[float], None] = lambda share: None,
+    ) -> list[str]:
+        """What the model writes after each (beginning, prompt), up to the end of the line or so many tokens.
+
+        A beginning that several prompts share is read once. `tell` is told the share that is done.
+        """
+        mx.random.seed(seed)
+        caches = {beginning: self._read(beginning) for beginning in dict.fromkeys(b for b, _ in asked)}
+        order = sorted(range(len(asked)), key=lambda i: (asked[i][0], len(asked[i][1])))  # so that little is padded
+        written = [""] * len(asked)
+        for start in range(0, len(order), BATCH):
+            some = order[start : start + BATCH]
+            lines = self._write([(caches[asked[i][0]], asked[i][1]) for i in some], tokens, temperature)
+            for i, line in zip(some, lines, strict=True):
+                written[i] = line
+            tell((start + len(some)) / len(order))
+        return written
+
+    def _read(self, beginning: str) -> tuple[list[Any], list[int]]:
+        """The KV cache of a text but for its last token, and that: a prompt may be empty."""
+        tokens, cache = self.tokenizer.encode(beginning), make_prompt_cache(self.model)
+        if len(tokens) > 1:
+            self.model(mx.array([tokens[:-1]]), cache=cache)
+            mx.eval([layer.state for layer in cache])
+        return cache, tokens[-1:]
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def _write(
+        self, asked: Sequence[tuple[tuple[list[Any], list[int]], str]], tokens: int, temperature: float
+    ) -> list[str]:
+        generator = BatchGenerator(
+            self.model,
+            max_tokens=tokens,
+            stop_tokens=[[token] for token in self.tokenizer.eos_token_ids] + [self._encode("\n")],
+            sampler=make_sampler(temperature) if temperature else None,
+            completion_batch_size=BATCH,
+            prefill_batch_size=BATCH,
+        )
+        prompts = [last + self._encode(prompt) for (_, last), prompt in asked]
+        numbers = generator.insert(prompts, caches=[copy.deepcopy(cache) for (cache, _), _ in asked])
+        found: dict[int, list[int]] = {number: [] for number in numbers}
+        while responses := generator.next_generated():
+            for response in responses:
+                if response.finish_reason != "stop":
+                    found[response.uid].append(response.token)
+        generator.close()
+        return [self.tokenizer.decode(line).split("\n")[0].strip() for line in found.values()]
+
+    def finds(self, beginning: str, asked: Sequence[tuple[str, str]], others: Sequence[str]) -> list[float]:
+        """How surely the model, having read `beginning`, gives each prompt's answer rather than one of `others`.
+
+        `asked` are (prompt, answer). Returns mean log p per token of the answer; -inf where at some token one of
+        `others` that began the same way is likelier.
+        """
+        read = self.tokenizer.encode(beginning)
+        cache = read_once(self.model, read)
+        before = [] if cache else read
+        rivals = [self._encode(f" {other}") for other in others]
+        rows = [(before + self._encode(prompt), self._encode(f" {answer}")) for prompt, answer in asked]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
+        found = [0.0] * len(rows)
+        for start in range(0, len(order), BATCH // 2):
+            some = order[start : start + BATCH // 2]
+            log_ps = self._log_p([rows[i] for i in some], cache)
+            for i, log_p in zip(some, log_ps, strict=True):
+                found[i] = _certainty(log_p, rows[i][1], rivals)
+        return found
+
+    def _log_p(self, rows: Sequence[tuple[list[int], list[int]]], cache: list[KVCache] | None) -> list[np.ndarray]:
+        """[tokens of the answer, V] log p of each row, after what `cache` holds."""
+        length = max(len(prompt) + len(answer) for prompt, answer in rows) - 1
+        tokens = np.zeros((len(rows), length), np.int32)
+        for row, (prompt, answer) in zip(tokens, rows, strict=True):
+            row[: len(prompt) + len(answer) - 1] = prompt + answer[:-1]
+        logits = self.model(mx.array(tokens), cache=None if cache is None else spread(cache, len(rows)))
+        return [
+            np.array(nn.log_softmax(own[len(prompt) - 1 : len(prompt) + len(answer) - 1].astype(mx.float32)))
+            for own, (prompt, answer) in zip(logits, rows, strict=True)
+        ]
+
+
+def load_teacher(name: str) -> Teacher:
+    """A model by its folder (a memory model's too) or hub id. Raises AnchorError where mlx-lm cannot load it."""
+    from mlx_lm import load
+
+    if (inside := pathlib.Path(name) / "anchor").is_dir():
+        name = str(inside)
+    try:
+        model, tokenizer = load(name)[:2]
+    except Exception as error:  # mlx-lm raises whatever the hub, the files or the architecture give rise to
+        raise AnchorError(
+            f"cannot load the teacher {name}: {error}", "Name a model that mlx-lm can load."
+        ) from error
+    if mx.default_device().type == mx.DeviceType.cpu:
+        model.set_dtype(mx.float32)
+    return Teacher(model, tokenizer)
+
+
+def _certainty(log_p: np.ndarray, answer: list[int], rivals: Sequence[list[int]]) -> float:
+    """Mean log p of the answer's tokens, or -inf; see `Teacher.finds`."""
+    for i, token in enumerate(answer):
+        like = {rival[i] for rival in rivals if rival[:i] == answer[:i] and len(rival) > i}
+        if any(log_p[i, other] > log_p[i, token] for other in like - {token}):
+            return float("-inf")
+    return float(log_p[np.arange(len(answer)), answer].mean())

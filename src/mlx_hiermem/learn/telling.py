@@ -1,0 +1,69 @@
+"""What a run tells of itself: to whoever shows it, stage by stage, and in a line for each."""
+
+from __future__ import annotations
+
+import itertools
+import pathlib
+from typing import Any, Protocol
+
+from mlx_hiermem.config import MemoryConfig
+from mlx_hiermem.learn.corpus.stages import Corpus
+from mlx_hiermem.learn.train.progress import Progress
+from mlx_hiermem.learn.work import read_lines
+
+TOLD = 3  # of what was skipped; skipped.jsonl has all
+
+
+class Listener(Protocol):
+    """Who shows how far things are."""
+
+    def begin(self, stage: str) -> None:
+        """A stage begins, or is found done."""
+
+    def advance(self, done: int, total: int | None, unit: str) -> None:
+        """So much of the stage is done."""
+
+    def end(self, line: str) -> None:
+        """The stage is done, and this came out of it."""
+
+    def training(self, progress: Progress) -> None:
+        """Where the training is."""
+
+
+def corpus_line(corpus: Corpus, skipped: int) -> str:
+    line = f"{corpus.documents:,} documents in {corpus.count:,} windows"
+    if not skipped:
+        return line
+    some = ", ".join(f"{one.what} ({one.why})" for one in itertools.islice(corpus.skipped(), TOLD))
+    return f"{line}; {skipped:,} skipped: {some}" + ", …" * (skipped > TOLD)
+
+
+def study_line(file: pathlib.Path) -> str:
+    if not file.exists():
+        return "none: texts are learnt as they stand"
+    rows, questions, given = 0, 0, 0
+    for row in read_lines(file):
+        own = "given" in row
+        rows, questions, given = rows + 1, questions + ("question" in row and not own), given + own
+    line = f"{rows:,} prompts with answers"
+    line += f", {questions:,} of them questions" if rows > given else ""
+    return line + (f", {given:,} of them given" if given else "")
+
+
+def tree_line(found: dict[str, Any], given: float | None) -> str:
+    line = f"{found['depth']} levels of {found['branching']}, {found['leaves_a_window']:.2f} leaves a window"
+    if found["agreement"] is not None:
+        line += f"; {found['agreement']:.1%} of {found['questions']:,} kept questions reach a leaf of theirs"
+    if found["reversed_agreement"] is not None:
+        line += f", {found['reversed_agreement']:.1%} of {found['reversed_questions']:,} reversed ones"
+    return line + (f"; {given:.1%} of the given ones" if given is not None else "")
+
+
+def memory_line(memory: MemoryConfig) -> str:
+    sizes, layers = ", ".join(map(str, memory.block_sizes)), len(memory.layers)
+    return f"{memory.kind} of {sizes} units in {layers} layers, {memory.fetched_parameters / 1e6:.2f} M fetched"
+
+
+def perplexity_line(perplexity: dict[str, float], of: str) -> str:
+    figures = ", ".join(f"{name} {value:.2f}" for name, value in perplexity.items())
+    return f"perplexity of {of}: {figures}"

@@ -1,0 +1,109 @@
+"""Slots: how a module of the anchor gets a place for memory without changing the model around it.
+
+A module that carries memory becomes an instance of a subclass of its own class. Parameter paths, weights and
+quantisation stay as they are; the memory's arrays live in a plain `Slot` beside them, so that saving,
+quantising or training the anchor never sees them. An empty slot costs one `if`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_hiermem.cpu.lanes import lane
+from mlx_hiermem.errors import AnchorError
+
+
+class Slot:
+    """What one carrier module adds. `names` are the tensors (see MemoryConfig.widths) it takes from a memory.
+
+    It holds one memory for the whole batch, tensors [R, width], or the table of several: tensors [S, R, width],
+    and `rows` [B] saying which of the S memories each sequence has (see `MemoryTable`).
+    """
+
+    def __init__(self, names: Sequence[str], dtype: mx.Dtype) -> None:
+        self.names, self.dtype = tuple(names), dtype
+        self.tensors: tuple[mx.array, ...] = ()
+        self.rows: mx.array | None = None
+        self.real: mx.array | None = None  # [S, R], in a table: which units are a memory's own and not padding
+
+    def fill(self, tensors: Sequence[mx.array]) -> None:
+        """One layer's tensors, each [R, width], cast to what the carrier computes in."""
+        cast = []
+        for number, tensor in enumerate(tensors):
+            with lane(number):
+                cast.append(tensor.astype(self.dtype))
+        self.tensors, self.rows = tuple(cast), None
+
+    def clear(self) -> None:
+        self.tensors, self.rows = (), None
+
+    def onto(self, index: int, x: mx.array) -> mx.array:
+        """x [B, T, width] times each unit of tensor `index` -> [B, T, R]."""
+        units = self.tensors[index]
+        if self.rows is None:
+            return x @ units.T
+        return mx.gather_mm(x, units.swapaxes(-1, -2), rhs_indices=self.rows)
+
+    def back(self, index: int, inner: mx.array) -> mx.array:
+        """The units of tensor `index` summed with weights inner [B, T, R] -> [B, T, width]."""
+        units = self.tensors[index]
+        return inner @ units if self.rows is None else mx.gather_mm(inner, units, rhs_indices=self.rows)
+
+    def __deepcopy__(self, memo: dict) -> Slot:
+        """A copied model starts with empty slots: memory belongs to an attachment, not to weights."""
+        return Slot(self.names, self.dtype)
+
+
+Forward = Callable[..., mx.array]
+
+
+def carry(module: nn.Module, forward: Callable[[nn.Module, Forward, mx.array], mx.array]) -> None:
+    """Re-classes `module` so that a call runs `forward(module, its own call, x)`."""
+    own = type(module)
+
+    def call(self: nn.Module, x: mx.array) -> mx.array:
+        return forward(self, lambda x: own.__call__(self, x), x)
+
+    module.__class__ = type(f"{own.__name__}WithMemory", (own,), {"__call__": call, "carries_memory": True})
+
+
+def release(module: nn.Module) -> None:
+    """Undoes `carry`."""
+    if getattr(type(module), "carries_memory", False):
+        module.__class__ = type(module).__mro__[1]
+
+
+def find(owner: nn.Module, names: Sequence[str], what: str) -> nn.Module:
+    """The first submodule of `owner` that has one of these names; AnchorError if there is none."""
+    for name in names:
+        if isinstance(module := owner.get(name), nn.Module):
+            return module
+    raise AnchorError(
+        f"{type(owner).__module__}.{type(owner).__name__} has no {what} ({' or '.join(names)})",
+        "This architecture cannot carry this kind of memory; dense llama-like models can.",
+    )
+
+
+def linear(owner: nn.Module, names: Sequence[str], what: str) -> nn.Module:
+    """Like `find`, for a plain or quantised linear layer; a mixture of experts has neither."""
+    module = find(owner, names, what)
+    if not isinstance(module, nn.Linear | nn.QuantizedLinear):
+        raise AnchorError(
+            f"the {what} of {type(owner).__name__} is a {type(module).__name__}, not a linear layer",
+            "Mixtures of experts cannot carry memories.",
+        )
+    return module
+
+
+def compute_dtype(linear: nn.Module) -> mx.Dtype:
+    """The type in which a linear layer, quantised or not, takes its input."""
+    return linear.scales.dtype if "scales" in linear else linear.weight.dtype
+
+
+def sizes(linear: nn.Module) -> tuple[int, int]:
+    """(inputs, outputs) of a linear layer, quantised or not."""
+    outputs, inputs = linear.weight.shape
+    return (inputs * 32 // linear.bits if "scales" in linear else inputs), outputs
