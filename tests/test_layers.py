@@ -37,7 +37,6 @@ ORDER += [
     "tiers",
     "plan",
     "model",
-    "turns",
     "session",
     "batch",
     "learn",
