@@ -19,6 +19,7 @@ PACKAGE = "mlx_hiermem"
 ORDER = [
     "cpu",
     "errors",
+    "progress",
     "files",
     "config",
     "assets",

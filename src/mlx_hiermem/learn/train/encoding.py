@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from mlx_hiermem.config import Path
-from mlx_hiermem.learn import Window
+from mlx_hiermem.learn.records import Window
+from mlx_hiermem.learn.settings import ExampleSettings
 from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.tree.planting import Planted, is_held_out
 from mlx_hiermem.learn.tree.probes import FRAME, about, with_subjects
@@ -34,14 +35,6 @@ from mlx_hiermem.tree import ClusterTree
 EXAMPLES, HELDOUT = "examples", "heldout"
 MEASURED = 64  # windows, about, where nothing is held out
 TOGETHER = 256  # drafts whose prompts are embedded together
-
-
-@dataclass(frozen=True)
-class ExampleSettings:
-    """What is made. `heldout` is the share of windows that is not learnt, `teachers` what distillation needs."""
-
-    heldout: float = 0.0
-    teachers: bool = False
 
 
 @dataclass(frozen=True)
