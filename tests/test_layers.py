@@ -30,6 +30,7 @@ ORDER = [
 ]
 ORDER += [
     "openlm",
+    "tokenizer",
     "anchor",
     "partial",
     "share",
@@ -53,6 +54,7 @@ CONVERT_MAY_IMPORT = {
     "cache",
     "memory",
     "openlm",
+    "tokenizer",
     "anchor",
     "convert",
 }
