@@ -13,10 +13,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_hiermem.anchor import identify, load_anchor
-from mlx_hiermem.bank.bank import GENERIC, MemoryBank, file_digest
+from mlx_hiermem.bank.bank import GENERIC, MemoryBank
 from mlx_hiermem.bank.block import block_name, read_block
 from mlx_hiermem.convert.pipeline import ANCHOR, SOURCE
 from mlx_hiermem.errors import AnchorError, HierMemError
+from mlx_hiermem.files import file_digest
 
 
 @dataclass(frozen=True)

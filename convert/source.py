@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_hiermem.anchor import read_config
-from mlx_hiermem.bank.bank import file_digest
 from mlx_hiermem.convert.anchors.huggingface import download, is_hub_id
 from mlx_hiermem.convert.checkpoint import open_checkpoint
 from mlx_hiermem.convert.readers import TORCH_SUFFIXES
 from mlx_hiermem.errors import CheckpointError
+from mlx_hiermem.files import file_digest
 
 PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")  # llama.cpp's names for the parts of a split file
 TOOLS = ("mlx-hiermem", "mlx", "mlx-lm", "numpy", "coremltools", "gguf", "torch", "transformers")

@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from mlx_hiermem.bank.bank import GENERIC, MANIFEST, TREE, MemoryBank, file_digest
+from mlx_hiermem.bank.bank import GENERIC, MANIFEST, TREE, MemoryBank
 from mlx_hiermem.bank.block import FetchedMemory, block_name, write_block
 from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
 from mlx_hiermem.cache import BlockCache
 from mlx_hiermem.config import AnchorIdentity, EmbedderIdentity, MemoryConfig, Path
+from mlx_hiermem.files import file_digest
 from mlx_hiermem.model import MemoryModel, Selection
 from mlx_hiermem.router import Router
 from mlx_hiermem.session import Session

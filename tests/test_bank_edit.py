@@ -17,7 +17,7 @@ import pytest
 from tiny import CONFIG, make_anchor, make_bank
 
 from mlx_hiermem.bank import edit
-from mlx_hiermem.bank.bank import EDIT, GENERIC, MANIFEST, TREE, MemoryBank, file_digest
+from mlx_hiermem.bank.bank import EDIT, GENERIC, MANIFEST, TREE, MemoryBank
 from mlx_hiermem.bank.block import block_name, read_block
 from mlx_hiermem.bank.check import check
 from mlx_hiermem.bank.commit import STAGING, editing, interrupted
@@ -28,6 +28,7 @@ from mlx_hiermem.bank.remote import Origin
 from mlx_hiermem.bank.writer import BankWriter
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import AnchorMismatchError, BankError, OutputError
+from mlx_hiermem.files import file_digest
 
 
 def paths(*texts: str) -> list[Path]:

@@ -19,6 +19,7 @@ PACKAGE = "mlx_hiermem"
 ORDER = [
     "cpu",
     "errors",
+    "files",
     "config",
     "assets",
     "tree",
@@ -47,6 +48,7 @@ ORDER += ["convert", "apps"]
 # Writing needs no cache; `verify` reads through it, to check what a model would be given.
 CONVERT_MAY_IMPORT = {
     "errors",
+    "files",
     "config",
     "assets",
     "tree",
@@ -150,6 +152,15 @@ def test_imports_go_one_way() -> None:
         if importer == "convert" and imported and imported not in allowed:
             wrong.append(f"{found.importer} imports {found.module}")
     assert wrong == []
+
+
+def test_no_modules_import_one_another() -> None:
+    """Not even inside functions: of a circle no part can be read, tested or moved alone."""
+    imports = {module: {each.module for each in OWN if each.importer == module} - {module} for module in FILES}
+    left = set(FILES)
+    while free := {module for module in left if not imports[module] & left}:
+        left -= free
+    assert left == set(), "these import one another, or one that does"
 
 
 def test_nothing_loads_convert_until_it_converts() -> None:

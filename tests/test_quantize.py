@@ -18,7 +18,7 @@ from tiny import CONFIG, make_anchor, make_bank, make_model
 from mlx_hiermem import load
 from mlx_hiermem.bank import edit
 from mlx_hiermem.bank import quantize as quantizing
-from mlx_hiermem.bank.bank import EDIT, GENERIC, MANIFEST, TREE, MemoryBank, file_digest
+from mlx_hiermem.bank.bank import EDIT, GENERIC, MANIFEST, TREE, MemoryBank
 from mlx_hiermem.bank.block import block_name
 from mlx_hiermem.bank.check import check
 from mlx_hiermem.bank.manifest import FileEntry
@@ -29,6 +29,7 @@ from mlx_hiermem.cache import BlockCache
 from mlx_hiermem.config import KINDS, MemoryConfig, Path, Quantization
 from mlx_hiermem.convert.quantize import quantize_model
 from mlx_hiermem.errors import BankError, HierMemError, OutputError
+from mlx_hiermem.files import file_digest
 from mlx_hiermem.share.pull import pull
 from mlx_hiermem.share.push import push
 

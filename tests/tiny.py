@@ -11,10 +11,11 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mlx_hiermem.anchor import identify
-from mlx_hiermem.bank.bank import GENERIC, MANIFEST, TREE, file_digest
+from mlx_hiermem.bank.bank import GENERIC, MANIFEST, TREE
 from mlx_hiermem.bank.block import block_name, write_block
 from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
 from mlx_hiermem.config import EmbedderIdentity, MemoryConfig, Path
+from mlx_hiermem.files import file_digest
 from mlx_hiermem.tree import ClusterTree
 
 LLAMA = {

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from mlx_hiermem.bank.bank import file_digest
 from mlx_hiermem.convert.checks import Check
 from mlx_hiermem.convert.coreml.device import open_package
 from mlx_hiermem.convert.coreml.exported import Exported
@@ -29,6 +28,7 @@ from mlx_hiermem.convert.source import tool_versions
 from mlx_hiermem.convert.verify import RECEIPT, Progress, Receipt, write_receipt
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import BankError, CoreMLError
+from mlx_hiermem.files import file_digest
 
 COSINE = 2e-6  # 1 - cos; rounding the weights to float16 alone makes 5e-7
 ROUTES = 0.9  # share of texts that go the same way; one that lies between two clusters may go either

@@ -18,10 +18,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from mlx_hiermem.assets import ASSETS, Progress, fetch
-from mlx_hiermem.bank.bank import file_digest
 from mlx_hiermem.config import EmbedderIdentity
 from mlx_hiermem.cpu.vector import attention, gelu
 from mlx_hiermem.errors import AssetError
+from mlx_hiermem.files import file_digest
 
 ASSET, WEIGHTS = "all-minilm-l6-v2", "model.safetensors"
 CPU_TOKENS = 2048  # in a batch on a CPU, at most, so that its activations stay in the cache

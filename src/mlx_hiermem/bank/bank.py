@@ -5,7 +5,6 @@ Opening reads bank.json and maps the tree; a block file is opened when that bloc
 
 from __future__ import annotations
 
-import hashlib
 import pathlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,6 +16,7 @@ from mlx_hiermem.bank.policy import POLICY, BankPolicy
 from mlx_hiermem.bank.remote import Origin, RemoteTier
 from mlx_hiermem.config import MemoryConfig, Path
 from mlx_hiermem.errors import BankError
+from mlx_hiermem.files import file_digest
 from mlx_hiermem.tree import ClusterTree
 
 MANIFEST, TREE, GENERIC = "bank.json", "tree.safetensors", "generic.safetensors"
@@ -123,9 +123,3 @@ class MemoryBank:
             done += size
             if progress:
                 progress(done, total)
-
-
-def file_digest(file: pathlib.Path) -> str:
-    """sha256 of a file, in hexadecimal."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import numpy as np
 
-from mlx_hiermem.bank.bank import MANIFEST, TREE, MemoryBank, file_digest
+from mlx_hiermem.bank.bank import MANIFEST, TREE, MemoryBank
 from mlx_hiermem.bank.block import MemoryBlock, block_name, read_block, write_block
 from mlx_hiermem.bank.check import require_tree
 from mlx_hiermem.bank.commit import Edit, editing
@@ -25,6 +25,7 @@ from mlx_hiermem.bank.quantize import quantized
 from mlx_hiermem.bank.remote import REMOTE, Origin
 from mlx_hiermem.config import MemoryConfig, Path
 from mlx_hiermem.errors import BankError
+from mlx_hiermem.files import file_digest
 from mlx_hiermem.tree import ClusterTree
 
 

@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 
 import numpy as np
 
-from mlx_hiermem.bank.bank import GENERIC, MANIFEST, MemoryBank, file_digest
+from mlx_hiermem.bank.bank import GENERIC, MANIFEST, MemoryBank
 from mlx_hiermem.bank.block import block_name
 from mlx_hiermem.bank.check import require_whole
 from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
@@ -19,6 +19,7 @@ from mlx_hiermem.bank.policy import OPEN, POLICY, BankPolicy
 from mlx_hiermem.bank.writer import BankWriter
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import BankError
+from mlx_hiermem.files import file_digest
 from mlx_hiermem.tree import ClusterTree
 
 SHOWN = 8  # conflicts that an error names

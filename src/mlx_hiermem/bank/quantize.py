@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_hiermem.bank.bank import GENERIC, MANIFEST, TREE, MemoryBank, file_digest
+from mlx_hiermem.bank.bank import GENERIC, MANIFEST, TREE, MemoryBank
 from mlx_hiermem.bank.block import MemoryBlock, block_name, read_block
 from mlx_hiermem.bank.check import require_whole
 from mlx_hiermem.bank.manifest import FileEntry
@@ -23,6 +23,7 @@ from mlx_hiermem.bank.policy import OPEN, POLICY
 from mlx_hiermem.bank.writer import BankWriter
 from mlx_hiermem.config import BIASES, DTYPES, GROUP_SIZES, SCALES, MemoryConfig, Quantization
 from mlx_hiermem.errors import BankError
+from mlx_hiermem.files import file_digest
 
 KEPT = 16  # "bits" of a level that is not to be quantised
 GROUP = 64  # the usual one: half a bit a value in float16, and less is lost than in groups of 128

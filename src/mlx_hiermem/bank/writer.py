@@ -22,10 +22,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from mlx_hiermem.bank.bank import MANIFEST, TREE, file_digest
+from mlx_hiermem.bank.bank import MANIFEST, TREE
 from mlx_hiermem.bank.block import write_block
 from mlx_hiermem.bank.manifest import BankManifest, FileEntry
 from mlx_hiermem.errors import BankError, OutputError
+from mlx_hiermem.files import file_digest
 from mlx_hiermem.tree import ClusterTree
 
 JOURNAL = "journal.jsonl"

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from mlx_hiermem.anchor import identify
-from mlx_hiermem.bank.bank import MANIFEST, file_digest
+from mlx_hiermem.bank.bank import MANIFEST
 from mlx_hiermem.evaluate.answers import is_decided, rule_for
 from mlx_hiermem.evaluate.examples import Example, read_examples, refuse
 from mlx_hiermem.evaluate.generation import Asked, drafted, replies
@@ -31,6 +31,7 @@ from mlx_hiermem.evaluate.scoring import Score, Scorer
 from mlx_hiermem.evaluate.statistics import Row
 from mlx_hiermem.evaluate.tasks import Task
 from mlx_hiermem.evaluate.texts import WINDOW, read_documents, windows
+from mlx_hiermem.files import file_digest
 from mlx_hiermem.model import MemoryModel, load
 from mlx_hiermem.share.resolve import resolve
 

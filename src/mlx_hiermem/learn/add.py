@@ -22,7 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_hiermem.anchor import identify, load_anchor
-from mlx_hiermem.bank.bank import MANIFEST, TREE, MemoryBank, file_digest
+from mlx_hiermem.bank.bank import MANIFEST, TREE, MemoryBank
 from mlx_hiermem.bank.block import MemoryBlock, block_name, write_block
 from mlx_hiermem.bank.commit import editing
 from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
@@ -32,6 +32,7 @@ from mlx_hiermem.bank.remote import REMOTE, Origin
 from mlx_hiermem.config import Path
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import BankError
+from mlx_hiermem.files import file_digest
 from mlx_hiermem.learn import telling
 from mlx_hiermem.learn.command import ANCHOR, BANK, TRAINING, Stages, find_teacher, locked, work_folder
 from mlx_hiermem.learn.corpus.stages import CorpusSettings, read_corpus

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_hiermem.bank.bank import file_digest
 from mlx_hiermem.config import Path
+from mlx_hiermem.files import file_digest
 from mlx_hiermem.learn import Placed
 from mlx_hiermem.learn.corpus.stages import (
     AGREEMENT,
