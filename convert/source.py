@@ -137,8 +137,7 @@ def parts_of(file: pathlib.Path) -> list[pathlib.Path]:
     parts = [file.with_name(f"{name[1]}-{number:05}-of-{name[3]}.gguf") for number in range(1, count + 1)]
     if missing := [part.name for part in parts if not part.is_file()]:
         raise CheckpointError(
-            f"{file.name} is one of {count} parts, and {', '.join(missing[:3])} {'is' if len(missing) == 1 else 'are'}"
-            f" not in {file.parent}",
+            f"{file.name} is one of {count} parts; not in {file.parent}: {', '.join(missing[:3])}",
             "Put all parts into one folder.",
         )
     return parts or [file]

@@ -83,10 +83,9 @@ def convert_gguf(
         else:
             write_tokenizer(source.metadata, staging, config["max_position_embeddings"])
         (staging / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        (staging / "generation_config.json").write_text(
-            json.dumps({"eos_token_id": ends} if (ends := end_tokens(source.metadata)) else {}, indent=2) + "\n",
-            encoding="utf-8",
-        )
+        ends = end_tokens(source.metadata)
+        generation = json.dumps({"eos_token_id": ends} if ends else {}, indent=2)
+        (staging / "generation_config.json").write_text(generation + "\n", encoding="utf-8")
         weights = source.weights(config, progress or (lambda done, total: None))
         mx.save_safetensors(str(staging / "model.safetensors"), weights, metadata={"format": "mlx"})
         del weights

@@ -40,8 +40,8 @@ SPECIAL = {
     "pad_token": "padding_token_id",
 }
 
-# Spellings of control tokens that end a turn or a text. llama.cpp goes by the spelling too: many files name only one.
 END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+# Spellings of control tokens that end a turn or a text. llama.cpp goes by these too: many files name only one.
 ENDS = (
     "<|im_end|>",
     "<|eot_id|>",
@@ -85,7 +85,8 @@ def write_tokenizer(metadata: Mapping[str, Any], folder: pathlib.Path, max_lengt
 
 def end_tokens(metadata: Mapping[str, Any]) -> list[int]:
     """The ids that end an answer: those that the file names, and control tokens known by their spelling."""
-    ggml = {key: metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type", *END_KEYS)}
+    keys = ("tokens", "token_type", *END_KEYS)
+    ggml: dict[str, Any] = {key: metadata.get(f"tokenizer.ggml.{key}") for key in keys}
     named = {int(ggml[key]) for key in END_KEYS if ggml[key] is not None}
     pairs = zip(ggml["tokens"] or (), ggml["token_type"] or (), strict=False)
     return sorted(named | {i for i, (token, kind) in enumerate(pairs) if kind == CONTROL and token in ENDS})
