@@ -32,6 +32,7 @@ ORDER = [
 ]
 ORDER += [
     "openlm",
+    "tokenizer",
     "anchor",
     "partial",
     "share",
@@ -56,6 +57,7 @@ CONVERT_MAY_IMPORT = {
     "cache",
     "memory",
     "openlm",
+    "tokenizer",
     "anchor",
     "convert",
 }

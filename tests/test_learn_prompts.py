@@ -10,7 +10,6 @@ import pytest
 from books import COUNT, VILLAGES, fact, write_library, write_study
 from tiny import make_anchor
 
-from mlx_hiermem.anchor import load_tokenizer
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import CorpusError, HierMemError
 from mlx_hiermem.learn.corpus.stages import GIVEN, PROBES, STUDY, Corpus, read_corpus
@@ -22,6 +21,7 @@ from mlx_hiermem.learn.train.encoding import make_examples, open_examples
 from mlx_hiermem.learn.tree.planting import plant
 from mlx_hiermem.learn.tree.probes import FRAME
 from mlx_hiermem.learn.work import Work, read_lines
+from mlx_hiermem.tokenizer import load_tokenizer
 
 NAME, THING, PEOPLE = fact(3)
 LINES: list[dict[str, Any]] = [
