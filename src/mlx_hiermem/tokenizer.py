@@ -1,8 +1,8 @@
 """An anchor's tokenizer: which tokens end a reply, and text that stays text.
 
-What a user types is data. A model's control tokens have a spelling, such as `<|im_end|>`, and a tokenizer turns that
-spelling into the token wherever it stands. So text is encoded without special tokens here, and a conversation is
-encoded around its messages: the chat template's own control tokens count, those inside a message do not.
+What a user types is data. A model's control tokens have a spelling, such as `<|im_end|>`, and a tokenizer turns
+that spelling into the token wherever it stands. So text is encoded without special tokens here, and a conversation
+is encoded around its messages: the chat template's own control tokens count, those inside a message do not.
 """
 
 from __future__ import annotations
