@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_hiermem.config import AnchorIdentity
 from mlx_hiermem.errors import AnchorError
 from mlx_hiermem.files import read_header, read_json
+from mlx_hiermem.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -109,21 +110,3 @@ def load_anchor(folder: pathlib.Path, dtype: mx.Dtype | None = None) -> tuple[nn
     except RuntimeError as error:
         raise AnchorError(f"the weights of {folder} are damaged: {error}", "Convert it again.") from error
     return model, load_tokenizer(folder), config
-
-
-def load_tokenizer(folder: pathlib.Path) -> Any:
-    """mlx-lm's tokenizer of a model folder; None where the folder has none (an OpenLM checkpoint brings none)."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        return None
-    import mlx_lm.utils
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # it warns of model types that it does not know
-    try:
-        return mlx_lm.utils.load_tokenizer(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise AnchorError(f"cannot load the tokenizer of {folder}: {reason}") from error
-    finally:
-        logging.set_verbosity(level)
