@@ -17,13 +17,13 @@ import numpy as np
 import tiny
 from swift_texts import ROOT, TEXTS
 
-from mlx_hiermem.anchor import load_tokenizer
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.block import block_name, read_block
 from mlx_hiermem.convert.coreml.export import Options, export
 from mlx_hiermem.convert.coreml.package import MANIFEST
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.router import Router
+from mlx_hiermem.tokenizer import load_tokenizer
 
 TALKS = (
     ["What is the atomic number of neon?"],

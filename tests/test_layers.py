@@ -19,6 +19,7 @@ PACKAGE = "mlx_hiermem"
 ORDER = [
     "cpu",
     "errors",
+    "progress",
     "files",
     "config",
     "assets",
@@ -31,6 +32,7 @@ ORDER = [
 ]
 ORDER += [
     "openlm",
+    "tokenizer",
     "anchor",
     "partial",
     "share",
@@ -54,6 +56,7 @@ CONVERT_MAY_IMPORT = {
     "cache",
     "memory",
     "openlm",
+    "tokenizer",
     "anchor",
     "convert",
 }

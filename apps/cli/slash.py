@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import pathlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from mlx_hiermem.apps.cli.display import blocked_note, console, size
-from mlx_hiermem.errors import HierMemError, OutputError
+from mlx_hiermem.errors import FileError, HierMemError, OutputError
+from mlx_hiermem.files import read_json, read_text, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -207,23 +206,14 @@ def _save(session: Session, argument: str) -> None:
     file = _file(argument, "/save")
     if file.exists() and not _is_saved_chat(file):
         raise OutputError(f"{file} exists and is not a saved conversation", "Take another name.")
-    temp = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        temp.write_text(json.dumps(session.to_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        temp.replace(file)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temp.unlink()
-        raise OutputError(f"cannot write {file}: {error.strerror}") from error
+    write_json(file, session.to_json(), indent=1)
     _say(f"{len(session.messages)} messages saved in {file}")
 
 
 def _load(session: Session, argument: str) -> None:
     file = _file(argument, "/load")
     try:
-        session.restore(json.loads(file.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise HierMemError(f"cannot read {file}: {error.strerror}") from error
+        session.restore(json.loads(read_text(file)))
     except ValueError as error:
         raise HierMemError(f"{file} is not a saved conversation: {error}") from error
     where = f", on {session.topic.path}" if session.topic else ""
@@ -240,8 +230,8 @@ def _is_saved_chat(file: pathlib.Path) -> bool:
     from mlx_hiermem.session import FORMAT
 
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        data = read_json(file)
+    except FileError:
         return False
     return isinstance(data, dict) and data.get("format") == FORMAT
 

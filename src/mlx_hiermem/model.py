@@ -25,6 +25,7 @@ from mlx_hiermem.config import MemoryChoice, Path
 from mlx_hiermem.errors import AnchorError, BankError
 from mlx_hiermem.memory.attach import Attachment, attach
 from mlx_hiermem.share.resolve import resolve
+from mlx_hiermem.tokenizer import encode_chat, encode_text
 from mlx_hiermem.tree import Route
 
 if TYPE_CHECKING:
@@ -189,16 +190,16 @@ class MemoryModel:
         return "".join(self.stream(prompt, **options))
 
     def tokens(self, text: str) -> list[int]:
-        """Token ids of a plain prompt, with the tokenizer's own special tokens."""
+        """Token ids of a plain prompt, with the tokenizer's beginning; no text in it is a control token."""
         if self.tokenizer is None:
             raise AnchorError("this anchor has no tokenizer", "Convert it again with --tokenizer.")
-        return list(self.tokenizer.encode(text))
+        return encode_text(self.tokenizer, text)
 
     def chat_tokens(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of a conversation in the anchor's chat template, ready for the assistant's reply."""
         if self.tokenizer is None or self.tokenizer.chat_template is None:
             raise AnchorError("this anchor has no chat template", "Use `hiermem generate` with a plain prompt.")
-        return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True))
+        return encode_chat(self.tokenizer, messages)
 
     def responses(
         self,

@@ -8,7 +8,6 @@ Plain numpy: the work is too small for a GPU to be worth a synchronisation.
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import numpy as np
 
 from mlx_hiermem.config import ROOT, Path
 from mlx_hiermem.errors import BankError
+from mlx_hiermem.files import read_header
 
 ON_BLOCKED = ("sibling", "parent")
 
@@ -182,12 +182,7 @@ class ClusterTree:
     @classmethod
     def load(cls, file: pathlib.Path) -> ClusterTree:
         """Opens a tree file; centroids stay memory-mapped."""
-        try:
-            arrays = _map_safetensors(file)
-        except OSError as error:
-            raise BankError(f"cannot read the tree {file}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BankError(f"cannot read the tree {file}: {error}") from error
+        arrays = _map_safetensors(file)
         centroids: list[np.ndarray] = []
         present: list[np.ndarray] = []
         while f"level{len(centroids) + 1}.centroids" in arrays:
@@ -199,19 +194,13 @@ class ClusterTree:
 
 
 def _map_safetensors(file: pathlib.Path) -> dict[str, np.ndarray]:
-    """name -> read-only memory-mapped array; safetensors' own reader copies whole tensors."""
-    with file.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        if size > file.stat().st_size:
-            raise ValueError("the file is truncated")
-        header = json.loads(stream.read(size))
-    header.pop("__metadata__", None)
+    """name -> read-only memory-mapped array; safetensors' own reader copies whole tensors. Raises BankError."""
+    header = read_header(file, BankError, "Fetch or convert the bank again.")
     types = {"F32": np.dtype("<f4"), "BOOL": np.dtype(bool)}
-    data = np.memmap(file, dtype=np.uint8, mode="r", offset=8 + size)
+    data = np.memmap(file, dtype=np.uint8, mode="r")
     arrays = {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        if end > len(data):
-            raise ValueError("the file is truncated")
-        arrays[name] = data[begin:end].view(types[entry["dtype"]]).reshape(entry["shape"])
+    for name, tensor in header.tensors.items():
+        if tensor.dtype not in types:
+            raise BankError(f"the tree {file} has {name} as {tensor.dtype}, not as {' or '.join(types)}")
+        arrays[name] = data[tensor.begin : tensor.end].view(types[tensor.dtype]).reshape(tensor.shape)
     return arrays
