@@ -26,8 +26,8 @@ import numpy as np
 from mlx_hiermem.apps.demo.evaluate import HERE
 from mlx_hiermem.config import Path
 from mlx_hiermem.embedder import Embedder
-from mlx_hiermem.learn import Window
 from mlx_hiermem.learn.corpus.windows import sentences
+from mlx_hiermem.learn.records import Window
 from mlx_hiermem.learn.tree.kmeans import BALANCE, Shape, grow
 from mlx_hiermem.learn.tree.probes import framed, probes, statements, with_subjects
 from mlx_hiermem.learn.tree.routing import ProbeVectors, Separation, agreement, descend, place

@@ -19,6 +19,7 @@ PACKAGE = "mlx_hiermem"
 ORDER = [
     "cpu",
     "errors",
+    "progress",
     "files",
     "config",
     "assets",
@@ -31,13 +32,13 @@ ORDER = [
 ]
 ORDER += [
     "openlm",
+    "tokenizer",
     "anchor",
     "partial",
     "share",
     "tiers",
     "plan",
     "model",
-    "turns",
     "session",
     "batch",
     "learn",
@@ -55,6 +56,7 @@ CONVERT_MAY_IMPORT = {
     "cache",
     "memory",
     "openlm",
+    "tokenizer",
     "anchor",
     "convert",
 }

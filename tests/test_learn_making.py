@@ -10,21 +10,20 @@ import pytest
 from books import COUNT, fact, text, write_library, write_study
 from tiny import make_anchor
 
-from mlx_hiermem.anchor import load_tokenizer
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import CorpusError
 from mlx_hiermem.learn.corpus.stages import STUDY, read_corpus
-from mlx_hiermem.learn.settings import epochs_for
+from mlx_hiermem.learn.settings import ExampleSettings, TreeSettings, epochs_for
 from mlx_hiermem.learn.train.dataset import Example, TrainingSet
 from mlx_hiermem.learn.train.encoding import (
     Encoder,
-    ExampleSettings,
     make_examples,
     open_examples,
     window_is_held_out,
 )
-from mlx_hiermem.learn.tree.planting import Planted, TreeSettings, is_held_out, plant
+from mlx_hiermem.learn.tree.planting import Planted, is_held_out, plant
 from mlx_hiermem.learn.work import Work, write_lines
+from mlx_hiermem.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

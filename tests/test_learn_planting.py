@@ -12,10 +12,11 @@ import pytest
 from mlx_hiermem.apps.demo import evaluate
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import CorpusError
-from mlx_hiermem.learn.corpus.stages import NODES, PROBES, STUDY, TREE, CorpusSettings, read_corpus
+from mlx_hiermem.learn.corpus.stages import NODES, PROBES, STUDY, TREE, read_corpus
+from mlx_hiermem.learn.settings import CorpusSettings, TreeSettings
 from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter
-from mlx_hiermem.learn.tree import routing, vectors
-from mlx_hiermem.learn.tree.planting import TreeSettings, describe_nodes, given_agreement, is_held_out, plant
+from mlx_hiermem.learn.tree import vectors
+from mlx_hiermem.learn.tree.planting import describe_nodes, given_agreement, is_held_out, plant
 from mlx_hiermem.learn.tree.routing import agreement
 from mlx_hiermem.learn.work import Work, read_lines, write_lines
 
@@ -91,7 +92,7 @@ def test_generated_questions_shape_the_tree_and_some_measure_it(tmp_path: pathli
     assert set(asked) - set(held_out) <= set(shaping)
     assert planted.agreement["questions"] == len(held_out) > 1
     assert planted.agreement["agreement"] >= 0.75
-    assert 1 <= planted.agreement["leaves_a_window"] <= routing.LEAVES
+    assert 1 <= planted.agreement["leaves_a_window"] <= TreeSettings.leaves
 
 
 def test_reversed_questions_shape_no_clusters(tmp_path: pathlib.Path) -> None:

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 import pytest
 from books import VILLAGES
 
-from mlx_hiermem.learn import Window
+from mlx_hiermem.learn.records import Window
+from mlx_hiermem.learn.settings import StudySettings
 from mlx_hiermem.learn.study import reverse
 from mlx_hiermem.learn.study.facts import SUBJECT, Fact, facts
-from mlx_hiermem.learn.study.judge import StudySettings, Tried
+from mlx_hiermem.learn.study.judge import Tried
 from mlx_hiermem.learn.study.reverse import Chooser, reversible, try_reversed
 from mlx_hiermem.learn.study.teacher import Teacher
 from mlx_hiermem.learn.study.wordings import REVERSED, SHOWN_REVERSED, Wording

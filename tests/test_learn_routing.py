@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from mlx_hiermem.config import Path
-from mlx_hiermem.learn import Window
-from mlx_hiermem.learn.corpus.stages import CorpusSettings
+from mlx_hiermem.learn.records import Window
+from mlx_hiermem.learn.settings import CorpusSettings
 from mlx_hiermem.learn.tree import routing
 from mlx_hiermem.learn.tree.kmeans import Shape, grow
 from mlx_hiermem.learn.tree.probes import FRAME, probes, with_subjects

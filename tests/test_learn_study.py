@@ -11,11 +11,12 @@ from books import COUNT, VILLAGES, fact, write_library
 from tokenizers import Tokenizer
 
 from mlx_hiermem.embedder import Embedder
-from mlx_hiermem.learn import Window
 from mlx_hiermem.learn.corpus.stages import STUDY, Corpus, read_corpus
+from mlx_hiermem.learn.records import Window
+from mlx_hiermem.learn.settings import StudySettings
 from mlx_hiermem.learn.study import study as study_module
 from mlx_hiermem.learn.study.facts import BLANK, OTHER, SUBJECT, Fact, facts, worth_asking
-from mlx_hiermem.learn.study.judge import StudySettings, Tried, in_turns
+from mlx_hiermem.learn.study.judge import Tried, in_turns
 from mlx_hiermem.learn.study.study import study
 from mlx_hiermem.learn.study.teacher import Teacher
 from mlx_hiermem.learn.study.wordings import (

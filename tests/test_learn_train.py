@@ -394,21 +394,6 @@ def test_distillation_brings_the_student_to_the_teacher(
     assert rows[-1]["loss"] < 0.95 * rows[0]["loss"]
 
 
-def test_attention_over_rows(anchor: pathlib.Path, training_set: TrainingSet, tmp_path: pathlib.Path) -> None:
-    settings = dataclasses.replace(QUICK, attention="row", row_tokens=32)
-    model = load_anchor(anchor, mx.float32)[0]
-    training = Training(tmp_path / "work", model, tiny_config(model), training_set, settings)
-    rows = training.examples
-    assert rows.lengths.max() == 32
-    for leaf in training_set.leaves:  # every token is there, and all but the rows' first are learnt as before
-        numbers = rows.ids(leaf)
-        assert rows.lengths[numbers].sum() == training_set.lengths[training_set.ids(leaf)].sum()
-        learnt = training_set.learnts[training_set.ids(leaf)].sum()
-        assert learnt - len(numbers) <= rows.learnts[numbers].sum() <= learnt
-    training.run()
-    assert len(dict(training.blocks())) == 7
-
-
 def test_co_training_moves_the_anchor_too(
     anchor: pathlib.Path, training_set: TrainingSet, tmp_path: pathlib.Path
 ) -> None:
@@ -541,7 +526,7 @@ def test_other_settings_do_not_go_on(
 
 
 def test_bad_settings() -> None:
-    for wrong in ({"objective": "guess"}, {"attention": "all"}, {"epochs": 0}):
+    for wrong in ({"objective": "guess"}, {"groups": 0}, {"epochs": -1}):
         with pytest.raises(HierMemError):
             TrainingSettings(**wrong)
     with pytest.raises(HierMemError, match="stands still"):

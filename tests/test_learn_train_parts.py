@@ -25,7 +25,7 @@ from mlx_hiermem.convert import reference_memory
 from mlx_hiermem.convert.anchors.huggingface import convert_huggingface
 from mlx_hiermem.convert.anchors.openlm import convert_openlm
 from mlx_hiermem.errors import AnchorError, HierMemError, OutputError
-from mlx_hiermem.learn.settings import TrainingSettings, memory_layers
+from mlx_hiermem.learn.settings import TrainingSettings
 from mlx_hiermem.learn.train import dataset as examples_module
 from mlx_hiermem.learn.train.activations import States
 from mlx_hiermem.learn.train.blocks import TrainedBlock, TrainedBlocks, new_block
@@ -35,6 +35,7 @@ from mlx_hiermem.learn.train.jobs import GENERIC, Job, Schedule, carriers, jobs,
 from mlx_hiermem.learn.train.loss import divergence, next_token
 from mlx_hiermem.learn.train.optimizer import schedule, update
 from mlx_hiermem.learn.train.packing import batch, cut, fill, pack, row_length
+from mlx_hiermem.memory.design import memory_layers
 from mlx_hiermem.partial import Anchor
 
 CONFIG = MemoryConfig("ffn", 2, (4, 2), (2, 3), 32, dtype="float32", ffn_width=64, q_width=32, kv_width=16)

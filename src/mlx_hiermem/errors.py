@@ -47,6 +47,10 @@ class CorpusError(HierMemError):
     """What is to be learnt is missing, has none of the fields named, or is too little."""
 
 
+class SettingsError(HierMemError):
+    """A file of settings cannot be read, has a setting that is not known, or one of the wrong type."""
+
+
 class TaskError(HierMemError):
     """A task that a model is to be tested on is not known, or its file has a row that is no example."""
 

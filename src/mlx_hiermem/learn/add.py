@@ -14,7 +14,7 @@ import json
 import pathlib
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -35,40 +35,24 @@ from mlx_hiermem.errors import BankError
 from mlx_hiermem.files import file_digest
 from mlx_hiermem.learn import telling
 from mlx_hiermem.learn.command import ANCHOR, BANK, TRAINING, Stages, find_teacher, locked, work_folder
-from mlx_hiermem.learn.corpus.stages import CorpusSettings, read_corpus
+from mlx_hiermem.learn.corpus.stages import read_corpus
 from mlx_hiermem.learn.kept import kept_texts, still_there, swap
 from mlx_hiermem.learn.new_leaf import Goes, added_node, with_new_leaf
 from mlx_hiermem.learn.publish import Nodes, entry, in_order, stored
-from mlx_hiermem.learn.settings import TrainingSettings
-from mlx_hiermem.learn.study.judge import StudySettings
-from mlx_hiermem.learn.study.prompts import Given, about_windows, give
+from mlx_hiermem.learn.settings import AddSettings, ExampleSettings
+from mlx_hiermem.learn.study.prompts import about_windows, give
 from mlx_hiermem.learn.study.study import study
 from mlx_hiermem.learn.train.blocks import Tensors
 from mlx_hiermem.learn.train.dataset import TrainingSet, TrainingSetWriter
-from mlx_hiermem.learn.train.encoding import EXAMPLES, ExampleSettings, make_examples
+from mlx_hiermem.learn.train.encoding import EXAMPLES, make_examples
 from mlx_hiermem.learn.train.jobs import carriers
 from mlx_hiermem.learn.train.training import Training
 from mlx_hiermem.learn.tree.labels import SOURCES
 from mlx_hiermem.learn.tree.planting import describe_nodes, settle
-from mlx_hiermem.learn.tree.routing import LEAVES
 from mlx_hiermem.learn.work import Work, write_text
 from mlx_hiermem.tree import ClusterTree
 
 BEFORE, AFTER, JOINED, ALL, ROWS = "before", "after", "joined", "all", "rows.json"
-
-
-@dataclass(frozen=True)
-class AddSettings:
-    """`new_leaf`: the documents get a leaf of their own, where the tree has room for one near them."""
-
-    corpus: CorpusSettings = field(default_factory=CorpusSettings)
-    leaves: int = LEAVES
-    new_leaf: bool = False
-    teacher: str | None = ""  # as for `run.LearnSettings`
-    study: StudySettings = field(default_factory=StudySettings)
-    training: TrainingSettings = field(default_factory=TrainingSettings)
-    prompts: tuple[Given, ...] = ()
-    keep: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,7 +118,7 @@ class _Adding(Stages):
             self.listener.end(telling.corpus_line(corpus, skipped))
         with self.stage("study"):
             prompts = about_windows(corpus, settings.prompts)  # before anything that takes long
-            teacher = find_teacher(settings.teacher, model, tokenizer, self.bank.manifest.anchor)
+            teacher = find_teacher(settings, model, tokenizer, self.bank.manifest.anchor)
             # The tree stands, and was not made to take reversed questions to the new documents.
             asked = replace(settings.study, reversed_questions=0, reversed_statements=0)
             studied = study(self.work, corpus, *teacher, asked, self.progress("windows"))

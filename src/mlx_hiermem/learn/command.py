@@ -18,6 +18,7 @@ import mlx.nn as nn
 from mlx_hiermem.config import AnchorIdentity
 from mlx_hiermem.errors import OutputError
 from mlx_hiermem.learn.corpus.readers import WORK
+from mlx_hiermem.learn.settings import AddSettings, LearnSettings
 from mlx_hiermem.learn.study.teacher import Teacher, load_teacher
 from mlx_hiermem.learn.telling import Listener
 from mlx_hiermem.learn.work import Work, write_text
@@ -81,11 +82,11 @@ class Stages:
 
 
 def find_teacher(
-    name: str | None, model: nn.Module, tokenizer: Any, anchor: AnchorIdentity
+    settings: LearnSettings | AddSettings, model: nn.Module, tokenizer: Any, anchor: AnchorIdentity
 ) -> tuple[Callable[[], Teacher] | None, str]:
-    """What loads who studies, and its name: the anchor (""), a model that mlx-lm loads, or nobody (None)."""
-    if name is None:
+    """What loads the model that studies (None: nobody does), and what it is known by."""
+    if not settings.self_study:
         return None, ""
-    if name:
-        return functools.partial(load_teacher, name), name
+    if settings.teacher:
+        return functools.partial(load_teacher, settings.teacher), settings.teacher
     return functools.partial(Teacher, model, tokenizer), anchor.weights_digest

@@ -12,7 +12,7 @@ import json
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,56 +21,29 @@ import mlx.nn as nn
 from mlx_hiermem import __version__
 from mlx_hiermem.anchor import identify, load_anchor
 from mlx_hiermem.bank.policy import POLICY, BankPolicy
-from mlx_hiermem.config import EmbedderIdentity
+from mlx_hiermem.config import EmbedderIdentity, MemoryConfig
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import AnchorError, HierMemError, OutputError
 from mlx_hiermem.learn import telling
 from mlx_hiermem.learn.command import ANCHOR, BANK, LEARNING, TRAINING, Stages, find_teacher, locked, work_folder
-from mlx_hiermem.learn.corpus.stages import AGREEMENT, SKIPPED, TREE, CorpusSettings, read_corpus
+from mlx_hiermem.learn.corpus.stages import AGREEMENT, SKIPPED, TREE, read_corpus
 from mlx_hiermem.learn.publish import About, Nodes, link, publish, write_anchor, write_bank
 from mlx_hiermem.learn.ranks import Ranks
-from mlx_hiermem.learn.settings import MemorySettings, TrainingSettings, epochs_for
-from mlx_hiermem.learn.study.judge import StudySettings
-from mlx_hiermem.learn.study.prompts import Given, about_windows, give
+from mlx_hiermem.learn.settings import ExampleSettings, LearnSettings, MemorySettings, epochs_for
+from mlx_hiermem.learn.study.prompts import about_windows, give
 from mlx_hiermem.learn.study.study import study
-from mlx_hiermem.learn.train.encoding import EXAMPLES, ExampleSettings, make_examples, open_examples
+from mlx_hiermem.learn.train.encoding import EXAMPLES, make_examples, open_examples
 from mlx_hiermem.learn.train.training import LOG, PLOT, Training
 from mlx_hiermem.learn.tree.kmeans import check_size
-from mlx_hiermem.learn.tree.planting import TreeSettings, describe_nodes, given_agreement, plant
+from mlx_hiermem.learn.tree.planting import describe_nodes, given_agreement, plant
 from mlx_hiermem.learn.work import Work, write_text
 from mlx_hiermem.memory.attach import attach
+from mlx_hiermem.memory.design import memory_config, usual_sizes
 from mlx_hiermem.partial import Anchor
 from mlx_hiermem.tree import ClusterTree
 
 BASE, MODEL = "base", "model"  # of the work folder
 REPORT = "report.json"
-
-
-@dataclass(frozen=True)
-class LearnSettings:
-    """All that a user may choose.
-
-    `epochs` 0 is chosen by the corpus' size; `questions` are (question, document that answers it), to measure by;
-    `prompts` are learnt.
-    """
-
-    corpus: CorpusSettings = field(default_factory=CorpusSettings)
-    tree: TreeSettings = field(default_factory=TreeSettings)
-    memory: MemorySettings = field(default_factory=MemorySettings)
-    teacher: str | None = ""  # who studies: "" the anchor, None nobody, or any model that mlx-lm loads
-    study: StudySettings = field(default_factory=StudySettings)
-    heldout: float = 0.0
-    epochs: int = 0
-    training: TrainingSettings = field(default_factory=TrainingSettings)
-    questions: tuple[tuple[str, str], ...] = ()
-    prompts: tuple[Given, ...] = ()
-    licence: str = ""
-    keep: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        """What a bank's manifest says of them."""
-        data = asdict(self)
-        return {name: data[name] for name in ("corpus", "teacher", "study", "tree", "heldout")}
 
 
 @dataclass(frozen=True)
@@ -190,7 +163,7 @@ class _Run(Stages):
             self.listener.end(telling.corpus_line(corpus, skipped))
         with self.stage("study"):
             prompts = about_windows(corpus, self.settings.prompts)  # before anything that takes long
-            teacher = find_teacher(self.settings.teacher, *self.loaded[:2], identify(self.folder))
+            teacher = find_teacher(self.settings, *self.loaded[:2], identify(self.folder))
             studied = study(self.work, corpus, *teacher, self.settings.study, self.progress("windows"))
             give(self.work, prompts, studied)
             self.listener.end(telling.study_line(corpus.studied))
@@ -212,12 +185,12 @@ class _Run(Stages):
         model, _, config = self.loaded
         examples, heldout = open_examples(self.work)
         shape = ClusterTree.load(self.work.path(TREE))
-        memory = self.settings.memory.of(model, shape.branching, shape.depth)
+        memory = _memory_for(self.settings.memory, model, shape.branching, shape.depth)
         settings = self.settings.training
         tokens = int(examples.lengths[examples.assigned].sum()) // max(
             1, len({leaf[0] for leaf in examples.leaves})
         )
-        settings = replace(settings, epochs=self.settings.epochs or epochs_for(tokens))
+        settings = replace(settings, epochs=settings.epochs or epochs_for(tokens))
         with self.stage("training"), self.work.writing():
             training = Training(
                 self.work.path(TRAINING),
@@ -287,7 +260,8 @@ class _Run(Stages):
         model, tokenizer, _ = self.loaded
         if tokenizer is None:
             raise AnchorError("this anchor has no tokenizer", "Convert it again with --tokenizer.")
-        attach(model, self.settings.memory.of(model, 2, max(1, len(self.settings.memory.sizes)))).detach()
+        memory = self.settings.memory
+        attach(model, _memory_for(memory, model, 2, max(1, len(memory.sizes)))).detach()
         Anchor(model).check()
 
     @property
@@ -295,3 +269,10 @@ class _Run(Stages):
         """What the perplexities are of."""
         held_out = self.settings.heldout or json.loads(self.work.path(AGREEMENT).read_text())["questions"]
         return "held-out texts" if held_out else "learnt texts"
+
+
+def _memory_for(settings: MemorySettings, model: nn.Module, branching: int, depth: int) -> MemoryConfig:
+    """The memory for a tree of this shape. A small corpus may have grown fewer levels than there are sizes."""
+    sizes = settings.sizes[:depth] or usual_sizes(depth)
+    sizes += (0,) * (depth - len(sizes))
+    return memory_config(model, settings.kind, branching, sizes, settings.placement, settings.dtype)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from mlx_hiermem.errors import CorpusError, MissingDependencyError
-from mlx_hiermem.learn import Document, Skipped
+from mlx_hiermem.learn.records import Document, Skipped
 from mlx_hiermem.learn.work import STAGES
 
 Found = Document | Skipped

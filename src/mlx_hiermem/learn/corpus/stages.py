@@ -23,10 +23,11 @@ from functools import cached_property
 from tokenizers import Tokenizer
 
 from mlx_hiermem.errors import CorpusError
-from mlx_hiermem.learn import Document, Skipped, Window
 from mlx_hiermem.learn.corpus import readers as corpus
 from mlx_hiermem.learn.corpus.duplicates import Seen
-from mlx_hiermem.learn.corpus.windows import TOKENS, splintered, split, untruncated
+from mlx_hiermem.learn.corpus.windows import splintered, split, untruncated
+from mlx_hiermem.learn.records import Document, Skipped, Window
+from mlx_hiermem.learn.settings import CorpusSettings
 from mlx_hiermem.learn.work import Work, read_lines, write_lines
 
 WINDOWS, SKIPPED, PROBES = "windows.jsonl", "skipped.jsonl", "probes.jsonl"
@@ -36,19 +37,6 @@ TREE, LEAVES_FILE, AGREEMENT, NODES = "tree.safetensors", "leaves.jsonl", "agree
 FOREIGN = 0.25  # see `splintered`
 LOOKED_AT = 500  # windows, to tell the language
 LONGEST_LINE = 1 << 20  # bytes; a window is of some hundred tokens
-
-
-@dataclass(frozen=True)
-class CorpusSettings:
-    """Which field of a record is the text, which its title ("": found), and the tokens of a window.
-
-    Unless `any_language`, a corpus in a language that the embedder does not know is refused.
-    """
-
-    field: str = "text"
-    title: str = ""
-    tokens: int = TOKENS
-    any_language: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from mlx_hiermem.learn import Window
 from mlx_hiermem.learn.corpus.windows import sentences
+from mlx_hiermem.learn.records import Window
 from mlx_hiermem.learn.tree.probes import about, names
 
 SUBJECT, BLANK, OTHER = "\u2983", "\u2984", "\u2985"  # in a shape: the subject, the answer, other answers

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from mlx_hiermem.learn import Window
+from mlx_hiermem.learn.records import Window
+from mlx_hiermem.learn.settings import StudySettings
 from mlx_hiermem.learn.study.facts import Fact
 from mlx_hiermem.learn.study.teacher import Teacher
 from mlx_hiermem.learn.study.wordings import Wording
@@ -26,22 +27,6 @@ EXAMPLE = (  # answers are short, and a name, a number or a code: after numbers 
     "Question: What is the code of penicillin?\nAnswer: J01C\n\n"
 )
 Share = Callable[[float], None]
-
-
-@dataclass(frozen=True)
-class StudySettings:
-    """How many wordings a fact is learnt in at most, and on how many windows one is invented and tried."""
-
-    questions: int = 5
-    statements: int = 2
-    chats: int = 1  # of the questions, other ones in each window: a chat's template is longer than what it asks
-    invented: int = 2
-    tried: int = 6
-    first_tried: int = 2  # who fails on these is not tried on more
-    right: float = 0.5  # of the tries; by chance one in as many as the window has answers
-    reversed_questions: int = 3  # from a value to its subject, where values tell subjects apart
-    reversed_statements: int = 1
-    seed: int = 0
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mlx_hiermem.learn import Window
+from mlx_hiermem.learn.records import Window
+from mlx_hiermem.learn.settings import StudySettings
 from mlx_hiermem.learn.study.facts import COMMON, Fact, mention
-from mlx_hiermem.learn.study.judge import EXAMPLE, Share, StudySettings, Tried, as_asked, named, try_out
+from mlx_hiermem.learn.study.judge import EXAMPLE, Share, Tried, as_asked, named, try_out
 from mlx_hiermem.learn.study.teacher import Teacher
 from mlx_hiermem.learn.study.wordings import Wording, reversed_wordings
 

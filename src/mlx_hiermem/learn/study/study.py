@@ -23,10 +23,11 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from mlx_hiermem.learn import Window
 from mlx_hiermem.learn.corpus.stages import STUDY, Corpus
+from mlx_hiermem.learn.records import Window
+from mlx_hiermem.learn.settings import StudySettings
 from mlx_hiermem.learn.study.facts import COMMON, Fact, facts, mention, worth_asking
-from mlx_hiermem.learn.study.judge import Reader, Share, StudySettings, Tried, try_out
+from mlx_hiermem.learn.study.judge import Reader, Share, Tried, try_out
 from mlx_hiermem.learn.study.noted import NotedTeacher
 from mlx_hiermem.learn.study.reverse import reversible, try_reversed
 from mlx_hiermem.learn.study.teacher import Teacher

@@ -20,6 +20,7 @@ from mlx_lm.sample_utils import make_sampler
 
 from mlx_hiermem.errors import AnchorError
 from mlx_hiermem.partial import read_once, spread
+from mlx_hiermem.tokenizer import encode_text
 
 BATCH = 32  # lines written at a time; when one is done, no other takes its place: that would copy all their caches
 
@@ -57,14 +58,14 @@ class Teacher:
 
     def _read(self, beginning: str) -> tuple[list[Any], list[int]]:
         """The KV cache of a text but for its last token, and that: a prompt may be empty."""
-        tokens, cache = self.tokenizer.encode(beginning), make_prompt_cache(self.model)
+        tokens, cache = encode_text(self.tokenizer, beginning), make_prompt_cache(self.model)
         if len(tokens) > 1:
             self.model(mx.array([tokens[:-1]]), cache=cache)
             mx.eval([layer.state for layer in cache])
         return cache, tokens[-1:]
 
     def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return encode_text(self.tokenizer, text, special=False)
 
     def _write(
         self, asked: Sequence[tuple[tuple[list[Any], list[int]], str]], tokens: int, temperature: float
@@ -93,7 +94,7 @@ class Teacher:
         `asked` are (prompt, answer). Returns mean log p per token of the answer; -inf where at some token one of
         `others` that began the same way is likelier.
         """
-        read = self.tokenizer.encode(beginning)
+        read = encode_text(self.tokenizer, beginning)
         cache = read_once(self.model, read)
         before = [] if cache else read
         rivals = [self._encode(f" {other}") for other in others]

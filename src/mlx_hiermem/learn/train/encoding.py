@@ -22,26 +22,20 @@ from typing import Any
 import numpy as np
 
 from mlx_hiermem.config import Path
-from mlx_hiermem.learn import Window
+from mlx_hiermem.learn.records import Window
+from mlx_hiermem.learn.settings import ExampleSettings
 from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.tree.planting import Planted, is_held_out
 from mlx_hiermem.learn.tree.probes import FRAME, about, with_subjects
 from mlx_hiermem.learn.tree.routing import descend
 from mlx_hiermem.learn.work import Work, with_rows
 from mlx_hiermem.router import TextEmbedder
+from mlx_hiermem.tokenizer import encode_chat, encode_text, spells_control
 from mlx_hiermem.tree import ClusterTree
 
 EXAMPLES, HELDOUT = "examples", "heldout"
 MEASURED = 64  # windows, about, where nothing is held out
 TOGETHER = 256  # drafts whose prompts are embedded together
-
-
-@dataclass(frozen=True)
-class ExampleSettings:
-    """What is made. `heldout` is the share of windows that is not learnt, `teachers` what distillation needs."""
-
-    heldout: float = 0.0
-    teachers: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,12 +56,12 @@ class Encoder:
         self.tokenizer = tokenizer
 
     def text(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text))
+        return encode_text(self.tokenizer, text)
 
     def prompt(self, prompt: str, chat: bool) -> list[int]:
         """A prompt as `MemoryModel` has it; a chat where the anchor has no template is a framed question."""
         if chat and self.tokenizer.chat_template is not None:
-            return list(self.tokenizer.apply_chat_template(_turns(prompt), add_generation_prompt=True))
+            return encode_chat(self.tokenizer, _turns(prompt))
         return self.text(FRAME.format(prompt) if chat else prompt)
 
     def answer(self, prompt: str, answer: str, chat: bool, question: bool = False) -> list[int]:
@@ -85,8 +79,8 @@ class Encoder:
         ends = self.tokenizer.eos_token_ids
         before = self._rendered(_turns(prompt), add_generation_prompt=True)
         whole = self._rendered([*_turns(prompt), {"role": "assistant", "content": answer}])
-        if whole.startswith(before):
-            tokens = self._more(whole[len(before) :])
+        if whole.startswith(before) and not spells_control(self.tokenizer, answer):
+            tokens = list(self.tokenizer.encode(whole[len(before) :], add_special_tokens=False))
             for end, token in enumerate(tokens, 1):
                 if token in ends:
                     return tokens[:end]
@@ -96,7 +90,7 @@ class Encoder:
         return self.tokenizer.apply_chat_template(turns, tokenize=False, **options)
 
     def _more(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        return encode_text(self.tokenizer, text, special=False)
 
 
 def _turns(prompt: str) -> list[dict[str, str]]:

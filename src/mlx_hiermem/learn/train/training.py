@@ -1,6 +1,6 @@
 """All jobs of a bank, on one machine or on several: each rank trains whole subtrees, and none waits for another.
 
-    training = Training(work, model, memory_config(model, "ffn", 4, (24, 8)), examples, TrainingSettings(), heldout)
+    training = Training(work, model, memory_config(model, "ffn", 4, (24, 8)), examples, settings, heldout)
     training.run(tick)                        # this rank's jobs, from where a killed run stopped
     for node, weights in training.blocks(): ...
 
@@ -30,7 +30,6 @@ from mlx_hiermem.learn.train.heldout import HeldOut, perplexities
 from mlx_hiermem.learn.train.jobs import GENERIC, Job, Schedule, jobs, share
 from mlx_hiermem.learn.train.learner import Learner
 from mlx_hiermem.learn.train.progress import Progress, merge_logs, plot, read_log
-from mlx_hiermem.learn.train.rows import in_rows
 from mlx_hiermem.learn.train.trainer import Trainer
 
 LOG, PLOT = "log.jsonl", "loss.png"
@@ -67,8 +66,6 @@ class Training:
         work.mkdir(parents=True, exist_ok=True)
         decides = {name: value for name, value in settings.to_json().items() if name != "states_bytes"}
         self._claim({"settings": decides, "memory": config.to_json(), "of": examples.digest, "in": identity})
-        if settings.attention == "row":
-            examples = in_rows(examples, work, settings, self.group.rank())
         self.examples = examples
         self.jobs = jobs(examples, config, settings)
         if not self.jobs:

@@ -23,7 +23,6 @@ from mlx_hiermem.tree import ClusterTree
 
 STEPS, SAMPLE = 20, 6400  # App. C
 BALANCE = 1.5  # a cluster draws at most so many times its even share of a sample: 0.094 of it at k = 16
-EVEN = 1.0  # in the end a child is given so many times its even share at most; blocks are of one size too
 RESTARTS = 8  # of a node that one sample holds whole; there the start matters, and costs nothing
 SMALLEST = 3  # windows in a child, on average, for a node to be split at all
 LEAF = 8  # windows in a leaf that the default shape aims at
@@ -77,7 +76,11 @@ def check_size(windows: int) -> None:
 
 
 def grow(
-    vectors: np.ndarray, shape: Shape, seed: int = 0, tune: Tune | None = None, balance: float = EVEN
+    vectors: np.ndarray,
+    shape: Shape,
+    seed: int = 0,
+    tune: Tune | None = None,
+    balance: float = 1.0,
 ) -> Grown:
     """[n, dim] unit vectors -> the tree. `tune` may move a node's centroids once its windows are assigned.
 

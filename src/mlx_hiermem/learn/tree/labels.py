@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from mlx_hiermem.config import Path
-from mlx_hiermem.learn import Placed, Window
+from mlx_hiermem.learn.records import Placed, Window
 
 TERMS = 3  # in a label
 CANDIDATES = 512  # terms a node keeps while it is counted

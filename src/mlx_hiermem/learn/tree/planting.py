@@ -14,7 +14,6 @@ import numpy as np
 
 from mlx_hiermem.config import Path
 from mlx_hiermem.files import file_digest
-from mlx_hiermem.learn import Placed
 from mlx_hiermem.learn.corpus.stages import (
     AGREEMENT,
     LEAVES_FILE,
@@ -26,31 +25,18 @@ from mlx_hiermem.learn.corpus.stages import (
     Corpus,
     count_lines,
 )
+from mlx_hiermem.learn.records import Placed
+from mlx_hiermem.learn.settings import TreeSettings
 from mlx_hiermem.learn.study.prompts import not_there
 from mlx_hiermem.learn.train.dataset import TrainingSet
 from mlx_hiermem.learn.tree import labels, probes, vectors
-from mlx_hiermem.learn.tree.kmeans import EVEN, Shape, grow
-from mlx_hiermem.learn.tree.routing import LEAVES, ProbeVectors, Separation, agreement, place, reach_of
+from mlx_hiermem.learn.tree.kmeans import Shape, grow
+from mlx_hiermem.learn.tree.routing import ProbeVectors, Separation, agreement, place, reach_of
 from mlx_hiermem.learn.work import Row, Work, read_lines, with_rows, write_lines, write_text
 from mlx_hiermem.router import TextEmbedder
 from mlx_hiermem.tree import ClusterTree
 
 HELD_OUT = 10  # one generated question in so many measures the routing and shapes nothing
-
-
-@dataclass(frozen=True)
-class TreeSettings:
-    """The tree's shape (0: chosen from the corpus' size), and in how many leaves a window is learnt at most."""
-
-    branching: int = 0
-    depth: int = 0
-    leaves: int = LEAVES
-    balance: float = EVEN
-    seed: int = 0
-
-    def shape(self, windows: int) -> Shape:
-        chosen = Shape.of(windows)
-        return Shape(self.branching or chosen.branching, self.depth or chosen.depth)
 
 
 @dataclass(frozen=True)
@@ -89,12 +75,18 @@ def plant(
     def make() -> None:
         found = _Probes.read(work, made)
         means = np.load(work.path(MEANS), mmap_mode="r")
-        shape, tune = settings.shape(made.count), Separation(found.plain, found.turned)
+        shape, tune = _shape(settings, made.count), Separation(found.plain, found.turned)
         tree = grow(means, shape, settings.seed, tune, settings.balance).tree
         tree.save(work.path(TREE))
         _place(work, found, tree, settings.leaves)
 
     return Planted(made, work.stage("tree", asdict(settings), [embedded], make))
+
+
+def _shape(settings: TreeSettings, windows: int) -> Shape:
+    """The shape that is asked for, and where none is, the one that suits so many windows."""
+    chosen = Shape.of(windows)
+    return Shape(settings.branching or chosen.branching, settings.depth or chosen.depth)
 
 
 def settle(
@@ -103,7 +95,7 @@ def settle(
     embedder: TextEmbedder,
     choose: Callable[[np.ndarray], ClusterTree],
     of: str,
-    leaves: int = LEAVES,
+    leaves: int = TreeSettings.leaves,
     progress: vectors.Progress | None = None,
 ) -> Planted:
     """The same for a tree that is there: `choose` gives it for the [windows, dim] means; `of` says which it is."""

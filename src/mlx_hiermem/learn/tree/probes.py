@@ -13,8 +13,8 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from mlx_hiermem.learn import Window
 from mlx_hiermem.learn.corpus.windows import sentences
+from mlx_hiermem.learn.records import Window
 
 BEGINNINGS = (0.4, 0.7)  # of a sentence's words
 FRAME = "Question: {}\nAnswer:"

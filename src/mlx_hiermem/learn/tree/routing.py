@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlx_hiermem.config import Path
+from mlx_hiermem.learn.settings import TreeSettings
 from mlx_hiermem.learn.tree.kmeans import CHUNK, squared
 from mlx_hiermem.tree import ClusterTree
 
@@ -24,7 +25,6 @@ STEPS, BATCH, RATE = 150, 8192, 0.02  # of Adam; the batch is the probes of a st
 SHARPNESS = 30.0  # turns squared distances of about 0.1 into logits that differ by a few units
 DOUBT = 5.0  # the same where other wordings than the probes are reckoned with: less sure by so much
 HOLD = 3e-2  # pulls the centroids to where k-means put them: else text of other kinds is no farther than probes
-LEAVES = 2  # in which a window is learnt at most: a third one hardly helps (docs/learning.md)
 ROOM = 1.05  # a bank reaches so much farther: people word things otherwise than its probes
 NEARLY_ALL = 0.995  # of the probes are within a bank's reach
 MEASURED = 100_000  # probes, about, that say how far that is
@@ -167,7 +167,7 @@ def reach_of(tree: ClusterTree, vectors: np.ndarray) -> float:
     return math.ceil(1e4 * ROOM * np.quantile(np.linalg.norm(some - ends, axis=1), NEARLY_ALL)) / 1e4
 
 
-def place(tree: ClusterTree, probes: ProbeVectors, most: int = LEAVES) -> Iterator[tuple[Path, ...]]:
+def place(tree: ClusterTree, probes: ProbeVectors, most: int = TreeSettings.leaves) -> Iterator[tuple[Path, ...]]:
     """The leaves of each window, in order, `most` at most: those that its probes are likeliest to reach.
 
     How likely is taken from the distances, as in `Separation`, level by level. Of the branches of a node only the
