@@ -203,7 +203,7 @@ def write_session(folder: pathlib.Path) -> None:
     model = TinyModel(bank, tokenizer, Router(bank.tree, said))
     session = partial(Session, model, max_tokens=MAX_TOKENS, earlier=0)  # the app keeps one KV cache
     sessions = {
-        "routed": session(system="Be brief."),
+        "fetched": session(system="Be brief."),
         "blocked": session(blocked=[Path((0, 1))]),
         "generic": session("generic"),
         "path": session("1.2"),
