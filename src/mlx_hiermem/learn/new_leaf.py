@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_hiermem.config import Path
+from mlx_hiermem.config import ROOT, Path
 from mlx_hiermem.errors import BankError
 from mlx_hiermem.learn.train.dataset import TrainingSet
 from mlx_hiermem.learn.train.encoding import TOGETHER
@@ -52,7 +52,7 @@ def with_new_leaf(tree: ClusterTree) -> Callable[[np.ndarray], ClusterTree]:
 
     def choose(means: np.ndarray) -> ClusterTree:
         levels, rows = descend(tree, means)
-        passed: dict[Path, int] = {Path(): len(means)}
+        passed: dict[Path, int] = {ROOT: len(means)}
         for level, row in zip(levels.tolist(), rows.tolist(), strict=True):
             for node in Path.of_row(row, level, tree.branching).prefixes():
                 passed[node] = passed.get(node, 0) + 1
