@@ -66,9 +66,9 @@ class HeldOut:
     def _read(self) -> Iterator[_Group]:
         own, known = _tops(self.trainer.job.leaves), _tops(self.trainer.examples.leaves)
         for leaf, numbers in _texts(self.trainer, self.texts):
-            memories: dict[str, list[Path]] = (
-                {"generic": [GENERIC_NODE]} if GENERIC_NODE in self.trainer.job.leaves else {}
-            )
+            memories = dict[str, list[Path]]()
+            if GENERIC_NODE in self.trainer.job.leaves:
+                memories["generic"] = [GENERIC_NODE]
             if leaf[:1] in own or leaf[:1] not in known:
                 memories |= _levels(self.trainer, leaf)
             for group in cut(numbers, self.texts.lengths[numbers], GROUP_TOKENS, np.random.default_rng(0)):

@@ -159,9 +159,7 @@ class Trainer:
             budget -= self._states.nbytes
             self._states.complete(reporter.states)
         if self.settings.objective == "distillation":
-            if (
-                GENERIC_NODE in self.job.leaves
-            ):  # whatever it meets: to read a window for all its prompts is cheaper
+            if GENERIC_NODE in self.job.leaves:  # whatever it meets: one reading serves all prompts of a window
                 budget, numbers = self.settings.states_bytes, np.unique(self.examples.assigned)
             taught = numbers[self.examples.teachers[numbers] > 0]
             self._teachers = TeacherStates(
