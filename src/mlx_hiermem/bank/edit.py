@@ -174,7 +174,7 @@ def _with_node(tree: ClusterTree, path: Path, centroid: np.ndarray | None) -> Cl
 
 
 def _provenance(root: pathlib.Path, file: pathlib.Path, path: Path) -> BlockEntry:
-    """The file's row in the table of the bank it lies in, whose anchor must be ours; else an empty row for `path`."""
+    """The file's row in the table of its bank, which must be of our anchor; else an empty row for `path`."""
     if not file.is_file():
         raise BankError(f"there is no block file {file}")
     for folder in file.resolve().parents:
