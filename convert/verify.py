@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
-import os
 import pathlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -36,7 +34,8 @@ from mlx_hiermem.convert.memory_layout import MemoryLayout, read_layout
 from mlx_hiermem.convert.memory_settings import read_settings
 from mlx_hiermem.convert.pipeline import ANCHOR, BANK, anchor_dims
 from mlx_hiermem.convert.source import Source, find_source, tool_versions
-from mlx_hiermem.errors import AnchorError, BankError, HierMemError, MissingDependencyError, OutputError
+from mlx_hiermem.errors import AnchorError, BankError, HierMemError, MissingDependencyError
+from mlx_hiermem.files import write_json
 
 if TYPE_CHECKING:
     from mlx_hiermem.convert.parity import Figures
@@ -227,12 +226,4 @@ def _line(name: str, value: float, bound: float, suffix: str = "", details: dict
 
 
 def write_receipt(file: pathlib.Path, content: dict[str, Any]) -> None:
-    """Beside it first: a reader finds the old file or the new one."""
-    new = file.with_suffix(".new")
-    try:
-        new.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(new, file)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {file}: {error.strerror}", "A receipt lies beside what was checked."
-        ) from error
+    write_json(file, content, hint="A receipt lies beside what was checked.")

@@ -26,7 +26,6 @@ from mlx_hiermem.bank.policy import BankPolicy
 from mlx_hiermem.config import Path
 from mlx_hiermem.router import Router
 from mlx_hiermem.tree import ClusterTree
-from mlx_hiermem.turns import route_turn
 
 ROOT = pathlib.Path(__file__).parents[1]
 FIXTURES = ROOT / "apps/ios/HierMemKit/Tests/HierMemKitTests/Fixtures"
@@ -133,14 +132,14 @@ def write_turns(folder: pathlib.Path) -> None:
     for talk in conversations():
         topic, turns = None, []
         for text in talk:
-            turn = route_turn(router, text, topic)
+            turn = router.turn(text, topic)
             topic = turn.topic
             turns.append(
                 {
                     "row": rows[text],
                     "alone": str(turn.alone.path),
                     "path": str(topic.path),
-                    "stayed": turn.stayed,
+                    "stayed": turn.route.stayed,
                     "decided": turn.decided,
                     "needed": turn.needed,
                 }

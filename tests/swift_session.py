@@ -110,7 +110,7 @@ class TinyModel(MemoryModel):
         self.attachment = self.anchor  # type: ignore[assignment]
         self.tokenizer, self.bank, self._router = tokenizer, bank, router
         self.config = {"max_position_embeddings": CONTEXT}
-        self.cache, self.selection, self.last = BlockCache(bank), Selection("none"), None
+        self.cache, self.selection, self.last = BlockCache(bank), Selection(), None
 
     def chat_tokens(self, messages: list[dict[str, str]]) -> list[int]:
         text, before = "", "start"
@@ -230,7 +230,7 @@ def _run(session: Session) -> dict[str, Any]:
                 "text": text,
                 "reply": reply,
                 "path": str(session.topic.path) if session.topic else "",
-                "stayed": bool(session.turn and session.turn.stayed),
+                "stayed": bool(session.turn and session.turn.route.stayed),
                 "blocks": list(session.selection.blocks),
                 "first": session.first,
                 "prefilled": session.prefilled,

@@ -111,14 +111,19 @@ def posted(running: Running, path: str, body: Any) -> http.client.HTTPConnection
         ({"top_logprobs": 2}, None, None, "logprobs: true"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", None, "less than or equal to 20"),
         ({"max_tokens": CONTEXT}, "messages", "context_length_exceeded", f"more than the model's {CONTEXT}"),
-        ({"memory": "lots"}, "memory", None, "no memory 'lots'; take auto, none, generic, or a path"),
-        ({"memory": 5}, "memory", None, "memory: it is auto, none, generic, a path, a list of blocked nodes"),
+        ({"memory": "lots"}, "memory", None, "no memory 'lots'; take fetched, none, generic, or a path"),
+        ({"memory": 5}, "memory", None, "memory: it is fetched, none, generic, a path, a list of blocked nodes"),
         ({"memory": "9"}, "memory", None, "no node 9"),
         ({"memory": ["x"]}, "memory", None, "'x' is not a path"),
         ({"memory": ["0.9"]}, "memory", None, "no node 0.9"),
-        ({"memory": {"use": "auto", "block": []}}, "memory.block", "unknown_parameter", "unknown field"),
+        ({"memory": {"use": "fetched", "block": []}}, "memory.block", "unknown_parameter", "unknown field"),
         ({"memory": {"use": "1.2", "blocked": ["1"]}}, "memory", None, "1.2 is blocked"),
-        ({"memory": "auto", "messages": [{"role": "system", "content": "x"}]}, "memory", None, "user's messages"),
+        (
+            {"memory": "auto", "messages": [{"role": "system", "content": "x"}]},
+            "memory",
+            None,
+            "memory fetched is",
+        ),
     ],
 )
 def test_bad_requests(

@@ -105,7 +105,7 @@ def test_without_the_source(model: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_receipt_that_cannot_be_written(model: pathlib.Path) -> None:
-    (model / "receipt.new").mkdir()
+    (model / "receipt.json.partial").mkdir()
     with pytest.raises(OutputError, match=r"cannot write .*receipt.json: Is a directory"):
         verify(model)
 

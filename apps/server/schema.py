@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from mlx_hiermem.apps.server.refusal import ApiError
-from mlx_hiermem.config import Path
+from mlx_hiermem.config import MemoryChoice, Path
 from mlx_hiermem.errors import HierMemError
 
 REPLY = 512  # tokens of a chat reply at most, where the request does not say; as for `hiermem chat`
@@ -89,7 +89,7 @@ def _as_wish(value: Any) -> Any:
     if isinstance(value, list):
         return {"blocked": value}
     if not isinstance(value, dict | None):
-        raise ValueError("it is auto, none, generic, a path, a list of blocked nodes, or {use, blocked}")
+        raise ValueError("it is fetched, none, generic, a path, a list of blocked nodes, or {use, blocked}")
     return value
 
 
@@ -102,22 +102,19 @@ def paths(texts: list[str], param: str = "memory") -> frozenset[Path]:
 
 
 class Wish(Asked):
-    """The field `memory`: auto, none, generic or a path; nodes that are closed to this request."""
+    """The field `memory`: fetched, none, generic or a path; nodes that are closed to this request."""
 
-    use: str = "auto"
+    use: str = "fetched"
     blocked: list[str] = []
 
-    def memory(self, has_bank: bool) -> str:
-        """In the words of `MemoryModel.choose`. auto is the routed memory where there is a bank."""
-        if self.use == "auto":
-            return "fetched" if has_bank else "none"
-        if self.use in ("none", "generic"):
-            return self.use
+    def memory(self, has_bank: bool) -> MemoryChoice:
+        """What is wanted; where the model has no bank, fetched is none."""
         try:
-            return str(Path.parse(self.use))
+            wanted = MemoryChoice.parse(self.use)
         except HierMemError:
-            message = f"there is no memory '{self.use}'; take auto, none, generic, or a path such as 10.7"
+            message = f"there is no memory '{self.use}'; take fetched, none, generic, or a path such as 10.7"
             raise ApiError(400, message, "memory") from None
+        return MemoryChoice.NONE if wanted == MemoryChoice.FETCHED and not has_bank else wanted
 
 
 class TextPart(Asked):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_hiermem.config import AnchorIdentity
 from mlx_hiermem.errors import AnchorError
+from mlx_hiermem.files import read_header, read_json
 from mlx_hiermem.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -21,16 +22,14 @@ VOLATILE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "eo
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
     """The folder's config.json; AnchorError where there is none or it is not JSON."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    file = folder / "config.json"
+    if not file.exists():
         raise AnchorError(
             f"no config.json in {folder}", "Give the folder of a converted anchor (see `hiermem convert`)."
-        ) from error
-    except (OSError, ValueError) as error:
-        raise AnchorError(f"cannot read {folder / 'config.json'}: {error}") from error
+        )
+    config = read_json(file, AnchorError)
     if not isinstance(config, dict):
-        raise AnchorError(f"{folder / 'config.json'} is not a model configuration")
+        raise AnchorError(f"{file} is not a model configuration")
     return config
 
 
@@ -60,20 +59,13 @@ def _weights_digest(folder: pathlib.Path) -> str:
     if not files:
         raise AnchorError(f"no model*.safetensors in {folder}", "The anchor's folder is incomplete.")
     for file in files:
-        try:
-            with file.open("rb") as stream:
-                size = int.from_bytes(stream.read(8), "little")
-                header = json.loads(stream.read(size))
-                for name, entry in header.items():
-                    if name == "__metadata__":
-                        continue
-                    begin, end = entry["data_offsets"]
-                    stream.seek(8 + size + begin)
-                    digest = hashlib.sha256(stream.read(min(end - begin, SAMPLE)))
-                    digest.update(f"{name} {entry['dtype']} {entry['shape']}".encode())
-                    rows.append((name, digest.digest()))
-        except (OSError, ValueError, KeyError, OverflowError, MemoryError) as error:
-            raise AnchorError(f"{file} is damaged: {error}", "Convert the anchor again.") from error
+        header = read_header(file, AnchorError, "Convert the anchor again.")
+        with file.open("rb") as stream:
+            for name, tensor in header.tensors.items():
+                stream.seek(tensor.begin)
+                digest = hashlib.sha256(stream.read(min(tensor.end - tensor.begin, SAMPLE)))
+                digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+                rows.append((name, digest.digest()))
     return hashlib.sha256(b"".join(digest for _, digest in sorted(rows))).hexdigest()
 
 

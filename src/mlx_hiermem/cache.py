@@ -44,6 +44,11 @@ class Fetch:
     bytes_read: int = 0  # from disk, by this fetch
     hits: int = 0
 
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The blocks' names: equal names mean equal weights."""
+        return tuple(str(node) or "generic" for node in self.nodes)
+
 
 @dataclass
 class BlockCache:
