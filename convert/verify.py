@@ -161,9 +161,10 @@ def check_parity(
                 yield from _lines(parity.compare(theirs, ours, "none", tokens), bound, rounded)
             if dtype:
                 theirs.round(dtype, quantization)
+            exact = EXACT if dtype else bound
             note = "source rounded alike" if dtype or (bank and bank.config.quantization) else ""
             for memory in ["none"] * bool(dtype) + _memories(bank):
-                yield from _lines(parity.compare(theirs, ours, memory, parity.SHORT), EXACT if dtype else bound, note)
+                yield from _lines(parity.compare(theirs, ours, memory, parity.SHORT), exact, note)
         except (AnchorError, BankError) as error:  # what was converted is at fault, not the source
             yield Check("parity", error.what, "", False)
 

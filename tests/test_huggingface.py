@@ -155,7 +155,7 @@ BAD: dict[str, tuple[Callable[[pathlib.Path], Any], type[HierMemError], str]] = 
     "mixture of experts": (config(num_local_experts=8), AnchorError, "mixture of experts (num_local_experts: 8)"),
     "mixture by name": (config(model_type="qwen3_moe"), AnchorError, "mixture of experts (model_type: qwen3_moe)"),
     "quantised elsewhere": (config(quantization_config={"quant_method": "gptq"}), AnchorError, "software (gptq)"),
-    "no gated FFN": (config(model_type="gpt2"), AnchorError, "does not fit"),
+    "no gated FFN": (config(model_type="gpt2"), AnchorError, "have no gate"),
     "another activation": (config(hidden_act="relu"), AnchorError, "ignores hidden_act relu"),
     "sliding windows": (
         config(model_type="qwen2", use_sliding_window=True, sliding_window=9),

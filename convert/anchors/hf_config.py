@@ -177,9 +177,9 @@ def check_activation(config: dict[str, Any], model: nn.Module) -> None:
     GELU and its tanh form are 1e-3 apart. Gemma 1 is the known case: mlx-lm computes the exact one.
     """
     text = config.get("text_config") or config
-    named = NAMES.get(str(text.get("hidden_activation") or text.get("hidden_act") or ""))
+    name = text.get("hidden_activation") or text.get("hidden_act")
     found = ACTIVATIONS.index(activation(feed_forward(model.layers[0])))
-    if named is not None and (named == SILU) != (found == SILU):
-        name = text.get("hidden_activation") or text.get("hidden_act")
+    named = NAMES.get(name)
+    if name and (named is None or (named == SILU) != (found == SILU)):
         kind = config.get("model_type")
         raise AnchorError(f"mlx-lm's {kind} model ignores hidden_act {name}", "It would answer differently.")
