@@ -179,7 +179,7 @@ def check_activation(config: dict[str, Any], model: nn.Module) -> None:
     text = config.get("text_config") or config
     name = text.get("hidden_activation") or text.get("hidden_act")
     found = ACTIVATIONS.index(activation(feed_forward(model.layers[0])))
-    named = NAMES.get(name)
+    named = NAMES.get(str(name))
     if name and (named is None or (named == SILU) != (found == SILU)):
         kind = config.get("model_type")
         raise AnchorError(f"mlx-lm's {kind} model ignores hidden_act {name}", "It would answer differently.")
