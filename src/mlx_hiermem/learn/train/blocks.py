@@ -18,7 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_hiermem.config import MemoryConfig, Path
+from mlx_hiermem.config import GENERIC_NODE, MemoryConfig, Path
 from mlx_hiermem.errors import HierMemError, OutputError
 
 LIST = "blocks.json"
@@ -26,7 +26,7 @@ Tensors = dict[str, mx.array]
 MOMENTS = ("m", "v")  # AdamW's, in mlx.optimizers' names
 ANCHOR = Path((-1,))  # stands among the nodes for the anchor, which learns too in co-training
 GO_ON = "Free some space; learning goes on where it stopped."
-NAMES = {Path(): "generic", ANCHOR: "anchor"}
+NAMES = {GENERIC_NODE: "generic", ANCHOR: "anchor"}
 
 
 @dataclass
