@@ -12,7 +12,7 @@ from tiny import make_anchor
 
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import CorpusError
-from mlx_hiermem.learn.corpus.stages import STUDY, read_corpus
+from mlx_hiermem.learn.corpus.corpus import read_corpus
 from mlx_hiermem.learn.settings import ExampleSettings, TreeSettings, epochs_for
 from mlx_hiermem.learn.train.dataset import Example, TrainingSet
 from mlx_hiermem.learn.train.encoding import (
@@ -22,7 +22,7 @@ from mlx_hiermem.learn.train.encoding import (
     window_is_held_out,
 )
 from mlx_hiermem.learn.tree.planting import Planted, is_held_out, plant
-from mlx_hiermem.learn.work import Work, write_lines
+from mlx_hiermem.learn.work import STUDY, Work, write_lines
 from mlx_hiermem.tokenizer import load_tokenizer
 
 

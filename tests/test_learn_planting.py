@@ -12,13 +12,13 @@ import pytest
 from mlx_hiermem.apps.demo import evaluate
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import CorpusError
-from mlx_hiermem.learn.corpus.stages import NODES, PROBES, STUDY, TREE, read_corpus
+from mlx_hiermem.learn.corpus.corpus import read_corpus
 from mlx_hiermem.learn.settings import CorpusSettings, TreeSettings
 from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.tree import vectors
 from mlx_hiermem.learn.tree.planting import describe_nodes, given_agreement, is_held_out, plant
 from mlx_hiermem.learn.tree.routing import agreement
-from mlx_hiermem.learn.work import Work, read_lines, write_lines
+from mlx_hiermem.learn.work import NODES, PROBES, STUDY, TREE, Work, read_lines, write_lines
 
 MADE_UP = CorpusSettings(any_language=True)  # the words of `documents` are of none
 

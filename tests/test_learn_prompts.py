@@ -12,15 +12,15 @@ from tiny import make_anchor
 
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import CorpusError, HierMemError
-from mlx_hiermem.learn.corpus.stages import GIVEN, PROBES, STUDY, Corpus, read_corpus
+from mlx_hiermem.learn.corpus.corpus import Corpus, read_corpus
 from mlx_hiermem.learn.records import Prompt
+from mlx_hiermem.learn.report import study_line
 from mlx_hiermem.learn.settings import CorpusSettings, TreeSettings
 from mlx_hiermem.learn.study.prompts import about_windows, give, read_prompts
-from mlx_hiermem.learn.telling import study_line
 from mlx_hiermem.learn.train.encoding import make_examples, open_examples
 from mlx_hiermem.learn.tree.planting import plant
 from mlx_hiermem.learn.tree.probes import FRAME
-from mlx_hiermem.learn.work import Work, read_lines
+from mlx_hiermem.learn.work import PROBES, PROMPTS, STUDY, Work, read_lines
 from mlx_hiermem.tokenizer import load_tokenizer
 
 NAME, THING, PEOPLE = fact(3)
@@ -112,7 +112,7 @@ def test_a_document_in_several_windows_has_them_where_their_words_are(tmp_path: 
     own = [Prompt("Orley", "The bridge has", " nine arches."), Prompt("Orley", "The mill burnt down in", " 1804.")]
     give(work, about_windows(corpus, own), "")
     windows = {one.id: one.text for one in corpus.windows()}
-    for row in read_lines(work.path(GIVEN)):
+    for row in read_lines(work.path(PROMPTS)):
         assert row["answer"].strip(" .") in windows[row["window"]]
 
 

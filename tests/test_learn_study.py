@@ -11,7 +11,7 @@ from books import COUNT, VILLAGES, fact, write_library
 from tokenizers import Tokenizer
 
 from mlx_hiermem.embedder import Embedder
-from mlx_hiermem.learn.corpus.stages import STUDY, Corpus, read_corpus
+from mlx_hiermem.learn.corpus.corpus import Corpus, read_corpus
 from mlx_hiermem.learn.records import Window
 from mlx_hiermem.learn.settings import StudySettings
 from mlx_hiermem.learn.study import study as study_module
@@ -28,7 +28,7 @@ from mlx_hiermem.learn.study.wordings import (
     own_words,
     wordings,
 )
-from mlx_hiermem.learn.work import Work, read_lines
+from mlx_hiermem.learn.work import STUDY, Work, read_lines
 
 QUICK = StudySettings(questions=2, statements=1, chats=1, invented=1, tried=3)
 

@@ -23,7 +23,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from mlx_hiermem.learn.corpus.stages import STUDY, Corpus
+from mlx_hiermem.learn.corpus.corpus import Corpus
 from mlx_hiermem.learn.records import Window
 from mlx_hiermem.learn.settings import StudySettings
 from mlx_hiermem.learn.study.facts import COMMON, Fact, facts, mention, worth_asking
@@ -33,7 +33,7 @@ from mlx_hiermem.learn.study.reverse import reversible, try_reversed
 from mlx_hiermem.learn.study.teacher import Teacher
 from mlx_hiermem.learn.study.wordings import OWN, RARE, SYNONYM, Wording, echo, names_of, own_beginning, wordings
 from mlx_hiermem.learn.tree.probes import FRAME, with_subjects
-from mlx_hiermem.learn.work import Work, read_lines, write_lines
+from mlx_hiermem.learn.work import STUDY, Work, read_lines, write_lines
 
 TOGETHER = 256  # windows that are studied at a time: a wording is shared among these, and a killed run repeats them
 Progress = Callable[[int, int], None]

@@ -14,17 +14,7 @@ import numpy as np
 
 from mlx_hiermem.config import Path
 from mlx_hiermem.files import file_digest
-from mlx_hiermem.learn.corpus.stages import (
-    AGREEMENT,
-    LEAVES_FILE,
-    MEANS,
-    NODES,
-    PROBE_VECTORS,
-    PROBES,
-    TREE,
-    Corpus,
-    count_lines,
-)
+from mlx_hiermem.learn.corpus.corpus import Corpus
 from mlx_hiermem.learn.records import Placed
 from mlx_hiermem.learn.settings import TreeSettings
 from mlx_hiermem.learn.study.prompts import not_there
@@ -32,7 +22,22 @@ from mlx_hiermem.learn.train.dataset import TrainingSet
 from mlx_hiermem.learn.tree import labels, probes, vectors
 from mlx_hiermem.learn.tree.kmeans import Shape, grow
 from mlx_hiermem.learn.tree.routing import ProbeVectors, Separation, agreement, place, reach_of
-from mlx_hiermem.learn.work import Row, Work, read_lines, with_rows, write_lines, write_text
+from mlx_hiermem.learn.work import (
+    AGREEMENT,
+    LEAVES_FILE,
+    MEANS,
+    NODES,
+    PROBE_VECTORS,
+    PROBES,
+    TREE,
+    Row,
+    Work,
+    count_lines,
+    read_lines,
+    with_rows,
+    write_lines,
+    write_text,
+)
 from mlx_hiermem.router import TextEmbedder
 from mlx_hiermem.tree import ClusterTree
 
