@@ -18,9 +18,7 @@ from dataclasses import dataclass, field
 
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.block import FetchedMemory, MemoryBlock, block_name
-from mlx_hiermem.config import Path
-
-GENERIC = Path(())  # the control block's key: no cluster has the empty path
+from mlx_hiermem.config import GENERIC, Path
 
 
 @dataclass

@@ -57,6 +57,7 @@ class Path(tuple[int, ...]):
 
 
 ROOT = Path()  # above level 1: all clusters are below it, and a text that enters none stays there
+GENERIC = Path()  # stands among paths for the generic block, the control: no block has the empty path
 
 EARLIER_WORDS = {"auto": "fetched", "on": "fetched", "routed": "fetched", "off": "none"}  # still understood
 
