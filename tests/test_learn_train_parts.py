@@ -20,7 +20,7 @@ from tiny import make_anchor, make_tokenizer
 from tiny_openlm import random_openlm, save_openlm
 
 from mlx_hiermem.anchor import load_anchor
-from mlx_hiermem.config import GENERIC, KINDS, MemoryConfig, Path
+from mlx_hiermem.config import GENERIC_NODE, KINDS, MemoryConfig, Path
 from mlx_hiermem.convert import reference_memory
 from mlx_hiermem.convert.anchors.huggingface import convert_huggingface
 from mlx_hiermem.convert.anchors.openlm import convert_openlm
@@ -231,7 +231,7 @@ def test_an_epoch_has_every_example_once_in_each_of_its_leaves(training_set: Tra
             assert all(1 <= len(step) <= QUICK.groups for step in steps)
         for group in (group for step in steps for group in step):
             found.setdefault(group.leaf, []).extend(group.examples.tolist())
-    generic = found.pop(GENERIC)
+    generic = found.pop(GENERIC_NODE)
     assert {leaf: sorted(numbers) for leaf, numbers in found.items()} == {
         leaf: training_set.ids(leaf).tolist() for leaf in training_set.leaves
     }

@@ -115,14 +115,14 @@ def _path_table(session: Session, path: Path, distances: dict[Path, float], besi
 
 
 def _why(session: Session, argument: str) -> None:
-    from mlx_hiermem.config import Path
+    from mlx_hiermem.config import ROOT, Path
 
     bank, turn, path = session.model.bank, session.turn, session.selection.path
     if bank is None or not session.selection.blocks:
         raise HierMemError("no memory was used", "/memory fetched, and a question, bring one in.")
     if turn is not None:
         distances: dict[Path, float] = {}
-        for parent in (Path(), *path.prefixes()[:-1]):
+        for parent in (ROOT, *path.prefixes()[:-1]):
             for child, distance in enumerate(_distances(bank, turn.vector, parent)):
                 if distance != float("inf"):
                     distances[Path((*parent, child))] = distance

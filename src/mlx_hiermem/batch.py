@@ -22,9 +22,8 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 from mlx_lm.sample_utils import apply_top_p
 
-from mlx_hiermem.bank.bank import GENERIC as GENERIC_FILE
 from mlx_hiermem.bank.block import block_name
-from mlx_hiermem.config import MemoryChoice, Path
+from mlx_hiermem.config import GENERIC_NODE, MemoryChoice, Path
 from mlx_hiermem.errors import HierMemError
 from mlx_hiermem.memory.table import NOTHING, MemoryTable
 from mlx_hiermem.model import MemoryModel, Selection, Wanted, attached
@@ -96,20 +95,20 @@ class MemoryBatch:
         return self.model.choose(wanted, "", blocked, self.model.router.conversation(texts, blocked).route)
 
     def missing(self, chosen: Selection) -> list[Path]:
-        """The nodes whose blocks are wanted and still on the hub; the empty path is the generic block."""
+        """The nodes whose blocks are wanted and still on the hub."""
         bank = self.model.bank
         if bank is None or bank.remote is None or chosen.memory == MemoryChoice.NONE:
             return []
-        nodes = [Path()] if chosen.memory == MemoryChoice.GENERIC else bank.nodes_on(chosen.path)
+        nodes = [GENERIC_NODE] if chosen.memory == MemoryChoice.GENERIC else bank.nodes_on(chosen.path)
         cached = self.model.cache
-        return [n for n in nodes if not (cached and n in cached) and not (bank.root / _file(n)).is_file()]
+        return [n for n in nodes if not (cached and n in cached) and not (bank.root / block_name(n)).is_file()]
 
     def bring(self, chosen: Selection) -> None:
         """Downloads what is `missing`. Raises HubError."""
         remote = self.model.bank.remote if self.model.bank else None
         if remote:
             for node in self.missing(chosen):
-                remote.bring(node, _file(node))
+                remote.bring(node, block_name(node))
 
     def add(self, tokens: list[int], chosen: Selection, sampling: Sampling) -> tuple[int, Selection]:
         """Fetches the memory chosen and queues a prompt with it; returns the sequence's id, and what was fetched.
@@ -194,10 +193,6 @@ class MemoryBatch:
         sequence = self._sequences.pop(uid)
         if self.table is not None:
             self.table.drop(sequence.key)
-
-
-def _file(node: Path) -> str:
-    return block_name(node) if node else GENERIC_FILE
 
 
 def _sampler(sampling: Sampling) -> Callable[[mx.array], mx.array] | None:

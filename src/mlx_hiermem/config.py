@@ -57,7 +57,7 @@ class Path(tuple[int, ...]):
 
 
 ROOT = Path()  # above level 1: all clusters are below it, and a text that enters none stays there
-GENERIC = Path()  # stands among paths for the generic block, the control: no block has the empty path
+GENERIC_NODE, GENERIC_LEVEL = ROOT, 0  # where the generic block stands among the others: it belongs to no cluster
 
 EARLIER_WORDS = {"auto": "fetched", "on": "fetched", "routed": "fetched", "off": "none"}  # still understood
 

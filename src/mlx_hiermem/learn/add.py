@@ -29,7 +29,7 @@ from mlx_hiermem.bank.commit import editing
 from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
 from mlx_hiermem.bank.policy import POLICY, BankPolicy
 from mlx_hiermem.bank.remote import REMOTE, Origin
-from mlx_hiermem.config import Path
+from mlx_hiermem.config import ROOT, Path
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import BankError
 from mlx_hiermem.files import file_digest, replace_folder
@@ -321,7 +321,7 @@ def with_new_leaf(tree: ClusterTree) -> Callable[[np.ndarray], ClusterTree]:
 
     def choose(means: np.ndarray) -> ClusterTree:
         levels, rows = descend(tree, means)
-        passed: dict[Path, int] = {Path(): len(means)}
+        passed: dict[Path, int] = {ROOT: len(means)}
         for level, row in zip(levels.tolist(), rows.tolist(), strict=True):
             for node in Path.of_row(row, level, tree.branching).prefixes():
                 passed[node] = passed.get(node, 0) + 1

@@ -20,12 +20,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_hiermem.bank.bank import GENERIC, MemoryBank
+from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.block import MemoryBlock, block_name, write_block
 from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
 from mlx_hiermem.bank.quantize import quantized
 from mlx_hiermem.bank.writer import BankWriter, to_disk
-from mlx_hiermem.config import AnchorIdentity, EmbedderIdentity, MemoryConfig, Path
+from mlx_hiermem.config import GENERIC_NODE, AnchorIdentity, EmbedderIdentity, MemoryConfig, Path
 from mlx_hiermem.errors import HierMemError, OutputError
 from mlx_hiermem.files import replace_folder, restore_folder
 from mlx_hiermem.learn.train.blocks import Tensors
@@ -55,9 +55,8 @@ def write_bank(folder: pathlib.Path, training: Training, tree: ClusterTree, abou
     made_of = json.dumps([config.to_json(), about.recipe, about.anchor.to_json()], sort_keys=True)
     with BankWriter(folder, hashlib.sha256(made_of.encode()).hexdigest()) as writer:
         for node, weights in training.blocks():
-            name = block_name(node) if node else GENERIC
-            file = writer.write(name, stored(weights, config, str(node) or "generic"), config.dtype)
-            if node:
+            file = writer.write(block_name(node), stored(weights, config, str(node) or "generic"), config.dtype)
+            if node != GENERIC_NODE:
                 blocks[node] = entry(node, file, about.nodes)
             else:
                 generic = file

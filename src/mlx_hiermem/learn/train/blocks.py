@@ -18,7 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_hiermem.config import GENERIC, MemoryConfig, Path
+from mlx_hiermem.config import GENERIC_NODE, MemoryConfig, Path
 from mlx_hiermem.errors import HierMemError, OutputError
 
 LIST = "blocks.json"
@@ -194,7 +194,7 @@ def _name(node: Path) -> str:
 
 
 def _node(name: str) -> Path:
-    return GENERIC if name == "generic" else Path.parse(name)
+    return GENERIC_NODE if name == "generic" else Path.parse(name)
 
 
 def _failed(folder: pathlib.Path, error: Exception) -> OutputError:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_hiermem.config import GENERIC, Path
+from mlx_hiermem.config import GENERIC_NODE, Path
 from mlx_hiermem.learn.train.dataset import Example, TrainingSet
 from mlx_hiermem.learn.train.jobs import carriers
 from mlx_hiermem.learn.train.learner import Inputs
@@ -66,7 +66,9 @@ class HeldOut:
     def _read(self) -> Iterator[_Group]:
         own, known = _tops(self.trainer.job.leaves), _tops(self.trainer.examples.leaves)
         for leaf, numbers in _texts(self.trainer, self.texts):
-            memories: dict[str, list[Path]] = {"generic": [GENERIC]} if GENERIC in self.trainer.job.leaves else {}
+            memories = dict[str, list[Path]]()
+            if GENERIC_NODE in self.trainer.job.leaves:
+                memories["generic"] = [GENERIC_NODE]
             if leaf[:1] in own or leaf[:1] not in known:
                 memories |= _levels(self.trainer, leaf)
             for group in cut(numbers, self.texts.lengths[numbers], GROUP_TOKENS, np.random.default_rng(0)):
@@ -96,7 +98,7 @@ def _levels(trainer: Trainer, leaf: Path) -> dict[str, list[Path]]:
 
 def _texts(trainer: Trainer, heldout: TrainingSet) -> Iterator[tuple[Path, np.ndarray]]:
     """Leaves and a sample of their texts: those below the job's top, or all for the generic block."""
-    everything, own = GENERIC in trainer.job.leaves, _tops(trainer.job.leaves)
+    everything, own = GENERIC_NODE in trainer.job.leaves, _tops(trainer.job.leaves)
     sample = np.random.default_rng(trainer.settings.seed).random(len(heldout)) < EXAMPLES / max(1, len(heldout))
     for leaf in heldout.leaves:
         numbers = heldout.ids(leaf)

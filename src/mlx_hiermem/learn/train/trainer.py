@@ -11,7 +11,7 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
-from mlx_hiermem.config import DTYPES, GENERIC, Path
+from mlx_hiermem.config import DTYPES, GENERIC_NODE, Path
 from mlx_hiermem.learn.settings import TrainingSettings
 from mlx_hiermem.learn.train.activations import States, TeacherStates
 from mlx_hiermem.learn.train.blocks import Tensors, TrainedBlocks
@@ -143,12 +143,12 @@ class Trainer:
 
     def prepare(self, reporter: Reporter) -> None:
         """Computes the hidden states that are worth keeping."""
-        leaves = [self.examples.ids(leaf) for leaf in self.job.leaves if leaf != GENERIC]
+        leaves = [self.examples.ids(leaf) for leaf in self.job.leaves if leaf != GENERIC_NODE]
         numbers = np.unique(np.concatenate(leaves)) if leaves else np.empty(0, np.int64)
         uses = self.total / max(1, int(self.examples.lengths[numbers].sum()))
         budget = self.settings.states_bytes
         # The generic block meets other texts in each epoch.
-        if GENERIC in self.job.leaves or uses < WORTH_KEEPING:
+        if GENERIC_NODE in self.job.leaves or uses < WORTH_KEEPING:
             budget = 0
         layer, last = self.learner.first_layer, len(self.learner.anchor.layers)
         if budget and layer:
@@ -158,7 +158,7 @@ class Trainer:
             budget -= self._states.nbytes
             self._states.complete(reporter.states)
         if self.settings.objective == "distillation":
-            if GENERIC in self.job.leaves:  # whatever it meets: to read a window for all its prompts is cheaper
+            if GENERIC_NODE in self.job.leaves:  # whatever it meets: one reading serves all prompts of a window
                 budget, numbers = self.settings.states_bytes, np.unique(self.examples.assigned)
             taught = numbers[self.examples.teachers[numbers] > 0]
             self._teachers = TeacherStates(

@@ -21,7 +21,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_hiermem.config import GENERIC, MemoryConfig, Path
+from mlx_hiermem.config import GENERIC_NODE, MemoryConfig, Path
 from mlx_hiermem.errors import HierMemError, MissingDependencyError, OutputError
 from mlx_hiermem.learn.settings import TrainingSettings
 from mlx_hiermem.learn.train.blocks import GO_ON, Tensors, TrainedBlocks, new_block
@@ -143,7 +143,7 @@ class Training:
         """Layers that are run for a job's tokens, those that learn three times for the way back; the layers below
         are run once for all epochs where their states are kept, which for the generic block's they are not."""
         below, layers = self.learner.first_layer, len(self.learner.anchor.layers)
-        often = 1.0 if GENERIC in job.leaves else 1 / self.settings.epochs
+        often = 1.0 if GENERIC_NODE in job.leaves else 1 / self.settings.epochs
         return self._tokens(job) * (3 * (layers - below) + often * below)
 
     def _folder(self, job: Job) -> pathlib.Path:
