@@ -209,7 +209,7 @@ class _Adding(StagedRun):
             model,
             replace(self.bank.config, quantization=()),
             joined,
-            replace(self.settings.training, generic=False, cotrain=False),
+            replace(self.settings.training, generic=False),
             joined,
             identity=f"{identify(self.model / ANCHOR).weights_digest} {self.digest}",
             vocabulary=config.get("effective_vocab_size"),

@@ -25,7 +25,7 @@ from mlx_hiermem.config import EmbedderIdentity, MemoryConfig
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import AnchorError, HierMemError, OutputError
 from mlx_hiermem.learn import report
-from mlx_hiermem.learn.publish import ANCHOR, BANK, LEARNING, About, Nodes, link, publish, write_anchor, write_bank
+from mlx_hiermem.learn.publish import ANCHOR, BANK, LEARNING, About, Nodes, link, publish, write_bank
 from mlx_hiermem.learn.settings import (
     ExampleSettings,
     LearnSettings,
@@ -243,11 +243,7 @@ class _Run(StagedRun):
         model, settings = self.work.path(MODEL), self.settings
         shutil.rmtree(model, ignore_errors=True)
         with self.stage("bank"), self.work.writing():
-            weights = training.anchor()
-            if weights is None:
-                link(self.work.path(BASE), model)
-            else:
-                write_anchor(self.folder, model / ANCHOR, weights)
+            link(self.work.path(BASE), model)
             recipe = {"name": "learn", "by": f"mlx-hiermem {__version__}", "documents": prepared.documents}
             training_settings = {"training": training.settings.to_json()}
             recipe |= {
