@@ -20,6 +20,7 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
+from mlx_hiermem.cpu import report_slow_blas
 from mlx_hiermem.errors import AnchorError
 from mlx_hiermem.partial import read_once, spread
 from mlx_hiermem.progress import FractionDone, unheard_fraction
@@ -175,6 +176,7 @@ def load_teacher(name: str) -> Teacher:
     """A model by its folder (a memory model's too) or hub id. Raises AnchorError where mlx-lm cannot load it."""
     from mlx_lm import load
 
+    report_slow_blas()
     if (inside := pathlib.Path(name) / "anchor").is_dir():
         name = str(inside)
     try:
