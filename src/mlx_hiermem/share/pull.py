@@ -28,8 +28,7 @@ from mlx_hiermem.bank.remote import Origin
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import BankError, HierMemError, HubError, OutputError
 from mlx_hiermem.files import locked, partial_name, to_disk, writing
-
-Progress = Callable[[int, int], None]  # (bytes here, bytes wanted)
+from mlx_hiermem.progress import Progress
 
 WORKERS = 8  # downloads at a time: blocks are small, and most of a small download is waiting
 INCOMING = ".incoming"
