@@ -3,7 +3,7 @@
 A follow-up such as "and its symbol?" does not say what it is about. Alone it goes anywhere, because it is nearly
 as near to one child of a node as to the next; a turn that names its subject is not. So a turn leaves the current
 path only if it is decided enough, compared with the turns that chose that path. The measure is relative, so that
-one setting serves every tree. `benchmarks/turns.py` compares it with other rules; docs/decisions.md has the table.
+one setting serves every tree. `benchmarks/turns.py` compares it with other rules; benchmarks/results/turns.md has the table.
 """
 
 from __future__ import annotations
