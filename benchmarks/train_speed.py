@@ -30,10 +30,11 @@ import numpy as np
 from mlx_hiermem.anchor import load_anchor
 from mlx_hiermem.apps.demo.tour import model_folder
 from mlx_hiermem.config import Path
-from mlx_hiermem.learn.settings import TrainingSettings, memory_config, memory_layers
+from mlx_hiermem.learn.settings import TrainingSettings
 from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.train.jobs import Group
 from mlx_hiermem.learn.train.training import Training
+from mlx_hiermem.memory.design import memory_config, memory_layers
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "train_speed.json"
 LEAF = Path((0, 0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,10 +12,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_hiermem.anchor import identify, load_anchor
-from mlx_hiermem.bank.bank import GENERIC, MemoryBank, file_digest
-from mlx_hiermem.bank.block import block_name, read_block
+from mlx_hiermem.bank.bank import MemoryBank
+from mlx_hiermem.bank.block import GENERIC_FILE, block_name, read_block
 from mlx_hiermem.convert.pipeline import ANCHOR, SOURCE
 from mlx_hiermem.errors import AnchorError, HierMemError
+from mlx_hiermem.files import file_digest, read_json
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,7 @@ class Check:
 def recorded(model: pathlib.Path) -> dict[str, Any]:
     """source.json, or nothing where the model was put together by hand."""
     file = model / SOURCE
-    try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise HierMemError(f"{file} is damaged: {error}", "Convert the model again.") from error
+    return read_json(file, hint="Convert the model again.") if file.is_file() else {}
 
 
 def check_anchor_files(model: pathlib.Path) -> Check:
@@ -79,7 +76,7 @@ def check_blocks(bank: MemoryBank) -> Check:
     """Every block's shapes, dtype and values, and that its cluster is in the tree."""
     files = {block_name(path): len(path) for path in bank.manifest.blocks}
     if bank.manifest.generic:
-        files[GENERIC] = 0
+        files[GENERIC_FILE] = 0
     problems = []
     try:
         problems = [f"no cluster {path} in the tree" for path in bank.manifest.blocks if not bank.tree.has(path)]

@@ -16,6 +16,7 @@ from mlx_hiermem.assets import ASSETS
 from mlx_hiermem.config import EmbedderIdentity, Path
 from mlx_hiermem.convert.checkpoint import TensorSource
 from mlx_hiermem.errors import CheckpointError, HierMemError
+from mlx_hiermem.files import read_json
 
 MINILM = EmbedderIdentity("all-MiniLM-L6-v2", ASSETS["all-minilm-l6-v2"].files["model.safetensors"], 256)
 TELLING = {"kind", "branching", "block_sizes", "layers"}  # a JSON file with none of these is about something else
@@ -89,10 +90,7 @@ def _find(checkpoint: pathlib.Path, source: TensorSource) -> tuple[pathlib.Path,
 
 
 def _read_json(file: pathlib.Path) -> Mapping[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read the settings {file}: {error}") from error
+    data = read_json(file, CheckpointError, "Correct the settings, or name others.")
     if not isinstance(data, Mapping):
         raise CheckpointError(f"the settings {file} are not a table of names and values")
     return data

@@ -6,7 +6,6 @@ be continued: a finished anchor is kept, and the bank goes on block by block.
 
 from __future__ import annotations
 
-import json
 import pathlib
 import shutil
 from collections.abc import Callable, Sequence
@@ -21,8 +20,9 @@ from mlx_hiermem.convert.anchors.openlm import convert_openlm
 from mlx_hiermem.convert.checkpoint import open_checkpoint
 from mlx_hiermem.convert.memories import AnchorDims, convert_memory
 from mlx_hiermem.convert.source import Source, digests, files_of, find_source, find_tokenizer, tool_versions
-from mlx_hiermem.convert.staging import ANCHOR, BANK, SOURCE, move, partial_folder, write_json
+from mlx_hiermem.convert.staging import ANCHOR, BANK, SOURCE, partial_folder
 from mlx_hiermem.errors import AnchorError, CheckpointError, HierMemError, OutputError
+from mlx_hiermem.files import partial_name, read_json, write_json
 
 Progress = Callable[[int, int], None]  # (done, total)
 Warn = Callable[[str], None]
@@ -94,7 +94,6 @@ def convert(
                 progress=progress,
             )
         write_json(partial / SOURCE, record | {"anchor": digests(files_of(anchor))})
-        move(partial, out)
     return _report(out, source, warnings)
 
 
@@ -120,7 +119,7 @@ def _write_anchor(
     progress: Progress | None,
 ) -> None:
     """Converts into a sibling first: a folder named anchor is a whole one."""
-    new = anchor.with_name(ANCHOR + ".new")
+    new = partial_name(anchor)
     for left in (new, *anchor.parent.glob(".staging-*")):  # of a run that was killed
         shutil.rmtree(left, ignore_errors=True)
     if source.kind == "gguf":
@@ -167,7 +166,7 @@ def _record(source: Source, quantize: int | None, memory: pathlib.Path | None) -
 
 def _note_source(file: pathlib.Path, record: dict[str, Any]) -> None:
     """Writes source.json, or on resuming checks that source and options are the same."""
-    noted = json.loads(file.read_text(encoding="utf-8")) if file.exists() else record
+    noted = read_json(file) if file.exists() else record
     if {key: noted.get(key) for key in record} != record:
         raise OutputError(
             f"the interrupted run in {file.parent} had another source or other options",
@@ -178,7 +177,7 @@ def _note_source(file: pathlib.Path, record: dict[str, Any]) -> None:
 
 def _report(out: pathlib.Path, source: Source, warnings: Sequence[str]) -> ConvertReport:
     config = read_config(out / ANCHOR)
-    index = json.loads((out / ANCHOR / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    index = read_json(out / ANCHOR / "model.safetensors.index.json")
     if quantization := config.get("quantization"):
         dtype = f"{quantization['bits']} bits in groups of {quantization['group_size']}"
     else:

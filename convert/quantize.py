@@ -10,7 +10,7 @@ from mlx_hiermem.anchor import identify
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.quantize import LevelReport, quantize
 from mlx_hiermem.config import MemoryConfig
-from mlx_hiermem.convert.staging import ANCHOR, BANK, SOURCE, move, partial_folder
+from mlx_hiermem.convert.staging import ANCHOR, BANK, SOURCE, partial_folder
 from mlx_hiermem.errors import OutputError
 
 
@@ -38,5 +38,4 @@ def quantize_model(
             if file.is_file():
                 shutil.copyfile(file, partial / file.relative_to(model))  # a read-only model makes no read-only one
         reports = quantize(bank, partial / BANK, config, resume, progress)
-        move(partial, out)
     return reports

@@ -6,10 +6,8 @@ and a bank is many times larger than the memory there is. (The library also has 
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mlx_hiermem.errors import CheckpointError
+from mlx_hiermem.files import read_header
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 # dtype -> how numpy carries it. numpy has no bfloat16: its bits travel as uint16.
@@ -53,7 +52,6 @@ SAME_WIDTH_INTEGERS = {  # of a float's bits: exponent all ones and no sign, i.e
     "bfloat16": ("<i2", "<u2", 0x7F80),
 }
 READ_LIMIT = 1 << 30  # bytes per pread: macOS refuses 2 GiB and more
-HEADER_LIMIT = 100_000_000  # the safetensors format's own
 
 
 @dataclass(frozen=True)
@@ -117,63 +115,27 @@ class Reader(Protocol):
 
 
 class SafetensorsReader:
-    """One .safetensors file: eight bytes of header length, a JSON header, then the data."""
+    """One .safetensors file."""
 
     def __init__(self, file: pathlib.Path) -> None:
         self.file = file
         self._fd = os.open(file, os.O_RDONLY)
         try:
-            header, start = self._header()
-            self.metadata = {str(k): str(v) for k, v in (header.pop("__metadata__", None) or {}).items()}
-            self.extras: dict[str, Any] = {}
-            self.tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-            self._offsets: dict[str, int] = {}
-            for name, entry in header.items():
-                self._add(name, entry, start)
+            header = read_header(file, CheckpointError)
+            self.metadata, self.extras = header.metadata, dict[str, Any]()
+            self.tensors = {name: (self._dtype(name, one.dtype), one.shape) for name, one in header.tensors.items()}
+            self._offsets = {name: one.begin for name, one in header.tensors.items()}
         except BaseException:
             self.close()
             raise
 
-    def _header(self) -> tuple[dict[str, Any], int]:
-        """The parsed header and the offset at which the data starts."""
-        size = os.fstat(self._fd).st_size
-        length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
-        if size < 8 or length > min(size - 8, HEADER_LIMIT):
-            raise self._damaged("its header is longer than the file")
-        try:
-            header = json.loads(os.pread(self._fd, length, 8), object_pairs_hook=self._no_duplicates)
-        except ValueError as error:
-            raise self._damaged("its header is not JSON") from error
-        if not isinstance(header, dict):
-            raise self._damaged("its header is not a table of tensors")
-        return header, 8 + length
-
-    def _no_duplicates(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) != len(pairs):
-            twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
-            raise CheckpointError(f"{self.file} lists tensors twice: {some(twice)}")
-        return table
-
-    def _add(self, name: str, entry: Any, start: int) -> None:
-        """Checks one header entry against the file and keeps it."""
-        try:
-            code, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
-            begin, end = (int(n) for n in entry["data_offsets"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise self._damaged(f"the header entry of {name} is incomplete") from error
+    def _dtype(self, name: str, code: str) -> str:
         if code not in SAFETENSORS_DTYPES:
             raise CheckpointError(
                 f"{self.file}: the tensor {name} has the dtype {code}, which is not supported",
                 "Save it as float32, float16 or bfloat16.",
             )
-        dtype = SAFETENSORS_DTYPES[code]
-        if min((*shape, begin), default=0) < 0 or end - begin != size_of(dtype, shape):
-            raise self._damaged(f"the shape {shape} of {name} does not fit its {end - begin} bytes")
-        if start + end > os.fstat(self._fd).st_size:
-            raise self._damaged(f"the data of {name} ends beyond the end of the file")
-        self.tensors[name] = (dtype, shape)
-        self._offsets[name] = start + begin
+        return SAFETENSORS_DTYPES[code]
 
     def _damaged(self, why: str) -> CheckpointError:
         return CheckpointError(f"{self.file} is truncated or damaged: {why}", "Copy or download it again.")

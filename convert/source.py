@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import pathlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_hiermem.anchor import read_config
-from mlx_hiermem.bank.bank import file_digest
 from mlx_hiermem.convert.anchors.huggingface import download, is_hub_id
 from mlx_hiermem.convert.checkpoint import open_checkpoint
 from mlx_hiermem.convert.readers import TORCH_SUFFIXES
 from mlx_hiermem.errors import CheckpointError
+from mlx_hiermem.files import file_digest
 
+PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")  # llama.cpp's names for the parts of a split file
 TOOLS = ("mlx-hiermem", "mlx", "mlx-lm", "numpy", "coremltools", "gguf", "torch", "transformers")
 
 
@@ -52,7 +54,7 @@ def find_source(src: str) -> Source:
     if path.is_dir():
         return _in_folder(path)
     if path.suffix == ".gguf":
-        return Source("gguf", path, path.stem, (path,))
+        return Source("gguf", path, path.stem, tuple(parts_of(path)))
     if (path.parent / "config.json").is_file() and "model_type" in read_config(path.parent):
         raise CheckpointError(f"{path} is a part of a Hugging Face model", f"Give its folder, {path.parent}.")
     if path.suffix in (".safetensors", *TORCH_SUFFIXES):
@@ -73,7 +75,7 @@ def _in_folder(folder: pathlib.Path) -> Source:
         return Source("openlm", folder, name, _weights(folder))
     if config:
         return Source("huggingface", folder, name, _weights(folder))
-    if len(ggufs) == 1:
+    if ggufs and ggufs == tuple(parts_of(ggufs[0])):
         return Source("gguf", ggufs[0], ggufs[0].stem, ggufs)
     if ggufs:
         raise CheckpointError(f"{folder} holds {len(ggufs)} GGUF files", "Name the one to convert.")
@@ -121,3 +123,21 @@ def tool_versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[tool] = importlib.metadata.version(tool)
     return versions
+
+
+def parts_of(file: pathlib.Path) -> list[pathlib.Path]:
+    """All parts of a split GGUF file, in order, whichever one is given; else the file alone.
+
+    Raises CheckpointError where a part is missing.
+    """
+    name = PART.fullmatch(file.name)
+    if name is None:
+        return [file]
+    count = int(name[3])
+    parts = [file.with_name(f"{name[1]}-{number:05}-of-{name[3]}.gguf") for number in range(1, count + 1)]
+    if missing := [part.name for part in parts if not part.is_file()]:
+        raise CheckpointError(
+            f"{file.name} is one of {count} parts; not in {file.parent}: {', '.join(missing[:3])}",
+            "Put all parts into one folder.",
+        )
+    return parts or [file]

@@ -17,9 +17,10 @@ import numpy as np
 
 from mlx_hiermem.anchor import load_anchor
 from mlx_hiermem.config import MemoryConfig, Path
-from mlx_hiermem.learn.settings import TrainingSettings, memory_config
+from mlx_hiermem.learn.settings import TrainingSettings
 from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.train.training import Training
+from mlx_hiermem.memory.design import memory_config
 
 SIZES, BRANCHING = (4, 2), 2
 LEAVES = [Path((0, 0)), Path((0, 1)), Path((1, 0)), Path((1, 1))]

@@ -15,12 +15,12 @@ import tiny
 from coremltools.proto import Model_pb2
 
 from mlx_hiermem.apps.cli import main as cli
-from mlx_hiermem.bank.bank import file_digest
 from mlx_hiermem.convert.coreml import export, interfaces, text_checks, verify
 from mlx_hiermem.convert.coreml.exported import Exported
 from mlx_hiermem.convert.coreml.interpreter import Program
 from mlx_hiermem.convert.coreml.references import open_reference
 from mlx_hiermem.errors import CoreMLError, HierMemError
+from mlx_hiermem.files import file_digest
 
 WEIGHTS = "anchor.mlpackage/Data/com.apple.CoreML/weights/weight.bin"
 PROGRAM = "anchor.mlpackage/Data/com.apple.CoreML/model.mlmodel"

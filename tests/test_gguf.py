@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from mlx_hiermem.anchor import load_anchor, read_config
 from mlx_hiermem.convert import parity
 from mlx_hiermem.convert.anchors.gguf import convert_gguf, llama3_factors
-from mlx_hiermem.convert.anchors.gguf_tokenizer import write_tokenizer
+from mlx_hiermem.convert.anchors.gguf_tokenizer import end_tokens, write_tokenizer
 from mlx_hiermem.convert.source import find_source
 from mlx_hiermem.errors import AnchorError, CheckpointError, HierMemError, MissingDependencyError
 
@@ -325,3 +325,60 @@ def test_the_package_is_optional(
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'mlx-hiermem\[gguf\]'"):
         convert_gguf(good, tmp_path / "anchor")
+
+
+# Where a reply ends, and files in parts
+
+
+@pytest.mark.parametrize(
+    ("named", "types", "ends"),
+    [
+        ({"eos_token_id": 0}, (3, 3, 3, 1), [0, 1]),  # the turn's end is known by its spelling alone
+        ({"eos_token_id": 0, "eot_token_id": 2}, (3, 3, 3, 1), [0, 1, 2]),
+        ({"eos_token_id": 1}, (1, 3, 3, 1), [1]),  # a text that looks like one is no control token
+        ({}, (), []),
+    ],
+)
+def test_ends_by_name_and_by_spelling(named: dict[str, int], types: tuple[int, ...], ends: list[int]) -> None:
+    ggml = {"tokens": ["<|endoftext|>", "<|im_end|>", "<|im_start|>", "a"], "token_type": list(types), **named}
+    assert end_tokens({f"tokenizer.ggml.{key}": value for key, value in ggml.items()}) == ends
+
+
+def split(file: pathlib.Path, parts: int = 2) -> list[pathlib.Path]:
+    """Writes a file's tensors in several files, as llama.cpp's gguf-split does."""
+    reader = gguf.GGUFReader(file)
+    names = [file.with_name(f"model-{n:05}-of-{parts:05}.gguf") for n in range(1, parts + 1)]
+    for number, name in enumerate(names):
+        writer = gguf.GGUFWriter(name, "llama")
+        for key, field in reader.fields.items() if number == 0 else ():
+            if not key.startswith("GGUF.") and key != "general.architecture":
+                kind = field.types[0]
+                writer.add_key_value(key, field.contents(), kind, field.types[-1] if len(field.types) > 1 else None)
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", parts)
+        for tensor in reader.tensors[number::parts]:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return names
+
+
+def test_a_file_in_parts_is_joined(tmp_path: pathlib.Path) -> None:
+    model = hf_model("llama")
+    (tmp_path / "parts").mkdir()
+    file = make_gguf(tmp_path / "parts" / "whole.gguf", model)
+    parts = split(file)
+    file.unlink()
+    source = find_source(str(tmp_path / "parts"))
+    assert source.files == tuple(parts)
+    assert error(convert(parts[1]), model) < 1e-5  # whichever part is named
+    swapped = parts[0].read_bytes()
+    parts[0].write_bytes(parts[1].read_bytes())
+    parts[1].write_bytes(swapped)
+    with pytest.raises(CheckpointError, match="is part 2 of 2"):
+        convert(parts[0])
+    parts[1].unlink()
+    with pytest.raises(CheckpointError, match=r"not in .*: model-00002-of-00002\.gguf"):
+        convert(parts[0])

@@ -19,13 +19,14 @@ from tiny import make_anchor, make_bank, make_model
 
 from mlx_hiermem import load
 from mlx_hiermem.apps.cli.main import main
-from mlx_hiermem.bank.bank import MemoryBank, file_digest
+from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.block import block_name
 from mlx_hiermem.bank.hub import RemoteFile
 from mlx_hiermem.bank.remote import Origin, node_of
 from mlx_hiermem.cache import BlockCache
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import AnchorError, AnchorMismatchError, BankError, HierMemError, HubError, OutputError
+from mlx_hiermem.files import file_digest
 from mlx_hiermem.plan import measure
 from mlx_hiermem.share import card
 from mlx_hiermem.share.pull import pull

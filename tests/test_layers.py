@@ -19,6 +19,8 @@ PACKAGE = "mlx_hiermem"
 ORDER = [
     "cpu",
     "errors",
+    "progress",
+    "files",
     "config",
     "assets",
     "tree",
@@ -30,13 +32,13 @@ ORDER = [
 ]
 ORDER += [
     "openlm",
+    "tokenizer",
     "anchor",
     "partial",
     "share",
     "tiers",
     "plan",
     "model",
-    "turns",
     "session",
     "batch",
     "learn",
@@ -46,6 +48,7 @@ ORDER += ["convert", "apps"]
 # Writing needs no cache; `verify` reads through it, to check what a model would be given.
 CONVERT_MAY_IMPORT = {
     "errors",
+    "files",
     "config",
     "assets",
     "tree",
@@ -53,6 +56,7 @@ CONVERT_MAY_IMPORT = {
     "cache",
     "memory",
     "openlm",
+    "tokenizer",
     "anchor",
     "convert",
 }
@@ -148,6 +152,15 @@ def test_imports_go_one_way() -> None:
         if importer == "convert" and imported and imported not in allowed:
             wrong.append(f"{found.importer} imports {found.module}")
     assert wrong == []
+
+
+def test_no_modules_import_one_another() -> None:
+    """Not even inside functions: of a circle no part can be read, tested or moved alone."""
+    imports = {module: {each.module for each in OWN if each.importer == module} - {module} for module in FILES}
+    left = set(FILES)
+    while free := {module for module in left if not imports[module] & left}:
+        left -= free
+    assert left == set(), "these import one another, or one that does"
 
 
 def test_nothing_loads_convert_until_it_converts() -> None:

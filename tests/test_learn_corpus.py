@@ -13,13 +13,14 @@ from tokenizers import Tokenizer
 
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import CorpusError, OutputError
-from mlx_hiermem.learn import Document, Skipped
 from mlx_hiermem.learn.corpus import readers as corpus
+from mlx_hiermem.learn.corpus.corpus import read_corpus
 from mlx_hiermem.learn.corpus.duplicates import Seen
-from mlx_hiermem.learn.corpus.stages import SKIPPED, WINDOWS, CorpusSettings, read_corpus
 from mlx_hiermem.learn.corpus.windows import sentences, splintered, split, untruncated
+from mlx_hiermem.learn.records import Document, Skipped
+from mlx_hiermem.learn.settings import CorpusSettings
 from mlx_hiermem.learn.tree import labels
-from mlx_hiermem.learn.work import Work
+from mlx_hiermem.learn.work import SKIPPED, WINDOWS, Work
 
 PAGE = """<html><head><title>Salt</title></head><body><nav><a href="/">Home</a> <a href="/all">All pages</a></nav>
 <article><h1>Salt</h1><p>Salt is a mineral composed primarily of sodium chloride. It is present in vast quantities
@@ -274,9 +275,7 @@ def test_a_full_disk_keeps_what_was_done(
     def full() -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "nodes.json")
 
-    with pytest.raises(
-        OutputError, match=r"cannot write nodes.json: No space left on device. What was done is kept"
-    ):
+    with pytest.raises(OutputError, match=r"cannot write nodes.json: the disk is full. What was done is kept"):
         work.stage("labels", None, [made.digest], full)
     assert read_corpus(Work(tmp_path / "work"), [str(folder)], tokenizer).digest == made.digest
 
@@ -308,7 +307,7 @@ def test_memory_does_not_grow_with_the_corpus(
 
 def test_labels_are_what_sets_a_node_apart() -> None:
     from mlx_hiermem.config import Path
-    from mlx_hiermem.learn import Placed, Window
+    from mlx_hiermem.learn.records import Placed, Window
 
     subjects = ["bread dough oven", "bread dough flour", "harbour ship sail", "harbour ship anchor"]
     windows = [Window(i, i // 2, f"d{i // 2}.txt", "", f"the {words} there") for i, words in enumerate(subjects)]
@@ -343,7 +342,7 @@ def test_labels_are_what_sets_a_node_apart() -> None:
 
 def test_memory_for_labels_does_not_grow_with_the_terms_of_leaves() -> None:
     from mlx_hiermem.config import Path
-    from mlx_hiermem.learn import Placed, Window
+    from mlx_hiermem.learn.records import Placed, Window
 
     def window(number: int) -> Window:
         letters = "abcdefghijklmnop"

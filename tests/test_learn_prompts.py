@@ -10,16 +10,18 @@ import pytest
 from books import COUNT, VILLAGES, fact, write_library, write_study
 from tiny import make_anchor
 
-from mlx_hiermem.anchor import load_tokenizer
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import CorpusError, HierMemError
-from mlx_hiermem.learn.corpus.stages import GIVEN, PROBES, STUDY, Corpus, CorpusSettings, read_corpus
-from mlx_hiermem.learn.study.prompts import Given, about_windows, give, read_prompts
-from mlx_hiermem.learn.telling import study_line
+from mlx_hiermem.learn.corpus.corpus import Corpus, read_corpus
+from mlx_hiermem.learn.records import Prompt
+from mlx_hiermem.learn.report import study_line
+from mlx_hiermem.learn.settings import CorpusSettings, TreeSettings
+from mlx_hiermem.learn.study.prompts import about_windows, give, read_prompts
 from mlx_hiermem.learn.train.encoding import make_examples, open_examples
-from mlx_hiermem.learn.tree.planting import TreeSettings, plant
+from mlx_hiermem.learn.tree.build import build_tree
 from mlx_hiermem.learn.tree.probes import FRAME
-from mlx_hiermem.learn.work import Work, read_lines
+from mlx_hiermem.learn.work import PROBES, PROMPTS, STUDY, Work, read_lines
+from mlx_hiermem.tokenizer import load_tokenizer
 
 NAME, THING, PEOPLE = fact(3)
 LINES: list[dict[str, Any]] = [
@@ -49,9 +51,9 @@ def written(folder: pathlib.Path, *lines: Any) -> pathlib.Path:
 
 def test_the_forms(tmp_path: pathlib.Path) -> None:
     assert read_prompts(written(tmp_path, *LINES)) == (
-        Given(NAME, f"Known for its {THING} is the village of", f" {NAME}."),
-        Given(f"{NAME}.txt", f"What is made in {NAME}?", THING, framed=True),
-        Given(NAME, f"How many live in {NAME}?", f"In {NAME} live {PEOPLE}.", chat=True),
+        Prompt(NAME, f"Known for its {THING} is the village of", f" {NAME}."),
+        Prompt(f"{NAME}.txt", f"What is made in {NAME}?", THING, framed=True),
+        Prompt(NAME, f"How many live in {NAME}?", f"In {NAME} live {PEOPLE}.", chat=True),
     )
 
 
@@ -107,16 +109,16 @@ def test_a_document_in_several_windows_has_them_where_their_words_are(tmp_path: 
     settings = CorpusSettings(tokens=40)
     corpus = read_corpus(work, [str(tmp_path / "Orley.txt")], Embedder.load().tokenizer, settings)
     assert corpus.count > 1
-    own = [Given("Orley", "The bridge has", " nine arches."), Given("Orley", "The mill burnt down in", " 1804.")]
+    own = [Prompt("Orley", "The bridge has", " nine arches."), Prompt("Orley", "The mill burnt down in", " 1804.")]
     give(work, about_windows(corpus, own), "")
     windows = {one.id: one.text for one in corpus.windows()}
-    for row in read_lines(work.path(GIVEN)):
+    for row in read_lines(work.path(PROMPTS)):
         assert row["answer"].strip(" .") in windows[row["window"]]
 
 
 def test_of_a_document_that_is_not_there(corpus: Corpus) -> None:
     with pytest.raises(CorpusError, match="no document is called 'Atlantis', which a prompt is about"):
-        about_windows(corpus, [Given("Atlantis", "A", "B")])
+        about_windows(corpus, [Prompt("Atlantis", "A", "B")])
 
 
 def test_all_of_them_are_learnt_and_shape_the_tree(corpus: Corpus, tmp_path: pathlib.Path) -> None:
@@ -124,18 +126,18 @@ def test_all_of_them_are_learnt_and_shape_the_tree(corpus: Corpus, tmp_path: pat
     work, embedder = corpus.work, Embedder.load()
     tokenizer = load_tokenizer(make_anchor(tmp_path / "anchor"))
     own = [
-        Given(name, f"Wording {n} of what {name} is:", f" a village, says {n}")
+        Prompt(name, f"Wording {n} of what {name} is:", f" a village, says {n}")
         for n in range(20)
         for name in VILLAGES[:COUNT]
     ]
     give(work, about_windows(corpus, [*own, *read_prompts(written(tmp_path, *LINES))]), "")
-    planted = plant(work, corpus, embedder, TreeSettings(branching=2, depth=2))
+    built = build_tree(work, corpus, embedder, TreeSettings(branching=2, depth=2))
     probes = {(row["text"], bool(row.get("reversed"))) for row in read_lines(work.path(PROBES))}
     assert not any(row.get("held_out") for row in read_lines(work.path(PROBES)))
     assert {(one.prompt, False) for one in own} <= probes
     assert (LINES[0]["prompt"], True) in probes
     assert {(text, False) for text in (LINES[1]["question"], FRAME.format(LINES[1]["question"]))} <= probes
-    make_examples(work, planted, embedder, tokenizer)
+    make_examples(work, built, embedder, tokenizer)
     examples, _ = open_examples(work)
     learnt = []
     for number in range(len(examples)):

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from tiny import make_anchor
 
-from mlx_hiermem.anchor import load_tokenizer
 from mlx_hiermem.apps.server.text import Detokenizer, Piece, ReplyText
 from mlx_hiermem.batch import Token
+from mlx_hiermem.tokenizer import load_tokenizer
 
 EOS = 259
 

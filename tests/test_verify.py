@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from sources import BASE, KINDS, hf_model, make_gguf, make_hf, make_memory, memory_config
 from tiny_openlm import SIZES, random_openlm, save_openlm
 
-from mlx_hiermem.bank.bank import MemoryBank, file_digest
+from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.quantize import design
 from mlx_hiermem.config import KINDS as MEMORY_KINDS
 from mlx_hiermem.config import MemoryConfig
@@ -22,6 +22,7 @@ from mlx_hiermem.convert.pipeline import convert
 from mlx_hiermem.convert.quantize import quantize_model
 from mlx_hiermem.convert.verify import EXACT, Receipt, verify
 from mlx_hiermem.errors import AnchorError, CheckpointError, HierMemError, MissingDependencyError, OutputError
+from mlx_hiermem.files import file_digest
 
 
 def failed(receipt: Receipt) -> list[str]:
@@ -104,7 +105,7 @@ def test_without_the_source(model: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_receipt_that_cannot_be_written(model: pathlib.Path) -> None:
-    (model / "receipt.new").mkdir()
+    (model / "receipt.json.partial").mkdir()
     with pytest.raises(OutputError, match=r"cannot write .*receipt.json: Is a directory"):
         verify(model)
 

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import pathlib
 from typing import TYPE_CHECKING
 
@@ -14,6 +12,7 @@ import typer
 from mlx_hiermem.apps.cli import bank_edit, bank_quantize, share, use
 from mlx_hiermem.apps.cli.display import console, progress_bar, several, size
 from mlx_hiermem.apps.cli.use import BANK, open_bank
+from mlx_hiermem.files import new_file
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -34,10 +33,10 @@ def ls(
 
     Example: `hiermem bank ls my-model 10`
     """
-    from mlx_hiermem.config import Path
+    from mlx_hiermem.config import ROOT, Path
 
     bank = open_bank(model)
-    top = Path.parse(path) if path else Path()
+    top = Path.parse(path) if path else ROOT
     if top:
         bank.tree.check([top])
     blocks = [(node, entry) for node, entry in bank.manifest.blocks.items() if node[: len(top)] == top]
@@ -178,17 +177,8 @@ def _totals(bank: MemoryBank, nodes: list[Path]) -> str:
 
 
 def _save(file: pathlib.Path, data: bytes) -> None:
-    """Writes beside the file and renames, so that there is a whole picture or none."""
-    from mlx_hiermem.errors import OutputError
-
-    beside = file.with_name(file.name + ".partial")
-    try:
-        beside.write_bytes(data)
-        os.replace(beside, file)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise OutputError(f"cannot write {file}: {error.strerror or error}") from error
+    with new_file(file) as partial:
+        partial.write_bytes(data)
     console.print(f"written  {file}", markup=False, soft_wrap=True)
 
 

@@ -201,16 +201,21 @@ def add(
         raise typer.BadParameter("say which node the block is for, such as 10.7", param_hint="--path")
     if not is_block:
         from mlx_hiermem.apps.cli.learn import add_documents
-        from mlx_hiermem.learn.add import AddSettings
-        from mlx_hiermem.learn.corpus.stages import CorpusSettings
-        from mlx_hiermem.learn.settings import TrainingSettings
+        from mlx_hiermem.learn.settings import AddSettings, CorpusSettings, TrainingSettings
         from mlx_hiermem.learn.study.prompts import read_prompts
 
         corpus = CorpusSettings(field, title, any_language=any_language)
         training = TrainingSettings(epochs=epochs, rate=rate)
-        who = teacher if self_study else None
         own = read_prompts(prompts) if prompts else ()
-        settings = AddSettings(corpus, new_leaf=new_leaf, teacher=who, training=training, prompts=own, keep=keep)
+        settings = AddSettings(
+            corpus,
+            new_leaf=new_leaf,
+            self_study=self_study,
+            teacher=teacher,
+            training=training,
+            prompts=own,
+            keep=keep,
+        )
         add_documents(model, what, settings)
         return
     from mlx_hiermem.bank import edit
@@ -262,7 +267,7 @@ def merge(
 
 def _forget(model: pathlib.Path) -> int:
     """Drops the texts that `hiermem learn` has kept of removed leaves."""
-    from mlx_hiermem.learn.kept import forget
+    from mlx_hiermem.learn.publish import forget
 
     return forget(model)
 

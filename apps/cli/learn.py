@@ -14,8 +14,8 @@ from mlx_hiermem.apps.cli.display import console, notes, several, size
 from mlx_hiermem.apps.cli.learn_screen import duration, screen_for
 
 if TYPE_CHECKING:
-    from mlx_hiermem.learn.add import AddSettings
     from mlx_hiermem.learn.run import AnchorSource, Learnt
+    from mlx_hiermem.learn.settings import AddSettings
 
 GO_ON = "What was learnt is kept: the same command goes on from there."
 DEFAULTS = "Chosen by the corpus' size."
@@ -33,19 +33,15 @@ def learn(
     any_language: bool = typer.Option(False, "--any-language", help="Learn a corpus that is not in English, too."),
     branching: int = typer.Option(0, min=0, help=f"Children of a node. {DEFAULTS}"),
     depth: int = typer.Option(0, min=0, help=f"Levels of the tree. {DEFAULTS}"),
-    leaves: int = typer.Option(2, min=1, help="In so many leaves a window is learnt at most."),
+    leaves: int = typer.Option(2, min=1, help="Leaves in which one window is learnt, at most."),
     memory: str = typer.Option("ffn", help="Kind: ffn, lora-qk, lora-vo, lora-ffn or kv."),
     sizes: str = typer.Option(
         "", help="Units of a block at each level, such as 24,8. Default: 8, threefold upwards."
     ),
     layers: str = typer.Option("late", help="Layers with memory: uniform, early, middle, late, or such as 20-29."),
     objective: str = typer.Option("next-token", help="next-token or distillation (of answers from self-study)."),
-    attention: str = typer.Option("document", help="document: texts see only themselves. row: all in their row."),
     epochs: int = typer.Option(0, min=0, help=f"How often each text is learnt. {DEFAULTS}"),
     rate: float = typer.Option(6e-3, min=0.0, help="Learning rate at its highest."),
-    cotrain: bool = typer.Option(
-        False, "--cotrain", help="The anchor learns too; the bank then fits that copy only."
-    ),
     teacher: str = typer.Option(
         "", help="Who writes the questions of self-study: a model of mlx-lm. Default: the anchor."
     ),
@@ -73,24 +69,27 @@ def learn(
     """
     from mlx_hiermem.errors import HierMemError
     from mlx_hiermem.learn import run
-    from mlx_hiermem.learn.corpus.stages import CorpusSettings
-    from mlx_hiermem.learn.settings import MemorySettings, TrainingSettings
+    from mlx_hiermem.learn.settings import (
+        CorpusSettings,
+        LearnSettings,
+        MemorySettings,
+        TrainingSettings,
+        TreeSettings,
+    )
     from mlx_hiermem.learn.study.prompts import read_prompts
-    from mlx_hiermem.learn.tree.planting import TreeSettings
 
     units = _numbers(sizes, "--sizes") if sizes else ()
-    settings = run.LearnSettings(
+    settings = LearnSettings(
         CorpusSettings(field, title, tokens, any_language),
         TreeSettings(branching, depth or len(units), leaves, seed=seed),
         MemorySettings(memory, units, _layers(layers)),
-        teacher=teacher if self_study else None,
+        self_study=self_study,
+        teacher=teacher,
         heldout=heldout,
-        epochs=epochs,
         training=TrainingSettings(
+            epochs=epochs,
             rate=rate,
             objective=objective,
-            attention=attention,
-            cotrain=cotrain,
             seed=seed,
             states_bytes=int(cache * 2**30),
         ),
@@ -128,24 +127,14 @@ def add_documents(model: pathlib.Path, docs: list[str], settings: AddSettings) -
 
 def find_anchor(name: str) -> AnchorSource:
     """An anchor by its name: one that the project knows, a memory model's, or a checkpoint that is converted."""
-    import shutil
-
     from mlx_hiermem import assets
-    from mlx_hiermem.anchor import identify
     from mlx_hiermem.convert.pipeline import convert
     from mlx_hiermem.convert.source import find_source
     from mlx_hiermem.learn.run import AnchorSource
 
     folder = pathlib.Path(name)
     if (folder / "anchor").is_dir():
-        identity = identify(folder / "anchor", _noted_name(folder))
-
-        def copy(target: pathlib.Path) -> None:
-            shutil.copytree(folder / "anchor", target / "anchor")
-            if (folder / "source.json").is_file():
-                shutil.copy(folder / "source.json", target)
-
-        return AnchorSource(identity.name, identity.to_json(), copy)
+        return AnchorSource.of(folder)
     known = re.fullmatch(r"smollm2(-135m(-instruct)?)?", name.lower()) and not folder.exists()
     checkpoint = str(assets.fetch("smollm2-135m-instruct-gguf", _say)) if known else name
     source = find_source(checkpoint)
@@ -155,19 +144,6 @@ def find_anchor(name: str) -> AnchorSource:
         convert(checkpoint, target)
 
     return AnchorSource(source.name, [source.kind, source.revision, files], put)
-
-
-def _noted_name(folder: pathlib.Path) -> str:
-    """What the anchor of a model folder is called there."""
-    for file, keys in ((folder / "bank" / "bank.json", ("anchor", "name")), (folder / "source.json", ("name",))):
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            for key in keys:
-                found = found[key]
-            return str(found)
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return folder.resolve().name
 
 
 def _is_first() -> bool:

@@ -8,7 +8,8 @@ import pathlib
 from typing import TYPE_CHECKING
 
 from mlx_hiermem.apps.cli.display import waiting
-from mlx_hiermem.errors import AnchorError
+from mlx_hiermem.errors import AnchorError, OutputError
+from mlx_hiermem.files import write_text
 
 if TYPE_CHECKING:
     from mlx_hiermem.model import MemoryModel
@@ -31,11 +32,9 @@ def remember(model: str | pathlib.Path) -> None:
     """Notes the model last used. A cache folder that cannot be written is no reason to fail."""
     name = str(pathlib.Path(model).resolve()) if pathlib.Path(model).is_dir() else str(model)
     file = _note()
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, OutputError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        temp = file.with_name(f"{file.name}.{os.getpid()}")
-        temp.write_text(name + "\n", encoding="utf-8")
-        temp.replace(file)
+        write_text(file, name + "\n")
 
 
 def preferred() -> str:

@@ -18,6 +18,7 @@ from safetensors.numpy import save
 
 from mlx_hiermem.apps.demo.tour import BANK
 from mlx_hiermem.bank.bank import MemoryBank
+from mlx_hiermem.files import new_file
 
 PARTS = {"gate": "w1", "up": "w2", "down": "w3"}  # ours -> the checkpoint's
 
@@ -63,9 +64,10 @@ def settings(bank: MemoryBank) -> dict[str, Any]:
 
 def write(bank: MemoryBank, file: pathlib.Path) -> None:
     """Writes the checkpoint, whole or not at all."""
-    beside = file.with_name(file.name + ".tmp")
-    beside.write_bytes(save(tensors(bank), metadata={"config": json.dumps(settings(bank), ensure_ascii=False)}))
-    beside.replace(file)
+    with new_file(file) as partial:
+        partial.write_bytes(
+            save(tensors(bank), metadata={"config": json.dumps(settings(bank), ensure_ascii=False)})
+        )
 
 
 if __name__ == "__main__":

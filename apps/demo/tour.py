@@ -10,6 +10,7 @@ from mlx_hiermem import assets
 from mlx_hiermem.anchor import identify
 from mlx_hiermem.bank.bank import MANIFEST, MemoryBank
 from mlx_hiermem.errors import HierMemError
+from mlx_hiermem.files import replace_folder
 
 HERE = pathlib.Path(__file__).parent
 BANK = HERE / "bank"
@@ -49,6 +50,5 @@ def prepare(say: Callable[[str], None]) -> pathlib.Path:
             "the bundled bank does not fit the converted anchor",
             "This is a bug, or the weights are not the ones the bank was made for; please report it.",
         )
-    shutil.rmtree(folder, ignore_errors=True)
-    staging.rename(folder)
+    replace_folder(staging, folder)
     return folder

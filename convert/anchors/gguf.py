@@ -18,8 +18,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_hiermem.convert.anchors.gguf_tokenizer import write_tokenizer
+from mlx_hiermem.convert.anchors.gguf_tokenizer import end_tokens, write_tokenizer
 from mlx_hiermem.convert.anchors.huggingface import copy_tokenizer, one_line, write_anchor
+from mlx_hiermem.convert.source import parts_of
 from mlx_hiermem.errors import AnchorError, CheckpointError, MissingDependencyError
 
 ARCHITECTURES = {  # GGUF's name -> (mlx-lm's model type, the transformers class, the FFN's activation)
@@ -82,9 +83,9 @@ def convert_gguf(
         else:
             write_tokenizer(source.metadata, staging, config["max_position_embeddings"])
         (staging / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        (staging / "generation_config.json").write_text(
-            json.dumps(source.generation_config(), indent=2) + "\n", encoding="utf-8"
-        )
+        ends = end_tokens(source.metadata)
+        generation = json.dumps({"eos_token_id": ends} if ends else {}, indent=2)
+        (staging / "generation_config.json").write_text(generation + "\n", encoding="utf-8")
         weights = source.weights(config, progress or (lambda done, total: None))
         mx.save_safetensors(str(staging / "model.safetensors"), weights, metadata={"format": "mlx"})
         del weights
@@ -101,15 +102,21 @@ class GGUF:
             raise MissingDependencyError(
                 "reading GGUF files needs the gguf package", "pip install 'mlx-hiermem[gguf]'"
             ) from error
-        self.file = file
-        try:
-            reader = GGUFReader(file)
-            self.metadata: dict[str, Any] = {key: field.contents() for key, field in reader.fields.items()}
-        except (ValueError, KeyError, IndexError, OSError, OverflowError, UnicodeDecodeError) as error:
-            raise CheckpointError(
-                f"{file} is truncated or not a GGUF file: {one_line(error)}", "Copy or download it again."
-            ) from error
-        self.tensors = {tensor.name: tensor for tensor in reader.tensors}
+        files = parts_of(file)
+        self.file = files[0]
+        self.metadata: dict[str, Any] = {}
+        self.tensors: dict[str, Any] = {}
+        for number, part in enumerate(files):
+            try:
+                reader = GGUFReader(part)
+                metadata = {key: field.contents() for key, field in reader.fields.items()}
+            except (ValueError, KeyError, IndexError, OSError, OverflowError, UnicodeDecodeError) as error:
+                raise CheckpointError(
+                    f"{part} is truncated or not a GGUF file: {one_line(error)}", "Copy or download it again."
+                ) from error
+            self._check_part(part, metadata, number, len(files))
+            self.metadata |= metadata if not number else {}  # the first part's is the model's
+            self.tensors |= {tensor.name: tensor for tensor in reader.tensors}
         self.architecture = str(self.metadata.get("general.architecture"))
         if self.architecture not in ARCHITECTURES:
             raise AnchorError(
@@ -121,6 +128,14 @@ class GGUF:
             raise AnchorError(
                 f"{file} is a mixture of experts (expert_count {self.get('expert_count')})",
                 "Memories widen one dense FFN per layer; use a dense model.",
+            )
+
+    def _check_part(self, file: pathlib.Path, metadata: dict[str, Any], number: int, parts: int) -> None:
+        told = int(metadata.get("split.no", 0)), int(metadata.get("split.count", 0)) or 1
+        if told != (number, parts):
+            raise CheckpointError(
+                f"{file} is part {told[0] + 1} of {told[1]} of a split GGUF file, by its metadata",
+                "Give the parts their names back (NAME-00001-of-0000N.gguf), all in one folder.",
             )
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -218,12 +233,6 @@ class GGUF:
                 "Convert the original Hugging Face folder.",
             )
         return settings
-
-    def generation_config(self) -> dict[str, Any]:
-        """The tokens that end an answer: end of text, and the chat's end of turn where it is another one."""
-        ids = [self.metadata.get(f"tokenizer.ggml.{key}") for key in ("eos_token_id", "eot_token_id")]
-        ends = sorted({index for index in ids if index is not None})
-        return {"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {}
 
     def weights(self, config: dict[str, Any], progress: Progress) -> dict[str, mx.array]:
         """All tensors under their Hugging Face names, in the anchor's one dtype."""

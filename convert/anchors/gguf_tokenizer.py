@@ -40,6 +40,19 @@ SPECIAL = {
     "pad_token": "padding_token_id",
 }
 
+END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+# Spellings of control tokens that end a turn or a text. llama.cpp goes by these too: many files name only one.
+ENDS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<end_of_turn>",
+    "<EOT>",
+)
+
 
 def write_tokenizer(metadata: Mapping[str, Any], folder: pathlib.Path, max_length: int) -> None:
     """Writes tokenizer.json and tokenizer_config.json from the `tokenizer.*` metadata.
@@ -68,6 +81,15 @@ def write_tokenizer(metadata: Mapping[str, Any], folder: pathlib.Path, max_lengt
         settings["chat_template"] = template
     text = json.dumps(settings, indent=2, ensure_ascii=False, sort_keys=True)
     (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def end_tokens(metadata: Mapping[str, Any]) -> list[int]:
+    """The ids that end an answer: those that the file names, and control tokens known by their spelling."""
+    keys = ("tokens", "token_type", *END_KEYS)
+    ggml: dict[str, Any] = {key: metadata.get(f"tokenizer.ggml.{key}") for key in keys}
+    named = {int(ggml[key]) for key in END_KEYS if ggml[key] is not None}
+    pairs = zip(ggml["tokens"] or (), ggml["token_type"] or (), strict=False)
+    return sorted(named | {i for i, (token, kind) in enumerate(pairs) if kind == CONTROL and token in ENDS})
 
 
 def _byte_level(ggml: Mapping[str, Any], architecture: str) -> Tokenizer:

@@ -8,7 +8,6 @@ paper's 160M has 12 heads of 32 at hidden size 512). So sizes come from the tens
 from __future__ import annotations
 
 import ast
-import json
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from mlx_hiermem.errors import AnchorError, CheckpointError
+from mlx_hiermem.files import read_json
 
 Settings = dict[str, Any]
 
@@ -123,6 +123,12 @@ def read_settings(source: pathlib.Path, config: pathlib.Path | None = None) -> S
         config = _find_config(folders, str(settings.get("model", "")))
     if config is not None:
         settings |= _read_params(config) if config.suffix == ".txt" else _read_json(config)
+    if settings.get("model") and not SIZE_KEYS & settings.keys():
+        name = pathlib.PurePath(str(settings["model"])).name.removesuffix(".json") + ".json"
+        raise CheckpointError(
+            f"the run's model config {name} is not beside the checkpoint; it decides on norms and positions",
+            f"Put {name} there, or name it by --config.",
+        )
     return settings
 
 
@@ -132,6 +138,8 @@ def _find_config(folders: Sequence[pathlib.Path], model: str) -> pathlib.Path | 
     for folder in folders:
         if model and (folder / name).is_file():
             return folder / name
+    if model:
+        return None
     for folder in folders:
         files = sorted(folder.glob("*.json"))
         found = [file for file in files if SIZE_KEYS & _read_json(file, strict=False).keys()]
@@ -146,10 +154,10 @@ def _find_config(folders: Sequence[pathlib.Path], model: str) -> pathlib.Path | 
 def _read_json(file: pathlib.Path, strict: bool = True) -> Settings:
     """A model config; the Hugging Face form keeps it below `params_args_dict`."""
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        data = read_json(file, CheckpointError)
+    except CheckpointError:
         if strict:
-            raise CheckpointError(f"cannot read the model config {file}: {error}") from error
+            raise
         return {}
     if not isinstance(data, dict):
         if strict:

@@ -15,13 +15,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_hiermem.bank.bank import MANIFEST, TREE, MemoryBank, file_digest
+from mlx_hiermem.bank.bank import MANIFEST, TREE, MemoryBank
 from mlx_hiermem.bank.block import block_name, read_block
 from mlx_hiermem.bank.manifest import BankManifest, BlockEntry
 from mlx_hiermem.bank.policy import POLICY
 from mlx_hiermem.config import Path
 from mlx_hiermem.convert.coreml.compress import HALF_MAX
 from mlx_hiermem.errors import AnchorError, BankError, OutputError
+from mlx_hiermem.files import file_digest
 from mlx_hiermem.share.pull import find
 
 BLOCKS = ("all", "level-1")

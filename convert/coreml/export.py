@@ -25,8 +25,9 @@ from mlx_hiermem.convert.coreml.references import read_memory
 from mlx_hiermem.convert.coreml.retriever import export_retriever
 from mlx_hiermem.convert.coreml.search import Plan, find_plan
 from mlx_hiermem.convert.source import tool_versions
-from mlx_hiermem.convert.staging import move, partial_folder, write_json
+from mlx_hiermem.convert.staging import partial_folder
 from mlx_hiermem.errors import HierMemError
+from mlx_hiermem.files import write_json
 from mlx_hiermem.router import load_embedder
 
 CONTEXT = 1024
@@ -79,9 +80,7 @@ def export(
     bundle.check_out(out)
     exporter = _Exporter(model, options or Options(), _Steps(progress))
     with partial_folder(out, resume=False, overwrite=True) as partial:
-        report = exporter.write(partial, out)
-        move(partial, out)
-    return report
+        return exporter.write(partial, out)
 
 
 class _Steps:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from mlx_hiermem.anchor import load_tokenizer
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.block import block_name
 from mlx_hiermem.convert.coreml.device import open_package
@@ -17,6 +16,7 @@ from mlx_hiermem.convert.coreml.interpreter import Program
 from mlx_hiermem.convert.coreml.prompts import prompts
 from mlx_hiermem.convert.coreml.runner import Runner
 from mlx_hiermem.errors import CoreMLError
+from mlx_hiermem.tokenizer import encode_text, load_tokenizer
 
 MANIFEST = "manifest.json"
 # What is read of the manifest; its parts but the anchor may be null.
@@ -66,7 +66,7 @@ class Exported:
             return [
                 np.arange(start, start + min(12, room)) * 7919 % self.anchor["vocabulary"] for start in range(count)
             ]
-        return [np.array(self.tokenizer.encode(text)[:room]) for text in prompts()[:count]]
+        return [np.array(encode_text(self.tokenizer, text)[:room]) for text in prompts()[:count]]
 
     @cached_property
     def tokenizer(self) -> Any:

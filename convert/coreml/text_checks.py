@@ -16,6 +16,7 @@ from mlx_hiermem.convert.coreml.measure import Distance
 from mlx_hiermem.convert.coreml.references import NONE, Reference, read_memory
 from mlx_hiermem.convert.coreml.runner import MEMORY, Runner
 from mlx_hiermem.errors import HierMemError
+from mlx_hiermem.tokenizer import encode_text
 
 GENERATED = 12  # tokens after each prompt
 
@@ -83,7 +84,7 @@ def check_choices(exported: Exported, reference: Reference, file: pathlib.Path) 
         raise HierMemError(f"cannot read {file}: {error}") from error
     if exported.tokenizer is None:
         raise HierMemError(f"the anchor has no tokenizer for {file}")
-    ids = np.array(exported.tokenizer.encode(text)[:TOKENS])
+    ids = np.array(encode_text(exported.tokenizer, text)[:TOKENS])
     window, runner = min(WINDOW, exported.anchor["context"]), exported.runner()
     pieces = [ids[start : start + window] for start in range(0, len(ids), window)]
     theirs = [reference.logits(piece, NONE)[:, : exported.anchor["vocabulary"]] for piece in pieces]

@@ -7,7 +7,6 @@ whether the files are those exported, memories come and go without a trace, and 
 from __future__ import annotations
 
 import datetime
-import json
 import pathlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from mlx_hiermem.bank.bank import file_digest
 from mlx_hiermem.convert.checks import Check
 from mlx_hiermem.convert.coreml.device import open_package
 from mlx_hiermem.convert.coreml.exported import Exported
@@ -29,6 +27,7 @@ from mlx_hiermem.convert.source import tool_versions
 from mlx_hiermem.convert.verify import RECEIPT, Progress, Receipt, write_receipt
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import BankError, CoreMLError
+from mlx_hiermem.files import file_digest, read_json
 
 COSINE = 2e-6  # 1 - cos; rounding the weights to float16 alone makes 5e-7
 ROUTES = 0.9  # share of texts that go the same way; one that lies between two clusters may go either
@@ -65,7 +64,7 @@ def verify_export(folder: pathlib.Path, options: Options, progress: Progress | N
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     receipt = Receipt(exported.manifest["name"], date, tool_versions(), verification.source, tuple(checks))
     file = folder / RECEIPT
-    made = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    made = read_json(file) if file.is_file() else {}
     write_receipt(file, made | {"verification": receipt.to_json()})
     return receipt
 

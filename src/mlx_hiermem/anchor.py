@@ -8,28 +8,30 @@ import pathlib
 from typing import TYPE_CHECKING, Any
 
 from mlx_hiermem.config import AnchorIdentity
+from mlx_hiermem.cpu import report_slow_blas
 from mlx_hiermem.errors import AnchorError
+from mlx_hiermem.files import read_header, read_json
+from mlx_hiermem.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     import mlx.core as mx
     import mlx.nn as nn
 
 SAMPLE = 1 << 16  # bytes of each tensor that enter the weights digest
+OPENLM_FILE = "openlm.py"  # the copy of our own class that `hiermem convert` puts beside the weights
 VOLATILE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "eos_token_id"}
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
     """The folder's config.json; AnchorError where there is none or it is not JSON."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    file = folder / "config.json"
+    if not file.exists():
         raise AnchorError(
             f"no config.json in {folder}", "Give the folder of a converted anchor (see `hiermem convert`)."
-        ) from error
-    except (OSError, ValueError) as error:
-        raise AnchorError(f"cannot read {folder / 'config.json'}: {error}") from error
+        )
+    config = read_json(file, AnchorError)
     if not isinstance(config, dict):
-        raise AnchorError(f"{folder / 'config.json'} is not a model configuration")
+        raise AnchorError(f"{file} is not a model configuration")
     return config
 
 
@@ -59,21 +61,28 @@ def _weights_digest(folder: pathlib.Path) -> str:
     if not files:
         raise AnchorError(f"no model*.safetensors in {folder}", "The anchor's folder is incomplete.")
     for file in files:
-        try:
-            with file.open("rb") as stream:
-                size = int.from_bytes(stream.read(8), "little")
-                header = json.loads(stream.read(size))
-                for name, entry in header.items():
-                    if name == "__metadata__":
-                        continue
-                    begin, end = entry["data_offsets"]
-                    stream.seek(8 + size + begin)
-                    digest = hashlib.sha256(stream.read(min(end - begin, SAMPLE)))
-                    digest.update(f"{name} {entry['dtype']} {entry['shape']}".encode())
-                    rows.append((name, digest.digest()))
-        except (OSError, ValueError, KeyError, OverflowError, MemoryError) as error:
-            raise AnchorError(f"{file} is damaged: {error}", "Convert the anchor again.") from error
+        header = read_header(file, AnchorError, "Convert the anchor again.")
+        with file.open("rb") as stream:
+            for name, tensor in header.tensors.items():
+                stream.seek(tensor.begin)
+                digest = hashlib.sha256(stream.read(min(tensor.end - tensor.begin, SAMPLE)))
+                digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+                rows.append((name, digest.digest()))
     return hashlib.sha256(b"".join(digest for _, digest in sorted(rows))).hexdigest()
+
+
+def refuse_code(folder: pathlib.Path, config: dict[str, Any]) -> None:
+    """Raises AnchorError where a config names a file of code to build the model by.
+
+    An OpenLM that `hiermem convert` wrote names one for plain mlx-lm; it is accepted, and the class is our own.
+    """
+    named = config.get("model_file")
+    if named is None or (config.get("model_type"), named) == ("openlm", OPENLM_FILE):
+        return
+    raise AnchorError(
+        f"{folder / 'config.json'} wants code to be run from its folder (model_file {named!r})",
+        "No code of a model is ever run here. Use a model whose architecture mlx-lm has itself.",
+    )
 
 
 def model_classes(config: dict[str, Any]) -> tuple[type, type]:
@@ -82,7 +91,7 @@ def model_classes(config: dict[str, Any]) -> tuple[type, type]:
         from mlx_hiermem.openlm import Model, ModelArgs
 
         return Model, ModelArgs
-    from mlx_lm.utils import _get_classes
+    from mlx_lm.utils import _get_classes  # private: tests/test_mlx_lm_canary.py watches it
 
     return _get_classes(config)
 
@@ -97,14 +106,12 @@ def load_anchor(folder: pathlib.Path, dtype: mx.Dtype | None = None) -> tuple[nn
     from mlx.utils import tree_flatten
     from mlx_lm.utils import load_model
 
+    report_slow_blas()
     config = read_config(folder)
+    refuse_code(folder, config)
+    own_class = {"model_file": None}  # of an OpenLM; mlx-lm is not told of the file beside its weights
     try:
-        if "model_file" in config and config.get("model_type") == "openlm":
-            model, _ = load_model(
-                folder, lazy=True, get_model_classes=model_classes, model_config={"model_file": None}
-            )
-        else:
-            model, _ = load_model(folder, lazy=True, get_model_classes=model_classes)
+        model, _ = load_model(folder, lazy=True, get_model_classes=model_classes, model_config=own_class)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise AnchorError(f"cannot load the anchor {folder}: {reason}") from error
@@ -117,21 +124,3 @@ def load_anchor(folder: pathlib.Path, dtype: mx.Dtype | None = None) -> tuple[nn
     except RuntimeError as error:
         raise AnchorError(f"the weights of {folder} are damaged: {error}", "Convert it again.") from error
     return model, load_tokenizer(folder), config
-
-
-def load_tokenizer(folder: pathlib.Path) -> Any:
-    """mlx-lm's tokenizer of a model folder; None where the folder has none (an OpenLM checkpoint brings none)."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        return None
-    import mlx_lm.utils
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # it warns of model types that it does not know
-    try:
-        return mlx_lm.utils.load_tokenizer(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise AnchorError(f"cannot load the tokenizer of {folder}: {reason}") from error
-    finally:
-        logging.set_verbosity(level)

@@ -7,7 +7,6 @@ sha256 decides. A file enters the cache folder only after its digest was right, 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import pathlib
 import shutil
@@ -19,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mlx_hiermem.errors import AssetError, OutputError
+from mlx_hiermem.files import file_digest
 
 Progress = Callable[[str], None]
 
@@ -95,10 +95,7 @@ def _missing(asset: Asset, folder: pathlib.Path) -> list[str]:
 
 
 def _has_digest(file: pathlib.Path, digest: str) -> bool:
-    if not file.is_file():
-        return False
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() == digest
+    return file.is_file() and file_digest(file) == digest
 
 
 def _download(asset: Asset, folder: pathlib.Path, missing: list[str], progress: Progress) -> None:

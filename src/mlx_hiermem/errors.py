@@ -19,6 +19,10 @@ class HierMemError(Exception):
         super().__init__(f"{what.rstrip('.')}. {hint}" if hint else what)
 
 
+class FileError(HierMemError):
+    """A file cannot be read: it is missing, damaged, or has a line that is not what it should be."""
+
+
 class CheckpointError(HierMemError):
     """A source checkpoint is missing, damaged, of an unknown kind, or has keys left over or missing."""
 
@@ -41,6 +45,10 @@ class AnchorMismatchError(BankError):
 
 class CorpusError(HierMemError):
     """What is to be learnt is missing, has none of the fields named, or is too little."""
+
+
+class SettingsError(HierMemError):
+    """A file of settings cannot be read, has a setting that is not known, or one of the wrong type."""
 
 
 class TaskError(HierMemError):

@@ -8,31 +8,29 @@ Plain numpy: the work is too small for a GPU to be worth a synchronisation.
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_hiermem.config import Path
+from mlx_hiermem.config import ROOT, Path
 from mlx_hiermem.errors import BankError
+from mlx_hiermem.files import read_header
 
 ON_BLOCKED = ("sibling", "parent")
 
 
 @dataclass(frozen=True)
 class Route:
-    """Where a text went: the path, and the distance to the chosen centroid at each level.
+    """Where a text went. A path that was named instead has no distances: no text was compared with it."""
 
-    `avoided` are the blocked nodes that it would have entered. A text beyond the bank's reach is `far`: it is like
-    nothing there, and has the empty path.
-    """
-
-    path: Path
-    distances: tuple[float, ...]
-    avoided: tuple[Path, ...] = ()
-    far: bool = False
+    path: Path = ROOT
+    distances: tuple[float, ...] = ()  # to the chosen centroid at each level
+    avoided: tuple[Path, ...] = ()  # blocked nodes that the text would have entered
+    stayed: bool = False  # held on the path of its conversation, see `Router.turn`
+    far: bool = False  # beyond the bank's reach: it is like nothing there, and stays at the root
+    milliseconds: float = 0.0  # to embed the text and to descend
 
 
 class ClusterTree:
@@ -86,8 +84,8 @@ class ClusterTree:
 
         [n, dim] embeddings -> n routes; a single [dim] embedding counts as n = 1. A blocked node is never
         entered: with `sibling` the descent takes the nearest allowed child instead, with `parent` (and where
-        no child is allowed) it stops above. A text farther than `reach` from the last node of its path gets the
-        empty path. Raises BankError for a blocked node that the tree does not have.
+        no child is allowed) it stops above. A text farther than `reach` from the last node of its path stays
+        at the root. Raises BankError for a blocked node that the tree does not have.
         """
         vectors = np.atleast_2d(np.asarray(embeddings, dtype=np.float32))
         if vectors.ndim != 2 or vectors.shape[1] != self.dim:
@@ -128,7 +126,7 @@ class ClusterTree:
             distances.append(float(distance[child]))
             row = rows[child]
         if distances and distances[-1] > reach:
-            return Route(Path(), (), tuple(avoided), far=True)
+            return Route(avoided=tuple(avoided), far=True)
         return Route(Path(children), tuple(distances), tuple(avoided))
 
     def distances(self, vector: np.ndarray, node: Path) -> np.ndarray:
@@ -184,12 +182,7 @@ class ClusterTree:
     @classmethod
     def load(cls, file: pathlib.Path) -> ClusterTree:
         """Opens a tree file; centroids stay memory-mapped."""
-        try:
-            arrays = _map_safetensors(file)
-        except OSError as error:
-            raise BankError(f"cannot read the tree {file}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BankError(f"cannot read the tree {file}: {error}") from error
+        arrays = _map_safetensors(file)
         centroids: list[np.ndarray] = []
         present: list[np.ndarray] = []
         while f"level{len(centroids) + 1}.centroids" in arrays:
@@ -201,19 +194,13 @@ class ClusterTree:
 
 
 def _map_safetensors(file: pathlib.Path) -> dict[str, np.ndarray]:
-    """name -> read-only memory-mapped array; safetensors' own reader copies whole tensors."""
-    with file.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        if size > file.stat().st_size:
-            raise ValueError("the file is truncated")
-        header = json.loads(stream.read(size))
-    header.pop("__metadata__", None)
+    """name -> read-only memory-mapped array; safetensors' own reader copies whole tensors. Raises BankError."""
+    header = read_header(file, BankError, "Fetch or convert the bank again.")
     types = {"F32": np.dtype("<f4"), "BOOL": np.dtype(bool)}
-    data = np.memmap(file, dtype=np.uint8, mode="r", offset=8 + size)
+    data = np.memmap(file, dtype=np.uint8, mode="r")
     arrays = {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        if end > len(data):
-            raise ValueError("the file is truncated")
-        arrays[name] = data[begin:end].view(types[entry["dtype"]]).reshape(entry["shape"])
+    for name, tensor in header.tensors.items():
+        if tensor.dtype not in types:
+            raise BankError(f"the tree {file} has {name} as {tensor.dtype}, not as {' or '.join(types)}")
+        arrays[name] = data[tensor.begin : tensor.end].view(types[tensor.dtype]).reshape(tensor.shape)
     return arrays

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from mlx_hiermem.bank.bank import TREE, MemoryBank, file_digest
+from mlx_hiermem.bank.bank import TREE, MemoryBank
 from mlx_hiermem.bank.block import block_name
 from mlx_hiermem.bank.commit import interrupted
 from mlx_hiermem.errors import BankError
+from mlx_hiermem.files import file_digest
 
 
 def check(bank: MemoryBank, progress: Callable[[int, int], None] | None = None) -> Iterator[str]:

@@ -15,7 +15,6 @@ for a block that is gone.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import pathlib
@@ -27,9 +26,9 @@ from safetensors import SafetensorError
 from mlx_hiermem.bank.bank import EDIT, MANIFEST, TREE
 from mlx_hiermem.bank.block import block_name
 from mlx_hiermem.bank.policy import POLICY
-from mlx_hiermem.bank.writer import DISK_FULL, fsync
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import BankError, HierMemError, OutputError
+from mlx_hiermem.files import fsync, locked, reason
 
 STAGING = f"{EDIT}.partial"
 GONE = "gone.json"  # in the edit's folder: the nodes that are removed, each with all below it
@@ -72,22 +71,17 @@ def editing(root: pathlib.Path) -> Iterator[Edit]:
     """
     if not (root / MANIFEST).is_file():
         raise BankError(f"there is no bank at {root}")
-    folder = os.open(root, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(root / STAGING, ignore_errors=True)  # of a process that died before its edit stood
-        edit = Edit(root, finish(root))
-        try:
-            yield edit
-            edit.commit()
-        finally:
-            shutil.rmtree(root / STAGING, ignore_errors=True)
-    except BlockingIOError as error:
-        raise OutputError(f"another process is changing {root}", "Wait for it to end.") from error
+        with locked(root, "changing"):
+            shutil.rmtree(root / STAGING, ignore_errors=True)  # of a process that died before its edit stood
+            edit = Edit(root, finish(root))
+            try:
+                yield edit
+                edit.commit()
+            finally:
+                shutil.rmtree(root / STAGING, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise _failed(root, error) from error
-    finally:
-        os.close(folder)  # and with it the lock
 
 
 def finish(root: pathlib.Path) -> frozenset[Path]:
@@ -126,8 +120,6 @@ def interrupted(root: pathlib.Path) -> str | None:
 
 
 def _failed(root: pathlib.Path, error: Exception) -> OutputError:
-    full = getattr(error, "errno", None) in DISK_FULL
-    why = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
     stands = interrupted(root) is not None
     hint = "The change stands; the next one finishes it." if stands else "Nothing was changed."
-    return OutputError(f"cannot change the bank {root}: {why}", hint)
+    return OutputError(f"cannot change the bank {root}: {reason(error)}", hint)

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_hiermem.bank.bank import file_digest
 from mlx_hiermem.errors import HierMemError, HubError, OutputError
+from mlx_hiermem.files import file_digest
 
 PROBE_SECONDS = 5.0  # the hub answers within this time or counts as out of reach
 AGAIN = "Run the same command again: it goes on where it stopped."

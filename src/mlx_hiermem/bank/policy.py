@@ -6,7 +6,6 @@ in a moment. Blocking is no removal: whoever has the folder has the bytes.
 
 from __future__ import annotations
 
-import json
 import math
 import pathlib
 from collections.abc import Collection, Iterable
@@ -17,6 +16,7 @@ import numpy as np
 
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import BankError, HierMemError
+from mlx_hiermem.files import read_json, write_json
 from mlx_hiermem.tree import ON_BLOCKED, ClusterTree, Route
 
 POLICY = "policy.json"
@@ -73,13 +73,16 @@ class BankPolicy:
         return found | ({"reach": self.reach} if self.reach < math.inf else {})
 
     def write(self, file: pathlib.Path) -> None:
-        file.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        write_json(file, self.to_json(), indent=1)
 
     @classmethod
     def read(cls, file: pathlib.Path) -> BankPolicy:
         """No file blocks nothing. Raises BankError for a damaged one: what it blocked must not come open."""
+        if not file.exists():
+            return cls()
+        mend = "Mend it, or remove it to block nothing."
+        data = read_json(file, BankError, mend)
         try:
-            data = json.loads(file.read_text(encoding="utf-8"))
             if not isinstance(data["blocked"], list):
                 raise ValueError("blocked is not a list")
             extra = data.keys() - {"blocked", "on_blocked", "reach"}
@@ -87,10 +90,8 @@ class BankPolicy:
                 raise ValueError(f"unknown settings {', '.join(sorted(extra))}")
             blocked = frozenset(map(Path.parse, data["blocked"]))
             return cls(blocked, data.get("on_blocked", "sibling"), float(data.get("reach", math.inf)))
-        except FileNotFoundError:
-            return cls()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, HierMemError) as error:
-            raise BankError(f"cannot read {file}: {error}", "Mend it, or remove it to block nothing.") from error
+        except (ValueError, KeyError, TypeError, AttributeError, HierMemError) as error:
+            raise BankError(f"cannot read {file}: {error}", mend) from error
 
 
 OPEN = BankPolicy()  # blocks nothing

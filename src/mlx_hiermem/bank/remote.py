@@ -9,7 +9,6 @@ the process.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pathlib
 import tempfile
@@ -20,8 +19,9 @@ from functools import cached_property
 from typing import Any
 
 from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
-from mlx_hiermem.config import Path
+from mlx_hiermem.config import GENERIC_NODE, Path
 from mlx_hiermem.errors import BankError, HubError
+from mlx_hiermem.files import read_json, write_json
 
 REMOTE = "remote.json"
 FETCHED = "fetched.txt"  # a line for each block that was fetched on first use: sha256 and name
@@ -68,16 +68,16 @@ class Origin:
 
     def write(self, bank: pathlib.Path) -> None:
         """Writes remote.json into a bank's folder, whole or not at all."""
-        beside = bank / f"{REMOTE}.partial"
-        beside.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, bank / REMOTE)
+        write_json(bank / REMOTE, self.to_json(), indent=1)
 
     @classmethod
     def read(cls, bank: pathlib.Path) -> Origin | None:
         """A bank's origin; None where it is not from the hub. Raises BankError for a damaged file."""
         file = bank / REMOTE
+        if not file.is_file():
+            return None
+        data: Mapping[str, Any] = read_json(file, BankError, "Pull the bank again.")
         try:
-            data: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             return cls(
                 repo=str(data["repo"]),
                 revision=str(data["revision"]),
@@ -86,16 +86,14 @@ class Origin:
                 generic=bool(data["generic"]),
                 disk_budget_bytes=data["disk_budget_bytes"],
             )
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise BankError(f"cannot read {file}: {error!r}", "Pull the bank again.") from error
 
 
 def node_of(name: str) -> Path:
-    """The inverse of `block_name`: blocks/10/7.safetensors -> (10, 7). The generic block has the empty path."""
+    """The inverse of `block_name`: blocks/10/7.safetensors -> (10, 7). The generic block has its own."""
     path = name.removesuffix(".safetensors").removeprefix("blocks/")
-    return Path(map(int, path.split("/"))) if name.startswith("blocks/") else Path()
+    return Path(map(int, path.split("/"))) if name.startswith("blocks/") else GENERIC_NODE
 
 
 class RemoteTier:

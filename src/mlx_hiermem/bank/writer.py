@@ -7,30 +7,28 @@ the sibling, and the next one continues there; a failure that repeating would no
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import pathlib
 import shutil
-import sys
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
 from safetensors import SafetensorError
 
-from mlx_hiermem.bank.bank import MANIFEST, TREE, file_digest
+from mlx_hiermem.bank.bank import MANIFEST, TREE
 from mlx_hiermem.bank.block import write_block
 from mlx_hiermem.bank.manifest import BankManifest, FileEntry
 from mlx_hiermem.errors import BankError, OutputError
+from mlx_hiermem.files import DISK_FULL, file_digest, fsync, locked, partial_name, reason, to_disk
 from mlx_hiermem.tree import ClusterTree
 
 JOURNAL = "journal.jsonl"
 PAGE = 4096  # what a file system rounds a file's size up to
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class BankWriter:
@@ -43,7 +41,7 @@ class BankWriter:
 
     def __init__(self, out: pathlib.Path, fingerprint: str, resume: bool = False) -> None:
         self.out, self.resume = out, resume
-        self.partial = out.absolute().with_name(out.name + ".partial")
+        self.partial = partial_name(out.absolute())
         self._journaled: dict[str, FileEntry] = {}
         self._mutex = threading.Lock()
         if out.exists():
@@ -52,21 +50,15 @@ class BankWriter:
             raise OutputError(
                 f"an interrupted run left {self.partial}", "Continue it with --resume, or remove that folder."
             )
-        try:
-            self.partial.mkdir(exist_ok=True)
-            self._folder = os.open(self.partial, os.O_RDONLY)
-        except OSError as error:
-            raise self._failed(error) from error
-        try:
-            fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._journal = (self.partial / JOURNAL).open("a+", encoding="utf-8")
+        with ExitStack() as stack:
+            try:
+                self.partial.mkdir(exist_ok=True)
+                stack.enter_context(locked(self.partial, "writing"))
+                self._journal = stack.enter_context((self.partial / JOURNAL).open("a+", encoding="utf-8"))
+            except OSError as error:
+                raise self._failed(error) from error
             self._read_journal(fingerprint)
-        except BlockingIOError as error:
-            os.close(self._folder)
-            raise OutputError(f"another process is writing {self.partial}", "Wait for it to end.") from error
-        except BaseException:
-            os.close(self._folder)
-            raise
+            self._held = stack.pop_all()  # the lock and the journal, until __exit__
 
     def _read_journal(self, fingerprint: str) -> None:
         """Takes over the entries of an interrupted run, or starts a journal."""
@@ -164,9 +156,8 @@ class BankWriter:
         """The error to raise for one of the operating system."""
         stays = self.resume and self._journaled
         kept = f" What is written so far stays in {self.partial.name} for --resume." if stays else ""
-        if getattr(error, "errno", None) in DISK_FULL:
-            return OutputError(f"the disk is full: cannot write {self.out}", f"Free some space.{kept}")
-        return OutputError(f"cannot write {self.out}: {getattr(error, 'strerror', '') or error}", kept.strip())
+        full = "Free some space." if getattr(error, "errno", None) in DISK_FULL else ""
+        return OutputError(f"cannot write {self.out}: {reason(error)}", f"{full}{kept}".strip())
 
     def __enter__(self) -> BankWriter:
         return self
@@ -180,7 +171,7 @@ class BankWriter:
         continuable = interrupted or (self.resume and isinstance(error, OutputError))
         if not (continuable and self._journaled):
             shutil.rmtree(self.partial, ignore_errors=True)
-        os.close(self._folder)  # and with it the lock
+        self._held.close()
 
 
 def _start_writeback(file: pathlib.Path) -> None:
@@ -191,25 +182,3 @@ def _start_writeback(file: pathlib.Path) -> None:
     if hasattr(os, "posix_fadvise"):
         with file.open("rb") as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def to_disk(root: pathlib.Path) -> None:
-    """Returns once everything below `root` is on disk, names included.
-
-    Linux waits in `sync`, which is one call: an fsync for each of many thousand small files would take longer
-    than writing them. Elsewhere `sync` may return early, and fsync is quick.
-    """
-    os.sync()
-    if sys.platform != "linux":
-        for folder, _, files in os.walk(root):
-            for name in (*files, "."):
-                fsync(pathlib.Path(folder, name))
-
-
-def fsync(file: pathlib.Path) -> None:
-    """Works for folders too: their names are on disk only then."""
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from mlx_hiermem.errors import AnchorError
 from mlx_hiermem.evaluate.examples import Example
 from mlx_hiermem.model import MemoryModel
+from mlx_hiermem.tokenizer import encode_text
 
 Tokens = list[int]
 NUMBER_ROOM = 8  # tokens that a reply may take beside the answer: "4, so it is …"
@@ -66,7 +67,7 @@ class Prompter:
 
     def special(self, text: str) -> Tokens:
         """With the special tokens that begin a text, without those that end it."""
-        tokens: Sequence[int] = self._tokenizer.encode(text)
+        tokens: Sequence[int] = encode_text(self._tokenizer, text)
         end = len(tokens)
         while end > 1 and tokens[end - 1] in self.ends:
             end -= 1
@@ -77,7 +78,7 @@ class Prompter:
 
     def plain(self, text: str) -> Tokens:
         """Without special tokens."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
+        return encode_text(self._tokenizer, text, special=False)
 
     def continuation(self, text: str) -> Tokens:
         """With the space before it, where that belongs to its first token."""

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from mlx_hiermem.anchor import identify
-from mlx_hiermem.bank.bank import MANIFEST, file_digest
+from mlx_hiermem.bank.bank import MANIFEST
 from mlx_hiermem.evaluate.answers import is_decided, rule_for
 from mlx_hiermem.evaluate.examples import Example, read_examples, refuse
 from mlx_hiermem.evaluate.generation import Asked, drafted, replies
@@ -31,6 +31,7 @@ from mlx_hiermem.evaluate.scoring import Score, Scorer
 from mlx_hiermem.evaluate.statistics import Row
 from mlx_hiermem.evaluate.tasks import Task
 from mlx_hiermem.evaluate.texts import WINDOW, read_documents, windows
+from mlx_hiermem.files import file_digest
 from mlx_hiermem.model import MemoryModel, load
 from mlx_hiermem.share.resolve import resolve
 
@@ -188,7 +189,7 @@ class Evaluation:
                 attach(self.model, placed[group[0]])
                 for decided in self._draft(prepared, group, asked):
                     yield [(n, _judged(prepared, n, reply)) for n, reply in decided]
-        order = sorted(asked, key=lambda n: (placed[n].choice.path, prepared.prompts[n].length))
+        order = sorted(asked, key=lambda n: (placed[n].chosen.path, prepared.prompts[n].length))
         for i, reply in replies(self.model, [asked[n] for n in order], self.prompter.decode):
             self.scorer.computed += len(asked[order[i]].tokens)
             yield [(order[i], _judged(prepared, order[i], reply))]
@@ -214,13 +215,13 @@ class Evaluation:
     def _asked(self, prepared: Prepared, number: int, placed: Placed) -> Asked:
         names, prompt = prepared.examples[number].answers, prepared.prompts[number]
         decided = partial(is_decided, rule=rule_for(prepared.task.kind, names[0]), names=names)
-        return Asked(prompt.pairs[0][0], placed.choice, prompt.reply, decided)
+        return Asked(prompt.pairs[0][0], placed.chosen, prompt.reply, decided)
 
     def _row(
         self, prepared: Prepared, placed: Placed, number: int, found: Mapping[str, Any], routing: float
     ) -> dict[str, Any]:
         example = prepared.examples[number]
-        row = {"id": example.id, "line": example.line, "path": str(placed.choice.path), "memory": placed.key}
+        row = {"id": example.id, "line": example.line, "path": str(placed.chosen.path), "memory": placed.key}
         if "#" in example.id or prepared.task.kind == "questions":
             row["question"] = example.id.partition("#")[0]
         if placed.agrees is not None:

@@ -1,126 +1,233 @@
-"""What decides how a bank is trained, and the memory designs that one may ask for."""
+"""Everything that can be chosen about learning, and the same as a TOML file.
+
+    settings = LearnSettings(tree=TreeSettings(depth=3), training=TrainingSettings(epochs=8))
+    write_settings(pathlib.Path("learn.toml"), settings)
+    settings = read_settings(pathlib.Path("learn.toml"))
+
+A TOML file may leave out what it does not change. Questions and prompts are not in it: they are files of their own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+import json
+import pathlib
+import tomllib
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from types import UnionType
+from typing import Any, TypeVar
 
-import mlx.nn as nn
+from mlx_hiermem.errors import HierMemError, SettingsError
+from mlx_hiermem.files import read_text, write_text
+from mlx_hiermem.learn.records import Prompt
 
-from mlx_hiermem.config import MemoryConfig
-from mlx_hiermem.errors import HierMemError
-from mlx_hiermem.memory.lora import projection
-from mlx_hiermem.memory.slot import sizes
+OBJECTIVES = ("next-token", "distillation")
+ENOUGH_TOKENS = 100_000  # learnt by a subtree over all epochs, where the epochs are not set
+FEWEST_EPOCHS, MOST_EPOCHS = 3, 16  # of those
+T = TypeVar("T")
 
-PLACEMENTS = ("uniform", "early", "middle", "late")
-FINEST, COARSER = 8, 3  # units of a block at the finest level, and times more at each level above
-ENOUGH, FEWEST, MOST = 100_000, 3, 16  # tokens learnt by a subtree, over all epochs; epochs, where they are chosen
-ATTENTION, OBJECTIVES = ("document", "row"), ("next-token", "distillation")
+
+@dataclass(frozen=True)
+class CorpusSettings:
+    """How documents are read and cut into windows."""
+
+    field: str = "text"  # of a .jsonl line or a data set's row: what is learnt
+    title: str = ""  # the field that holds its title; "": title, name, heading or subject
+    tokens: int = 192  # of a window, at most, as the sentence embedder counts them: it reads 256, title included
+    any_language: bool = False  # learn a corpus in a language that the embedder does not know, too
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """How many questions self-study writes, and how they are tried before they are kept."""
+
+    questions: int = 5  # wordings in which a fact is asked for, at most
+    statements: int = 2  # beginnings of statements that a fact completes, at most
+    chats: int = 1  # questions of a fact that are learnt as a chat too; others in each window
+    invented: int = 2  # windows for which a wording is invented, of all that say the same of different subjects
+    tried: int = 6  # windows on which a wording is tried
+    first_tried: int = 2  # windows that it is tried on first: where it fails on these, it is dropped
+    right: float = 0.5  # share of the tries that must find the answer
+    reversed_questions: int = 3  # wordings that ask from a value back to what has it, at most
+    reversed_statements: int = 1  # beginnings of statements of that kind, at most
+    seed: int = 0  # of what is drawn at random
+
+
+@dataclass(frozen=True)
+class TreeSettings:
+    """The tree's shape, and where windows are learnt in it."""
+
+    branching: int = 0  # children of a node; 0: chosen by the corpus' size
+    depth: int = 0  # levels; 0: chosen by the corpus' size
+    leaves: int = (
+        2  # in which one window is learnt, at most; see benchmarks/results/routing_agreement.md
+    )
+    balance: float = 1.0  # windows of a child, at most, as a multiple of its even share; blocks are of one size too
+    seed: int = 0  # of k-means
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """The memory's design."""
+
+    kind: str = "ffn"  # or lora-qk, lora-vo, lora-ffn, kv
+    sizes: tuple[int, ...] = ()  # units of a block at each level; empty: 8 at the finest, threefold upwards
+    placement: str | tuple[int, ...] = "late"  # layers with memory: uniform, early, middle, late, or their indices
+    dtype: str = "float16"  # of the blocks on disk
+
+
+@dataclass(frozen=True)
+class ExampleSettings:
+    """What examples are made for the training."""
+
+    heldout: float = 0.0  # share of the windows that are not learnt but only measured
+    teachers: bool = False  # keep the prompts with context that distillation needs
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """All but `states_bytes` enters the fingerprint of a run: an interrupted one goes on with the same only.
+    """How blocks are trained. An interrupted run goes on only with the same settings, but for `states_bytes`.
 
-    A step is `groups` groups of texts, about `group_tokens` tokens each; a group is of one leaf, so its texts share
-    one memory. The optimiser is the paper's (arXiv:2510.02375, App. A.2), at a higher rate: a leaf sees thousands
-    of tokens here and millions there. Rates and the warm-up are shares of a subtree's training.
+    A step is `groups` groups of texts. A group is of one leaf, so its texts share one memory. The optimiser is the
+    paper's (arXiv:2510.02375, App. A.2) at a higher rate: a leaf sees thousands of tokens here, and millions there.
     """
 
-    epochs: int = 4
-    groups: int = 1  # many small steps: with 4, elements took half as many epochs more (docs/learning.md)
-    group_tokens: int = 256
-    rate: float = 6e-3
-    final_rate: float = 0.05  # of `rate`
-    warm_up: float = 0.04
-    weight_decay: float = 1e-3
-    clip: float = 1.0
+    epochs: int = 0  # how often each text is learnt; 0: chosen by the corpus' size
+    groups: int = 1  # in a step; small steps learn faster: with 4, elements needed half as many epochs more
+    group_tokens: int = 256  # of a group, about
+    rate: float = 6e-3  # learning rate at its highest
+    final_rate: float = 0.05  # where it ends, as a share of `rate`
+    warm_up: float = 0.04  # share of a subtree's training in which it rises
+    weight_decay: float = 1e-3  # of the blocks
+    clip: float = 1.0  # norm of the gradient, at most
     objective: str = "next-token"  # or distillation, for the examples that have a teacher
-    attention: str = "document"  # or `row`: texts are joined to rows, and see those before them
-    row_tokens: int = 512  # with attention `row`
-    generic: bool = True  # the control block, in a share 1 / (k + 1) of the groups
-    cotrain: bool = False  # the anchor learns too (Table 1, row A2)
-    anchor_rate: float = 1e-4
-    anchor_weight_decay: float = 0.1
-    seed: int = 0
-    blocks_bytes: int = 2 << 30  # of blocks and their optimiser states in memory; the rest is on disk
-    states_bytes: int = 20 << 30  # of hidden states on disk, for the subtree in training
+    generic: bool = True  # train the control block too, in 1 of k + 1 groups on a path of k blocks
+    seed: int = 0  # of everything that is drawn at random
+    blocks_bytes: int = 2 << 30  # of memory, for blocks and their optimiser states; the others wait on disk
+    states_bytes: int = 20 << 30  # of disk, for the hidden states of the subtree in training
 
     def __post_init__(self) -> None:
-        for name, known in (("objective", OBJECTIVES), ("attention", ATTENTION)):
-            if getattr(self, name) not in known:
-                raise HierMemError(f"{name} '{getattr(self, name)}' is not known", f"Use {' or '.join(known)}.")
-        if self.cotrain and self.objective == "distillation":
-            raise HierMemError("distillation needs an anchor that stands still", "Leave out --cotrain.")
-        positive = ("epochs", "groups", "group_tokens", "rate", "clip", "row_tokens", "blocks_bytes")
+        if self.objective not in OBJECTIVES:
+            raise HierMemError(f"objective '{self.objective}' is not known", f"Use {' or '.join(OBJECTIVES)}.")
+        positive = ("groups", "group_tokens", "rate", "clip", "blocks_bytes")
         if wrong := [name for name in positive if getattr(self, name) <= 0]:
             raise HierMemError(f"{wrong[0]} must be more than 0")
+        if self.epochs < 0:
+            raise HierMemError("epochs must be 0 or more")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def epochs_for(tokens: int) -> int:
-    """How often a subtree of so many tokens is learnt, so that it learns about `ENOUGH`."""
-    return min(max(round(ENOUGH / max(tokens, 1)), FEWEST), MOST)
-
-
-def memory_layers(placement: str | Sequence[int], layers: int) -> tuple[int, ...]:
-    """Indices of the layers that carry memory in an anchor of so many: all, or the first, middle or last third.
-
-    The paper's ten layers of 35 are such a third; early and middle work poorly there (arXiv:2510.02375, Table 9).
-    """
-    if not isinstance(placement, str):
-        return tuple(placement)
-    third = max(1, round(layers / 3))
-    first = {"uniform": 0, "early": 0, "middle": (layers - third) // 2, "late": layers - third}
-    if placement not in first:
-        raise HierMemError(
-            f"placement '{placement}' is not known", f"Use {', '.join(PLACEMENTS)}, or layer indices."
-        )
-    return tuple(range(first[placement], layers if placement == "uniform" else first[placement] + third))
-
-
-def memory_config(
-    model: nn.Module,
-    kind: str,
-    branching: int,
-    block_sizes: Sequence[int],
-    placement: str | Sequence[int] = "late",
-    dtype: str = "float16",
-) -> MemoryConfig:
-    """A memory for this mlx-lm model, its widths read from the model.
-
-    Raises AnchorError where the architecture has no such projections.
-    """
-    layers = memory_layers(placement, len(model.layers))
-    layer = model.layers[layers[0] if 0 <= layers[0] < len(model.layers) else 0]
-    gate, query, key = (sizes(projection(layer, name)) for name in ("gate", "q", "k"))
-    return MemoryConfig(
-        kind,
-        branching,
-        tuple(block_sizes),
-        layers,
-        hidden=gate[0],
-        dtype=dtype,
-        ffn_width=gate[1],
-        q_width=query[1],
-        kv_width=key[1],
-    )
+    """How often a subtree with this many tokens is learnt, so that it learns about `ENOUGH_TOKENS`."""
+    return min(max(round(ENOUGH_TOKENS / max(tokens, 1)), FEWEST_EPOCHS), MOST_EPOCHS)
 
 
 @dataclass(frozen=True)
-class MemorySettings:
-    """The memory's design. Without `sizes`, a level's blocks are `COARSER` times those of the level below."""
+class LearnSettings:
+    """All of `hiermem learn`."""
 
-    kind: str = "ffn"
-    sizes: tuple[int, ...] = ()
-    placement: str | tuple[int, ...] = "late"
-    dtype: str = "float16"
+    corpus: CorpusSettings = field(default_factory=CorpusSettings)
+    tree: TreeSettings = field(default_factory=TreeSettings)
+    memory: MemorySettings = field(default_factory=MemorySettings)
+    self_study: bool = True  # have questions and answers written about the documents
+    teacher: str = ""  # the model that writes them: a folder or hub id that mlx-lm loads; "": the anchor
+    study: StudySettings = field(default_factory=StudySettings)
+    heldout: float = 0.0  # share of the windows that are not learnt but only measured
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    questions: tuple[tuple[str, str], ...] = ()  # (question, document that answers it), to measure the routing by
+    prompts: tuple[Prompt, ...] = ()  # learnt beside self-study's
+    licence: str = ""  # of the documents, for the bank's manifest
+    keep: bool = False  # keep the work folder
 
-    def of(self, model: nn.Module, branching: int, depth: int) -> MemoryConfig:
-        """For a tree of this shape. A small corpus may have grown fewer levels than there are sizes."""
-        sizes = self.sizes[:depth] or tuple(FINEST * COARSER ** (depth - level) for level in range(1, depth + 1))
-        sizes += (0,) * (depth - len(sizes))
-        return memory_config(model, self.kind, branching, sizes, self.placement, self.dtype)
+    def to_json(self) -> dict[str, Any]:
+        """What a bank's manifest says of them."""
+        data = asdict(self)
+        data["teacher"] = self.teacher if self.self_study else None
+        return {name: data[name] for name in ("corpus", "teacher", "study", "tree", "heldout")}
+
+
+@dataclass(frozen=True)
+class AddSettings:
+    """All of adding documents to a bank."""
+
+    corpus: CorpusSettings = field(default_factory=CorpusSettings)
+    leaves: int = 2  # in which one window is learnt, at most
+    new_leaf: bool = False  # give the documents a leaf of their own, where the tree has room for one near them
+    self_study: bool = True  # as for `LearnSettings`
+    teacher: str = ""
+    study: StudySettings = field(default_factory=StudySettings)
+    training: TrainingSettings = field(default_factory=lambda: TrainingSettings(epochs=4))
+    prompts: tuple[Prompt, ...] = ()
+    keep: bool = False
+
+
+# A TOML file
+
+
+NOT_IN_FILE = ("questions", "prompts")  # read from files of their own
+NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", tuple: "a list of numbers"}
+
+
+def read_settings(file: pathlib.Path) -> LearnSettings:
+    """The settings in a TOML file. Raises SettingsError, which names the file and the key that is wrong."""
+    text = read_text(file, SettingsError)
+    try:
+        return settings_from_dict(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{file} is not TOML: {error}") from error
+    except HierMemError as error:
+        raise SettingsError(f"{file}: {error.what}", error.hint) from error
+
+
+def write_settings(file: pathlib.Path, settings: LearnSettings) -> None:
+    """Writes all settings as a TOML file that `read_settings` reads. Raises OutputError."""
+    data = settings_to_dict(settings)
+    tables = [name for name, value in data.items() if isinstance(value, dict)]
+    lines = [_line(name, value) for name, value in data.items() if name not in tables]
+    for name in tables:
+        lines += ["", f"[{name}]", *(_line(key, value) for key, value in data[name].items())]
+    write_text(file, "\n".join(lines) + "\n")
+
+
+def settings_to_dict(settings: LearnSettings) -> dict[str, Any]:
+    """Settings as plain values: a table for each group."""
+    return {name: value for name, value in asdict(settings).items() if name not in NOT_IN_FILE}
+
+
+def settings_from_dict(data: Mapping[str, Any]) -> LearnSettings:
+    """Settings from plain values; what is not there has its default. Raises SettingsError for what is wrong."""
+    return _parsed(LearnSettings, data, "")
+
+
+def _line(key: str, value: Any) -> str:
+    """A key and its value, which TOML writes as JSON does."""
+    return f"{key} = {json.dumps(value, ensure_ascii=False)}"
+
+
+def _parsed(kind: type[T], data: Mapping[str, Any], where: str) -> T:
+    """A settings class from its table; `where` is the table's name and a dot."""
+    known = [one.name for one in fields(typing.cast(Any, kind)) if where or one.name not in NOT_IN_FILE]
+    if unknown := sorted(data.keys() - set(known)):
+        raise SettingsError(f"there is no setting {where}{unknown[0]}", f"Known are {', '.join(known)}.")
+    hints = typing.get_type_hints(kind)
+    return kind(**{name: _value(hints[name], value, f"{where}{name}") for name, value in data.items()})
+
+
+def _value(wanted: Any, value: Any, name: str) -> Any:
+    """A setting of the type that its class names. A list is a tuple, and a whole number may be a float."""
+    if is_dataclass(wanted):
+        if not isinstance(value, Mapping):
+            raise SettingsError(f"{name} is a group of settings", f"Write [{name}], and its settings below.")
+        return _parsed(typing.cast(Any, wanted), value, f"{name}.")
+    choices = typing.get_args(wanted) if isinstance(wanted, UnionType) else (wanted,)
+    kinds = [typing.get_origin(choice) or choice for choice in choices]
+    if tuple in kinds and isinstance(value, list | tuple) and all(type(one) is int for one in value):
+        return tuple(value)
+    if float in kinds and type(value) is int:
+        return float(value)
+    if type(value) not in (kind for kind in kinds if kind is not tuple):
+        raise SettingsError(f"{name} is {value!r}", f"It must be {' or '.join(NAMES[kind] for kind in kinds)}.")
+    return value

@@ -7,7 +7,6 @@ time; each file takes its place only after its digest was right.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import pathlib
 import re
@@ -20,15 +19,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mlx_hiermem.anchor import identify
-from mlx_hiermem.bank.bank import GENERIC, MANIFEST, TREE
-from mlx_hiermem.bank.block import block_name
+from mlx_hiermem.bank.bank import MANIFEST, TREE
+from mlx_hiermem.bank.block import GENERIC_FILE, block_name
 from mlx_hiermem.bank.hub import RemoteFile, commit_of, download, listing, quiet
 from mlx_hiermem.bank.manifest import BankManifest
 from mlx_hiermem.bank.policy import POLICY
 from mlx_hiermem.bank.remote import Origin
-from mlx_hiermem.bank.writer import to_disk
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import BankError, HierMemError, HubError, OutputError
+from mlx_hiermem.files import locked, partial_name, to_disk, writing
 
 Progress = Callable[[int, int], None]  # (bytes here, bytes wanted)
 
@@ -78,7 +77,7 @@ def pull(
             f"{out} holds revision {before.revision[:12]} of {repo}, not {commit[:12]}",
             "Pull that into another folder, or leave the revision out to add to this one.",
         )
-    folder = out if before else out.with_name(out.name + ".partial")
+    folder = out if before else partial_name(out)
     fresh = not folder.exists()
     with _alone_in(folder), quiet():
         if not before:
@@ -122,7 +121,7 @@ def _fill(
     origin = before.with_more(wanted)
     files = [RemoteFile(f"bank/{TREE}", manifest.tree.bytes, manifest.tree.sha256)]
     if origin.generic and manifest.generic:
-        files.append(RemoteFile(f"bank/{GENERIC}", manifest.generic.bytes, manifest.generic.sha256))
+        files.append(RemoteFile(f"bank/{GENERIC_FILE}", manifest.generic.bytes, manifest.generic.sha256))
     blocks = [entry for node, entry in manifest.blocks.items() if origin.keeps(node)]
     files += [RemoteFile(f"bank/{block_name(entry.path)}", entry.bytes, entry.sha256) for entry in blocks]
     if not tree_only:
@@ -264,15 +263,7 @@ def _take_over(folder: pathlib.Path, origin: Origin) -> None:
 @contextmanager
 def _alone_in(folder: pathlib.Path) -> Iterator[None]:
     """Keeps other processes from pulling into the same folder."""
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with locked(folder, "pulling into"):
             yield
-        finally:
-            os.close(descriptor)
-    except BlockingIOError as error:
-        raise OutputError(f"another process is pulling into {folder}", "Wait for it to end.") from error
-    except OSError as error:
-        raise OutputError(f"cannot write {folder}: {error.strerror or error}") from error

@@ -6,7 +6,6 @@ pulled one keeps it.
 
 from __future__ import annotations
 
-import os
 import pathlib
 import sys
 from collections.abc import Callable
@@ -18,7 +17,8 @@ from mlx_hiermem.bank.bank import EDIT, MANIFEST, MemoryBank
 from mlx_hiermem.bank.check import check
 from mlx_hiermem.bank.hub import quiet, speaking
 from mlx_hiermem.bank.remote import FETCHED, REMOTE
-from mlx_hiermem.errors import AnchorError, BankError, HubError, OutputError
+from mlx_hiermem.errors import AnchorError, BankError, HubError
+from mlx_hiermem.files import read_text, write_text
 from mlx_hiermem.share import card
 
 UPLOADED = ["anchor/*", "bank/*", "README.md", "LICENSE*"]
@@ -121,11 +121,5 @@ def _make_ready(api: Any, repo: str, branch: str, private: bool) -> str:
 def _write_card(folder: pathlib.Path, repo: str, bank: MemoryBank) -> None:
     """Writes README.md, unless a person has written one."""
     file = folder / "README.md"
-    try:
-        if file.is_file() and card.MARK not in file.read_text(encoding="utf-8"):
-            return
-        beside = file.with_name("README.md.partial")
-        beside.write_text(card.text(repo, bank.manifest), encoding="utf-8")
-        os.replace(beside, file)
-    except OSError as error:
-        raise OutputError(f"cannot write {file}: {error.strerror}") from error
+    if not file.is_file() or card.MARK in read_text(file):
+        write_text(file, card.text(repo, bank.manifest))

@@ -1,4 +1,4 @@
-"""A document's text in windows: whole sentences, as many as fit into so many tokens.
+"""A document's text in windows: whole sentences, as many as fit into a given number of tokens.
 
 Tokens are the embedder's. It reads the first 256 of a text, so a longer window would be routed by its beginning
 only.
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from tokenizers import Tokenizer
 
-TOKENS = 192  # leaves room for a title in the 256 that the embedder reads
+from mlx_hiermem.learn.settings import CorpusSettings
 
 # A sentence ends with its mark, closing quotes and brackets included, before something that can begin one: a small
 # letter can where the mark follows a word too long for an abbreviation. It also ends with a blank line, and scripts
@@ -51,7 +51,7 @@ def sentences(text: str) -> list[str]:
     return [sentence for piece in pieces if (sentence := " ".join(piece.split()))]
 
 
-def split(text: str, tokenizer: Tokenizer, tokens: int = TOKENS) -> Iterator[str]:
+def split(text: str, tokenizer: Tokenizer, tokens: int = CorpusSettings.tokens) -> Iterator[str]:
     """The windows of a text, each at most `tokens` long. A longer sentence is cut, if possible between words.
 
     The tokenizer must be one that does not truncate: see `untruncated`.

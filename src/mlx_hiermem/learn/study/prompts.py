@@ -20,13 +20,13 @@ import pathlib
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from mlx_hiermem.errors import CorpusError, HierMemError
-from mlx_hiermem.learn.corpus.stages import GIVEN, STUDY, Corpus
+from mlx_hiermem.learn.corpus.corpus import Corpus
+from mlx_hiermem.learn.records import Prompt
 from mlx_hiermem.learn.tree.probes import FRAME, names, with_subjects
-from mlx_hiermem.learn.work import Row, Work, read_lines, write_lines
+from mlx_hiermem.learn.work import PROMPTS, STUDY, Row, Work, read_lines, write_lines
 
 FORMS = (
     'A line has a "document", its title or file, and "prompt" and "completion", or "question" and "answer", '
@@ -34,38 +34,7 @@ FORMS = (
 )
 
 
-@dataclass(frozen=True)
-class Given:
-    """A prompt and what is to follow it. `document` is a title or a source; if `framed` it is put as a question."""
-
-    document: str
-    prompt: str
-    answer: str
-    chat: bool = False
-    framed: bool = False
-
-    @classmethod
-    def parse(cls, line: str) -> Given:
-        """Raises ValueError where the line has none of the forms."""
-        row = json.loads(line)
-        match row:
-            case {
-                "document": str(document),
-                "messages": [{"role": "user"} as asked, {"role": "assistant"} as said],
-            }:
-                found = cls(document, str(asked["content"]), str(said["content"]), chat=True)
-            case {"document": str(document), "prompt": str(prompt), "completion": str(answer)}:
-                found = cls(document, prompt, answer)
-            case {"document": str(document), "question": str(question), "answer": str(answer)}:
-                found = cls(document, question, answer, framed=True)
-            case _:
-                raise ValueError("it has none of the forms")
-        if not (found.prompt.strip() and found.answer.strip()):
-            raise ValueError("a part of it is empty")
-        return found
-
-
-def read_prompts(file: pathlib.Path) -> tuple[Given, ...]:
+def read_prompts(file: pathlib.Path) -> tuple[Prompt, ...]:
     """All prompts of a file. Raises HierMemError for the first line that is none."""
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
@@ -75,13 +44,30 @@ def read_prompts(file: pathlib.Path) -> tuple[Given, ...]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                found.append(Given.parse(line))
+                found.append(parse(line))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise HierMemError(f"line {number} of {file} is no prompt with what follows it", FORMS) from error
     return tuple(found)
 
 
-def about_windows(corpus: Corpus, given: Sequence[Given]) -> list[Row]:
+def parse(line: str) -> Prompt:
+    """The prompt of a line. Raises ValueError where it has none of the forms."""
+    row = json.loads(line)
+    match row:
+        case {"document": str(document), "messages": [{"role": "user"} as asked, {"role": "assistant"} as said]}:
+            found = Prompt(document, str(asked["content"]), str(said["content"]), chat=True)
+        case {"document": str(document), "prompt": str(prompt), "completion": str(answer)}:
+            found = Prompt(document, prompt, answer)
+        case {"document": str(document), "question": str(question), "answer": str(answer)}:
+            found = Prompt(document, question, answer, framed=True)
+        case _:
+            raise ValueError("it has none of the forms")
+    if not (found.prompt.strip() and found.answer.strip()):
+        raise ValueError("a part of it is empty")
+    return found
+
+
+def about_windows(corpus: Corpus, given: Sequence[Prompt]) -> list[Row]:
     """The rows of the prompts, in the order of their windows.
 
     Raises CorpusError where a prompt is about a document that is not there.
@@ -110,11 +96,11 @@ def give(work: Work, rows: Sequence[Row], studied: str) -> str:
 
     def make() -> None:
         if not rows:
-            work.path(GIVEN).unlink(missing_ok=True)
+            work.path(PROMPTS).unlink(missing_ok=True)
             return
         study = work.path(STUDY)
         own = read_lines(study) if study.exists() else iter(())
-        write_lines(work.path(GIVEN), heapq.merge(own, rows, key=_window))
+        write_lines(work.path(PROMPTS), heapq.merge(own, rows, key=_window))
 
     stamp = hashlib.sha256(json.dumps(rows).encode()).hexdigest() if rows else None
     return work.stage("prompts", stamp, [studied], make)
@@ -128,7 +114,7 @@ def _words(text: str) -> set[str]:
     return set(re.findall(r"\w+", text.lower()))
 
 
-def _row(one: Given, window: int, subject: str) -> Row:
+def _row(one: Prompt, window: int, subject: str) -> Row:
     row: dict[str, Any] = {"window": window, "prompt": one.prompt, "answer": one.answer, "chat": one.chat}
     if one.framed:
         row |= {"question": one.prompt, "prompt": FRAME.format(one.prompt)}

@@ -1,0 +1,79 @@
+"""Settings as a TOML file, and what is said of a wrong one."""
+
+from __future__ import annotations
+
+import pathlib
+import tomllib
+
+import pytest
+
+from mlx_hiermem.errors import SettingsError
+from mlx_hiermem.learn.records import Prompt
+from mlx_hiermem.learn.settings import (
+    CorpusSettings,
+    LearnSettings,
+    MemorySettings,
+    TrainingSettings,
+    TreeSettings,
+    read_settings,
+    settings_from_dict,
+    settings_to_dict,
+    write_settings,
+)
+
+OTHER = LearnSettings(
+    corpus=CorpusSettings(field='a "quoted" field', title="Überschrift\n", any_language=True),
+    tree=TreeSettings(branching=4, balance=1.5),
+    memory=MemorySettings("lora-qk", (24, 8), (20, 25, 29)),
+    self_study=False,
+    training=TrainingSettings(epochs=3, rate=1e-5, objective="distillation"),
+    licence="CC-BY-4.0",
+    keep=True,
+)
+
+
+@pytest.mark.parametrize("settings", [LearnSettings(), OTHER])
+def test_a_file_gives_back_what_was_written(settings: LearnSettings, tmp_path: pathlib.Path) -> None:
+    write_settings(tmp_path / "learn.toml", settings)
+    assert read_settings(tmp_path / "learn.toml") == settings
+    assert settings_from_dict(settings_to_dict(settings)) == settings
+    assert tomllib.loads((tmp_path / "learn.toml").read_text())["tree"]["leaves"] == 2
+
+
+def test_questions_and_prompts_are_not_in_it(tmp_path: pathlib.Path) -> None:
+    settings = LearnSettings(questions=(("What is gold?", "Gold"),), prompts=(Prompt("Gold", "Gold is", " soft."),))
+    write_settings(tmp_path / "learn.toml", settings)
+    assert read_settings(tmp_path / "learn.toml") == LearnSettings()
+
+
+def test_a_file_may_say_little(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "learn.toml").write_text("heldout = 0\n[training]\nrate = 1\n")
+    assert read_settings(tmp_path / "learn.toml") == LearnSettings(heldout=0.0, training=TrainingSettings(rate=1.0))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("corpus = 3", "corpus is a group of settings"),
+        ("corpora = 3", "no setting corpora"),
+        ("prompts = []", "no setting prompts"),
+        ("[tree]\nbranches = 4", r"no setting tree\.branches.*branching"),
+        ('[tree]\ndepth = "4"', r"tree\.depth is '4'. It must be a whole number"),
+        ("[tree]\ndepth = 4.5", r"tree\.depth is 4\.5"),
+        ("[tree]\ndepth = true", r"tree\.depth is True"),
+        ("keep = 1", "keep is 1. It must be true or false"),
+        ("[memory]\nsizes = [8, 2.5]", r"memory\.sizes is .* a list of numbers"),
+        ("[memory]\nplacement = 3", r"memory\.placement is 3. It must be a text or a list of numbers"),
+        ('[training]\nobjective = "guess"', "objective 'guess' is not known"),
+        ("keep = ", "is not TOML"),
+    ],
+)
+def test_what_is_wrong_is_named(text: str, says: str, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "learn.toml").write_text(text)
+    with pytest.raises(SettingsError, match=f"learn.toml.*{says}"):
+        read_settings(tmp_path / "learn.toml")
+
+
+def test_a_missing_file_is_named(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(SettingsError, match=r"none\.toml"):
+        read_settings(tmp_path / "none.toml")
