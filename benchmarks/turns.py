@@ -1,4 +1,4 @@
-"""Measures the rule that gives a turn of a conversation its path (mlx_hiermem/turns.py), against other rules.
+"""Measures the rule that gives a turn of a conversation its path (mlx_hiermem/router.py), against other rules.
 
     python benchmarks/turns.py        the table in docs/decisions.md; a minute or two on two cores
 
@@ -27,9 +27,10 @@ from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.config import Path
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.learn.tree.kmeans import Shape, grow
-from mlx_hiermem.learn.tree.routing import ProbeVectors, Separation, place
+from mlx_hiermem.learn.tree.probes import ProbeVectors
+from mlx_hiermem.learn.tree.routing import Separation, place
+from mlx_hiermem.router import HYSTERESIS, Topic, decidedness, follow
 from mlx_hiermem.tree import ClusterTree
-from mlx_hiermem.turns import HYSTERESIS, Topic, decidedness, follow
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONVERSATIONS = ROOT / "tests" / "conversations.jsonl"

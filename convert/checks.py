@@ -12,8 +12,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_hiermem.anchor import identify, load_anchor
-from mlx_hiermem.bank.bank import GENERIC, MemoryBank
-from mlx_hiermem.bank.block import block_name, read_block
+from mlx_hiermem.bank.bank import MemoryBank
+from mlx_hiermem.bank.block import GENERIC_FILE, block_name, read_block
 from mlx_hiermem.convert.pipeline import ANCHOR, SOURCE
 from mlx_hiermem.errors import AnchorError, HierMemError
 from mlx_hiermem.files import file_digest, read_json
@@ -76,7 +76,7 @@ def check_blocks(bank: MemoryBank) -> Check:
     """Every block's shapes, dtype and values, and that its cluster is in the tree."""
     files = {block_name(path): len(path) for path in bank.manifest.blocks}
     if bank.manifest.generic:
-        files[GENERIC] = 0
+        files[GENERIC_FILE] = 0
     problems = []
     try:
         problems = [f"no cluster {path} in the tree" for path in bank.manifest.blocks if not bank.tree.has(path)]

@@ -18,15 +18,14 @@ from itertools import groupby
 import numpy as np
 
 from mlx_hiermem import __version__
-from mlx_hiermem.bank.bank import GENERIC as GENERIC_FILE
 from mlx_hiermem.bank.bank import TREE
-from mlx_hiermem.bank.block import block_name
+from mlx_hiermem.bank.block import GENERIC_FILE, block_name
 from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
 from mlx_hiermem.bank.writer import BankWriter
-from mlx_hiermem.config import DTYPES, AnchorIdentity, Path
+from mlx_hiermem.config import DTYPES, GENERIC_LEVEL, GENERIC_NODE, AnchorIdentity, Path
 from mlx_hiermem.convert.checkpoint import TensorSource, open_checkpoint
 from mlx_hiermem.convert.key_map import KeyMap
-from mlx_hiermem.convert.memory_layout import GENERIC, AnchorDims, MemoryLayout, read_layout
+from mlx_hiermem.convert.memory_layout import AnchorDims, MemoryLayout, read_layout
 from mlx_hiermem.convert.memory_settings import MemorySettings, read_settings
 from mlx_hiermem.convert.readers import NUMPY_DTYPES, RawTensor, is_finite, some
 from mlx_hiermem.errors import CheckpointError
@@ -104,8 +103,8 @@ def _jobs(layout: MemoryLayout) -> list[Job]:
     jobs = []
     for level in layout.tensors:
         nbytes = layout.config.parameters(layout.units[level]) * DTYPES[layout.config.dtype]
-        if level == GENERIC:
-            jobs.append(Job(GENERIC_FILE, nbytes, level, Path()))
+        if level == GENERIC_LEVEL:
+            jobs.append(Job(GENERIC_FILE, nbytes, level, GENERIC_NODE))
             continue
         for row in np.flatnonzero(layout.tree.present[level - 1]):
             path = Path.of_row(int(row), level, layout.config.branching)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_hiermem.config import DTYPES, KINDS, AnchorIdentity, MemoryConfig
+from mlx_hiermem.config import DTYPES, GENERIC_LEVEL, KINDS, AnchorIdentity, MemoryConfig
 from mlx_hiermem.convert.checkpoint import TensorSource
 from mlx_hiermem.convert.key_map import KeyMap
 from mlx_hiermem.convert.memory_settings import MINILM, MemorySettings
@@ -28,7 +28,6 @@ PROJECTIONS = {
     **{alias: ours for name, ours in FFN_NAMES.items() for alias in (name, ours, f"{ours}_proj")},
     **{alias: letter for letter in "qkvo" for alias in (letter, f"w{letter}", f"{letter}_proj")},
 }
-GENERIC = 0  # the generic block, where levels are numbered 1..p
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ def _sort(
         memory, tree = MEMORY.fullmatch(documented), TREE.fullmatch(documented)
         if memory and memory["projection"] in PROJECTIONS:
             part = PROJECTIONS[memory["projection"]] + (memory["side"] or "")
-            level = blocks.setdefault(int(memory["level"] or GENERIC), {})
+            level = blocks.setdefault(int(memory["level"] or GENERIC_LEVEL), {})
             if part in level:
                 raise CheckpointError(f"{level[part]} and {name} are the same tensor by two names")
             level[part] = name

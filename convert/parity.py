@@ -22,12 +22,12 @@ import torch
 from mlx_lm.utils import dequantize_model
 
 from mlx_hiermem.cache import BlockCache
-from mlx_hiermem.config import MemoryConfig, Path, Quantization
+from mlx_hiermem.config import GENERIC_LEVEL, MemoryConfig, Path, Quantization
 from mlx_hiermem.convert import reference_memory
 from mlx_hiermem.convert.anchors.gguf import GGUF, ROPE_FACTORS
 from mlx_hiermem.convert.anchors.huggingface import one_line
 from mlx_hiermem.convert.checkpoint import TensorSource
-from mlx_hiermem.convert.memory_layout import GENERIC, MemoryLayout
+from mlx_hiermem.convert.memory_layout import MemoryLayout
 from mlx_hiermem.convert.reference import load_openlm, to_torch
 from mlx_hiermem.convert.source import Source
 from mlx_hiermem.errors import CheckpointError
@@ -203,7 +203,7 @@ def memory_reader(source: TensorSource, layout: MemoryLayout, bank: MemoryConfig
 
     def read(memory: str) -> dict[str, torch.Tensor]:
         if memory == "generic":
-            return reference_memory.join(config, [block(GENERIC, 0)])
+            return reference_memory.join(config, [block(GENERIC_LEVEL, 0)])
         row, blocks = 0, []
         for level, child in enumerate(map(int, memory.split(".")), 1):
             row = row * config.branching + child

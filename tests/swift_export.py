@@ -10,8 +10,6 @@ import shutil
 import tempfile
 from typing import Any
 
-import mlx_hiermem  # noqa: F401  # isort: skip  # picks the BLAS before MLX is loaded
-
 import mlx.core as mx
 import numpy as np
 import tiny
@@ -24,7 +22,6 @@ from mlx_hiermem.convert.coreml.package import MANIFEST
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.router import Router
 from mlx_hiermem.tokenizer import load_tokenizer
-from mlx_hiermem.turns import route_turn
 
 TALKS = (
     ["What is the atomic number of neon?"],
@@ -76,7 +73,7 @@ def _questions(bank: MemoryBank) -> list[list[dict[str, Any]]]:
     for line in (ROOT / "tests/conversations.jsonl").read_text(encoding="utf-8").splitlines()[:12]:
         topic, turns = None, []
         for text in [turn["user"] for turn in json.loads(line)["turns"]]:
-            turn = route_turn(router, text, topic)
+            turn = router.turn(text, topic)
             topic = turn.topic
             turns.append(
                 {
@@ -85,7 +82,7 @@ def _questions(bank: MemoryBank) -> list[list[dict[str, Any]]]:
                     "vector": turn.vector.tolist(),
                     "alone": str(turn.alone.path),
                     "path": str(topic.path),
-                    "stayed": turn.stayed,
+                    "stayed": turn.route.stayed,
                 }
             )
         talks.append(turns)

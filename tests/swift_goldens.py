@@ -8,6 +8,8 @@
 Vectors come from a generator that both languages state (SplitMix64), so that a thousand of them take no space.
 """
 
+# ruff: noqa: E402  (imports come after what must happen before MLX is imported)
+
 from __future__ import annotations
 
 import argparse
@@ -15,7 +17,9 @@ import json
 import pathlib
 from collections.abc import Iterator
 
-import mlx_hiermem  # noqa: F401  # isort: skip  # picks the BLAS before MLX is loaded
+from mlx_hiermem import cpu
+
+cpu.enable()
 
 import mlx.core as mx
 import numpy as np
@@ -26,7 +30,6 @@ from mlx_hiermem.bank.policy import BankPolicy
 from mlx_hiermem.config import Path
 from mlx_hiermem.router import Router
 from mlx_hiermem.tree import ClusterTree
-from mlx_hiermem.turns import route_turn
 
 ROOT = pathlib.Path(__file__).parents[1]
 FIXTURES = ROOT / "apps/ios/HierMemKit/Tests/HierMemKitTests/Fixtures"
@@ -133,14 +136,14 @@ def write_turns(folder: pathlib.Path) -> None:
     for talk in conversations():
         topic, turns = None, []
         for text in talk:
-            turn = route_turn(router, text, topic)
+            turn = router.turn(text, topic)
             topic = turn.topic
             turns.append(
                 {
                     "row": rows[text],
                     "alone": str(turn.alone.path),
                     "path": str(topic.path),
-                    "stayed": turn.stayed,
+                    "stayed": turn.route.stayed,
                     "decided": turn.decided,
                     "needed": turn.needed,
                 }

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from mlx_hiermem.bank.bank import GENERIC, MANIFEST, TREE, MemoryBank
-from mlx_hiermem.bank.block import FetchedMemory, block_name, write_block
+from mlx_hiermem.bank.bank import MANIFEST, TREE, MemoryBank
+from mlx_hiermem.bank.block import GENERIC_FILE, FetchedMemory, block_name, write_block
 from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
 from mlx_hiermem.cache import BlockCache
 from mlx_hiermem.config import AnchorIdentity, EmbedderIdentity, MemoryConfig, Path
@@ -110,7 +110,7 @@ class TinyModel(MemoryModel):
         self.attachment = self.anchor  # type: ignore[assignment]
         self.tokenizer, self.bank, self._router = tokenizer, bank, router
         self.config = {"max_position_embeddings": CONTEXT}
-        self.cache, self.selection, self.last = BlockCache(bank), Selection("none"), None
+        self.cache, self.selection, self.last = BlockCache(bank), Selection(), None
 
     def chat_tokens(self, messages: list[dict[str, str]]) -> list[int]:
         text, before = "", "start"
@@ -180,7 +180,7 @@ def write_bank(folder: pathlib.Path) -> MemoryBank:
             if str(node) != "2.2":
                 entry = block(block_name(node), units, seed)
                 rows[node] = BlockEntry(node, entry.bytes, entry.sha256, label=f"topic {node}")
-    generic = block(GENERIC, CONFIG.fetched_size, 900)
+    generic = block(GENERIC_FILE, CONFIG.fetched_size, 900)
     manifest = BankManifest(
         AnchorIdentity("tiny", "", "", CONFIG.hidden, 4),
         CONFIG,
@@ -203,7 +203,7 @@ def write_session(folder: pathlib.Path) -> None:
     model = TinyModel(bank, tokenizer, Router(bank.tree, said))
     session = partial(Session, model, max_tokens=MAX_TOKENS, earlier=0)  # the app keeps one KV cache
     sessions = {
-        "routed": session(system="Be brief."),
+        "fetched": session(system="Be brief."),
         "blocked": session(blocked=[Path((0, 1))]),
         "generic": session("generic"),
         "path": session("1.2"),
@@ -230,7 +230,7 @@ def _run(session: Session) -> dict[str, Any]:
                 "text": text,
                 "reply": reply,
                 "path": str(session.topic.path) if session.topic else "",
-                "stayed": bool(session.turn and session.turn.stayed),
+                "stayed": bool(session.turn and session.turn.route.stayed),
                 "blocks": list(session.selection.blocks),
                 "first": session.first,
                 "prefilled": session.prefilled,

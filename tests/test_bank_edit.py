@@ -17,8 +17,8 @@ import pytest
 from tiny import CONFIG, make_anchor, make_bank
 
 from mlx_hiermem.bank import edit
-from mlx_hiermem.bank.bank import EDIT, GENERIC, MANIFEST, TREE, MemoryBank
-from mlx_hiermem.bank.block import block_name, read_block
+from mlx_hiermem.bank.bank import EDIT, MANIFEST, TREE, MemoryBank
+from mlx_hiermem.bank.block import GENERIC_FILE, block_name, read_block
 from mlx_hiermem.bank.check import check
 from mlx_hiermem.bank.commit import STAGING, editing, interrupted
 from mlx_hiermem.bank.manifest import FileEntry
@@ -455,10 +455,10 @@ def test_conflicts_are_listed_and_need_a_word(
     for name in ("out 1", "out 2"):
         assert list(check(assert_works(tmp_path / name))) == []
     other = make_bank(tmp_path / "other", anchor, seed=0)
-    (other / GENERIC).write_bytes((whole / GENERIC).read_bytes()[:-1] + b"\0")
+    (other / GENERIC_FILE).write_bytes((whole / GENERIC_FILE).read_bytes()[:-1] + b"\0")
     manifest = MemoryBank.open(other).manifest
     assert manifest.generic is not None
-    replace(manifest, generic=replace(manifest.generic, sha256=file_digest(other / GENERIC))).write(
+    replace(manifest, generic=replace(manifest.generic, sha256=file_digest(other / GENERIC_FILE))).write(
         other / MANIFEST
     )
     with pytest.raises(BankError, match="generic"):

@@ -17,7 +17,7 @@ from mlx_hiermem.batch import MemoryBatch, Sampling, Token
 from mlx_hiermem.config import KINDS, Path
 from mlx_hiermem.errors import BankError, HierMemError
 from mlx_hiermem.memory.table import MemoryTable
-from mlx_hiermem.model import Choice, MemoryModel
+from mlx_hiermem.model import MemoryModel, Selection
 from mlx_hiermem.router import Router
 
 MEMORIES = ("0.1", "none", "2.2", "generic", "0.1", "1", "2.0", "0.1")
@@ -189,7 +189,7 @@ def test_conversations_are_routed_by_their_turns(ffn: MemoryModel) -> None:
     batch = MemoryBatch(ffn)
     choice = batch.choose("fetched", ["hello", "what is it?"])
     assert choice.memory == "fetched"
-    assert len(choice.distances) == len(choice.path) == 2
+    assert len(choice.route.distances) == len(choice.path) == 2
     top = Path(choice.path[:1])
     elsewhere = batch.choose("fetched", ["hello", "what is it?"], [top])
     assert elsewhere.path[:1] != top
@@ -237,9 +237,9 @@ def test_bad_requests_change_nothing(ffn: MemoryModel) -> None:
     with pytest.raises(BankError, match="no node"):
         batch.choose("fetched", ["text"], [Path((7,))])
     with pytest.raises(HierMemError, match="prompt is empty"):
-        batch.add([], Choice("none"), Sampling())
+        batch.add([], Selection(), Sampling())
     with pytest.raises(HierMemError, match="15 tokens and a reply of 6 are more than the model's 20"):
-        batch.add(list(range(15)), Choice("none"), Sampling(max_tokens=6))
+        batch.add(list(range(15)), Selection(), Sampling(max_tokens=6))
     assert batch.room
     uid = add(batch, "none", "fits", max_tokens=2)
     with pytest.raises(HierMemError, match="has its 1 sequences"):

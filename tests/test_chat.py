@@ -22,11 +22,12 @@ from mlx_hiermem.apps.cli import chat, reader, recent, slash
 from mlx_hiermem.apps.cli.display import console
 from mlx_hiermem.apps.cli.main import main
 from mlx_hiermem.bank.policy import BankPolicy
-from mlx_hiermem.config import Path
+from mlx_hiermem.config import MemoryChoice, Path
 from mlx_hiermem.errors import AnchorError, HierMemError
 from mlx_hiermem.model import MemoryModel, Selection
 from mlx_hiermem.router import Router
 from mlx_hiermem.session import Session
+from mlx_hiermem.tree import Route
 
 NAMES = {"neon": Path((0, 1)), "iron": Path((2, 0))}
 
@@ -172,7 +173,9 @@ def test_status_line(session: Session) -> None:
 @pytest.mark.parametrize("width", [120, 60, 50, 48, 45])
 def test_a_narrow_status_line_keeps_its_figures(session: Session, width: int) -> None:
     say(session, "about neon")
-    session.selection = Selection("fetched", Path((0, 1)), ("Lanthanides: Neodymium, Thulium", "Noble gases"))
+    session.selection = Selection(
+        MemoryChoice.FETCHED, Route(Path((0, 1))), ("Lanthanides: Neodymium, Thulium", "Noble gases")
+    )
     right = "2 blocks, 5.0 kB of 536.9 MB"
     session.last = None
     line = chat.status_line(session, width)
@@ -215,7 +218,7 @@ def test_bad_commands_are_one_line_and_change_nothing(session: Session, line: st
 def test_help_and_quit(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
     text = command(session, "/help", capsys)
     assert all(name in text for name in slash.names())
-    assert "/memory on|off|generic|PATH" in text
+    assert "/memory fetched|none|generic|PATH" in text
     assert not slash.run(session, "/quit")
 
 
@@ -251,20 +254,20 @@ def test_why_names_sources_and_blocked_nodes(session: Session, capsys: pytest.Ca
 
 
 def test_memory_and_pin(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command(session, "/memory", capsys) == "memory on: each turn is routed"
+    assert command(session, "/memory", capsys) == "memory fetched: each turn is routed"
     say(session, "about neon")
     assert command(session, "/pin", capsys) == "memory stays on 0.1"
     say(session, "now iron")
     assert session.selection.path == Path((0, 1))
     assert "questions are not routed" in command(session, "/why", capsys)
-    assert command(session, "/pin off", capsys) == "memory on: each turn is routed"
+    assert command(session, "/pin off", capsys) == "memory fetched: each turn is routed"
     say(session, "now iron")
     assert session.selection.path == Path((2, 0))
     for line, memory, answer in (
-        ("/memory off", "none", "memory off"),
+        ("/memory off", "none", "memory none"),
         ("/memory generic", "generic", "memory generic: the same for every turn"),
         ("/memory 1.2", "1.2", "memory stays on 1.2"),
-        ("/memory on", "fetched", "memory on: each turn is routed"),
+        ("/memory on", "fetched", "memory fetched: each turn is routed"),
     ):
         assert command(session, line, capsys) == answer
         assert session.memory == memory
@@ -398,7 +401,7 @@ def test_what_cannot_be_is_said_before_the_first_question(
     assert (code, out, err) == (
         1,
         "",
-        "hiermem: unknown memory 'lots'. Use none, generic, fetched or a path.\n",
+        "hiermem: unknown memory 'lots'. Use none, generic, fetched, or a path such as 10.7.\n",
     )
     code, _, err = run(capsys, "chat", folder / "anchor", "--memory", "generic")
     assert (code, err.count("\n")) == (1, 1)

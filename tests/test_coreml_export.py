@@ -18,8 +18,8 @@ from tiny import CONFIG, make_anchor, make_bank, make_model
 from mlx_hiermem import plan
 from mlx_hiermem.anchor import load_anchor
 from mlx_hiermem.apps.cli.main import main
-from mlx_hiermem.bank.bank import GENERIC, MANIFEST, MemoryBank
-from mlx_hiermem.bank.block import block_name, write_block
+from mlx_hiermem.bank.bank import MANIFEST, MemoryBank
+from mlx_hiermem.bank.block import GENERIC_FILE, block_name, write_block
 from mlx_hiermem.bank.manifest import BankManifest
 from mlx_hiermem.bank.policy import POLICY, BankPolicy
 from mlx_hiermem.bank.remote import Origin
@@ -73,7 +73,7 @@ def test_the_folder(folder: pathlib.Path) -> None:
     assert found == set(manifest["files"]) | {"manifest.json", "receipt.json"}
     assert {"bank/bank.json", "bank/tree.safetensors", "bank/blocks/2/1.safetensors"} <= found
     assert {"tokenizer/tokenizer.json", "retriever/tokenizer.json"} <= found
-    assert f"bank/{GENERIC}" not in found
+    assert f"bank/{GENERIC_FILE}" not in found
     assert check_files(Exported(folder)).passed
     assert [path.name for path in folder.parent.iterdir()] == ["Model"]
     anchor = manifest["anchor"]

@@ -25,7 +25,7 @@ from mlx_hiermem.evaluate.results import MEMORIES, ResultFile, read_runs
 from mlx_hiermem.evaluate.routes import Placed, place
 from mlx_hiermem.evaluate.runner import Evaluation, Prepared
 from mlx_hiermem.evaluate.tasks import Task, read_tasks
-from mlx_hiermem.model import Choice, MemoryModel
+from mlx_hiermem.model import MemoryModel, Selection
 
 Tasks = dict[str, Task]
 
@@ -173,12 +173,12 @@ def test_memories_of_examples(tested: Evaluation, tasks: Tasks) -> None:
     assert len({one.key for one in placed["generic"]}) == 1
     for number, example in enumerate(examples):
         fetched, blocked, oracle = (placed[m][number] for m in ("fetched", "blocked", "oracle"))
-        assert fetched.choice.path == tested.model.router.route(example.route).path
-        assert blocked.choice.path[0] != fetched.choice.path[0]
-        entry = tested.model.bank.manifest.blocks[oracle.choice.path]  # type: ignore[union-attr]
+        assert fetched.chosen.path == tested.model.router.route(example.route).path
+        assert blocked.chosen.path[0] != fetched.chosen.path[0]
+        entry = tested.model.bank.manifest.blocks[oracle.chosen.path]  # type: ignore[union-attr]
         assert example.tags["doc"] in entry.sources
         assert oracle.agrees
-        assert fetched.agrees == (fetched.choice.path == oracle.choice.path)
+        assert fetched.agrees == (fetched.chosen.path == oracle.chosen.path)
     with pytest.raises(HierMemError, match="unknown memory"):
         place(tested.model, examples, "lots")
 
@@ -265,7 +265,7 @@ def half_beyond_reach(model: MemoryModel, examples: Sequence[Example], memory: s
     """As `place`, but of a bank that every second line is too far from."""
     found = place(model, examples, memory)
     return [
-        Placed(Choice("none"), "none") if example.line % 2 else one
+        Placed(Selection(), "none") if example.line % 2 else one
         for example, one in zip(examples, found, strict=True)
     ]
 

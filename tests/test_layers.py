@@ -39,7 +39,6 @@ ORDER += [
     "tiers",
     "plan",
     "model",
-    "turns",
     "session",
     "batch",
     "learn",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pathlib
 import shutil
 import signal
@@ -22,7 +23,8 @@ from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.check import check
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import BankError, HierMemError
-from mlx_hiermem.learn.kept import kept_texts, swap
+from mlx_hiermem.files import replace_folder
+from mlx_hiermem.learn.publish import kept_texts
 from mlx_hiermem.learn.train.dataset import TrainingSet
 from mlx_hiermem.model import MemoryModel, load
 
@@ -176,17 +178,17 @@ def test_bad_input_changes_nothing(model: pathlib.Path, tmp_path: pathlib.Path, 
 def test_texts_put_aside_by_a_killed_swap_come_back(model: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = kept_texts(model)
     before, new = TrainingSet.open(texts).digest, texts.with_name("new")
-    own, renamed = pathlib.Path.rename, list[str]()
+    own, renamed = os.rename, list[pathlib.Path]()
 
-    def rename(self: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
+    def rename(source: pathlib.Path, target: pathlib.Path) -> None:
         if renamed:
             raise KeyboardInterrupt
-        renamed.append(self.name)
-        return own(self, target)
+        renamed.append(source)
+        own(source, target)
 
-    monkeypatch.setattr(pathlib.Path, "rename", rename)
+    monkeypatch.setattr(os, "rename", rename)
     with pytest.raises(KeyboardInterrupt):
-        swap(new, texts)
+        replace_folder(new, texts)
     monkeypatch.undo()
     assert not texts.exists()
     assert TrainingSet.open(kept_texts(model)).digest == before

@@ -25,8 +25,7 @@ from tiny import make_anchor, make_tokenizer
 from mlx_hiermem.apps.cli.main import main
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.errors import OutputError
-from mlx_hiermem.learn.ranks import Ranks
-from mlx_hiermem.learn.work import read_lines
+from mlx_hiermem.learn.work import Ranks, read_lines
 
 QUICK = ("--epochs", "6", "--rate", "0.02", "--no-self-study", "--json")
 

@@ -14,13 +14,13 @@ from tokenizers import Tokenizer
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import CorpusError, OutputError
 from mlx_hiermem.learn.corpus import readers as corpus
+from mlx_hiermem.learn.corpus.corpus import read_corpus
 from mlx_hiermem.learn.corpus.duplicates import Seen
-from mlx_hiermem.learn.corpus.stages import SKIPPED, WINDOWS, read_corpus
 from mlx_hiermem.learn.corpus.windows import sentences, splintered, split, untruncated
 from mlx_hiermem.learn.records import Document, Skipped
 from mlx_hiermem.learn.settings import CorpusSettings
 from mlx_hiermem.learn.tree import labels
-from mlx_hiermem.learn.work import Work
+from mlx_hiermem.learn.work import SKIPPED, WINDOWS, Work
 
 PAGE = """<html><head><title>Salt</title></head><body><nav><a href="/">Home</a> <a href="/all">All pages</a></nav>
 <article><h1>Salt</h1><p>Salt is a mineral composed primarily of sodium chloride. It is present in vast quantities
@@ -275,9 +275,7 @@ def test_a_full_disk_keeps_what_was_done(
     def full() -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "nodes.json")
 
-    with pytest.raises(
-        OutputError, match=r"cannot write nodes.json: No space left on device. What was done is kept"
-    ):
+    with pytest.raises(OutputError, match=r"cannot write nodes.json: the disk is full. What was done is kept"):
         work.stage("labels", None, [made.digest], full)
     assert read_corpus(Work(tmp_path / "work"), [str(folder)], tokenizer).digest == made.digest
 

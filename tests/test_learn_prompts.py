@@ -12,15 +12,15 @@ from tiny import make_anchor
 
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import CorpusError, HierMemError
-from mlx_hiermem.learn.corpus.stages import GIVEN, PROBES, STUDY, Corpus, read_corpus
+from mlx_hiermem.learn.corpus.corpus import Corpus, read_corpus
 from mlx_hiermem.learn.records import Prompt
+from mlx_hiermem.learn.report import study_line
 from mlx_hiermem.learn.settings import CorpusSettings, TreeSettings
 from mlx_hiermem.learn.study.prompts import about_windows, give, read_prompts
-from mlx_hiermem.learn.telling import study_line
 from mlx_hiermem.learn.train.encoding import make_examples, open_examples
-from mlx_hiermem.learn.tree.planting import plant
+from mlx_hiermem.learn.tree.build import build_tree
 from mlx_hiermem.learn.tree.probes import FRAME
-from mlx_hiermem.learn.work import Work, read_lines
+from mlx_hiermem.learn.work import PROBES, PROMPTS, STUDY, Work, read_lines
 from mlx_hiermem.tokenizer import load_tokenizer
 
 NAME, THING, PEOPLE = fact(3)
@@ -112,7 +112,7 @@ def test_a_document_in_several_windows_has_them_where_their_words_are(tmp_path: 
     own = [Prompt("Orley", "The bridge has", " nine arches."), Prompt("Orley", "The mill burnt down in", " 1804.")]
     give(work, about_windows(corpus, own), "")
     windows = {one.id: one.text for one in corpus.windows()}
-    for row in read_lines(work.path(GIVEN)):
+    for row in read_lines(work.path(PROMPTS)):
         assert row["answer"].strip(" .") in windows[row["window"]]
 
 
@@ -131,13 +131,13 @@ def test_all_of_them_are_learnt_and_shape_the_tree(corpus: Corpus, tmp_path: pat
         for name in VILLAGES[:COUNT]
     ]
     give(work, about_windows(corpus, [*own, *read_prompts(written(tmp_path, *LINES))]), "")
-    planted = plant(work, corpus, embedder, TreeSettings(branching=2, depth=2))
+    built = build_tree(work, corpus, embedder, TreeSettings(branching=2, depth=2))
     probes = {(row["text"], bool(row.get("reversed"))) for row in read_lines(work.path(PROBES))}
     assert not any(row.get("held_out") for row in read_lines(work.path(PROBES)))
     assert {(one.prompt, False) for one in own} <= probes
     assert (LINES[0]["prompt"], True) in probes
     assert {(text, False) for text in (LINES[1]["question"], FRAME.format(LINES[1]["question"]))} <= probes
-    make_examples(work, planted, embedder, tokenizer)
+    make_examples(work, built, embedder, tokenizer)
     examples, _ = open_examples(work)
     learnt = []
     for number in range(len(examples)):

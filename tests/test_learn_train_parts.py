@@ -20,7 +20,7 @@ from tiny import make_anchor, make_tokenizer
 from tiny_openlm import random_openlm, save_openlm
 
 from mlx_hiermem.anchor import load_anchor
-from mlx_hiermem.config import KINDS, MemoryConfig, Path
+from mlx_hiermem.config import GENERIC_NODE, KINDS, MemoryConfig, Path
 from mlx_hiermem.convert import reference_memory
 from mlx_hiermem.convert.anchors.huggingface import convert_huggingface
 from mlx_hiermem.convert.anchors.openlm import convert_openlm
@@ -31,7 +31,7 @@ from mlx_hiermem.learn.train.activations import States
 from mlx_hiermem.learn.train.blocks import TrainedBlock, TrainedBlocks, new_block
 from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.train.gating import gated, quicken, sigmoid
-from mlx_hiermem.learn.train.jobs import GENERIC, Job, Schedule, carriers, jobs, share
+from mlx_hiermem.learn.train.jobs import Job, Schedule, carriers, jobs, share
 from mlx_hiermem.learn.train.loss import divergence, next_token
 from mlx_hiermem.learn.train.optimizer import schedule, update
 from mlx_hiermem.learn.train.packing import batch, cut, fill, pack, row_length
@@ -190,7 +190,7 @@ def test_adamw_is_torchs_and_counts_block_by_block() -> None:
             theirs[i].grad = torch.tensor(gradients[i])
         expected = torch.nn.utils.clip_grad_norm_([theirs[i] for i in fetched], 1.0)
         found = [{"gate": mx.array(gradients[i])} for i in fetched]
-        norm = update([ours[i] for i in fetched], found, [(0.1, 0.2)] * len(fetched), 1.0)
+        norm = update([ours[i] for i in fetched], found, 0.1, 0.2, 1.0)
         assert norm == pytest.approx(float(expected), rel=1e-5)
         for i in fetched:
             optimisers[i].step()
@@ -231,7 +231,7 @@ def test_an_epoch_has_every_example_once_in_each_of_its_leaves(training_set: Tra
             assert all(1 <= len(step) <= QUICK.groups for step in steps)
         for group in (group for step in steps for group in step):
             found.setdefault(group.leaf, []).extend(group.examples.tolist())
-    generic = found.pop(GENERIC)
+    generic = found.pop(GENERIC_NODE)
     assert {leaf: sorted(numbers) for leaf, numbers in found.items()} == {
         leaf: training_set.ids(leaf).tolist() for leaf in training_set.leaves
     }
@@ -260,8 +260,6 @@ def test_ranks_share_the_jobs(training_set: TrainingSet) -> None:
         shares = [share(every, lambda job: len(job.leaves), rank, ranks) for rank in range(ranks)]
         assert sorted(job.name for mine in shares for job in mine) == ["0", "1", "generic"]
     assert [job.name for job in jobs(training_set, CONFIG, dataclasses.replace(QUICK, generic=False))] == ["0", "1"]
-    together = jobs(training_set, CONFIG, dataclasses.replace(QUICK, cotrain=True))
-    assert [job.leaves for job in together] == [(*training_set.leaves, GENERIC)]
 
 
 @pytest.mark.parametrize("names", ["01234", "0123456789abcdefgh"])

@@ -188,7 +188,7 @@ def caption(page: Page) -> str:
 def test_a_conversation_and_a_change_of_topic(page: Page, server: Running) -> None:
     assert page.locator("#speed").inner_text() == "–"
     first = ask(page, "tell me of neon")
-    assert first == direct(server, "tell me of neon", "auto")[0]
+    assert first == direct(server, "tell me of neon", "fetched")[0]
     assert lit(page) == ["1", "1.1"]
     assert "Topic 1 › Topic 1.1" in caption(page)
     assert "fetched" in caption(page)
@@ -281,12 +281,12 @@ def test_pinned_no_and_generic_memory(page: Page, server: Running) -> None:
     assert ask(page, "tell me of neon") == direct(server, "tell me of neon", "2.2")[0]
     assert lit(page) == ["2", "2.2"]
     page.get_by_role("button", name="Unpin 2.2").click()
-    for use, words in (("generic", "Generic memory"), ("none", "No memory"), ("auto", "Topic 1 › Topic 1.1")):
+    for use, words in (("generic", "Generic memory"), ("none", "No memory"), ("fetched", "Topic 1 › Topic 1.1")):
         page.locator("#use label", has_text=use).click()
         page.click("#new")
         assert ask(page, "tell me of neon") == direct(server, "tell me of neon", use)[0]
         assert words in caption(page)
-        assert lit(page) == (["1", "1.1"] if use == "auto" else [])
+        assert lit(page) == (["1", "1.1"] if use == "fetched" else [])
 
 
 def test_what_a_block_tells(page: Page, folder: pathlib.Path) -> None:
@@ -427,7 +427,7 @@ def test_a_full_queue_and_a_server_that_is_gone(
     with watched(browser) as context:
         with serving(loading, max_batch=1, max_queue=0) as server, ThreadPoolExecutor(1) as pool:
             page = opened(context, server)
-            other = pool.submit(direct, server, "tell me of iron", "auto")
+            other = pool.submit(direct, server, "tell me of iron", "fetched")
             assert eventually(lambda: server.engine.active == 1)
             page.fill("#input", "tell me of neon")
             page.press("#input", "Enter")

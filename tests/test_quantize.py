@@ -18,8 +18,8 @@ from tiny import CONFIG, make_anchor, make_bank, make_model
 from mlx_hiermem import load
 from mlx_hiermem.bank import edit
 from mlx_hiermem.bank import quantize as quantizing
-from mlx_hiermem.bank.bank import EDIT, GENERIC, MANIFEST, TREE, MemoryBank
-from mlx_hiermem.bank.block import block_name
+from mlx_hiermem.bank.bank import EDIT, MANIFEST, TREE, MemoryBank
+from mlx_hiermem.bank.block import GENERIC_FILE, block_name
 from mlx_hiermem.bank.check import check
 from mlx_hiermem.bank.manifest import FileEntry
 from mlx_hiermem.bank.merge import merge
@@ -127,7 +127,7 @@ def test_mixed_levels(whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
         (False, False),
         (True, True),
     ]
-    kept = ["blocks/0.safetensors", "blocks/1.safetensors", GENERIC, TREE]
+    kept = ["blocks/0.safetensors", "blocks/1.safetensors", GENERIC_FILE, TREE]
     assert all(contents(tmp_path / "b")[name] == contents(whole)[name] for name in kept)
     memory = json.loads((tmp_path / "b" / MANIFEST).read_text())["memory"]
     assert memory["quantization"] == [None, {"bits": 4, "group_size": 64}]

@@ -22,9 +22,8 @@ from mlx_hiermem.config import Path
 from mlx_hiermem.errors import BankError
 from mlx_hiermem.learn.tree.routing import ROOM, reach_of
 from mlx_hiermem.model import MemoryModel
-from mlx_hiermem.router import Router
+from mlx_hiermem.router import Router, Topic
 from mlx_hiermem.tree import ClusterTree
-from mlx_hiermem.turns import Topic, route_turn
 
 
 @pytest.fixture
@@ -50,11 +49,11 @@ def test_what_is_too_far_enters_nothing(tree: ClusterTree) -> None:
 
 def test_a_conversation_stays_with_a_text_that_is_far(tree: ClusterTree) -> None:
     router = Router(tree, Placed(), BankPolicy(reach=0.5))
-    alone = route_turn(router, "-1 -1")
-    assert (alone.topic.path, alone.routed.far, alone.stayed) == (Path(), True, False)
-    assert route_turn(router, "1 0", alone.topic).topic.path == Path((0,))
-    held = route_turn(router, "-1 -1", Topic(Path((0,)), 1.0))
-    assert (held.topic.path, held.routed.far, held.stayed, held.alone.far) == (Path((0,)), False, True, True)
+    alone = router.turn("-1 -1")
+    assert (alone.topic.path, alone.route.far, alone.route.stayed) == (Path(), True, False)
+    assert router.turn("1 0", alone.topic).topic.path == Path((0,))
+    held = router.turn("-1 -1", Topic(Path((0,)), 1.0))
+    assert (held.topic.path, held.route.far, held.route.stayed, held.alone.far) == (Path((0,)), False, True, True)
 
 
 def test_nothing_is_attached_and_it_is_told(tmp_path: pathlib.Path) -> None:
@@ -63,7 +62,7 @@ def test_nothing_is_attached_and_it_is_told(tmp_path: pathlib.Path) -> None:
     model = MemoryModel(opened.anchor, None, opened.config, opened.bank)
     model._router = Router(opened.bank.tree, HashEmbedder(), BankPolicy(reach=1e-3))
     selection = model.select("fetched", "text")
-    assert (selection.far, selection.path, selection.blocks, selection.bytes_read) == (True, Path(), (), 0)
+    assert (selection.route.far, selection.path, selection.blocks, selection.bytes_read) == (True, Path(), (), 0)
     assert describe(selection) == FAR
     model._router = Router(opened.bank.tree, HashEmbedder())
     assert model.select("fetched", "text").blocks

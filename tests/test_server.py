@@ -20,7 +20,7 @@ from mlx_hiermem.config import Path
 from mlx_hiermem.model import MemoryModel
 
 CHAT = [{"role": "user", "content": "hello there"}]
-SEVERAL = ("auto", "none", "generic", "0.1", "2.2", "1", "2.0", "0.1")
+SEVERAL = ("fetched", "none", "generic", "0.1", "2.2", "1", "2.0", "0.1")
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +268,7 @@ def test_messages_of_every_role(client: openai.OpenAI) -> None:
 
 def test_memory_is_routed_by_the_question(client: openai.OpenAI, model: MemoryModel) -> None:
     routed = model.router.route("hello there")
-    for reply in (chat(client, "auto"), complete(client, "auto"), complete(client, {"use": "auto"})):
+    for reply in (chat(client, "fetched"), complete(client, "auto"), complete(client, {"use": "fetched"})):
         assert reply.memory["memory"] == "fetched"
         assert reply.memory["path"] == str(routed.path)
         assert reply.memory["labels"] == [f"topic {node}" for node in routed.path.prefixes()]
@@ -278,7 +278,7 @@ def test_memory_is_routed_by_the_question(client: openai.OpenAI, model: MemoryMo
         assert reply.memory["stayed"] is False
         assert reply.memory["memory_bytes"] > 0
     default = client.chat.completions.create(model="tiny", messages=CHAT, max_tokens=12)  # type: ignore[arg-type]
-    assert default.choices == chat(client, "auto").choices
+    assert default.choices == chat(client, "fetched").choices
 
 
 def test_every_form_of_the_field_memory(client: openai.OpenAI, model: MemoryModel) -> None:
@@ -298,7 +298,7 @@ def test_every_form_of_the_field_memory(client: openai.OpenAI, model: MemoryMode
         reply = complete(client, list(asked) if isinstance(asked, tuple) else asked)
         assert reply.memory["path"] == taken
     assert complete(client, {"use": "2.1"}).memory["path"] == "2.1"
-    reply = complete(client, {"use": "auto", "blocked": [str(path)]})
+    reply = complete(client, {"use": "fetched", "blocked": [str(path)]})
     assert reply.memory["path"] == str(other)
     assert reply.memory["avoided"] == [str(path)]
     assert complete(client, "none").memory["blocks"] == []
@@ -316,20 +316,18 @@ def test_memory_is_in_a_streams_first_and_last_chunk(client: openai.OpenAI) -> N
 
 
 def test_blocking_changes_the_text(client: openai.OpenAI) -> None:
-    free = complete(client, "auto")
+    free = complete(client, "fetched")
     blocked = complete(client, [free.memory["path"]])
     assert blocked.memory["path"] != free.memory["path"]
     assert blocked.choices[0].text != free.choices[0].text
 
 
 def test_a_conversation_is_routed_by_its_turns(client: openai.OpenAI, model: MemoryModel) -> None:
-    from mlx_hiermem.turns import route_turns
-
     texts = ["about neon", "and its symbol?", "thanks"]
     messages = [{"role": "user", "content": text} for text in texts]
-    turn = route_turns(model.router, texts)
-    memory = chat(client, "auto", messages=messages).memory
-    assert (memory["path"], memory["stayed"]) == (str(turn.topic.path), turn.stayed)
+    turn = model.router.conversation(texts)
+    memory = chat(client, "fetched", messages=messages).memory
+    assert (memory["path"], memory["stayed"]) == (str(turn.topic.path), turn.route.stayed)
 
 
 def test_several_clients_get_what_each_gets_alone(client: openai.OpenAI, server: Running) -> None:
@@ -400,7 +398,7 @@ def test_the_banks_own_policy(folder: pathlib.Path) -> None:
         assert {path for path, state in states.items() if state == "blocked"} == {
             path for path in states if path.split(".")[0] == str(node)
         }
-        assert complete(running.client, "auto").memory["avoided"] == [str(node)]
+        assert complete(running.client, "fetched").memory["avoided"] == [str(node)]
         with pytest.raises(openai.BadRequestError, match="is blocked"):
             complete(running.client, str(node))
 
@@ -408,7 +406,7 @@ def test_the_banks_own_policy(folder: pathlib.Path) -> None:
 def test_a_model_without_a_bank(tmp_path: pathlib.Path) -> None:
     anchor = make_anchor(tmp_path / "anchor")
     with serving(lambda: load(anchor)) as running:
-        reply = chat(running.client, "auto")
+        reply = chat(running.client, "fetched")
         assert reply.memory["memory"] == "none"
         assert reply.choices == chat(running.client, "none").choices
         assert running.json("GET", "/v1/memory")[1]["nodes"] == []

@@ -17,10 +17,9 @@ from mlx_hiermem.bank.policy import BankPolicy
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import BankError, HierMemError
 from mlx_hiermem.model import MemoryModel
-from mlx_hiermem.router import Router
+from mlx_hiermem.router import HYSTERESIS, Router, Topic, decidedness, follow
 from mlx_hiermem.session import Session
 from mlx_hiermem.tree import ClusterTree
-from mlx_hiermem.turns import HYSTERESIS, Topic, decidedness, follow, route_turn
 
 CONVERSATIONS = pathlib.Path(__file__).parent / "conversations.jsonl"
 A, B, C = Path((0, 1)), Path((2, 0)), Path((2, 2))  # C is where a text goes that names nothing
@@ -83,7 +82,7 @@ def test_follow_ups_stay_and_changes_move(model: MemoryModel) -> None:
         say(session, text)
         assert session.turn
         paths.append(session.selection.path)
-        stayed.append(session.turn.stayed)
+        stayed.append(session.turn.route.stayed)
     assert paths == [A, A, A, B, B, A]
     assert any(stayed)
     assert Session(model).route("and its symbol?").topic.path == C  # alone it goes elsewhere
@@ -93,18 +92,18 @@ def test_follow_ups_stay_and_changes_move(model: MemoryModel) -> None:
 
 def test_distances_are_those_to_the_path_that_was_taken(model: MemoryModel) -> None:
     tree = model.router.tree
-    turn = route_turn(model.router, "hm?", Topic(A, 9.0))
-    assert turn.stayed
+    turn = model.router.turn("hm?", Topic(A, 9.0))
+    assert turn.route.stayed
     expected = [tree.distances(turn.vector, Path())[0], tree.distances(turn.vector, Path((0,)))[1]]
-    assert turn.routed.distances == pytest.approx(expected)
+    assert turn.route.distances == pytest.approx(expected)
     assert turn.needed == 9.0 * HYSTERESIS
 
 
 def test_a_blocked_topic_is_left(model: MemoryModel) -> None:
-    assert route_turn(model.router, "hm?", Topic(A, 9.0)).topic.path == A
-    assert route_turn(model.router, "hm?", Topic(A, 9.0), blocked=[Path((0,))]).topic.path == C
+    assert model.router.turn("hm?", Topic(A, 9.0)).topic.path == A
+    assert model.router.turn("hm?", Topic(A, 9.0), blocked=[Path((0,))]).topic.path == C
     model.router.policy = BankPolicy(frozenset([A]))
-    assert route_turn(model.router, "hm?", Topic(A, 9.0)).topic.path == C
+    assert model.router.turn("hm?", Topic(A, 9.0)).topic.path == C
     session = Session(model, max_tokens=2, blocked=[Path((2,))])
     say(session, "about iron")
     assert session.selection.path[0] != 2
@@ -125,7 +124,7 @@ def test_real_conversations_on_the_real_tree() -> None:
     for talk in (talk for talk in talks if talk["id"].startswith("later-")):
         topic = None
         for turn in talk["turns"]:
-            old, topic = topic, route_turn(router, turn["user"], topic).topic
+            old, topic = topic, router.turn(turn["user"], topic).topic
             if "about" in turn:
                 right.append(ids[turn["about"]] in bank.manifest.blocks[topic.path].sources)
             else:

@@ -11,8 +11,8 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mlx_hiermem.anchor import identify
-from mlx_hiermem.bank.bank import GENERIC, MANIFEST, TREE
-from mlx_hiermem.bank.block import block_name, write_block
+from mlx_hiermem.bank.bank import MANIFEST, TREE
+from mlx_hiermem.bank.block import GENERIC_FILE, block_name, write_block
 from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
 from mlx_hiermem.config import EmbedderIdentity, MemoryConfig, Path
 from mlx_hiermem.files import file_digest
@@ -108,7 +108,7 @@ def make_bank(
     for level, units in enumerate(config.block_sizes, 1):
         for path in tree.nodes(level) if units else ():
             blocks[path] = BlockEntry(path, *block(folder / block_name(path), units), label=f"topic {path}")
-    generic = FileEntry(*block(folder / GENERIC, config.fetched_size))
+    generic = FileEntry(*block(folder / GENERIC_FILE, config.fetched_size))
     tree_entry = FileEntry((folder / TREE).stat().st_size, file_digest(folder / TREE))
     embedder = EmbedderIdentity("all-MiniLM-L6-v2", "", 256)
     manifest = BankManifest(

@@ -33,10 +33,10 @@ def ls(
 
     Example: `hiermem bank ls my-model 10`
     """
-    from mlx_hiermem.config import Path
+    from mlx_hiermem.config import ROOT, Path
 
     bank = open_bank(model)
-    top = Path.parse(path) if path else Path()
+    top = Path.parse(path) if path else ROOT
     if top:
         bank.tree.check([top])
     blocks = [(node, entry) for node, entry in bank.manifest.blocks.items() if node[: len(top)] == top]

@@ -268,7 +268,7 @@ def merge(
 
 def _forget(model: pathlib.Path) -> int:
     """Drops the texts that `hiermem learn` has kept of removed leaves."""
-    from mlx_hiermem.learn.kept import forget
+    from mlx_hiermem.learn.publish import forget
 
     return forget(model)
 

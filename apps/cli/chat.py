@@ -74,11 +74,12 @@ def talk(session: Session) -> bool:
 
 def _draft(session: Session) -> Paused:
     """What is done while the user thinks: the embedder is loaded, then drafts are routed and their blocks read."""
+    from mlx_hiermem.config import MemoryChoice
     from mlx_hiermem.errors import HierMemError
 
     def paused(text: str) -> None:
         with contextlib.suppress(HierMemError):  # the question itself will tell
-            if session.memory == "fetched" and not text:
+            if session.memory == MemoryChoice.FETCHED and not text:
                 _ = session.model.router
             elif not text.startswith("/"):
                 session.draft(utf8(text.strip()))
@@ -108,10 +109,10 @@ def status_line(session: Session, width: int) -> str:
     right = "".join(f" · {figure}" for figure in figures)
     if session.memory in ("none", "generic"):
         topic = {"none": "no memory", "generic": "generic memory"}[session.memory]
-    elif selection.far:
+    elif selection.route.far:
         topic = _fitted([FAR], width - len(right))
     else:
-        pinned = "pinned: " if selection.path and session.memory != "fetched" else ""
+        pinned = "pinned: " if session.memory.path else ""
         labels = [label for label in selection.labels if label] or [str(selection.path)]
         topic = pinned + _fitted(labels, width - len(pinned) - len(right))
     return (topic + right).removeprefix(" · ")

@@ -44,7 +44,8 @@ FAR = "nothing like it in the bank: no memory"
 
 def describe(selection: Selection) -> str:
     """`10.7 · Noble gases › Helium, Neon · 2 blocks, 1.7 MB (read 0 B) · route 3.1 fetch 0.2 attach 1.0 ms`"""
-    if selection.far:
+    route = selection.route
+    if route.far:
         return FAR
     if not selection.blocks:
         where = str(selection.path) or "no memory"
@@ -52,10 +53,10 @@ def describe(selection: Selection) -> str:
     labels = " › ".join(label for label in selection.labels if label)
     blocks = several(len(selection.blocks), "block")
     parts = [
-        str(selection.path) or selection.memory,
+        str(selection.path or selection.memory),
         labels,
         f"{blocks}, {size(selection.memory_bytes)} (read {size(selection.bytes_read)})",
-        f"route {selection.route_ms:.1f} fetch {selection.fetch_ms:.1f} attach {selection.attach_ms:.1f} ms",
+        f"route {route.milliseconds:.1f} fetch {selection.fetch_ms:.1f} attach {selection.attach_ms:.1f} ms",
     ]
     return " · ".join(part for part in parts if part)
 

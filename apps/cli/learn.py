@@ -41,9 +41,6 @@ def learn(
     objective: str = typer.Option("next-token", help="next-token or distillation (of answers from self-study)."),
     epochs: int = typer.Option(0, min=0, help=f"How often each text is learnt. {DEFAULTS}"),
     rate: float = typer.Option(6e-3, min=0.0, help="Learning rate at its highest."),
-    cotrain: bool = typer.Option(
-        False, "--cotrain", help="The anchor learns too; the bank then fits that copy only."
-    ),
     teacher: str = typer.Option(
         "", help="Who writes the questions of self-study: a model of mlx-lm. Default: the anchor."
     ),
@@ -94,7 +91,6 @@ def learn(
             epochs=epochs,
             rate=rate,
             objective=objective,
-            cotrain=cotrain,
             seed=seed,
             states_bytes=int(cache * 2**30),
         ),
@@ -132,24 +128,14 @@ def add_documents(model: pathlib.Path, docs: list[str], settings: AddSettings) -
 
 def find_anchor(name: str) -> AnchorSource:
     """An anchor by its name: one that the project knows, a memory model's, or a checkpoint that is converted."""
-    import shutil
-
     from mlx_hiermem import assets
-    from mlx_hiermem.anchor import identify
     from mlx_hiermem.convert.pipeline import convert
     from mlx_hiermem.convert.source import find_source
     from mlx_hiermem.learn.run import AnchorSource
 
     folder = pathlib.Path(name)
     if (folder / "anchor").is_dir():
-        identity = identify(folder / "anchor", _noted_name(folder))
-
-        def copy(target: pathlib.Path) -> None:
-            shutil.copytree(folder / "anchor", target / "anchor")
-            if (folder / "source.json").is_file():
-                shutil.copy(folder / "source.json", target)
-
-        return AnchorSource(identity.name, identity.to_json(), copy)
+        return AnchorSource.of(folder)
     known = re.fullmatch(r"smollm2(-135m(-instruct)?)?", name.lower()) and not folder.exists()
     checkpoint = str(assets.fetch("smollm2-135m-instruct-gguf", _say)) if known else name
     source = find_source(checkpoint)
@@ -159,19 +145,6 @@ def find_anchor(name: str) -> AnchorSource:
         convert(checkpoint, target)
 
     return AnchorSource(source.name, [source.kind, source.revision, files], put)
-
-
-def _noted_name(folder: pathlib.Path) -> str:
-    """What the anchor of a model folder is called there."""
-    for file, keys in ((folder / "bank" / "bank.json", ("anchor", "name")), (folder / "source.json", ("name",))):
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            for key in keys:
-                found = found[key]
-            return str(found)
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return folder.resolve().name
 
 
 def _is_first() -> bool:

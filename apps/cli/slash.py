@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from mlx_hiermem.bank.bank import MemoryBank
     from mlx_hiermem.config import Path
+    from mlx_hiermem.router import Turn
     from mlx_hiermem.session import Session
-    from mlx_hiermem.turns import Turn
 
 SHOWN = 8  # sources of a block that `/why` lists; the rest is counted
 
@@ -75,14 +75,14 @@ def _route(session: Session, argument: str) -> None:
 
 
 def _verdict(session: Session, turn: Turn, tried: bool = False) -> None:
-    """Why the conversation stays or moves, or would, in numbers: see `turns`."""
+    """Why the conversation stays or moves, or would, in numbers: see `router`."""
     bank = _bank(session)
     for node in turn.alone.avoided:
         _say(blocked_note(bank, node))
     if turn.alone.far:
         _say(f"It is farther than {bank.policy.reach:.3f} from the leaf it would take: nothing there is like it.")
     stays, takes = ("would stay", "would take") if tried else ("stays", "takes")
-    goes = f"the conversation {stays} on {turn.topic.path}" if turn.stayed else f"the conversation {takes} it"
+    goes = f"the conversation {stays} on {turn.topic.path}" if turn.route.stayed else f"the conversation {takes} it"
     figures = f"decided by {turn.decided:.3f}"
     if turn.needed:
         figures += f", and more than {turn.needed:.3f} leaves the path before"
@@ -115,14 +115,14 @@ def _path_table(session: Session, path: Path, distances: dict[Path, float], besi
 
 
 def _why(session: Session, argument: str) -> None:
-    from mlx_hiermem.config import Path
+    from mlx_hiermem.config import ROOT, Path
 
     bank, turn, path = session.model.bank, session.turn, session.selection.path
     if bank is None or not session.selection.blocks:
-        raise HierMemError("no memory was used", "/memory on, and a question, bring one in.")
+        raise HierMemError("no memory was used", "/memory fetched, and a question, bring one in.")
     if turn is not None:
         distances: dict[Path, float] = {}
-        for parent in (Path(), *path.prefixes()[:-1]):
+        for parent in (ROOT, *path.prefixes()[:-1]):
             for child, distance in enumerate(_distances(bank, turn.vector, parent)):
                 if distance != float("inf"):
                     distances[Path((*parent, child))] = distance
@@ -154,21 +154,21 @@ def _sources(bank: MemoryBank, path: Path) -> None:
 
 def _memory(session: Session, argument: str) -> None:
     if argument:
-        session.use({"on": "fetched", "off": "none"}.get(argument, argument))
-    kinds = {"fetched": "on: each turn is routed", "none": "off", "generic": "generic: the same for every turn"}
-    _say(f"memory {kinds.get(session.memory, f'stays on {session.memory}')}")
+        session.use(argument)
+    what = {"fetched": ": each turn is routed", "generic": ": the same for every turn"}
+    memory = session.memory
+    _say(f"memory stays on {memory}" if memory.path else f"memory {memory}{what.get(memory, '')}")
 
 
 def _pin(session: Session, argument: str) -> None:
-    from mlx_hiermem.config import Path
+    from mlx_hiermem.config import MemoryChoice, Path
 
-    routed = session.memory in ("fetched", "none", "generic")
     if argument == "off":
-        if routed:
+        if not session.memory.path:
             raise HierMemError("nothing is pinned", "/pin PATH stays on a path.")
-        session.use("fetched")
+        session.use(MemoryChoice.FETCHED)
     elif argument or session.selection.path:
-        session.use(str(Path.parse(argument) if argument else session.selection.path))
+        session.use(Path.parse(argument) if argument else session.selection.path)
     else:
         raise HierMemError("there is no path to stay on yet", "Ask something, or name one: /pin 1.2")
     _memory(session, "")
@@ -241,7 +241,9 @@ COMMANDS = {
     for command in (
         Command("/route [TEXT]", "the path of a text, or of the last question", _route),
         Command(
-            "/memory on|off|generic|PATH", "route each turn, or take no memory, the generic one, one path", _memory
+            "/memory fetched|none|generic|PATH",
+            "each turn's own memory, none, the generic one, a path's",
+            _memory,
         ),
         Command("/pin [PATH]", "stay on a path, or on the present one, until /pin off", _pin),
         Command("/why", "the last answer's path, what else was near, and what its blocks were learnt from", _why),

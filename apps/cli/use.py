@@ -86,9 +86,9 @@ def route(
     from mlx_hiermem.router import Router
 
     bank = open_bank(model)
-    routed = Router.of_bank(bank).route(utf8(text))
+    taken = Router.of_bank(bank).route(utf8(text))
     rows: list[dict[str, Any]] = []
-    for node, distance in zip(routed.path.prefixes(), routed.distances, strict=True):
+    for node, distance in zip(taken.path.prefixes(), taken.distances, strict=True):
         entry = bank.manifest.blocks.get(node)
         rows.append(
             {
@@ -101,11 +101,11 @@ def route(
         )
     if as_json:
         result: dict[str, Any] = {
-            "path": str(routed.path),
-            "milliseconds": round(routed.milliseconds, 2),
+            "path": str(taken.path),
+            "milliseconds": round(taken.milliseconds, 2),
             "nodes": rows,
-            "avoided": [str(node) for node in routed.avoided],
-            "far": routed.far,
+            "avoided": [str(node) for node in taken.avoided],
+            "far": taken.far,
         }
         console.print_json(json.dumps(result, ensure_ascii=False))
         return
@@ -116,11 +116,11 @@ def route(
     for row in rows:
         block = size(row["bytes"]) if row["bytes"] else "none"
         table.add_row(row["node"], f"{row['distance']:.3f}", Text(row["label"]), str(row["documents"]), block)
-    if routed.far:
+    if taken.far:
         console.print(f"{FAR} (`hiermem bank reach` shows how far it reaches)", markup=False)
         return
     console.print(table)
-    for node in routed.avoided:
+    for node in taken.avoided:
         console.print(blocked_note(bank, node), style="dim", markup=False)
     total = sum(row["bytes"] for row in rows)
-    console.print(f"path {routed.path} · {size(total)} to fetch · {routed.milliseconds:.1f} ms", style="dim")
+    console.print(f"path {taken.path} · {size(total)} to fetch · {taken.milliseconds:.1f} ms", style="dim")

@@ -19,7 +19,7 @@ from rich.text import Text
 from mlx_hiermem.apps.cli.display import console, size
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.manifest import BlockEntry
-from mlx_hiermem.config import Path
+from mlx_hiermem.config import ROOT, Path
 
 WIDTH, HEIGHT = 1200.0, 620.0
 FONT = 13.0  # px
@@ -73,14 +73,14 @@ def icicle(bank: MemoryBank, name: str, depth: int = 0) -> Picture:
     subtree: dict[Path, int] = defaultdict(int)  # bytes of a node and all below; the root has all
     children: dict[Path, list[Path]] = defaultdict(list)
     for path, row in rows.items():
-        for node in (Path(), *path.prefixes()):
+        for node in (ROOT, *path.prefixes()):
             subtree[node] += row.bytes
     for node in sorted(subtree):
         if node:
             children[Path(node[:-1])].append(node)
     blocks: list[Block] = []
-    left: list[tuple[Path, float, float, float]] = [(Path(), 0.0, 0.0, WIDTH)]
-    area = WIDTH * HEIGHT / max(subtree[Path()], 1)  # px² a byte
+    left: list[tuple[Path, float, float, float]] = [(ROOT, 0.0, 0.0, WIDTH)]
+    area = WIDTH * HEIGHT / max(subtree[ROOT], 1)  # px² a byte
     while left:
         node, x, y, width = left.pop()
         if entry := rows.get(node):

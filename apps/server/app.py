@@ -24,6 +24,7 @@ from mlx_hiermem.apps.server.guard import Guard, refused
 from mlx_hiermem.apps.server.metrics import Counting, Metrics
 from mlx_hiermem.apps.server.refusal import ApiError
 from mlx_hiermem.apps.server.schema import ChatRequest, CompletionRequest, RouteRequest, paths
+from mlx_hiermem.config import MemoryChoice
 from mlx_hiermem.errors import HierMemError
 
 PAGE = pathlib.Path(__file__).parent / "page"
@@ -103,10 +104,10 @@ def _add_memory(app: FastAPI, engine: Engine, settings: Settings) -> None:
             )
         try:
             async with asyncio.timeout(settings.timeout):
-                choice = await engine.call(lambda: engine.batch.choose("fetched", questions, blocked))
+                chosen = await engine.call(lambda: engine.batch.choose(MemoryChoice.FETCHED, questions, blocked))
         except TimeoutError:
             raise ApiError(503, f"the request took longer than {settings.timeout:g} s", code="timeout") from None
-        return memory.routed(bank, choice)
+        return memory.routed(bank, chosen)
 
 
 def _add_others(app: FastAPI, engine: Engine, metrics: Metrics, settings: Settings) -> None:

@@ -23,7 +23,7 @@ from mlx_hiermem.apps.server.refusal import ApiError
 from mlx_hiermem.apps.server.text import Piece
 from mlx_hiermem.batch import MemoryBatch, Token
 from mlx_hiermem.errors import AnchorError, AssetError, BankError, HierMemError, HubError
-from mlx_hiermem.model import Choice, MemoryModel
+from mlx_hiermem.model import MemoryModel, Selection
 
 DOWNLOADS = 4  # at once
 SMOOTHING = 0.2  # of the measured tokens/s: the weight of the newest step
@@ -178,8 +178,8 @@ class Engine:
         if job.cancelled:
             return
         try:
-            job.choice = self.batch.choose(job.memory, job.texts, job.blocked)
-            missing = self.batch.missing(job.choice)
+            job.chosen = self.batch.choose(job.memory, job.texts, job.blocked)
+            missing = self.batch.missing(job.chosen)
         except (AssetError, HubError) as error:
             self._post(job, ApiError(503, str(error)))
         except HierMemError as error:
@@ -188,16 +188,16 @@ class Engine:
             self._post(job, unexpected(error))
         else:
             if missing:
-                self._pool.submit(self._bring, job, job.choice)
+                self._pool.submit(self._bring, job, job.chosen)
             else:
-                if self.model.cache and job.choice.path and not self.batch.room:
-                    self.model.cache.prefetch(job.choice.path)  # while it waits for room
+                if self.model.cache and job.chosen.path and not self.batch.room:
+                    self.model.cache.prefetch(job.chosen.path)  # while it waits for room
                 self._ready.append(job)
 
-    def _bring(self, job: Job, choice: Choice) -> None:
+    def _bring(self, job: Job, chosen: Selection) -> None:
         """Downloads a job's blocks, on a thread of the pool."""
         try:
-            self.batch.bring(choice)
+            self.batch.bring(chosen)
         except HierMemError as error:
             self._post(job, ApiError(503, str(error), code="hub_unavailable"))
         except Exception as error:
@@ -209,10 +209,10 @@ class Engine:
         """Moves jobs into the batch while there is room, oldest first."""
         while self._ready and self.batch.room:
             job = self._ready.popleft()
-            if job.cancelled or job.choice is None:
+            if job.cancelled or job.chosen is None:
                 continue
             try:
-                uid, selection = self.batch.add(job.tokens, job.choice, job.sampling)
+                uid, selection = self.batch.add(job.tokens, job.chosen, job.sampling)
             except BankError as error:
                 self._post(job, ApiError(500, str(error)))
             except HierMemError as error:

@@ -31,7 +31,7 @@ from mlx_hiermem.apps.server.schema import (
 )
 from mlx_hiermem.apps.server.text import Piece, ReplyText
 from mlx_hiermem.batch import Sampling
-from mlx_hiermem.config import Path
+from mlx_hiermem.config import MemoryChoice, Path
 from mlx_hiermem.errors import AnchorError
 from mlx_hiermem.model import MemoryModel
 
@@ -102,8 +102,8 @@ class Service:
                 "context_length_exceeded",
             )
         memory, blocked = self._memory(asked.memory)
-        if memory == "fetched" and not texts:
-            raise ApiError(400, "memory auto is routed by the user's messages, and there are none", "memory")
+        if memory == MemoryChoice.FETCHED and not texts:
+            raise ApiError(400, "memory fetched is routed by the user's messages, and there are none", "memory")
         sampling = Sampling(
             max_tokens=length,
             temperature=asked.temperature if asked.top_p else 0.0,  # no mass but the likeliest token's
@@ -115,11 +115,11 @@ class Service:
         reply = ReplyText(model.tokenizer, tokens, asked.stop)
         return Job(tokens, memory, texts, blocked, sampling, reply, events)
 
-    def _memory(self, wish: Wish) -> tuple[str, frozenset[Path]]:
-        """The memory in the words of `MemoryModel.choose`, and the blocked nodes, which the tree has."""
+    def _memory(self, wish: Wish) -> tuple[MemoryChoice, frozenset[Path]]:
+        """The memory that is wanted, and the blocked nodes, which the tree has."""
         bank = self.engine.model.bank
         memory, blocked = wish.memory(bank is not None), paths(wish.blocked)
-        if memory == "generic" and (bank is None or bank.manifest.generic is None):
+        if memory == MemoryChoice.GENERIC and (bank is None or bank.manifest.generic is None):
             raise ApiError(400, "this model has no generic memory", "memory")
         for node in blocked:
             if bank is None or not bank.tree.has(node):

@@ -10,8 +10,8 @@ from typing import Any
 from mlx_hiermem.apps.server.refusal import ApiError
 from mlx_hiermem.apps.server.text import Piece, ReplyText
 from mlx_hiermem.batch import Sampling
-from mlx_hiermem.config import Path
-from mlx_hiermem.model import Choice
+from mlx_hiermem.config import MemoryChoice, Path
+from mlx_hiermem.model import Selection
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Job:
     """One sequence: what is asked, and where its events go. `texts` are the questions that it is routed by."""
 
     tokens: list[int]
-    memory: str
+    memory: MemoryChoice
     texts: Sequence[str]
     blocked: frozenset[Path]
     sampling: Sampling
     reply: ReplyText
     events: asyncio.Queue[tuple[Job, Event]]
-    choice: Choice | None = field(default=None, init=False)
+    chosen: Selection | None = field(default=None, init=False)
     started: bool = field(default=False, init=False)
     cancelled: bool = field(default=False, init=False)  # set on the event loop, heeded before the next step

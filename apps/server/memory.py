@@ -9,7 +9,7 @@ from mlx_hiermem.apps.server.engine import Engine
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.cache import BlockCache
 from mlx_hiermem.config import Path
-from mlx_hiermem.model import Choice, MemoryModel
+from mlx_hiermem.model import MemoryModel, Selection
 
 
 def overview(name: str, model: MemoryModel) -> dict[str, Any]:
@@ -57,15 +57,15 @@ def cache_json(cache: BlockCache | None) -> dict[str, int]:
     return {"blocks": cache.blocks, "bytes": cache.bytes, "budget": cache.budget}
 
 
-def routed(bank: MemoryBank, choice: Choice) -> dict[str, Any]:
+def routed(bank: MemoryBank, chosen: Selection) -> dict[str, Any]:
     """Where a text goes; `nodes` are the blocks on the way."""
-    path, labels = choice.path, [bank.manifest.label(node) for node in choice.path.prefixes()]
+    route = chosen.route
     return {
-        "path": str(path),
-        "labels": labels,
-        "distances": list(choice.distances),
-        "nodes": [str(node) for node in bank.nodes_on(path)],
-        "avoided": [str(node) for node in choice.avoided],
-        "far": choice.far,
-        "milliseconds": round(choice.route_ms, 2),
+        "path": str(route.path),
+        "labels": list(chosen.labels),
+        "distances": list(route.distances),
+        "nodes": [str(node) for node in bank.nodes_on(route.path)],
+        "avoided": [str(node) for node in route.avoided],
+        "far": route.far,
+        "milliseconds": round(route.milliseconds, 2),
     }

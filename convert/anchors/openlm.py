@@ -16,13 +16,13 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_hiermem.anchor import OPENLM_FILE
 from mlx_hiermem.convert.anchors.huggingface import TOKENIZERS, copy_tokenizer, to_mlx, write_anchor
 from mlx_hiermem.convert.anchors.openlm_checkpoint import EMBEDDINGS, OUTPUT, describe, read_finite
 from mlx_hiermem.convert.anchors.openlm_config import NORMS, OpenLMConfig, read_settings
 from mlx_hiermem.convert.checkpoint import TensorSource, open_checkpoint
 from mlx_hiermem.errors import CheckpointError
 
-MODEL_FILE = "openlm.py"
 NAMES = {  # OpenLM -> mlx-lm, within a layer
     "attention.out_proj": "self_attn.o_proj",
     "attention.q_norm": "self_attn.q_norm",
@@ -157,7 +157,7 @@ def _add_model_file(folder: pathlib.Path) -> None:
     """Puts the architecture beside the weights and names it in config.json, as mlx-lm wants it."""
     from mlx_hiermem import openlm
 
-    shutil.copyfile(openlm.__file__, folder / MODEL_FILE)
+    shutil.copyfile(openlm.__file__, folder / OPENLM_FILE)
     file = folder / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) | {"model_file": MODEL_FILE}
+    config = json.loads(file.read_text(encoding="utf-8")) | {"model_file": OPENLM_FILE}
     file.write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")

@@ -11,17 +11,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mlx_hiermem.cpu.blas import prefer_openblas
-from mlx_hiermem.cpu.malloc import keep_freed_memory
-
 if TYPE_CHECKING:
     from mlx_hiermem.model import MemoryModel, load
 
 __version__ = "0.1.0"
 __all__ = ["MemoryModel", "load"]
-
-prefer_openblas()
-keep_freed_memory()
 
 
 def __getattr__(name: str) -> Any:

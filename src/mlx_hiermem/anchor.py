@@ -8,6 +8,7 @@ import pathlib
 from typing import TYPE_CHECKING, Any
 
 from mlx_hiermem.config import AnchorIdentity
+from mlx_hiermem.cpu import report_slow_blas
 from mlx_hiermem.errors import AnchorError
 from mlx_hiermem.files import read_header, read_json
 from mlx_hiermem.tokenizer import load_tokenizer
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import mlx.nn as nn
 
 SAMPLE = 1 << 16  # bytes of each tensor that enter the weights digest
+OPENLM_FILE = "openlm.py"  # the copy of our own class that `hiermem convert` puts beside the weights
 VOLATILE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "eos_token_id"}
 
 
@@ -69,13 +71,27 @@ def _weights_digest(folder: pathlib.Path) -> str:
     return hashlib.sha256(b"".join(digest for _, digest in sorted(rows))).hexdigest()
 
 
+def refuse_code(folder: pathlib.Path, config: dict[str, Any]) -> None:
+    """Raises AnchorError where a config names a file of code to build the model by.
+
+    An OpenLM that `hiermem convert` wrote names one for plain mlx-lm; it is accepted, and the class is our own.
+    """
+    named = config.get("model_file")
+    if named is None or (config.get("model_type"), named) == ("openlm", OPENLM_FILE):
+        return
+    raise AnchorError(
+        f"{folder / 'config.json'} wants code to be run from its folder (model_file {named!r})",
+        "No code of a model is ever run here. Use a model whose architecture mlx-lm has itself.",
+    )
+
+
 def model_classes(config: dict[str, Any]) -> tuple[type, type]:
     """mlx-lm's classes for this config; our own for OpenLM, so that no code from the folder is run."""
     if config["model_type"] == "openlm":
         from mlx_hiermem.openlm import Model, ModelArgs
 
         return Model, ModelArgs
-    from mlx_lm.utils import _get_classes
+    from mlx_lm.utils import _get_classes  # private: tests/test_mlx_lm_canary.py watches it
 
     return _get_classes(config)
 
@@ -90,14 +106,12 @@ def load_anchor(folder: pathlib.Path, dtype: mx.Dtype | None = None) -> tuple[nn
     from mlx.utils import tree_flatten
     from mlx_lm.utils import load_model
 
+    report_slow_blas()
     config = read_config(folder)
+    refuse_code(folder, config)
+    own_class = {"model_file": None}  # of an OpenLM; mlx-lm is not told of the file beside its weights
     try:
-        if "model_file" in config and config.get("model_type") == "openlm":
-            model, _ = load_model(
-                folder, lazy=True, get_model_classes=model_classes, model_config={"model_file": None}
-            )
-        else:
-            model, _ = load_model(folder, lazy=True, get_model_classes=model_classes)
+        model, _ = load_model(folder, lazy=True, get_model_classes=model_classes, model_config=own_class)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise AnchorError(f"cannot load the anchor {folder}: {reason}") from error

@@ -22,13 +22,11 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 from mlx_lm.sample_utils import apply_top_p
 
-from mlx_hiermem.bank.bank import GENERIC as GENERIC_FILE
 from mlx_hiermem.bank.block import block_name
-from mlx_hiermem.config import Path
+from mlx_hiermem.config import GENERIC_NODE, MemoryChoice, Path
 from mlx_hiermem.errors import HierMemError
 from mlx_hiermem.memory.table import NOTHING, MemoryTable
-from mlx_hiermem.model import Choice, MemoryModel, Selection
-from mlx_hiermem.turns import route_turns
+from mlx_hiermem.model import MemoryModel, Selection, Wanted, attached
 
 REMEMBERED_PROMPTS = 64  # prefixes kept at most, within the byte budget
 
@@ -89,39 +87,39 @@ class MemoryBatch:
     def room(self) -> bool:
         return len(self) < self.max_sequences
 
-    def choose(self, memory: str, texts: Sequence[str], blocked: Collection[Path] = ()) -> Choice:
+    def choose(self, memory: Wanted, texts: Sequence[str], blocked: Collection[Path] = ()) -> Selection:
         """Which memory a sequence gets: as `MemoryModel.choose`, routed by a conversation's questions."""
-        if memory != "fetched" or self.model.bank is None:
-            return self.model.choose(memory, "", blocked)
-        turn = route_turns(self.model.router, texts, blocked)
-        return self.model.choose(memory, "", blocked, turn.routed)
+        wanted = MemoryChoice.parse(memory)
+        if wanted != MemoryChoice.FETCHED or self.model.bank is None:
+            return self.model.choose(wanted, "", blocked)
+        return self.model.choose(wanted, "", blocked, self.model.router.conversation(texts, blocked).route)
 
-    def missing(self, choice: Choice) -> list[Path]:
-        """The nodes of a choice whose blocks are still on the hub; the empty path is the generic block."""
+    def missing(self, chosen: Selection) -> list[Path]:
+        """The nodes whose blocks are wanted and still on the hub."""
         bank = self.model.bank
-        if bank is None or bank.remote is None or choice.memory == "none":
+        if bank is None or bank.remote is None or chosen.memory == MemoryChoice.NONE:
             return []
-        nodes = [Path()] if choice.memory == "generic" else bank.nodes_on(choice.path)
+        nodes = [GENERIC_NODE] if chosen.memory == MemoryChoice.GENERIC else bank.nodes_on(chosen.path)
         cached = self.model.cache
-        return [n for n in nodes if not (cached and n in cached) and not (bank.root / _file(n)).is_file()]
+        return [n for n in nodes if not (cached and n in cached) and not (bank.root / block_name(n)).is_file()]
 
-    def bring(self, choice: Choice) -> None:
+    def bring(self, chosen: Selection) -> None:
         """Downloads what is `missing`. Raises HubError."""
         remote = self.model.bank.remote if self.model.bank else None
         if remote:
-            for node in self.missing(choice):
-                remote.bring(node, _file(node))
+            for node in self.missing(chosen):
+                remote.bring(node, block_name(node))
 
-    def add(self, tokens: list[int], choice: Choice, sampling: Sampling) -> tuple[int, Selection]:
-        """Fetches the choice's memory and queues a prompt with it; returns the sequence's id, and what was fetched.
+    def add(self, tokens: list[int], chosen: Selection, sampling: Sampling) -> tuple[int, Selection]:
+        """Fetches the memory chosen and queues a prompt with it; returns the sequence's id, and what was fetched.
 
         Raises HierMemError where the prompt is empty, or does not fit the model's context with its reply.
         """
         self._check(tokens, sampling)
         start = time.perf_counter()
-        fetch = self.model.fetch(choice)
+        fetch = self.model.fetch(chosen)
         fetched = time.perf_counter()
-        key = self.model.describe(choice, fetch, 0.0, 0.0).blocks
+        key = fetch.blocks if fetch else ()
         row = self.table.hold(key, fetch.memory if fetch else None) if self.table is not None else NOTHING
         done = time.perf_counter()
         cache, rest = self.prefixes.fetch_nearest_cache(key, tokens)
@@ -136,7 +134,7 @@ class MemoryBatch:
             samplers=[_sampler(sampling)],
         )[0]
         self._sequences[uid] = _Sequence(key, sampling, len(prefix))
-        return uid, self.model.describe(choice, fetch, (fetched - start) * 1e3, (done - fetched) * 1e3)
+        return uid, attached(chosen, fetch, (fetched - start) * 1e3, (done - fetched) * 1e3)
 
     def cached_tokens(self, uid: int) -> int:
         """Tokens of a sequence's prompt that were not computed again."""
@@ -195,10 +193,6 @@ class MemoryBatch:
         sequence = self._sequences.pop(uid)
         if self.table is not None:
             self.table.drop(sequence.key)
-
-
-def _file(node: Path) -> str:
-    return block_name(node) if node else GENERIC_FILE
 
 
 def _sampler(sampling: Sampling) -> Callable[[mx.array], mx.array] | None:

@@ -18,9 +18,7 @@ from dataclasses import dataclass, field
 
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.block import FetchedMemory, MemoryBlock, block_name
-from mlx_hiermem.config import Path
-
-GENERIC = Path(())  # the control block's key: no cluster has the empty path
+from mlx_hiermem.config import GENERIC_NODE, Path
 
 
 @dataclass
@@ -43,6 +41,11 @@ class Fetch:
     nodes: tuple[Path, ...] = ()
     bytes_read: int = 0  # from disk, by this fetch
     hits: int = 0
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The blocks' names: equal names mean equal weights."""
+        return tuple(str(node) or "generic" for node in self.nodes)
 
 
 @dataclass
@@ -72,7 +75,7 @@ class BlockCache:
 
     def fetch_generic(self) -> Fetch:
         """The control block, through the same cache."""
-        return self._fetch((GENERIC,))
+        return self._fetch((GENERIC_NODE,))
 
     def prefetch(self, path: Path) -> Future[None] | None:
         """Has the files of a path's blocks read ahead on a thread; None where all are here, or on the hub."""
@@ -94,7 +97,7 @@ class BlockCache:
             self.stats.hits += 1
             self._blocks.move_to_end(node)
             return self._blocks[node]
-        block = self.bank.read(node) if node != GENERIC else self.bank.read_generic()
+        block = self.bank.read(node) if node != GENERIC_NODE else self.bank.read_generic()
         self.stats.misses += 1
         self.stats.bytes_read += block.nbytes
         if remote := self.bank.remote:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from mlx_hiermem.errors import BankError, HierMemError
 
@@ -54,6 +54,40 @@ class Path(tuple[int, ...]):
             row, child = divmod(row, branching)
             children.append(child)
         return cls(reversed(children))
+
+
+ROOT = Path()  # above level 1: all clusters are below it, and a text that enters none stays there
+GENERIC_NODE, GENERIC_LEVEL = ROOT, 0  # where the generic block stands among the others: it belongs to no cluster
+
+EARLIER_WORDS = {"auto": "fetched", "on": "fetched", "routed": "fetched", "off": "none"}  # still understood
+
+
+class MemoryChoice(str):
+    """Which memory is wanted: `none`, `generic`, `fetched` (by the text's own path), or a path such as `3.1`."""
+
+    WORDS = ("none", "generic", "fetched")
+    NONE: ClassVar[MemoryChoice]
+    GENERIC: ClassVar[MemoryChoice]
+    FETCHED: ClassVar[MemoryChoice]
+
+    @property
+    def path(self) -> Path:
+        """The path that was named; the root where none was."""
+        return ROOT if self in self.WORDS else Path.parse(self)
+
+    @classmethod
+    def parse(cls, wanted: Path | str) -> MemoryChoice:
+        """A choice from its text, which may be an earlier word for it. Raises HierMemError for anything else."""
+        text = str(wanted) if isinstance(wanted, Path | str) else ""
+        word = EARLIER_WORDS.get(text, text)
+        try:
+            return cls(word if word in cls.WORDS else Path.parse(word))
+        except HierMemError as error:
+            hint = f"Use {', '.join(cls.WORDS)}, or a path such as 10.7."
+            raise HierMemError(f"unknown memory {wanted!r}", hint) from error
+
+
+MemoryChoice.NONE, MemoryChoice.GENERIC, MemoryChoice.FETCHED = map(MemoryChoice, MemoryChoice.WORDS)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import pathlib
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -21,54 +21,56 @@ import mlx.nn as nn
 from mlx_hiermem.anchor import identify, load_anchor
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.cache import BlockCache, Fetch
-from mlx_hiermem.config import Path
-from mlx_hiermem.errors import AnchorError, BankError, HierMemError
+from mlx_hiermem.config import MemoryChoice, Path
+from mlx_hiermem.errors import AnchorError, BankError
 from mlx_hiermem.memory.attach import Attachment, attach
 from mlx_hiermem.share.resolve import resolve
 from mlx_hiermem.tokenizer import encode_chat, encode_text
+from mlx_hiermem.tree import Route
 
 if TYPE_CHECKING:
     from mlx_lm.generate import GenerationResponse
 
-    from mlx_hiermem.router import Routed, Router
+    from mlx_hiermem.router import Router
 
-MODES = ("none", "generic", "fetched")
-ROOT = Path()
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Which memory a text gets, before anything is fetched."""
-
-    memory: str  # none, generic, fetched, or the path that was asked for
-    path: Path = ROOT
-    distances: tuple[float, ...] = ()  # to the chosen centroids, per level
-    avoided: tuple[Path, ...] = ()  # blocked nodes that the text would have entered
-    stayed: bool = False  # held on the conversation's path, see `turns`
-    far: bool = False  # beyond the bank's reach: there is no memory for it
-    route_ms: float = 0.0
+Wanted = Path | str  # what callers may write for a MemoryChoice
+UNROUTED = Route()
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which memory is attached, and what selecting it took."""
+    """Which memory a text gets: what was wanted, where the text went, and, once its blocks are attached, these."""
 
-    memory: str
-    path: Path = ROOT
+    memory: MemoryChoice = MemoryChoice.NONE
+    route: Route = UNROUTED
     labels: tuple[str, ...] = ()  # of the path's nodes
-    distances: tuple[float, ...] = ()
-    avoided: tuple[Path, ...] = ()
-    stayed: bool = False
-    far: bool = False
     blocks: tuple[str, ...] = ()  # what is attached: equal blocks mean equal weights
     memory_bytes: int = 0
     bytes_read: int = 0  # from disk
-    route_ms: float = 0.0
     fetch_ms: float = 0.0
     attach_ms: float = 0.0
 
+    @property
+    def path(self) -> Path:
+        return self.route.path
+
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"path": str(self.path), "avoided": [str(node) for node in self.avoided]}
+        route = self.route
+        return {
+            "memory": self.memory,
+            "path": str(route.path),
+            "labels": list(self.labels),
+            "distances": list(route.distances),
+            "avoided": [str(node) for node in route.avoided],
+            "stayed": route.stayed,
+            "far": route.far,
+            "blocks": list(self.blocks),
+            "memory_bytes": self.memory_bytes,
+            "bytes_read": self.bytes_read,
+            "route_ms": route.milliseconds,
+            "fetch_ms": self.fetch_ms,
+            "attach_ms": self.attach_ms,
+        }
 
 
 class MemoryModel:
@@ -87,7 +89,7 @@ class MemoryModel:
         self.cache = BlockCache(bank, cache_bytes) if bank else None
         self._router = router
         self.attachment: Attachment | None = attach(anchor, bank.config) if bank else None
-        self.selection = Selection("none")
+        self.selection = Selection()
         self.last: GenerationResponse | None = None  # figures of the last piece generated
 
     @property
@@ -107,78 +109,67 @@ class MemoryModel:
         nested = self.config.get("text_config", {})
         return self.config.get("max_position_embeddings") or nested.get("max_position_embeddings")
 
+    @property
+    def default_memory(self) -> MemoryChoice:
+        """Fetched where the model has a bank."""
+        return MemoryChoice.FETCHED if self.bank else MemoryChoice.NONE
+
     def choose(
-        self, memory: str, text: str, blocked: Collection[Path] = (), routed: Routed | None = None
-    ) -> Choice:
-        """Which memory: `none`, `generic`, `fetched` (routed by `text`), or a path such as `10.7`.
+        self, memory: Wanted, text: str, blocked: Collection[Path] = (), route: Route | None = None
+    ) -> Selection:
+        """Which memory: `none`, `generic`, `fetched` (routed by `text`), or a path such as `10.7`. Fetches nothing.
 
-        `blocked` nodes are closed beside those of the bank's policy. With `routed`, fetched is the path that the
-        caller has already found. Raises HierMemError for a memory there is not, BankError for a path that the tree
-        does not have, or that leads through a blocked node.
+        `blocked` nodes are closed beside those of the bank's policy. With `route`, fetched is what the caller has
+        found already. Raises HierMemError for a memory there is not, BankError for a path that the tree does not
+        have, or that leads through a blocked node.
         """
-        if memory != "none" and self.bank is None:
+        wanted = MemoryChoice.parse(memory)
+        if wanted == MemoryChoice.NONE:
+            return Selection()
+        if self.bank is None:
             raise BankError("this model has no bank", "Use memory none, or convert or learn a bank for it.")
-        if memory == "fetched":
-            routed = routed or self.router.route(text, blocked)
-            found = (routed.path, routed.distances, routed.avoided, routed.stayed, routed.far, routed.milliseconds)
-            return Choice(memory, *found)
-        return Choice(memory) if memory in MODES else Choice(memory, self._named_path(memory, blocked))
+        if wanted == MemoryChoice.FETCHED:
+            route = route or self.router.route(text, blocked)
+        else:
+            self._check_open(wanted.path, blocked)
+            route = Route(wanted.path)
+        return Selection(wanted, route, tuple(self.bank.manifest.label(node) for node in route.path.prefixes()))
 
-    def fetch(self, choice: Choice) -> Fetch | None:
-        """Brings a choice's blocks into memory; None where it has none."""
-        if self.cache is None or choice.memory == "none":
+    def _check_open(self, path: Path, blocked: Collection[Path]) -> None:
+        """Raises BankError for a path that the tree does not have, or that is closed."""
+        assert self.bank is not None  # `choose` has seen to it
+        if path:
+            self.bank.tree.check([path])
+            closed = self.bank.policy.block(blocked).blocker(path)
+            if closed is not None:
+                raise BankError(f"the memory {path} is blocked (at {closed})", "Take another path, or unblock it.")
+
+    def fetch(self, chosen: Selection) -> Fetch | None:
+        """Brings the blocks of what was chosen into memory; None where there is no memory."""
+        if self.cache is None or chosen.memory == MemoryChoice.NONE:
             return None
-        return self.cache.fetch_generic() if choice.memory == "generic" else self.cache.fetch(choice.path)
-
-    def describe(self, choice: Choice, fetch: Fetch | None, fetch_ms: float, attach_ms: float) -> Selection:
-        """What was chosen, fetched and attached."""
-        return Selection(
-            memory=choice.memory,
-            path=choice.path,
-            labels=tuple(self.bank.manifest.label(node) for node in choice.path.prefixes()) if self.bank else (),
-            distances=choice.distances,
-            avoided=choice.avoided,
-            stayed=choice.stayed,
-            far=choice.far,
-            blocks=tuple(str(node) or "generic" for node in fetch.nodes) if fetch else (),
-            memory_bytes=fetch.memory.nbytes if fetch and fetch.memory else 0,
-            bytes_read=fetch.bytes_read if fetch else 0,
-            route_ms=choice.route_ms,
-            fetch_ms=fetch_ms,
-            attach_ms=attach_ms,
-        )
+        generic = chosen.memory == MemoryChoice.GENERIC
+        return self.cache.fetch_generic() if generic else self.cache.fetch(chosen.path)
 
     def select(
-        self, memory: str, text: str, blocked: Collection[Path] = (), routed: Routed | None = None
+        self, memory: Wanted, text: str, blocked: Collection[Path] = (), route: Route | None = None
     ) -> Selection:
         """Chooses a memory (see `choose`), fetches it and attaches it."""
-        choice = self.choose(memory, text, blocked, routed)
+        chosen = self.choose(memory, text, blocked, route)
         start = time.perf_counter()
-        fetch = self.fetch(choice)
+        fetch = self.fetch(chosen)
         fetched = time.perf_counter()
         if self.attachment is not None:
             self.attachment.set(fetch.memory if fetch else None)
         done = time.perf_counter()
-        self.selection = self.describe(choice, fetch, (fetched - start) * 1e3, (done - fetched) * 1e3)
+        self.selection = attached(chosen, fetch, (fetched - start) * 1e3, (done - fetched) * 1e3)
         return self.selection
-
-    def _named_path(self, memory: str, blocked: Collection[Path]) -> Path:
-        assert self.bank is not None  # `choose` has seen to it
-        try:
-            path = Path.parse(memory)
-        except HierMemError as error:
-            raise HierMemError(f"unknown memory '{memory}'", f"Use {', '.join(MODES)} or a path.") from error
-        self.bank.tree.check([path])
-        closed = self.bank.policy.block(blocked).blocker(path)
-        if closed is not None:
-            raise BankError(f"the memory {path} is blocked (at {closed})", "Take another path, or unblock it.")
-        return path
 
     def stream(
         self,
         prompt: str,
         *,
-        memory: str | None = None,
+        memory: Wanted | None = None,
         chat: bool = False,
         max_tokens: int = 256,
         temperature: float = 0.0,
@@ -189,7 +180,7 @@ class MemoryModel:
         `memory` defaults to fetched where the model has a bank. `chat` wraps the prompt in the chat template;
         the route is computed from the prompt alone either way.
         """
-        self.select(memory or ("fetched" if self.bank else "none"), prompt)
+        self.select(memory or self.default_memory, prompt)
         tokens = self.chat_tokens([{"role": "user", "content": prompt}]) if chat else self.tokens(prompt)
         for response in self.responses(tokens, max_tokens, temperature, top_p):
             yield response.text
@@ -240,6 +231,18 @@ class MemoryModel:
         if not real:
             return None
         return [lambda _, logits: mx.where(mx.arange(logits.shape[-1]) < real, logits, -mx.inf)]
+
+
+def attached(chosen: Selection, fetch: Fetch | None, fetch_ms: float, attach_ms: float) -> Selection:
+    """What was chosen, now that it is fetched and attached."""
+    return replace(
+        chosen,
+        blocks=fetch.blocks if fetch else (),
+        memory_bytes=fetch.memory.nbytes if fetch and fetch.memory else 0,
+        bytes_read=fetch.bytes_read if fetch else 0,
+        fetch_ms=fetch_ms,
+        attach_ms=attach_ms,
+    )
 
 
 def load(folder: str | pathlib.Path, *, cache_bytes: int = 512 << 20) -> MemoryModel:

@@ -1,6 +1,6 @@
 """A conversation: its messages, the path it is on, and the KV cache that goes with that path.
 
-`turns` decides each turn's path. After a change of path only the first memory layer's inputs would still be
+`Router.turn` decides each turn's path. After a change of path only the first memory layer's inputs would still be
 right, so the prompt is prefilled again; on the same path the cache goes on. The caches of earlier paths are kept,
 within a budget: a conversation that returns to a topic computes what was said since. A conversation that outgrows
 the model's context loses its oldest turns, never its system message.
@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Generator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
-from mlx_hiermem.config import Path
+from mlx_hiermem.config import MemoryChoice, Path
 from mlx_hiermem.errors import AnchorError, BankError, HierMemError
-from mlx_hiermem.model import MemoryModel, Selection
-from mlx_hiermem.turns import Topic, Turn, route_turn
+from mlx_hiermem.model import MemoryModel, Selection, Wanted
+from mlx_hiermem.router import Topic, Turn
 
 if TYPE_CHECKING:
     from mlx_lm.generate import GenerationResponse
@@ -30,36 +29,39 @@ EARLIER, EARLIER_BYTES = 8, 256 << 20  # KV caches of earlier paths that are kep
 KEPT = 0.75  # of the prompt's room is filled after turns were dropped, so that not every turn drops another
 
 
-@dataclass
 class Session:
-    """`ask` streams a reply and remembers it. It prints nothing; what happened is in the attributes.
+    """`ask` streams a reply and remembers it. It prints nothing; what happened is in the attributes."""
 
-    `memory` is none, generic, fetched or a path; by default fetched where the model has a bank. `blocked` nodes
-    are closed to this conversation.
-    """
+    def __init__(
+        self,
+        model: MemoryModel,
+        memory: Wanted | None = None,
+        *,
+        system: str = "",
+        max_tokens: int = 512,
+        temperature: float = 0.0,
+        blocked: Collection[Path] = (),
+        earlier: int = EARLIER,
+    ) -> None:
+        """`memory` is fetched by default, where the model has a bank. `blocked` nodes are closed to this talk.
 
-    model: MemoryModel
-    memory: str = ""
-    system: str = ""
-    max_tokens: int = 512
-    temperature: float = 0.0
-    blocked: Collection[Path] = ()
-    messages: list[Message] = field(default_factory=list)  # the user's and the assistant's
-    topic: Topic | None = None
-    earlier: int = EARLIER  # KV caches of earlier paths that are kept at most
-    turn: Turn | None = field(default=None, init=False)  # how the last question was routed, where it was
-    first: int = field(default=0, init=False)  # of the messages, the first that is still shown to the model
-    dropped: int = field(default=0, init=False)  # turns that the last question pushed out
-    prefilled: int = field(default=0, init=False)  # tokens of the last prompt that had to be computed
-    last: GenerationResponse | None = field(default=None, init=False)  # figures of the last reply
-
-    def __post_init__(self) -> None:
-        self.memory = self.memory or ("fetched" if self.model.bank else "none")
+        `earlier` is how many KV caches of earlier paths are kept at most.
+        """
+        self.model, self.memory = model, MemoryChoice.parse(memory or model.default_memory)
+        self.system, self.max_tokens, self.temperature = system, max_tokens, temperature
+        self.blocked = blocked
+        self.messages: list[Message] = []  # the user's and the assistant's
+        self.topic: Topic | None = None
+        self.turn: Turn | None = None  # how the last question was routed, where it was
+        self.first = 0  # of the messages, the first that is still shown to the model
+        self.dropped = 0  # turns that the last question pushed out
+        self.prefilled = 0  # tokens of the last prompt that had to be computed
+        self.last: GenerationResponse | None = None  # figures of the last reply
         self.selection = Selection(self.memory)
         self._cache: list[Any] = []
         self._cached: list[int] = []  # the tokens whose keys and values are in the cache, as far as known
         self._key: tuple[str, ...] = ()  # the blocks that they were computed under
-        self._earlier = LRUPromptCache(self.earlier, EARLIER_BYTES)  # by the blocks and the tokens
+        self._earlier = LRUPromptCache(earlier, EARLIER_BYTES)  # by the blocks and the tokens
         self._drafted: tuple[Any, Turn] | None = None  # where the text goes that is being typed
         self._ahead: Future[None] | None = None
 
@@ -73,16 +75,19 @@ class Session:
         """Tokens in the KV cache."""
         return max((cache.offset for cache in self._cache if hasattr(cache, "offset")), default=0)
 
-    def use(self, memory: str) -> None:
+    def use(self, memory: Wanted) -> None:
         """Changes the memory of the turns to come; the first that is routed again is routed alone.
 
         Raises BankError or HierMemError where there is no such memory, and changes nothing.
         """
-        if memory == "fetched" and self.model.bank is None:
+        wanted = MemoryChoice.parse(memory)
+        if wanted != MemoryChoice.FETCHED:
+            self.selection = self.model.select(wanted, "", self.blocked)
+        elif self.model.bank is None:
             raise BankError("this model has no bank", "Use memory none, or convert or learn a bank for it.")
-        routed = memory == "fetched"
-        self.selection = Selection(memory) if routed else self.model.select(memory, "", self.blocked)
-        self.memory, self.topic, self.turn = memory, None, None
+        else:
+            self.selection = Selection(wanted)
+        self.memory, self.topic, self.turn = wanted, None, None
 
     def ask(self, text: str) -> Generator[str, None, None]:
         """Streams the reply. A reply that is broken off keeps what was said so far; nothing said, nothing asked.
@@ -118,14 +123,14 @@ class Session:
         """Where a question would go now. Raises BankError where there is no bank."""
         if self._drafted and self._drafted[0] == self._routed_by(text):
             return self._drafted[1]
-        return route_turn(self.model.router, text, self.topic, self.blocked)
+        return self.model.router.turn(text, self.topic, self.blocked)
 
     def draft(self, text: str) -> None:
         """While a question is typed: routes it as far as it is there, and has its blocks read ahead.
 
         Nothing is attached, and nothing is remembered but the route, for the case that the text stays as it is.
         """
-        if self.memory != "fetched" or not text.strip():
+        if self.memory != MemoryChoice.FETCHED or not text.strip():
             return
         turn = self.route(text)
         self._drafted = self._routed_by(text), turn
@@ -148,10 +153,10 @@ class Session:
     def _prepare(self, text: str) -> list[int]:
         """Routes the question, attaches its memory and returns the prompt's tokens."""
         turn = None
-        if self.memory == "fetched":
+        if self.memory == MemoryChoice.FETCHED:
             turn = self.route(text)
         first, dropped, tokens = self._fit()
-        self.selection = self.model.select(self.memory, text, self.blocked, turn.routed if turn else None)
+        self.selection = self.model.select(self.memory, text, self.blocked, turn.route if turn else None)
         self.first, self.dropped, self.turn = first, dropped, turn
         self.topic = turn.topic if turn else None
         return tokens

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_hiermem.config import Path
+from mlx_hiermem.config import ROOT, Path
 from mlx_hiermem.errors import BankError
 from mlx_hiermem.files import read_header
 
@@ -23,16 +23,14 @@ ON_BLOCKED = ("sibling", "parent")
 
 @dataclass(frozen=True)
 class Route:
-    """Where a text went: the path, and the distance to the chosen centroid at each level.
+    """Where a text went. A path that was named instead has no distances: no text was compared with it."""
 
-    `avoided` are the blocked nodes that it would have entered. A text beyond the bank's reach is `far`: it is like
-    nothing there, and has the empty path.
-    """
-
-    path: Path
-    distances: tuple[float, ...]
-    avoided: tuple[Path, ...] = ()
-    far: bool = False
+    path: Path = ROOT
+    distances: tuple[float, ...] = ()  # to the chosen centroid at each level
+    avoided: tuple[Path, ...] = ()  # blocked nodes that the text would have entered
+    stayed: bool = False  # held on the path of its conversation, see `Router.turn`
+    far: bool = False  # beyond the bank's reach: it is like nothing there, and stays at the root
+    milliseconds: float = 0.0  # to embed the text and to descend
 
 
 class ClusterTree:
@@ -86,8 +84,8 @@ class ClusterTree:
 
         [n, dim] embeddings -> n routes; a single [dim] embedding counts as n = 1. A blocked node is never
         entered: with `sibling` the descent takes the nearest allowed child instead, with `parent` (and where
-        no child is allowed) it stops above. A text farther than `reach` from the last node of its path gets the
-        empty path. Raises BankError for a blocked node that the tree does not have.
+        no child is allowed) it stops above. A text farther than `reach` from the last node of its path stays
+        at the root. Raises BankError for a blocked node that the tree does not have.
         """
         vectors = np.atleast_2d(np.asarray(embeddings, dtype=np.float32))
         if vectors.ndim != 2 or vectors.shape[1] != self.dim:
@@ -128,7 +126,7 @@ class ClusterTree:
             distances.append(float(distance[child]))
             row = rows[child]
         if distances and distances[-1] > reach:
-            return Route(Path(), (), tuple(avoided), far=True)
+            return Route(avoided=tuple(avoided), far=True)
         return Route(Path(children), tuple(distances), tuple(avoided))
 
     def distances(self, vector: np.ndarray, node: Path) -> np.ndarray:

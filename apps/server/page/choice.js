@@ -8,15 +8,15 @@ export class Choice {
   /** `changed` is called after every change. */
   constructor(changed) {
     this.changed = changed;
-    this.use = "auto"; // auto, none, generic, or the path that is pinned
+    this.use = "fetched"; // fetched, none, generic, or the path that is pinned
     this.blocked = new Set();
   }
 
   get pinned() {
-    return ["auto", "none", "generic"].includes(this.use) ? null : this.use;
+    return ["fetched", "none", "generic"].includes(this.use) ? null : this.use;
   }
 
-  /** auto, none, generic or a path. */
+  /** fetched, none, generic or a path. */
   take(use) {
     this.use = use;
     this.changed();
@@ -25,7 +25,7 @@ export class Choice {
   /** Blocks a node and all below it; a path pinned through it is let go. */
   block(path) {
     this.blocked = new Set([...this.blocked].filter((other) => !under(other, path))).add(path);
-    if (this.pinned && under(this.pinned, path)) this.use = "auto";
+    if (this.pinned && under(this.pinned, path)) this.use = "fetched";
     this.changed();
   }
 
@@ -36,13 +36,13 @@ export class Choice {
 
   /** The `memory` field of a request. */
   request() {
-    return this.use === "auto" ? { use: "auto", blocked: [...this.blocked] } : { use: this.use };
+    return this.use === "fetched" ? { use: "fetched", blocked: [...this.blocked] } : { use: this.use };
   }
 
   /** A list entry with a way back for what is pinned and for each blocked node; `name` gives a path's label. */
   entries(name) {
     const blocked = [...this.blocked].map((path) => ["Blocked", path, "Unblock", () => this.unblock(path)]);
-    const pinned = this.pinned ? [["Pinned", this.pinned, "Unpin", () => this.take("auto")]] : [];
+    const pinned = this.pinned ? [["Pinned", this.pinned, "Unpin", () => this.take("fetched")]] : [];
     return [...pinned, ...blocked].map(([what, path, undo, act]) =>
       element(
         "li",

@@ -28,7 +28,7 @@ export class BlockMenu {
     const policy = node.row.state === "blocked";
     const pinned = choice.pinned === node.path;
     const items = [];
-    if (pinned) items.push(["Unpin", () => choice.take("auto")]);
+    if (pinned) items.push(["Unpin", () => choice.take("fetched")]);
     else items.push(["Pin: answer with this memory", () => choice.take(node.path), closer || policy]);
     if (policy) items.push(["Blocked by the bank", () => {}, true]);
     else if (closer) items.push([`Unblock ${closer.path}`, () => choice.unblock(closer.path)]);

@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
 
-from mlx_hiermem.bank.block import MemoryBlock, block_name, read_block
+from mlx_hiermem.bank.block import GENERIC_FILE, MemoryBlock, block_name, read_block
 from mlx_hiermem.bank.manifest import BankManifest
 from mlx_hiermem.bank.policy import POLICY, BankPolicy
 from mlx_hiermem.bank.remote import Origin, RemoteTier
-from mlx_hiermem.config import MemoryConfig, Path
+from mlx_hiermem.config import GENERIC_NODE, MemoryConfig, Path
 from mlx_hiermem.errors import BankError
 from mlx_hiermem.files import file_digest
 from mlx_hiermem.tree import ClusterTree
 
-MANIFEST, TREE, GENERIC = "bank.json", "tree.safetensors", "generic.safetensors"
+MANIFEST, TREE = "bank.json", "tree.safetensors"
 EDIT = "edit"  # the folder of a change that is being made; see `commit`
 
 
@@ -93,14 +93,14 @@ class MemoryBank:
         if self.manifest.generic is None:
             raise BankError(f"the bank {self.root} has no generic block", "Use memory none or fetched.")
         if self.remote:
-            self.remote.bring(Path(), GENERIC)
-        return read_block(self.root / GENERIC, self.config)
+            self.remote.bring(GENERIC_NODE, GENERIC_FILE)
+        return read_block(self.root / GENERIC_FILE, self.config)
 
     def files(self) -> Iterator[tuple[str, int, str]]:
         """(name, bytes, sha256) of every file that the manifest vouches for."""
         yield TREE, self.manifest.tree.bytes, self.manifest.tree.sha256
         if self.manifest.generic:
-            yield GENERIC, self.manifest.generic.bytes, self.manifest.generic.sha256
+            yield GENERIC_FILE, self.manifest.generic.bytes, self.manifest.generic.sha256
         for path, entry in self.manifest.blocks.items():
             yield block_name(path), entry.bytes, entry.sha256
 

@@ -16,10 +16,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_hiermem.config import BIASES, SCALES, MemoryConfig, Path, Quantization
+from mlx_hiermem.config import BIASES, GENERIC_LEVEL, GENERIC_NODE, SCALES, MemoryConfig, Path, Quantization
 from mlx_hiermem.cpu.lanes import lane
 from mlx_hiermem.errors import BankError
 
+GENERIC_FILE = "generic.safetensors"
 SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32"}
 
 
@@ -88,10 +89,12 @@ def _concatenate(parts: list[mx.array]) -> mx.array:
 
 def block_name(path: Path) -> str:
     """The block's file below the bank's folder: (10, 7) -> blocks/10/7.safetensors."""
+    if path == GENERIC_NODE:
+        return GENERIC_FILE
     return "blocks/" + "/".join(map(str, path)) + ".safetensors"
 
 
-def read_block(file: pathlib.Path, config: MemoryConfig, level: int = 0) -> MemoryBlock:
+def read_block(file: pathlib.Path, config: MemoryConfig, level: int = GENERIC_LEVEL) -> MemoryBlock:
     """Reads a block of a level whole; level 0 is the generic block, which may have any number of units.
 
     Raises BankError if the file is missing, damaged or of other tensors than `MemoryConfig.stored` says.

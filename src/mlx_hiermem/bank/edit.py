@@ -86,7 +86,7 @@ def add(
     block is quantised where the bank is.
     Raises BankError where the block does not fit, or where there is one already and `replacing` is not set.
     """
-    row = _provenance(root, file)
+    row = _provenance(root, file, path)
     with editing(root) as edit:
         bank = _open(root)
         known = bank.tree.has(path)
@@ -173,8 +173,8 @@ def _with_node(tree: ClusterTree, path: Path, centroid: np.ndarray | None) -> Cl
     return tree.with_node(path, centroid)
 
 
-def _provenance(root: pathlib.Path, file: pathlib.Path) -> BlockEntry:
-    """The file's row of the table of the bank it lies in, or an empty one. That bank's anchor must be ours."""
+def _provenance(root: pathlib.Path, file: pathlib.Path, path: Path) -> BlockEntry:
+    """The file's row in the table of its bank, which must be of our anchor; else an empty row for `path`."""
     if not file.is_file():
         raise BankError(f"there is no block file {file}")
     for folder in file.resolve().parents:
@@ -182,9 +182,9 @@ def _provenance(root: pathlib.Path, file: pathlib.Path) -> BlockEntry:
             manifest = BankManifest.read(folder / MANIFEST)
             MemoryBank.open(root).manifest.check_anchor(manifest.anchor)
             name = file.resolve().relative_to(folder).as_posix()
-            found = (row for path, row in manifest.blocks.items() if block_name(path) == name)
-            return next(found, BlockEntry(Path(), 0, ""))
-    return BlockEntry(Path(), 0, "")
+            found = (row for node, row in manifest.blocks.items() if block_name(node) == name)
+            return next(found, BlockEntry(path, 0, ""))
+    return BlockEntry(path, 0, "")
 
 
 def _fit(file: pathlib.Path, given: pathlib.Path, bank: MemoryBank, path: Path) -> None:

@@ -11,8 +11,8 @@ from dataclasses import fields, replace
 
 import numpy as np
 
-from mlx_hiermem.bank.bank import GENERIC, MANIFEST, MemoryBank
-from mlx_hiermem.bank.block import block_name
+from mlx_hiermem.bank.bank import MANIFEST, MemoryBank
+from mlx_hiermem.bank.block import GENERIC_FILE, block_name
 from mlx_hiermem.bank.check import require_whole
 from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
 from mlx_hiermem.bank.policy import OPEN, POLICY, BankPolicy
@@ -144,6 +144,6 @@ def _files(above: MemoryBank, below: MemoryBank) -> dict[str, tuple[MemoryBank, 
         manifest = bank.manifest
         rows = {block_name(node): FileEntry(row.bytes, row.sha256) for node, row in manifest.blocks.items()}
         if manifest.generic:
-            rows[GENERIC] = manifest.generic
+            rows[GENERIC_FILE] = manifest.generic
         files |= {name: (bank, entry) for name, entry in rows.items()}
     return files

@@ -15,8 +15,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_hiermem.bank.bank import GENERIC, MANIFEST, TREE, MemoryBank
-from mlx_hiermem.bank.block import MemoryBlock, block_name, read_block
+from mlx_hiermem.bank.bank import MANIFEST, TREE, MemoryBank
+from mlx_hiermem.bank.block import GENERIC_FILE, MemoryBlock, block_name, read_block
 from mlx_hiermem.bank.check import require_whole
 from mlx_hiermem.bank.manifest import FileEntry
 from mlx_hiermem.bank.policy import OPEN, POLICY
@@ -119,7 +119,9 @@ def quantize(
         rows = {node: replace(row, **asdict(written[block_name(node)])) for node, row in manifest.blocks.items()}
         recipe = manifest.recipe | {"quantized": {"from": digest, "precision": config.precision}}
         writer.copy(TREE, bank.root / TREE, manifest.tree)
-        writer.finish(replace(manifest, memory=config, blocks=rows, generic=written.get(GENERIC), recipe=recipe))
+        writer.finish(
+            replace(manifest, memory=config, blocks=rows, generic=written.get(GENERIC_FILE), recipe=recipe)
+        )
     return [reports[level] for level in sorted(reports, key=lambda level: level or config.depth + 1)]
 
 
@@ -144,7 +146,7 @@ def _files(bank: MemoryBank) -> Iterator[tuple[str, int, FileEntry]]:
     for node, row in bank.manifest.blocks.items():
         yield block_name(node), len(node), FileEntry(row.bytes, row.sha256)
     if bank.manifest.generic:
-        yield GENERIC, 0, bank.manifest.generic
+        yield GENERIC_FILE, 0, bank.manifest.generic
 
 
 def _expected(config: MemoryConfig, level: int, entry: FileEntry) -> int:

@@ -19,7 +19,7 @@ from functools import cached_property
 from typing import Any
 
 from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
-from mlx_hiermem.config import Path
+from mlx_hiermem.config import GENERIC_NODE, Path
 from mlx_hiermem.errors import BankError, HubError
 from mlx_hiermem.files import read_json, write_json
 
@@ -91,9 +91,9 @@ class Origin:
 
 
 def node_of(name: str) -> Path:
-    """The inverse of `block_name`: blocks/10/7.safetensors -> (10, 7). The generic block has the empty path."""
+    """The inverse of `block_name`: blocks/10/7.safetensors -> (10, 7). The generic block has its own."""
     path = name.removesuffix(".safetensors").removeprefix("blocks/")
-    return Path(map(int, path.split("/"))) if name.startswith("blocks/") else Path()
+    return Path(map(int, path.split("/"))) if name.startswith("blocks/") else GENERIC_NODE
 
 
 class RemoteTier:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mlx_hiermem.batch import MemoryBatch, Sampling
-from mlx_hiermem.model import Choice, MemoryModel
+from mlx_hiermem.model import MemoryModel, Selection
 
 SEQUENCES = 64  # in a decode step: one takes hardly longer than for a few
 REFILL = 0.5  # of them are left when others join: prompts that are computed together cost less
@@ -21,7 +21,7 @@ class Asked:
     """A prompt under a memory. `done` says of what was said so far that nothing more is needed."""
 
     tokens: list[int]
-    choice: Choice
+    chosen: Selection
     max_tokens: int
     done: Callable[[str], bool]
     said: tuple[int, ...] = ()  # of the reply, what is known already
@@ -47,7 +47,7 @@ def replies(
             while refill and batch.room and (following := next(waiting, None)) is not None:
                 number, one = following
                 left = Sampling(max_tokens=one.max_tokens - len(one.said))
-                uid, _ = batch.add([*one.tokens, *one.said], one.choice, left)
+                uid, _ = batch.add([*one.tokens, *one.said], one.chosen, left)
                 numbers[uid], said[uid] = number, list(one.said)
             if not numbers:
                 return

@@ -75,7 +75,7 @@ class MemoryLM(TemplateLM):
             stops.append([until] if isinstance(until, str) else list(until))
             longest = int(settings.get("max_gen_toks", REPLY))
             tokens = Prompt(((self.tok_encode(context), []),), longest).cut(self.max_length).pairs[0][0]
-            asked.append(Asked(tokens, where.choice, longest, partial(_ends, stops=stops[-1])))
+            asked.append(Asked(tokens, where.chosen, longest, partial(_ends, stops=stops[-1])))
         said = dict(replies(self.model, asked, self.prompter.decode))
         return [_cut(said[n], stops[n]) for n in range(len(requests))]
 

@@ -17,18 +17,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlx_hiermem.bank.bank import MemoryBank
-from mlx_hiermem.config import Path
+from mlx_hiermem.config import MemoryChoice, Path
 from mlx_hiermem.errors import BankError, HierMemError, TaskError
 from mlx_hiermem.evaluate.examples import Example
 from mlx_hiermem.evaluate.results import MEMORIES
-from mlx_hiermem.model import Choice, MemoryModel
+from mlx_hiermem.model import MemoryModel, Selection
+from mlx_hiermem.tree import Route
 
 
 @dataclass(frozen=True)
 class Placed:
     """Where an example goes. `agrees`: its fetched leaf learnt its document; None where that is not known."""
 
-    choice: Choice
+    chosen: Selection
     key: str  # of the bytes that are attached: equal keys mean equal memories, in whichever bank
     agrees: bool | None = None
 
@@ -52,7 +53,7 @@ def place(model: MemoryModel, examples: Sequence[Example], memory: str) -> list[
     if memory == "oracle":
         paths = _oracle(bank, examples, vectors, paths, learnt)
     return [
-        Placed(_choice(memory, path), _key(bank, path), _agrees(example, path, learnt))
+        Placed(_chosen(path), _key(bank, path), _agrees(example, path, learnt))
         for example, path in zip(examples, paths, strict=True)
     ]
 
@@ -78,8 +79,8 @@ def leaves_by_source(bank: MemoryBank) -> dict[str, set[Path]]:
     return dict(found)
 
 
-def _choice(memory: str, path: Path) -> Choice:
-    return Choice(memory, path) if path else Choice("none")
+def _chosen(path: Path) -> Selection:
+    return Selection(MemoryChoice(path), Route(path)) if path else Selection()
 
 
 def _route(model: MemoryModel, vectors: np.ndarray, closed: frozenset[Path] = frozenset()) -> list[Path]:
@@ -135,15 +136,14 @@ def _key(bank: MemoryBank, path: Path) -> str:
     return hashlib.sha256(digests.encode()).hexdigest()[:12] if digests else "none"
 
 
-def by_memory(placed: Mapping[int, Placed]) -> dict[tuple[bool, Path], list[int]]:
-    """Examples grouped by what is attached for them (generic or not, path), so that each memory is fetched once."""
-    groups = defaultdict[tuple[bool, Path], list[int]](list)
+def by_memory(placed: Mapping[int, Placed]) -> dict[MemoryChoice, list[int]]:
+    """Examples grouped by what is attached for them, so that each memory is fetched once."""
+    groups = defaultdict[MemoryChoice, list[int]](list)
     for number, one in placed.items():
-        groups[one.choice.memory == "generic", one.choice.path].append(number)
+        groups[one.chosen.memory].append(number)
     return dict(groups)
 
 
 def attach(model: MemoryModel, placed: Placed) -> None:
     """Attaches an example's memory to the model."""
-    choice = placed.choice
-    model.select(choice.memory if choice.memory in ("none", "generic") else str(choice.path), "")
+    model.select(placed.chosen.memory, "")

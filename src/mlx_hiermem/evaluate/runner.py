@@ -190,7 +190,7 @@ class Evaluation:
                 attach(self.model, placed[group[0]])
                 for decided in self._draft(prepared, group, asked):
                     yield [(n, _judged(prepared, n, reply)) for n, reply in decided]
-        order = sorted(asked, key=lambda n: (placed[n].choice.path, prepared.prompts[n].length))
+        order = sorted(asked, key=lambda n: (placed[n].chosen.path, prepared.prompts[n].length))
         for i, reply in replies(self.model, [asked[n] for n in order], self.prompter.decode):
             self.scorer.computed += len(asked[order[i]].tokens)
             yield [(order[i], _judged(prepared, order[i], reply))]
@@ -216,13 +216,13 @@ class Evaluation:
     def _asked(self, prepared: Prepared, number: int, placed: Placed) -> Asked:
         names, prompt = prepared.examples[number].answers, prepared.prompts[number]
         decided = partial(is_decided, rule=rule_for(prepared.task.kind, names[0]), names=names)
-        return Asked(prompt.pairs[0][0], placed.choice, prompt.reply, decided)
+        return Asked(prompt.pairs[0][0], placed.chosen, prompt.reply, decided)
 
     def _row(
         self, prepared: Prepared, placed: Placed, number: int, found: Mapping[str, Any], routing: float
     ) -> dict[str, Any]:
         example = prepared.examples[number]
-        row = {"id": example.id, "line": example.line, "path": str(placed.choice.path), "memory": placed.key}
+        row = {"id": example.id, "line": example.line, "path": str(placed.chosen.path), "memory": placed.key}
         if "#" in example.id or prepared.task.kind == "questions":
             row["question"] = example.id.partition("#")[0]
         if placed.agrees is not None:

@@ -13,43 +13,40 @@ from __future__ import annotations
 import json
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_hiermem.anchor import identify, load_anchor
 from mlx_hiermem.bank.bank import MANIFEST, TREE, MemoryBank
-from mlx_hiermem.bank.block import MemoryBlock, block_name, write_block
+from mlx_hiermem.bank.block import block_name
 from mlx_hiermem.bank.commit import editing
 from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
 from mlx_hiermem.bank.policy import POLICY, BankPolicy
-from mlx_hiermem.bank.quantize import quantized
 from mlx_hiermem.bank.remote import REMOTE, Origin
-from mlx_hiermem.config import Path
+from mlx_hiermem.config import ROOT, Path
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import BankError
-from mlx_hiermem.files import file_digest
-from mlx_hiermem.learn import telling
-from mlx_hiermem.learn.command import ANCHOR, BANK, TRAINING, Stages, find_teacher, locked, work_folder
-from mlx_hiermem.learn.corpus.stages import read_corpus
-from mlx_hiermem.learn.kept import kept_texts, still_there, swap
-from mlx_hiermem.learn.new_leaf import Goes, added_node, with_new_leaf
-from mlx_hiermem.learn.publish import Nodes, entry, in_order, stored
+from mlx_hiermem.files import file_digest, replace_folder
+from mlx_hiermem.learn import publish, report
+from mlx_hiermem.learn.publish import ANCHOR, BANK, kept_texts
 from mlx_hiermem.learn.settings import AddSettings, ExampleSettings
-from mlx_hiermem.learn.study.prompts import about_windows, give
-from mlx_hiermem.learn.study.study import study
+from mlx_hiermem.learn.stages import StagedRun
 from mlx_hiermem.learn.train.blocks import Tensors
 from mlx_hiermem.learn.train.dataset import TrainingSet, TrainingSetWriter
-from mlx_hiermem.learn.train.encoding import EXAMPLES, make_examples
+from mlx_hiermem.learn.train.encoding import EXAMPLES, TOGETHER, make_examples
 from mlx_hiermem.learn.train.jobs import carriers
 from mlx_hiermem.learn.train.training import Training
-from mlx_hiermem.learn.tree.labels import SOURCES
-from mlx_hiermem.learn.tree.planting import describe_nodes, settle
-from mlx_hiermem.learn.work import Work, write_text
+from mlx_hiermem.learn.tree.build import place_in_tree
+from mlx_hiermem.learn.tree.labels import SOURCES, describe_nodes
+from mlx_hiermem.learn.tree.routing import descend
+from mlx_hiermem.learn.work import TRAINING, Work, locked_work, work_folder, write_text
+from mlx_hiermem.router import TextEmbedder
 from mlx_hiermem.tree import ClusterTree
 
 BEFORE, AFTER, JOINED, ALL, ROWS = "before", "after", "joined", "all", "rows.json"
@@ -71,7 +68,12 @@ class Added:
         return asdict(self)
 
 
-def add(model: pathlib.Path, sources: Sequence[str], settings: AddSettings, listener: telling.Listener) -> Added:
+DEFAULT, SILENT = AddSettings(), report.Silent()
+
+
+def add(
+    model: pathlib.Path, sources: Sequence[str], settings: AddSettings = DEFAULT, listener: report.Listener = SILENT
+) -> Added:
     """Learns documents into a model folder's bank. Interrupted, the same call goes on.
 
     Raises BankError where the model has no bank or no anchor, or its tree no room for a leaf that was asked for;
@@ -81,17 +83,17 @@ def add(model: pathlib.Path, sources: Sequence[str], settings: AddSettings, list
         raise BankError(f"{model} has no anchor/", "Documents are learnt into a whole model folder.")
     bank = MemoryBank.open(model / BANK)
     bank.manifest.check_anchor(identify(model / ANCHOR))
-    with locked(work_folder(model)) as work:
+    with locked_work(work_folder(model)) as work:
         added = _Adding(work, model, settings, listener).run(sources)
     if not settings.keep:
         shutil.rmtree(work.folder, ignore_errors=True)
     return added
 
 
-class _Adding(Stages):
+class _Adding(StagedRun):
     """One command's work. What it computes is of the bank as it was `before`, however often it is interrupted."""
 
-    def __init__(self, work: Work, model: pathlib.Path, settings: AddSettings, listener: telling.Listener) -> None:
+    def __init__(self, work: Work, model: pathlib.Path, settings: AddSettings, listener: report.Listener) -> None:
         super().__init__(work, listener)
         self.model, self.root, self.settings = model, model / BANK, settings
         self.before = before = work.path(BEFORE)
@@ -112,20 +114,12 @@ class _Adding(Stages):
         """Everything, from where an earlier run stopped."""
         model, tokenizer, config = load_anchor(self.model / ANCHOR)
         embedder, settings = Embedder.load(), self.settings
-        with self.stage("corpus"):
-            corpus = read_corpus(self.work, sources, embedder.tokenizer, settings.corpus, self.counter("documents"))
-            skipped = sum(1 for _ in corpus.skipped())
-            self.listener.end(telling.corpus_line(corpus, skipped))
-        with self.stage("study"):
-            prompts = about_windows(corpus, settings.prompts)  # before anything that takes long
-            teacher = find_teacher(settings, model, tokenizer, self.bank.manifest.anchor)
-            # The tree stands, and was not made to take reversed questions to the new documents.
-            asked = replace(settings.study, reversed_questions=0, reversed_statements=0)
-            studied = study(self.work, corpus, *teacher, asked, self.progress("windows"))
-            give(self.work, prompts, studied)
-            self.listener.end(telling.study_line(corpus.studied))
+        corpus, skipped = self.read(sources, embedder.tokenizer, settings)
+        # The tree stands, and was not made to take reversed questions to the new documents.
+        asked = replace(settings.study, reversed_questions=0, reversed_statements=0)
+        self.study(corpus, settings, asked, (model, tokenizer), self.bank.manifest.anchor.weights_digest)
         with self.stage("tree"):
-            planted = settle(
+            built = place_in_tree(
                 self.work,
                 corpus,
                 embedder,
@@ -134,19 +128,19 @@ class _Adding(Stages):
                 settings.leaves,
                 self.progress("texts embedded"),
             )
-            new_leaf = added_node(planted.tree, self.tree)
-            leaves = sorted({leaf for placed in planted.placed() for leaf in placed.leaves})
+            new_leaf = added_node(built.tree, self.tree)
+            leaves = sorted({leaf for placed in built.placed() for leaf in placed.leaves})
             self.listener.end(_leaves_line(leaves, new_leaf))
         with self.stage("examples"):
             teachers = settings.training.objective == "distillation"
             digest = make_examples(
-                self.work, planted, embedder, tokenizer, ExampleSettings(0.0, teachers), self.progress("windows")
+                self.work, built, embedder, tokenizer, ExampleSettings(0.0, teachers), self.progress("windows")
             )
             new = TrainingSet.open(self.work.path(EXAMPLES))
-            nodes = describe_nodes(self.work, planted, lambda text: len(tokenizer.encode(text)), new)
+            nodes = describe_nodes(self.work, built, lambda text: len(tokenizer.encode(text)), new)
             blocks = {self._target(leaf) for leaf in new.leaves}
-            goes = Goes(planted.tree, new_leaf, embedder, tokenizer) if new_leaf else None
-            self.work.stage("joined", self.digest, [digest], lambda: self._join(new, blocks, goes))
+            moves = MovedTexts(built.tree, new_leaf, embedder, tokenizer) if new_leaf else None
+            self.work.stage("joined", self.digest, [digest], lambda: self._join(new, blocks, moves))
             joined = TrainingSet.open(self.work.path(JOINED))
             self.listener.end(self._texts_line(len(new), len(joined) - len(new)))
         with self.stage("training"), self.work.writing():
@@ -155,8 +149,8 @@ class _Adding(Stages):
             self.work.stage(
                 "rows", [self.digest, sorted(map(str, blocks))], [digest], lambda: self._note_rows(blocks, nodes)
             )
-            reach = planted.agreement["reach"]
-            self._write(dict(training.blocks()), planted.tree if new_leaf else None, reach)
+            reach = built.agreement["reach"]
+            self._write(dict(training.blocks()), built.tree if new_leaf else None, reach)
             self.listener.end(f"{len(blocks)} blocks have learnt, the others are what they were")
         return Added(
             corpus.documents,
@@ -187,7 +181,7 @@ class _Adding(Stages):
             raise BankError(f"no block is on the path {leaf}", "This bank has no memory for these documents.")
         return found[-1]
 
-    def _join(self, new: TrainingSet, blocks: set[Path], goes: Goes | None) -> None:
+    def _join(self, new: TrainingSet, blocks: set[Path], moves: MovedTexts | None) -> None:
         """The new texts with the old ones of the blocks that learn them; and all texts, for the next time."""
         with (
             TrainingSetWriter(self.work.path(JOINED)) as joined,
@@ -195,12 +189,12 @@ class _Adding(Stages):
         ):
             windows = 0
             if (old := self._kept) is not None:
-                moved = goes.windows(old) if goes else set()
-                for number, leaves in still_there(old, self.tree):
+                moved = moves.windows(old) if moves else set()
+                for number, leaves in publish.still_there(old, self.tree):
                     example = old.read(number)
                     windows = max(windows, example.window + 1)
-                    if goes and example.window in moved:
-                        leaves.append(goes.leaf)
+                    if moves and example.window in moved:
+                        leaves.append(moves.leaf)
                     everything.add(example, leaves)
                     if here := [leaf for leaf in leaves if self._target(leaf) in blocks]:
                         joined.add(example, here)
@@ -215,7 +209,7 @@ class _Adding(Stages):
             model,
             replace(self.bank.config, quantization=()),
             joined,
-            replace(self.settings.training, generic=False, cotrain=False),
+            replace(self.settings.training, generic=False),
             joined,
             identity=f"{identify(self.model / ANCHOR).weights_digest} {self.digest}",
             vocabulary=config.get("effective_vocab_size"),
@@ -223,7 +217,7 @@ class _Adding(Stages):
             learns=blocks.__contains__,
         )
         perplexity = training.run(self.listener.training)
-        self.listener.end(telling.perplexity_line(perplexity, "these texts"))
+        self.listener.end(report.perplexity_line(perplexity, "these texts"))
         return training
 
     def _start(self, node: Path) -> Tensors | None:
@@ -233,11 +227,11 @@ class _Adding(Stages):
         block = self.bank.read(node)
         return {name: block.values(name).astype(mx.float32) for name in self.bank.config.widths}
 
-    def _note_rows(self, blocks: set[Path], nodes: Nodes) -> None:
+    def _note_rows(self, blocks: set[Path], nodes: publish.Nodes) -> None:
         """The new rows of the block table, but for their files."""
         rows = []
         for node in sorted(blocks):
-            row = entry(node, FileEntry(0, ""), nodes)
+            row = publish.entry(node, FileEntry(0, ""), nodes)
             if old := self.bank.manifest.blocks.get(node):
                 sources = tuple(dict.fromkeys((*old.sources, *row.sources)))[:SOURCES]
                 documents, tokens = old.documents + row.documents, old.tokens + row.tokens
@@ -251,10 +245,12 @@ class _Adding(Stages):
             rows = map(BlockEntry.from_json, json.loads(self.work.path(ROWS).read_text(encoding="utf-8")))
             blocks = dict(self.bank.manifest.blocks)
             for row in rows:
-                file = FileEntry(*self._store(edit.file(block_name(row.path)), row.path, weights[row.path]))
+                file = publish.write_as_stored(
+                    edit.file(block_name(row.path)), row.path, weights[row.path], self.bank.config
+                )
                 blocks[row.path] = replace(row, bytes=file.bytes, sha256=file.sha256)
             labels = {node: label for node, label in self.bank.manifest.labels.items() if node not in blocks}
-            manifest = replace(self.bank.manifest, blocks=in_order(blocks), labels=labels)
+            manifest = replace(self.bank.manifest, blocks=publish.in_order(blocks), labels=labels)
             if tree is not None:
                 tree.save(edit.file(TREE))
                 size, digest = edit.file(TREE).stat().st_size, file_digest(edit.file(TREE))
@@ -274,23 +270,80 @@ class _Adding(Stages):
         kept = kept_texts(self.model)
         if self.work.path(ALL).is_dir() and kept.is_dir():
             with self.work.writing():
-                swap(self.work.path(ALL), kept)
+                replace_folder(self.work.path(ALL), kept)
 
     def _is_ours(self) -> bool:
         """Whether the bank is what it was before, or what it is to become."""
         after, now = self.work.path(AFTER), file_digest(self.root / MANIFEST)
         return now == file_digest(self.before / MANIFEST) or (after.exists() and now == after.read_text())
 
-    def _store(self, file: pathlib.Path, node: Path, weights: Tensors) -> tuple[int, str]:
-        """Writes a block as the bank stores those of its level."""
-        config, how = self.bank.config, self.bank.config.quantized(len(node))
-        plain = stored(weights, config, str(node))
-        if how is None:
-            return write_block(file, plain, config.dtype)
-        values = {name: weights[name].astype(getattr(mx, config.dtype)) for name in plain}
-        return write_block(file, *quantized(MemoryBlock(values, 0), how))
-
 
 def _leaves_line(leaves: Sequence[Path], new_leaf: Path | None) -> str:
     some = ", ".join(map(str, leaves[:8])) + ", …" * (len(leaves) > 8)
     return f"learnt in {len(leaves)} leaves: {some}" + (f"; {new_leaf} is new" if new_leaf else "")
+
+
+# A leaf of its own
+
+
+@dataclass(frozen=True)
+class MovedTexts:
+    """Which old texts go to a new leaf from now on, and so must be learnt there too."""
+
+    tree: ClusterTree
+    leaf: Path
+    embedder: TextEmbedder
+    tokenizer: Any
+
+    def windows(self, old: TrainingSet) -> set[int]:
+        """The windows of which some text goes there, by its prompt, or as a whole where all of it is learnt."""
+        found = set[int]()
+        for start in range(0, len(old), TOGETHER):
+            examples = [old.read(number) for number in range(start, min(start + TOGETHER, len(old)))]
+            firsts = [int(example.learn.argmax()) for example in examples]
+            tokens = [
+                e.tokens if first <= 1 else e.tokens[:first] for e, first in zip(examples, firsts, strict=True)
+            ]
+            texts = [self.tokenizer.decode(some.tolist(), skip_special_tokens=True) for some in tokens]
+            levels, rows = descend(self.tree, self.embedder.embed(texts))
+            for example, level, row in zip(examples, levels.tolist(), rows.tolist(), strict=True):
+                if Path.of_row(row, level, self.tree.branching) == self.leaf:
+                    found.add(example.window)
+        return found
+
+
+def with_new_leaf(tree: ClusterTree) -> Callable[[np.ndarray], ClusterTree]:
+    """Means [n, dim] of new windows -> the tree with a leaf for them, below the node that most of them pass.
+
+    Of the nodes with room the deepest that most pass is taken; the centroid is the middle of them all. Raises
+    BankError where no node on their way has room.
+    """
+
+    def choose(means: np.ndarray) -> ClusterTree:
+        levels, rows = descend(tree, means)
+        passed: dict[Path, int] = {ROOT: len(means)}
+        for level, row in zip(levels.tolist(), rows.tolist(), strict=True):
+            for node in Path.of_row(row, level, tree.branching).prefixes():
+                passed[node] = passed.get(node, 0) + 1
+        roomy = [node for node in passed if len(node) < tree.depth and _room(tree, node) is not None]
+        if not roomy:
+            raise BankError("the bank's tree has no room for a leaf near these documents", "Leave out --new-leaf.")
+        best = max(roomy, key=lambda node: (2 * passed[node] > len(means), len(node), passed[node]))
+        return tree.with_node(Path((*best, _room(tree, best) or 0)), means.mean(0).astype(np.float32))
+
+    return choose
+
+
+def _room(tree: ClusterTree, node: Path) -> int | None:
+    """A child's place that is free at a node."""
+    present = tree.present[len(node)][node.row(tree.branching)]
+    return None if present.all() else int(np.flatnonzero(~present)[0])
+
+
+def added_node(tree: ClusterTree, known: ClusterTree) -> Path | None:
+    """The node that one tree has and the other has not."""
+    for level in range(1, tree.depth + 1):
+        for node in tree.nodes(level):
+            if not known.has(node):
+                return node
+    return None

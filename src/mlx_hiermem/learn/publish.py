@@ -1,7 +1,8 @@
-"""The learnt bank as a model folder: blocks in the bank's dtype, labels and sources, the anchor beside it.
+"""The model folder: the anchor, the bank with its labels and sources, and the texts that the bank has learnt.
 
 Everything is put together in the work folder and renamed to OUT in the end, so OUT is never half a model. Files
-are linked there rather than copied; the work folder goes afterwards.
+are linked there rather than copied; the work folder goes afterwards. The texts are kept, as tokens, for documents
+that are added later: a block that learns something new forgets the old unless it learns that once more.
 """
 
 from __future__ import annotations
@@ -12,24 +13,28 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_hiermem.anchor import load_anchor
-from mlx_hiermem.bank.bank import GENERIC
-from mlx_hiermem.bank.block import block_name
+from mlx_hiermem.bank.bank import MemoryBank
+from mlx_hiermem.bank.block import MemoryBlock, block_name, write_block
 from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
+from mlx_hiermem.bank.quantize import quantized
 from mlx_hiermem.bank.writer import BankWriter, to_disk
-from mlx_hiermem.config import AnchorIdentity, EmbedderIdentity, MemoryConfig, Path
-from mlx_hiermem.errors import HierMemError
+from mlx_hiermem.config import GENERIC_NODE, AnchorIdentity, EmbedderIdentity, MemoryConfig, Path
+from mlx_hiermem.errors import HierMemError, OutputError
+from mlx_hiermem.files import replace_folder, restore_folder
 from mlx_hiermem.learn.train.blocks import Tensors
+from mlx_hiermem.learn.train.dataset import TrainingSet, TrainingSetWriter
+from mlx_hiermem.learn.train.encoding import EXAMPLES
 from mlx_hiermem.learn.train.training import Training
 from mlx_hiermem.tree import ClusterTree
 
+ANCHOR, BANK, LEARNING = "anchor", "bank", "learning"  # folders of a model
 Nodes = Mapping[str, Mapping[str, Any]]  # as nodes.json has them
 
 
@@ -50,9 +55,8 @@ def write_bank(folder: pathlib.Path, training: Training, tree: ClusterTree, abou
     made_of = json.dumps([config.to_json(), about.recipe, about.anchor.to_json()], sort_keys=True)
     with BankWriter(folder, hashlib.sha256(made_of.encode()).hexdigest()) as writer:
         for node, weights in training.blocks():
-            name = block_name(node) if node else GENERIC
-            file = writer.write(name, stored(weights, config, str(node) or "generic"), config.dtype)
-            if node:
+            file = writer.write(block_name(node), stored(weights, config, str(node) or "generic"), config.dtype)
+            if node != GENERIC_NODE:
                 blocks[node] = entry(node, file, about.nodes)
             else:
                 generic = file
@@ -109,28 +113,13 @@ def stored(weights: Tensors, config: MemoryConfig, name: str) -> dict[str, tuple
     return found
 
 
-def write_anchor(source: pathlib.Path, out: pathlib.Path, weights: Tensors) -> None:
-    """A copy of an anchor's folder with weights that have changed, each in the dtype that it has there."""
-    from mlx_lm.utils import save_model
-
-    shutil.rmtree(out, ignore_errors=True)
-    shutil.copytree(source, out, ignore=shutil.ignore_patterns("model*.safetensors*"))
-    dtypes = {
-        name: value.dtype
-        for file in sorted(source.glob("model*.safetensors"))
-        for name, value in _arrays(file).items()
-    }
-    model, _, _ = load_anchor(source, mx.float32)
-    model.load_weights(
-        [(name, value.astype(dtypes.get(name, mx.float32))) for name, value in weights.items()], strict=False
-    )
-    save_model(out, model)
-
-
-def _arrays(file: pathlib.Path) -> Tensors:
-    loaded = mx.load(str(file))
-    assert isinstance(loaded, dict)
-    return loaded
+def write_as_stored(file: pathlib.Path, node: Path, weights: Tensors, config: MemoryConfig) -> FileEntry:
+    """Writes a block as a bank stores those of its level, quantised where these are."""
+    plain, how = stored(weights, config, str(node)), config.quantized(len(node))
+    if how is None:
+        return FileEntry(*write_block(file, plain, config.dtype))
+    values = {name: weights[name].astype(getattr(mx, config.dtype)) for name in plain}
+    return FileEntry(*write_block(file, *quantized(MemoryBlock(values, 0), how)))
 
 
 def link(source: pathlib.Path, target: pathlib.Path) -> None:
@@ -155,3 +144,39 @@ def publish(folder: pathlib.Path, out: pathlib.Path) -> None:
     """Brings a whole model to disk and gives it its name."""
     to_disk(folder)
     os.rename(folder, out)
+
+
+# The kept texts
+
+
+def forget(model: pathlib.Path) -> int:
+    """Drops the kept texts of leaves that were removed, unless another leaf has learnt them; returns how many."""
+    kept, tree = kept_texts(model), MemoryBank.open(model / BANK).tree
+    if not kept.is_dir():
+        return 0
+    old, fewer = TrainingSet.open(kept), kept.with_name(f"{EXAMPLES}.fewer")
+    try:
+        with TrainingSetWriter(fewer) as out:
+            for number, leaves in still_there(old, tree):
+                out.add(old.read(number), leaves)
+        count = len(old) - len(TrainingSet.open(fewer))
+        replace_folder(fewer, kept)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {kept}: {error.strerror or error}", "It still has texts of what was removed: delete it."
+        ) from error
+    return count
+
+
+def kept_texts(model: pathlib.Path) -> pathlib.Path:
+    """The folder of the kept texts, which may not be there. Brings it back where a kill left it put aside."""
+    kept = model / LEARNING / EXAMPLES
+    restore_folder(kept)
+    return kept
+
+
+def still_there(old: TrainingSet, tree: ClusterTree) -> Iterator[tuple[int, list[Path]]]:
+    """(number, leaves) of the kept texts whose leaves the tree has: what was removed is not to come back."""
+    for number, leaves in enumerate(old.leaves_of()):
+        if present := [leaf for leaf in leaves if tree.has(leaf)]:
+            yield number, present

@@ -1,6 +1,6 @@
 """All of `hiermem learn`: every stage in its turn, then the model folder. What is done is not done again.
 
-    learnt = learn(["./docs"], out, lambda: AnchorSource("SmolLM2", ..., put), LearnSettings(), listener)
+    learnt = learn(["./docs"], pathlib.Path("my-model"), "anchor-folder", LearnSettings())
 
 Of several ranks (`mlx.launch`) the first does everything but the training, which they share.
 """
@@ -24,38 +24,72 @@ from mlx_hiermem.bank.policy import POLICY, BankPolicy
 from mlx_hiermem.config import EmbedderIdentity, MemoryConfig
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import AnchorError, HierMemError, OutputError
-from mlx_hiermem.learn import telling
-from mlx_hiermem.learn.command import ANCHOR, BANK, LEARNING, TRAINING, Stages, find_teacher, locked, work_folder
-from mlx_hiermem.learn.corpus.stages import AGREEMENT, SKIPPED, TREE, read_corpus
-from mlx_hiermem.learn.publish import About, Nodes, link, publish, write_anchor, write_bank
-from mlx_hiermem.learn.ranks import Ranks
-from mlx_hiermem.learn.settings import ExampleSettings, LearnSettings, MemorySettings, epochs_for
-from mlx_hiermem.learn.study.prompts import about_windows, give
-from mlx_hiermem.learn.study.study import study
+from mlx_hiermem.learn import report
+from mlx_hiermem.learn.publish import ANCHOR, BANK, LEARNING, About, Nodes, link, publish, write_bank
+from mlx_hiermem.learn.settings import (
+    ExampleSettings,
+    LearnSettings,
+    MemorySettings,
+    epochs_for,
+)
+from mlx_hiermem.learn.stages import StagedRun
 from mlx_hiermem.learn.train.encoding import EXAMPLES, make_examples, open_examples
 from mlx_hiermem.learn.train.training import LOG, PLOT, Training
+from mlx_hiermem.learn.tree.build import build_tree, given_agreement
 from mlx_hiermem.learn.tree.kmeans import check_size
-from mlx_hiermem.learn.tree.planting import describe_nodes, given_agreement, plant
-from mlx_hiermem.learn.work import Work, write_text
+from mlx_hiermem.learn.tree.labels import describe_nodes
+from mlx_hiermem.learn.work import (
+    AGREEMENT,
+    SKIPPED,
+    TRAINING,
+    TREE,
+    Ranks,
+    Work,
+    locked_work,
+    work_folder,
+    write_text,
+)
 from mlx_hiermem.memory.attach import attach
 from mlx_hiermem.memory.design import memory_config, usual_sizes
 from mlx_hiermem.partial import Anchor
 from mlx_hiermem.tree import ClusterTree
 
-BASE, MODEL = "base", "model"  # of the work folder
+BASE, MODEL = "base", "model"  # folders in the work folder: the anchor as it was given, and what becomes OUT
 REPORT = "report.json"
 
 
 @dataclass(frozen=True)
 class AnchorSource:
-    """An anchor to be: `put` makes its folder, with `anchor/` in it and perhaps `source.json`.
-
-    `made_of` says what it is made of, by which an interrupted run knows it again.
-    """
+    """Where the anchor comes from."""
 
     name: str
-    made_of: Any
-    put: Callable[[pathlib.Path], None]
+    made_of: Any  # JSON, by which an interrupted run knows the anchor again
+    put: Callable[[pathlib.Path], None]  # makes a folder with `anchor/` in it, and perhaps `source.json`
+
+    @classmethod
+    def of(cls, model: pathlib.Path) -> AnchorSource:
+        """A model folder's own anchor."""
+        if not (model / ANCHOR).is_dir():
+            raise AnchorError(f"{model} has no anchor/", "Name a model folder that `hiermem convert` has made.")
+        identity = identify(model / ANCHOR, _name_in(model))
+
+        def copy(target: pathlib.Path) -> None:
+            shutil.copytree(model / ANCHOR, target / ANCHOR)
+            if (model / "source.json").is_file():
+                shutil.copy(model / "source.json", target)
+
+        return cls(identity.name, identity.to_json(), copy)
+
+
+def _name_in(model: pathlib.Path) -> str:
+    """What the anchor of a model folder is called there."""
+    for file, keys in ((model / BANK / "bank.json", ("anchor", "name")), (model / "source.json", ("name",))):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            found = json.loads(file.read_text(encoding="utf-8"))
+            for key in keys:
+                found = found[key]
+            return str(found)
+    return model.resolve().name
 
 
 @dataclass(frozen=True)
@@ -90,14 +124,20 @@ class Learnt:
         return asdict(self)
 
 
+DEFAULT, SILENT = LearnSettings(), report.Silent()
+
+
 def learn(
     sources: Sequence[str],
     out: pathlib.Path,
-    find_anchor: Callable[[], AnchorSource],
-    settings: LearnSettings,
-    listener: telling.Listener,
+    anchor: Callable[[], AnchorSource] | pathlib.Path | str,
+    settings: LearnSettings = DEFAULT,
+    listener: report.Listener = SILENT,
 ) -> Learnt | None:
     """Learns documents into the model folder `out`. On other ranks than the first it returns None.
+
+    `sources` are files, folders, and data sets of the hub ("hf://owner/name"). `anchor` is a model folder, or a
+    function that finds one.
 
     Raises CorpusError, AnchorError and OutputError, each for what is wrong with what was given. What is done stays
     in `work_folder(out)`, and the same call goes on from there.
@@ -110,12 +150,12 @@ def learn(
         _Run(Work(work_folder(out)), settings, listener, first=False).train()
         return None
     tidy = _tidy(work_folder(out)) if ranks.count == 1 else contextlib.nullcontext()  # others look into it
-    with tidy, locked(work_folder(out)) as work:
+    with tidy, locked_work(work_folder(out)) as work:
         run = _Run(work, settings, listener)
         with ranks.leading():
-            anchor = find_anchor()
-            prepared = run.prepare(sources, anchor)
-        learnt = run.write(anchor.name, prepared, *run.train())
+            source = anchor() if callable(anchor) else AnchorSource.of(pathlib.Path(anchor))
+            prepared = run.prepare(sources, source)
+        learnt = run.write(source.name, prepared, *run.train())
         with work.writing():
             publish(work.path(MODEL), out)
     if not settings.keep:
@@ -135,10 +175,10 @@ def _tidy(folder: pathlib.Path) -> Iterator[None]:
         raise
 
 
-class _Run(Stages):
-    """One command's work."""
+class _Run(StagedRun):
+    """Learning a new model."""
 
-    def __init__(self, work: Work, settings: LearnSettings, listener: telling.Listener, first: bool = True) -> None:
+    def __init__(self, work: Work, settings: LearnSettings, listener: report.Listener, first: bool = True) -> None:
         super().__init__(work, listener, first)
         self.settings, self.folder = settings, work.path(BASE) / ANCHOR
 
@@ -154,31 +194,22 @@ class _Run(Stages):
             self._check()
             self.listener.end(anchor.name)
         embedder, tokenizer = Embedder.load(), self.loaded[1]
-        with self.stage("corpus"):
-            corpus = read_corpus(
-                self.work, sources, embedder.tokenizer, self.settings.corpus, self.counter("documents")
-            )
-            skipped = sum(1 for _ in corpus.skipped())
-            check_size(corpus.count)  # before anything that takes long
-            self.listener.end(telling.corpus_line(corpus, skipped))
-        with self.stage("study"):
-            prompts = about_windows(corpus, self.settings.prompts)  # before anything that takes long
-            teacher = find_teacher(self.settings, *self.loaded[:2], identify(self.folder))
-            studied = study(self.work, corpus, *teacher, self.settings.study, self.progress("windows"))
-            give(self.work, prompts, studied)
-            self.listener.end(telling.study_line(corpus.studied))
+        corpus, skipped = self.read(sources, embedder.tokenizer, self.settings)
+        check_size(corpus.count)  # before anything that takes long
+        digest = identify(self.folder).weights_digest
+        self.study(corpus, self.settings, self.settings.study, self.loaded[:2], digest)
         with self.stage("tree"):
-            planted = plant(self.work, corpus, embedder, self.settings.tree, self.progress("texts embedded"))
+            built = build_tree(self.work, corpus, embedder, self.settings.tree, self.progress("texts embedded"))
             asked = self.settings.questions
-            given = given_agreement(planted, embedder, asked) if asked else None
-            self.listener.end(telling.tree_line(planted.agreement, given))
+            given = given_agreement(built, embedder, asked) if asked else None
+            self.listener.end(report.tree_line(built.agreement, given))
         with self.stage("examples"):
             chosen = ExampleSettings(self.settings.heldout, self.settings.training.objective == "distillation")
-            make_examples(self.work, planted, embedder, tokenizer, chosen, self.progress("windows"))
+            make_examples(self.work, built, embedder, tokenizer, chosen, self.progress("windows"))
             learnt, _ = open_examples(self.work)
-            nodes = describe_nodes(self.work, planted, lambda text: len(tokenizer.encode(text)), learnt)
+            nodes = describe_nodes(self.work, built, lambda text: len(tokenizer.encode(text)), learnt)
             self.listener.end(f"{len(learnt):,} texts, {int(learnt.lengths.sum()):,} tokens")
-        return Prepared(corpus.documents, corpus.count, skipped, planted.agreement, given, nodes, embedder.identity)
+        return Prepared(corpus.documents, corpus.count, skipped, built.agreement, given, nodes, embedder.identity)
 
     def train(self) -> tuple[Training, dict[str, float]]:
         """Trains this rank's share; returns the perplexities too."""
@@ -202,10 +233,10 @@ class _Run(Stages):
                 identity=identify(self.folder).weights_digest,
                 vocabulary=config.get("effective_vocab_size"),
             )
-            self.listener.end(f"{telling.memory_line(memory)}, {settings.epochs} epochs")
+            self.listener.end(f"{report.memory_line(memory)}, {settings.epochs} epochs")
             self.listener.begin("training")
             perplexity = training.run(self.listener.training)
-            self.listener.end(telling.perplexity_line(perplexity, self._measured))
+            self.listener.end(report.perplexity_line(perplexity, self._measured))
         return training, perplexity
 
     def write(self, name: str, prepared: Prepared, training: Training, perplexity: dict[str, float]) -> Learnt:
@@ -213,11 +244,7 @@ class _Run(Stages):
         model, settings = self.work.path(MODEL), self.settings
         shutil.rmtree(model, ignore_errors=True)
         with self.stage("bank"), self.work.writing():
-            weights = training.anchor()
-            if weights is None:
-                link(self.work.path(BASE), model)
-            else:
-                write_anchor(self.folder, model / ANCHOR, weights)
+            link(self.work.path(BASE), model)
             recipe = {"name": "learn", "by": f"mlx-hiermem {__version__}", "documents": prepared.documents}
             training_settings = {"training": training.settings.to_json()}
             recipe |= {

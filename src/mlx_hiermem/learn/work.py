@@ -1,8 +1,8 @@
-"""The work folder: which stages are done, made of what, and lines of JSON written whole or not at all.
+"""The work folder `OUT.learn`: its files, the stages that are done, its lock, and ranks that wait for the first.
 
 A stage is done when its files were renamed into place and noted in `stages.json` with a digest of what they were
 made from: its settings, and through `after` the digests of the stages before. With another setting it and all that
-follow are made again.
+follow are made again. What the files are is in the table of `mlx_hiermem.learn`.
 """
 
 from __future__ import annotations
@@ -11,18 +11,46 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 import pathlib
+import random
 import shutil
 import sqlite3
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
+import mlx.core as mx
+
+from mlx_hiermem import files
 from mlx_hiermem.errors import CorpusError, OutputError
 
-STAGES = "stages.json"
+SUFFIX = ".learn"  # of a work folder's name
+STAGES, TIMES = "stages.json", "times.json"
+WINDOWS, SKIPPED = "windows.jsonl", "skipped.jsonl"
+STUDY, PROMPTS = "study.jsonl", "prompts.jsonl"
+PROBES, PROBE_VECTORS, MEANS = "probes.jsonl", "probes.npy", "means.npy"
+TREE, LEAVES_FILE, AGREEMENT, NODES = "tree.safetensors", "leaves.jsonl", "agreement.json", "nodes.json"
+TRAINING = "training"
+GO_ON = "What was done is kept: free space and run the same command again."
+FIRST_RANK = "first-rank"  # how the file's name begins by which the first rank speaks to the others
+BEGUN, READY, FAILED = "begun", "ready", "failed"  # what it says
+PATIENCE = 60.0  # seconds until the first rank must have begun
+NAP = 0.2  # seconds between looks
 Row = dict[str, Any]
 T = TypeVar("T")
+
+
+def work_folder(model: pathlib.Path) -> pathlib.Path:
+    """Where everything lies until the model folder is whole."""
+    return model.absolute().with_name(model.name + SUFFIX)
+
+
+@contextlib.contextmanager
+def locked_work(folder: pathlib.Path) -> Iterator[Work]:
+    """The work folder, for one process at a time. Raises OutputError where another one has it."""
+    work = Work(folder)
+    with files.locked(folder, "at work in"):
+        yield work
 
 
 class Work:
@@ -59,16 +87,14 @@ class Work:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """What cannot be written raises an OutputError that says so."""
+        """Raises an OutputError that names the file where the block cannot write one."""
         try:
             yield
         except (OSError, sqlite3.OperationalError) as error:
-            file, why = getattr(error, "filename", None) or self.folder, getattr(error, "strerror", None) or error
-            if isinstance(error, shutil.Error):  # of a folder's copy: a list of (from, to, why)
-                _, file, why = error.args[0][0]
-            raise OutputError(
-                f"cannot write {file}: {why}", "What was done is kept: free space and run the same command again."
-            ) from error
+            file = getattr(error, "filename", None) or self.folder
+            if isinstance(error, shutil.Error):  # of a copied folder: a list of (from, to, why)
+                file = error.args[0][0][1]
+            raise OutputError(f"cannot write {file}: {files.reason(error)}", GO_ON) from error
 
     def _note(self, done: dict[str, str]) -> None:
         self._done = done
@@ -77,26 +103,22 @@ class Work:
 
 def write_text(file: pathlib.Path, text: str) -> None:
     """Whole or not at all."""
-    beside = file.with_name(file.name + ".tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, file)
+    files.write_text(file, text, GO_ON)
 
 
 def write_lines(file: pathlib.Path, rows: Iterable[Any]) -> int:
     """JSON values, one a line, whole or not at all; returns how many."""
-    count, beside = 0, file.with_name(file.name + ".tmp")
-    with beside.open("w", encoding="utf-8") as stream:
-        for row in rows:
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-            count += 1
-    os.replace(beside, file)
-    return count
+    return files.write_json_lines(file, rows, GO_ON)
 
 
 def read_lines(file: pathlib.Path) -> Iterator[Any]:
-    with file.open(encoding="utf-8") as stream:
-        for line in stream:
-            yield json.loads(line)
+    """The JSON values of a file of lines."""
+    return (value for _, value in files.read_json_lines(file, CorpusError, "Remove it: it is written again."))
+
+
+def count_lines(file: pathlib.Path) -> int:
+    with file.open("rb") as stream:
+        return sum(block.count(b"\n") for block in iter(lambda: stream.read(1 << 20), b""))
 
 
 def with_rows(
@@ -118,3 +140,55 @@ def with_rows(
             yield window, []
     if following is not None or next(groups, None) is not None:
         raise CorpusError(f"{file} does not go window by window", "Remove it: it is written again.")
+
+
+class Ranks:
+    """The ranks of one command. The first works alone until the training; the others wait, asleep.
+
+    They wait for a file in the work folder, which they share: a collective of MLX keeps a core busy while it waits,
+    the stages before the training may take hours, and where the first rank fails a collective only says that a
+    connection was lost. All ranks make one of these together.
+    """
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        group = mx.distributed.init()
+        self.rank, self.count = group.rank(), group.size()
+        # A number that no earlier command had, so that what it left is not taken for news.
+        mine = random.randrange(1 << 20) if self.rank == 0 else 0
+        run = int(mx.distributed.all_sum(mx.array(mine))) if self.count > 1 else mine
+        self._file = folder / f"{FIRST_RANK}-{run}"
+
+    @contextlib.contextmanager
+    def leading(self) -> Iterator[None]:
+        """What only the first rank does; the others go on when it is done, or stop when it failed."""
+        if self.count == 1:
+            yield
+            return
+        for old in self._file.parent.glob(f"{FIRST_RANK}-*"):
+            old.unlink()
+        write_text(self._file, BEGUN)
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError, OutputError):
+                write_text(self._file, FAILED)
+            raise
+        write_text(self._file, READY)
+
+    def follow(self) -> None:
+        """Waits for the first rank. Raises OutputError where it failed, or has another folder."""
+        start = time.monotonic()
+        while (said := self._said()) in ("", BEGUN):
+            if not said and time.monotonic() - start > PATIENCE:
+                raise OutputError(
+                    f"the first rank has not begun in {self._file.parent}", "The ranks must share that folder."
+                )
+            time.sleep(NAP)
+        if said == FAILED:
+            raise OutputError("the first rank stopped", "Its own line says why.")
+
+    def _said(self) -> str:
+        try:
+            return self._file.read_text(encoding="utf-8")
+        except OSError:
+            return ""

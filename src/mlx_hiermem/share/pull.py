@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mlx_hiermem.anchor import identify
-from mlx_hiermem.bank.bank import GENERIC, MANIFEST, TREE
-from mlx_hiermem.bank.block import block_name
+from mlx_hiermem.bank.bank import MANIFEST, TREE
+from mlx_hiermem.bank.block import GENERIC_FILE, block_name
 from mlx_hiermem.bank.hub import RemoteFile, commit_of, download, listing, quiet
 from mlx_hiermem.bank.manifest import BankManifest
 from mlx_hiermem.bank.policy import POLICY
@@ -121,7 +121,7 @@ def _fill(
     origin = before.with_more(wanted)
     files = [RemoteFile(f"bank/{TREE}", manifest.tree.bytes, manifest.tree.sha256)]
     if origin.generic and manifest.generic:
-        files.append(RemoteFile(f"bank/{GENERIC}", manifest.generic.bytes, manifest.generic.sha256))
+        files.append(RemoteFile(f"bank/{GENERIC_FILE}", manifest.generic.bytes, manifest.generic.sha256))
     blocks = [entry for node, entry in manifest.blocks.items() if origin.keeps(node)]
     files += [RemoteFile(f"bank/{block_name(entry.path)}", entry.bytes, entry.sha256) for entry in blocks]
     if not tree_only:

@@ -61,7 +61,7 @@ import Observation
     do {
       let (folder, model) = try await Self.open(budget: budget, tokenizer: tokenizer)
       let options = ChatOptions(
-        memory: folder.bank == nil ? .none : .routed, maxTokens: folder.manifest.maxTokens,
+        memory: folder.bank == nil ? .none : .fetched, maxTokens: folder.manifest.maxTokens,
         sampling: folder.manifest.sampling)
       session = ChatSession(model: model, options: options)
       bank = folder.bank

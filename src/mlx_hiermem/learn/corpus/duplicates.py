@@ -1,4 +1,4 @@
-"""Which documents say again what another one said: equal ones by digest, nearly equal ones by MinHash.
+"""Duplicates: equal documents are found by digest, nearly equal ones by MinHash.
 
 A document is the set of its runs of `RUN` words. MinHash (Broder, 1997) estimates how much of two such sets is
 common: the share of equal values in their signatures. Documents that share a band of values are compared, and the
@@ -72,7 +72,7 @@ class Seen:
         return ""
 
     def signature(self, words: list[str]) -> np.ndarray:
-        """[VALUES] uint32: of each of so many random orders of all runs, the first run of this document."""
+        """[VALUES] uint32: for each of that many random orders of all runs, the first that the document has."""
         # With margins, so that the first word counts as much as the others: often it is what the text is about.
         words = [*[""] * (RUN - 1), *words, *[""] * (RUN - 1)]
         runs = {" ".join(words[i : i + RUN]) for i in range(len(words) - RUN + 1)}

@@ -1,4 +1,4 @@
-"""What is learnt: files and data sets, read as a stream of documents by well-kept readers.
+"""Readers: files, folders and data sets of the hub as a stream of documents.
 
 A reader yields a `Document`, or `Skipped` with the reason where there is nothing to learn from. None holds more
 than one document, and a long text file comes as several: a corpus may be larger than memory.
@@ -16,13 +16,12 @@ from typing import Any
 
 from mlx_hiermem.errors import CorpusError, MissingDependencyError
 from mlx_hiermem.learn.records import Document, Skipped
-from mlx_hiermem.learn.work import STAGES
+from mlx_hiermem.learn.work import STAGES, SUFFIX
 
 Found = Document | Skipped
 
 PIECE = 1 << 20  # characters of a text file that make one document
 HUB = "hf://"
-WORK = ".learn"  # how the name of a work folder ends
 TITLES = ("title", "name", "heading", "subject")  # where a record's title is looked for
 EXTRA = "pip install 'mlx-hiermem[learn]'"
 
@@ -57,7 +56,7 @@ def _read_folder(root: pathlib.Path, field: str, title: str) -> Iterator[Found]:
 def files_in(root: pathlib.Path) -> Iterator[tuple[pathlib.Path, str]]:
     """The files below a folder in the order of their names, folder by folder, each with the reason not to read it.
 
-    Of a folder that is not read there is only itself.
+    A folder that is not read is listed, but not what is in it.
     """
     for folder, folders, files in os.walk(root):
         folders.sort()
@@ -75,7 +74,7 @@ def _foreign(folder: pathlib.Path) -> str:
         return "hidden folder"
     if any((folder / name).is_file() for name in ("bank.json", "bank/bank.json", "anchor/config.json")):
         return "a model"
-    return "the work folder of a model" if folder.suffix == WORK and (folder / STAGES).is_file() else ""
+    return "the work folder of a model" if folder.suffix == SUFFIX and (folder / STAGES).is_file() else ""
 
 
 def _read_file(path: pathlib.Path, source: str, field: str, title: str) -> Iterator[Found]:

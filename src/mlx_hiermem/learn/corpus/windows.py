@@ -1,4 +1,4 @@
-"""A document's text in windows: whole sentences, as many as fit into so many tokens.
+"""A document's text in windows: whole sentences, as many as fit into a given number of tokens.
 
 Tokens are the embedder's. It reads the first 256 of a text, so a longer window would be routed by its beginning
 only.

@@ -23,10 +23,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlx_hiermem.errors import CorpusError, HierMemError
-from mlx_hiermem.learn.corpus.stages import GIVEN, STUDY, Corpus
+from mlx_hiermem.learn.corpus.corpus import Corpus
 from mlx_hiermem.learn.records import Prompt
 from mlx_hiermem.learn.tree.probes import FRAME, names, with_subjects
-from mlx_hiermem.learn.work import Row, Work, read_lines, write_lines
+from mlx_hiermem.learn.work import PROMPTS, STUDY, Row, Work, read_lines, write_lines
 
 FORMS = (
     'A line has a "document", its title or file, and "prompt" and "completion", or "question" and "answer", '
@@ -96,11 +96,11 @@ def give(work: Work, rows: Sequence[Row], studied: str) -> str:
 
     def make() -> None:
         if not rows:
-            work.path(GIVEN).unlink(missing_ok=True)
+            work.path(PROMPTS).unlink(missing_ok=True)
             return
         study = work.path(STUDY)
         own = read_lines(study) if study.exists() else iter(())
-        write_lines(work.path(GIVEN), heapq.merge(own, rows, key=_window))
+        write_lines(work.path(PROMPTS), heapq.merge(own, rows, key=_window))
 
     stamp = hashlib.sha256(json.dumps(rows).encode()).hexdigest() if rows else None
     return work.stage("prompts", stamp, [studied], make)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_hiermem.config import Path
+from mlx_hiermem.config import GENERIC_NODE, Path
 from mlx_hiermem.learn.train.dataset import Example, TrainingSet
-from mlx_hiermem.learn.train.jobs import GENERIC, carriers
+from mlx_hiermem.learn.train.jobs import carriers
 from mlx_hiermem.learn.train.learner import Inputs
 from mlx_hiermem.learn.train.packing import batch, cut
 from mlx_hiermem.learn.train.trainer import Trainer
@@ -31,7 +31,7 @@ class _Group:
     memories: dict[str, list[Path]]  # name -> the nodes whose blocks are attached
     inputs: Inputs
     learnt: int
-    alone: float | None = None  # the loss without memory, where it stays what it is
+    alone: float | None = None  # the loss without memory, once it is known: it stays what it is
 
 
 class HeldOut:
@@ -59,14 +59,16 @@ class HeldOut:
         if not nodes and group.alone is not None:
             return group.alone
         loss = float(self.trainer.losses(nodes, group.inputs).sum())
-        if not nodes and not self.trainer.settings.cotrain:
+        if not nodes:
             group.alone = loss
         return loss
 
     def _read(self) -> Iterator[_Group]:
         own, known = _tops(self.trainer.job.leaves), _tops(self.trainer.examples.leaves)
         for leaf, numbers in _texts(self.trainer, self.texts):
-            memories: dict[str, list[Path]] = {"generic": [GENERIC]} if GENERIC in self.trainer.job.leaves else {}
+            memories = dict[str, list[Path]]()
+            if GENERIC_NODE in self.trainer.job.leaves:
+                memories["generic"] = [GENERIC_NODE]
             if leaf[:1] in own or leaf[:1] not in known:
                 memories |= _levels(self.trainer, leaf)
             for group in cut(numbers, self.texts.lengths[numbers], GROUP_TOKENS, np.random.default_rng(0)):
@@ -75,9 +77,9 @@ class HeldOut:
 
 
 def _inputs(trainer: Trainer, texts: Sequence[Example]) -> Inputs:
-    """Texts as a batch; of a frozen anchor with the states that enter the first memory layer."""
+    """Texts as a batch, with the states that enter the first memory layer."""
     packed, layer = batch(texts), trainer.learner.first_layer
-    if trainer.settings.cotrain or not layer:
+    if not layer:
         return Inputs(packed)
     documents = mx.array(packed.documents) if packed.packed else None
     states = trainer.learner.anchor.states(mx.array(packed.tokens), layer, documents)
@@ -96,7 +98,7 @@ def _levels(trainer: Trainer, leaf: Path) -> dict[str, list[Path]]:
 
 def _texts(trainer: Trainer, heldout: TrainingSet) -> Iterator[tuple[Path, np.ndarray]]:
     """Leaves and a sample of their texts: those below the job's top, or all for the generic block."""
-    everything, own = GENERIC in trainer.job.leaves, _tops(trainer.job.leaves)
+    everything, own = GENERIC_NODE in trainer.job.leaves, _tops(trainer.job.leaves)
     sample = np.random.default_rng(trainer.settings.seed).random(len(heldout)) < EXAMPLES / max(1, len(heldout))
     for leaf in heldout.leaves:
         numbers = heldout.ids(leaf)

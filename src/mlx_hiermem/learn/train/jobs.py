@@ -1,8 +1,8 @@
 """In which order everything is learnt: jobs, epochs, windows, steps. The same for the same seed, whoever asks.
 
-With a frozen anchor the subtrees of level 1 share nothing, so each is a job of its own (the 16 asynchronous jobs of
-arXiv:2510.02375, §3), and so is the generic block. A rank takes whole jobs; what a job learns does not depend on
-who runs it or when. With co-training the anchor joins everything, and there is one job.
+The anchor is frozen, so the subtrees of level 1 share nothing: each is a job of its own (the 16 asynchronous jobs
+of arXiv:2510.02375, §3), and so is the generic block. A rank takes whole jobs; what a job learns does not depend on
+who runs it or when.
 
 Within a job a coarse block is shared by many leaves. Each epoch goes through the subtree's leaves in a random
 depth-first order, cut into windows whose blocks fit in memory together; within a window the groups of all its
@@ -18,13 +18,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_hiermem.config import MemoryConfig, Path
+from mlx_hiermem.config import GENERIC_NODE, MemoryConfig, Path
 from mlx_hiermem.learn.settings import TrainingSettings
 from mlx_hiermem.learn.train.dataset import TrainingSet
 from mlx_hiermem.learn.train.packing import cut
 
 FEW = 1 << 15  # ways to share jobs that are all tried
-GENERIC = Path()  # stands among the leaves for the control block
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Job:
-    """Leaves that are trained together, one of them perhaps GENERIC."""
+    """Leaves that are trained together, one of them perhaps GENERIC_NODE."""
 
     name: str
     leaves: tuple[Path, ...]
@@ -49,18 +48,16 @@ class Job:
 
 
 def carriers(config: MemoryConfig, leaf: Path) -> list[Path]:
-    """The nodes on a path that have a block, level 1 first; of GENERIC, itself."""
-    if leaf == GENERIC:
-        return [GENERIC]
+    """The nodes on a path that have a block, level 1 first; of GENERIC_NODE, itself."""
+    if leaf == GENERIC_NODE:
+        return [GENERIC_NODE]
     return [node for node in leaf.prefixes() if config.block_sizes[len(node) - 1]]
 
 
 def jobs(examples: TrainingSet, config: MemoryConfig, settings: TrainingSettings) -> list[Job]:
     """All jobs: those of level 1 in order, then the generic block's. A leaf on whose path is no block is out."""
     leaves = [leaf for leaf in examples.leaves if carriers(config, leaf)]
-    generic = (GENERIC,) if settings.generic and leaves else ()
-    if settings.cotrain:
-        return [Job("all", (*leaves, *generic))]
+    generic = (GENERIC_NODE,) if settings.generic and leaves else ()
     tops = sorted({leaf[0] for leaf in leaves})
     found = [Job(str(top), tuple(leaf for leaf in leaves if leaf[0] == top)) for top in tops]
     return [*found, Job("generic", generic)] if generic else found
@@ -105,7 +102,7 @@ class Schedule:
         """The steps of one epoch."""
         rng = np.random.default_rng((self.settings.seed, self.job.key, epoch))
         windows = list(self._windows(rng))
-        generic = list(self._groups(GENERIC, rng)) if GENERIC in self.job.leaves else []
+        generic = list(self._groups(GENERIC_NODE, rng)) if GENERIC_NODE in self.job.leaves else []
         found: list[list[Group]] = []
         for number, window in enumerate(windows):
             groups = [group for leaf in window for group in self._groups(leaf, rng)]
@@ -119,14 +116,14 @@ class Schedule:
     def tokens(self) -> int:
         """Tokens of one epoch; of the generic block's, about."""
         total = sum(int(self._lengths[self.examples.ids(leaf)].sum()) for leaf in self.job.leaves)
-        if GENERIC in self.job.leaves:
+        if GENERIC_NODE in self.job.leaves:
             every = sum(int(self._lengths[self.examples.ids(leaf)].sum()) for leaf in self.examples.leaves)
             total += every // self.config.branching
         return total
 
     def numbers(self, leaf: Path, rng: np.random.Generator) -> np.ndarray:
         """The examples of a leaf in an epoch; the generic block's are one of every k that the leaves have."""
-        if leaf != GENERIC:
+        if leaf != GENERIC_NODE:
             return self.examples.ids(leaf)
         k, assigned = self.config.branching, self.examples.assigned
         strata = np.arange(0, max(1, len(assigned) - k + 1), k)
@@ -141,8 +138,8 @@ class Schedule:
         """Runs of leaves, neighbours in the tree, whose blocks fit in memory together."""
         window: list[Path] = []
         nodes: set[Path] = set()
-        size = first = self._nbytes(GENERIC) if GENERIC in self.job.leaves else 0
-        for leaf in _shuffled([leaf for leaf in self.job.leaves if leaf != GENERIC], rng):
+        size = first = self._nbytes(GENERIC_NODE) if GENERIC_NODE in self.job.leaves else 0
+        for leaf in _shuffled([leaf for leaf in self.job.leaves if leaf != GENERIC_NODE], rng):
             more = [node for node in carriers(self.config, leaf) if node not in nodes]
             if window and size + sum(map(self._nbytes, more)) > self.settings.blocks_bytes:
                 yield window

@@ -26,7 +26,7 @@ struct BlockCacheTests {
     let cache = BlockCache(bank: try Fixtures.tinyBank())
     #expect(try await cache.fetch(path("2.2")).nodes.map(\.description) == ["2"])
     #expect(try await cache.fetch(.root).memory == nil)
-    #expect(try await cache.fetchGeneric().nodes == [.root])
+    #expect(try await cache.fetchGeneric().nodes == [.generic])
   }
 
   @Test func evictsTheLeastRecentlyUsedAndPinnedLevelsLast() async throws {

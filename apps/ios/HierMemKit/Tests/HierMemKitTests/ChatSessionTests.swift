@@ -19,15 +19,6 @@ struct ChatSessionTests {
       blocks: BlockCache(bank: bank))
   }
 
-  private func memory(_ text: String) throws -> ChatOptions.Memory {
-    switch text {
-    case "none": .none
-    case "generic": .generic
-    case "fetched": .routed
-    default: .path(try NodePath(parsing: text))
-    }
-  }
-
   private func say(_ session: ChatSession, _ text: String) async throws -> (start: ChatStart?, reply: String) {
     var said: (start: ChatStart?, reply: String) = (nil, "")
     for try await event in session.ask(text) {
@@ -39,11 +30,11 @@ struct ChatSessionTests {
     return said
   }
 
-  @Test(arguments: ["routed", "blocked", "generic", "path", "none"])
+  @Test(arguments: ["fetched", "blocked", "generic", "path", "none"])
   func goesAsInPython(_ name: String) async throws {
     let expected = try #require(golden.sessions[name])
     let options = ChatOptions(
-      memory: try memory(expected.memory), system: expected.system, maxTokens: golden.maxTokens,
+      memory: try MemoryChoice(parsing: expected.memory), system: expected.system, maxTokens: golden.maxTokens,
       blocked: Set(try expected.blocked.map(NodePath.init(parsing:))))
     let session = ChatSession(model: model, options: options)
     for turn in expected.turns {
@@ -52,7 +43,7 @@ struct ChatSessionTests {
       #expect(Array(reply.utf8) == Array(turn.reply.utf8))
       #expect(await session.topic?.path.description ?? "" == turn.path)
       #expect(start?.turn?.stayed ?? false == turn.stayed)
-      #expect(start?.nodes.map { $0 == .root ? "generic" : $0.description } == turn.blocks)
+      #expect(start?.nodes.map { $0 == .generic ? "generic" : $0.description } == turn.blocks)
       #expect(await session.firstShown == turn.first)
       #expect(await anchor.calls.first == turn.prefilled)
     }
@@ -64,8 +55,8 @@ struct ChatSessionTests {
     let blocks = try #require(model.blocks)
     let prompt = try golden.format.prompt([Message(.user, "What is the atomic number of neon?")])
     for expected in golden.logits {
-      let fetch: Fetch? = switch try memory(expected.memory) {
-      case .none, .routed: nil
+      let fetch: Fetch? = switch try MemoryChoice(parsing: expected.memory) {
+      case .none, .fetched: nil
       case .generic: try await blocks.fetchGeneric()
       case .path(let path): try await blocks.fetch(path)
       }
@@ -75,6 +66,17 @@ struct ChatSessionTests {
         #expect(abs(Double(found) - wanted) < 1e-4 * max(1, abs(wanted)))
       }
     }
+  }
+
+  @Test func aMemoryIsWrittenInOneWay() throws {
+    for text in ["none", "generic", "fetched", "3.1"] {
+      #expect(try MemoryChoice(parsing: text).description == text)
+    }
+    for earlier in ["auto", "on", "routed"] {
+      #expect(try MemoryChoice(parsing: earlier) == .fetched)
+    }
+    #expect(try MemoryChoice(parsing: "off") == MemoryChoice.none)
+    #expect(throws: HierMemError.self) { try MemoryChoice(parsing: "lots") }
   }
 
   @Test func equalSeedsGiveEqualReplies() async throws {

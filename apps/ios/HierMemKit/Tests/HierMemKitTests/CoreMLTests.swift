@@ -37,7 +37,7 @@
     @Test(arguments: TinyExport.Memory.allCases)
     func aConversationGoesAsInPython(_ memory: TinyExport.Memory) async throws {
       let golden = try SessionGolden.read()
-      let expected = try #require(golden.sessions["routed"])
+      let expected = try #require(golden.sessions["fetched"])
       let export = try TinyExport(memory: memory, context: golden.context)
       let program = try TinyProgram(export, memory: memory, logits: .float32, vectors: golden.vectors)
       let model = try await ChatModel.load(try export.open(), compiled: program.compiled)

@@ -69,7 +69,7 @@ public actor BlockCache {
 
   /// The control block, which is tied to no cluster.
   public func fetchGeneric() async throws -> Fetch {
-    try await join([.root], missing: [])
+    try await join([.generic], missing: [])
   }
 
   /// Reads blocks that will be needed, as far as they are on the device. Damage shows at `fetch`.
@@ -98,7 +98,7 @@ public actor BlockCache {
     statistics.hits += hits
     var blocks: [(firstUnit: Int, block: MemoryBlock)] = []
     for node in nodes {
-      let first = node == .root ? 0 : bank.manifest.memory.firstUnit(level: node.level)
+      let first = node == .generic ? 0 : bank.manifest.memory.firstUnit(level: node.level)
       blocks.append((first, try await block(node)))
     }
     evict(to: budget, keeping: Set(nodes))

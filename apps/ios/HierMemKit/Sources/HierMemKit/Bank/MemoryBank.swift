@@ -52,12 +52,12 @@ public struct MemoryBank: Sendable {
     FileManager.default.fileExists(atPath: folder.appendingPathComponent(Self.blockName(node)).path)
   }
 
-  /// Reads a block, or with the root the generic one.
+  /// Reads a block; that of `NodePath.generic` is the generic one.
   ///
   /// - Throws: ``HierMemError`` of kind `bank` where it is not here, or damaged.
   public func read(_ node: NodePath) throws -> MemoryBlock {
     guard let url = file(of: node) else {
-      let name = node == .root ? "generic block" : "block \(node)"
+      let name = node == .generic ? "generic block" : "block \(node)"
       throw HierMemError(.bank, "the \(name) is not on this device", hint: "Download it first.")
     }
     return try MemoryBlock(contentsOf: url, config: manifest.memory, level: node.level)
@@ -80,7 +80,7 @@ public struct MemoryBank: Sendable {
 
   /// The file below a bank's folder: 10.7 gives blocks/10/7.safetensors.
   public static func blockName(_ node: NodePath) -> String {
-    if node == .root { return genericName }
+    if node == .generic { return genericName }
     return "blocks/" + node.children.map(String.init).joined(separator: "/") + ".safetensors"
   }
 }

@@ -1,12 +1,14 @@
 /// Child indices from the root of the clustering tree to a node, in text `10.7.15`.
 ///
-/// Every prefix is a node. The empty path stands for the root, which has no block; the bank's
-/// generic block goes by it.
+/// Every prefix is a node.
 public struct NodePath: Hashable, Sendable {
   public let children: [Int]
 
-  /// The root.
+  /// The root: all clusters are below it, and a text that enters none stays there.
   public static let root = NodePath([])
+
+  /// The generic block goes by the root, for it belongs to no cluster.
+  public static let generic = root
 
   public init(_ children: [Int]) {
     self.children = children

@@ -25,16 +25,7 @@ public struct ChatModel: Sendable {
 /// How a conversation is answered.
 public struct ChatOptions: Sendable {
   /// Which memory a turn gets.
-  public enum Memory: Equatable, Sendable {
-    case none
-    /// The control block, tied to no cluster.
-    case generic
-    /// Each turn's own, found by the router.
-    case routed
-    case path(NodePath)
-  }
-
-  public var memory: Memory
+  public var memory: MemoryChoice
   /// Stands in front of the conversation; empty for none.
   public var system: String
   /// The most tokens of a reply.
@@ -46,7 +37,7 @@ public struct ChatOptions: Sendable {
   public var blocked: Set<NodePath>
 
   public init(
-    memory: Memory = .routed, system: String = "", maxTokens: Int = 256,
+    memory: MemoryChoice = .fetched, system: String = "", maxTokens: Int = 256,
     sampling: Sampler.Settings = .init(), seed: UInt64 = 0, blocked: Set<NodePath> = []
   ) {
     self.memory = memory

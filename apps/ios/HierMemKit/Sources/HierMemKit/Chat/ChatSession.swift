@@ -51,7 +51,7 @@ public actor ChatSession {
   /// Changes the memory of the turns to come; the first that is routed again is routed alone.
   ///
   /// - Throws: ``HierMemError`` of kind `usage` while a question is being answered.
-  public func use(_ memory: ChatOptions.Memory) throws {
+  public func use(_ memory: MemoryChoice) throws {
     try checkIsIdle()
     options.memory = memory
     topic = nil
@@ -69,7 +69,7 @@ public actor ChatSession {
 
   /// Reads the blocks that a draft would be answered with, so that they are there when it is sent.
   public func prepare(for draft: String) async throws {
-    guard options.memory == .routed, let router = model.router, let blocks = model.blocks else { return }
+    guard options.memory == .fetched, let router = model.router, let blocks = model.blocks else { return }
     let turn = try await router.turn(draft, topic: topic, blocked: options.blocked)
     await blocks.prefetch(blocks.bank.nodes(on: turn.path))
   }
@@ -116,7 +116,7 @@ public actor ChatSession {
 
   /// Routes the question, attaches its memory and returns the prompt's tokens.
   private func prepareAnswer(_ text: String, emit: (ChatEvent) -> Void) async throws -> [Int] {
-    let turn = options.memory == .routed
+    let turn = options.memory == .fetched
       ? try await model.router?.turn(text, topic: topic, blocked: options.blocked) : nil
     let (first, prompt) = try fit()
     let fetch = try await fetch(turn)
@@ -135,7 +135,7 @@ public actor ChatSession {
     switch options.memory {
     case .none: return nil
     case .generic: return try await blocks.fetchGeneric()
-    case .routed: return try await turn.asyncMap { try await blocks.fetch($0.path) }
+    case .fetched: return try await turn.asyncMap { try await blocks.fetch($0.path) }
     case .path(let path):
       try check(path, in: blocks.bank)
       return try await blocks.fetch(path)

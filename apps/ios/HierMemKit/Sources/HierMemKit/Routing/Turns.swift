@@ -2,7 +2,7 @@
 ///
 /// A follow-up such as "and its symbol?" does not say what it is about: it is nearly as near to one
 /// child of a node as to the next. So a turn leaves the current path only if it is decided enough,
-/// compared with the turns that chose that path. The rule and its setting are mlx_hiermem/turns.py's.
+/// compared with the turns that chose that path. The rule and its setting are mlx_hiermem/router.py's.
 
 /// The path that a conversation is on, and how decided the turns were that put it there.
 public struct Topic: Equatable, Sendable {

@@ -1,11 +1,7 @@
-"""The first stage, documents in windows; and the names of the files of all stages (see `mlx_hiermem.learn`).
+"""The corpus: documents, read, without repetitions, cut into windows. It is the first stage of learning.
 
-    work = Work(folder)
-    corpus = read_corpus(work, sources, tokenizer, CorpusSettings())
-    planted = plant(work, corpus, embedder, TreeSettings())         # planting.py
-    describe_nodes(work, planted, count)
-
-Self-study may come between the first two: `plant` takes the questions of its study.jsonl into account.
+corpus = read_corpus(Work(folder), ["./docs"], tokenizer, CorpusSettings())
+for window in corpus.windows(): ...
 """
 
 from __future__ import annotations
@@ -23,20 +19,16 @@ from functools import cached_property
 from tokenizers import Tokenizer
 
 from mlx_hiermem.errors import CorpusError
-from mlx_hiermem.learn.corpus import readers as corpus
+from mlx_hiermem.learn.corpus import readers
 from mlx_hiermem.learn.corpus.duplicates import Seen
 from mlx_hiermem.learn.corpus.windows import splintered, split, untruncated
 from mlx_hiermem.learn.records import Document, Skipped, Window
 from mlx_hiermem.learn.settings import CorpusSettings
-from mlx_hiermem.learn.work import Work, read_lines, write_lines
+from mlx_hiermem.learn.work import PROMPTS, SKIPPED, STUDY, WINDOWS, Work, count_lines, read_lines, write_lines
 
-WINDOWS, SKIPPED, PROBES = "windows.jsonl", "skipped.jsonl", "probes.jsonl"
-STUDY, GIVEN = "study.jsonl", "prompts.jsonl"
-PROBE_VECTORS, MEANS = "probes.npy", "means.npy"
-TREE, LEAVES_FILE, AGREEMENT, NODES = "tree.safetensors", "leaves.jsonl", "agreement.json", "nodes.json"
-FOREIGN = 0.25  # see `splintered`
-LOOKED_AT = 500  # windows, to tell the language
-LONGEST_LINE = 1 << 20  # bytes; a window is of some hundred tokens
+FOREIGN = 0.25  # share of splintered tokens from which on a corpus is not in English; see `splintered`
+LOOKED_AT = 500  # windows, by which the language is judged
+LONGEST_LINE = 1 << 20  # bytes of windows.jsonl; a window has some hundred tokens
 
 
 @dataclass(frozen=True)
@@ -52,7 +44,7 @@ class Corpus:
 
     @property
     def documents(self) -> int:
-        """How many there are, by the last window's."""
+        """How many there are, as the last window says."""
         with self.work.path(WINDOWS).open("rb") as stream:
             size = stream.seek(0, os.SEEK_END)
             stream.seek(max(0, size - LONGEST_LINE))
@@ -61,8 +53,8 @@ class Corpus:
     @property
     def studied(self) -> pathlib.Path:
         """The file with prompts and answers about the windows: of self-study and of the user. There may be none."""
-        given = self.work.path(GIVEN)
-        return given if given.exists() else self.work.path(STUDY)
+        with_given = self.work.path(PROMPTS)
+        return with_given if with_given.exists() else self.work.path(STUDY)
 
     def windows(self) -> Iterator[Window]:
         return (Window(**row) for row in read_lines(self.work.path(WINDOWS)))
@@ -104,7 +96,7 @@ def read_corpus(
             def skip(skipped: Skipped) -> None:
                 stream.write(json.dumps(asdict(skipped), ensure_ascii=False) + "\n")
 
-            documents = _new_documents(corpus.read(sources, settings.field, settings.title), seen, skip, progress)
+            documents = _new_documents(readers.read(sources, settings.field, settings.title), seen, skip, progress)
             windows = _windows(documents, reader, settings.tokens)
             count = write_lines(work.path(WINDOWS), map(asdict, windows))
         beside.replace(work.path(SKIPPED))
@@ -139,7 +131,7 @@ def _stamp(sources: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for source in sources:
         path = pathlib.Path(source)
-        files = (file for file, why in corpus.files_in(path) if not why) if path.is_dir() else [path]
+        files = (file for file, why in readers.files_in(path) if not why) if path.is_dir() else [path]
         for file in files:
             if file.is_file():
                 status = file.stat()
@@ -149,7 +141,7 @@ def _stamp(sources: Sequence[str]) -> str:
 
 
 def _new_documents(
-    found: Iterable[corpus.Found], seen: Seen, skip: Callable[[Skipped], None], progress: Callable[[str], None]
+    found: Iterable[readers.Found], seen: Seen, skip: Callable[[Skipped], None], progress: Callable[[str], None]
 ) -> Iterator[Document]:
     """The documents that no earlier one says again; the rest is skipped with its reason."""
     for one in found:
@@ -168,9 +160,3 @@ def _windows(documents: Iterable[Document], tokenizer: Tokenizer, tokens: int) -
         for text in split(document.text, tokenizer, tokens):
             yield Window(count, number, document.source, document.title, text)
             count += 1
-
-
-def count_lines(file: pathlib.Path) -> int:
-    """Lines of a file."""
-    with file.open("rb") as stream:
-        return sum(block.count(b"\n") for block in iter(lambda: stream.read(1 << 20), b""))

@@ -1,4 +1,4 @@
-"""What a run tells of itself: to whoever shows it, stage by stage, and in a line for each."""
+"""What a run says of itself: to a listener, stage by stage, and in one line about each."""
 
 from __future__ import annotations
 
@@ -7,35 +7,51 @@ import pathlib
 from typing import Any, Protocol
 
 from mlx_hiermem.config import MemoryConfig
-from mlx_hiermem.learn.corpus.stages import Corpus
+from mlx_hiermem.learn.corpus.corpus import Corpus
 from mlx_hiermem.learn.train.progress import Progress
 from mlx_hiermem.learn.work import read_lines
 
-TOLD = 3  # of what was skipped; skipped.jsonl has all
+NAMED = 3  # of the skipped documents; skipped.jsonl has all
 
 
 class Listener(Protocol):
-    """Who shows how far things are."""
+    """Shows how far a run is."""
 
     def begin(self, stage: str) -> None:
         """A stage begins, or is found done."""
 
     def advance(self, done: int, total: int | None, unit: str) -> None:
-        """So much of the stage is done."""
+        """This much of the stage is done; the total is None where it is not known."""
 
     def end(self, line: str) -> None:
         """The stage is done, and this came out of it."""
 
     def training(self, progress: Progress) -> None:
-        """Where the training is."""
+        """How far the training is."""
+
+
+class Silent:
+    """A listener that shows nothing."""
+
+    def begin(self, stage: str) -> None:
+        pass
+
+    def advance(self, done: int, total: int | None, unit: str) -> None:
+        pass
+
+    def end(self, line: str) -> None:
+        pass
+
+    def training(self, progress: Progress) -> None:
+        pass
 
 
 def corpus_line(corpus: Corpus, skipped: int) -> str:
     line = f"{corpus.documents:,} documents in {corpus.count:,} windows"
     if not skipped:
         return line
-    some = ", ".join(f"{one.what} ({one.why})" for one in itertools.islice(corpus.skipped(), TOLD))
-    return f"{line}; {skipped:,} skipped: {some}" + ", …" * (skipped > TOLD)
+    some = ", ".join(f"{one.what} ({one.why})" for one in itertools.islice(corpus.skipped(), NAMED))
+    return f"{line}; {skipped:,} skipped: {some}" + ", …" * (skipped > NAMED)
 
 
 def study_line(file: pathlib.Path) -> str:
