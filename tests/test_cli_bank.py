@@ -20,6 +20,7 @@ from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.remote import Origin
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import HierMemError
+from mlx_hiermem.evaluate.questions import read_questions
 
 COMMANDS = ("ls", "show", "verify", "path", "block", "unblock", "remove", "add", "merge", "quantize")
 

@@ -29,7 +29,7 @@ Asked = str | list[dict[str, str]]  # a prompt, or the messages of a chat
 
 @dataclass(frozen=True)
 class Element:
-    """What is asked of one element: the paper's prompt and its paraphrases, as a user's turn, and both backwards."""
+    """What is asked of one element: the paper's prompt, its paraphrases, a user's turn, and both backwards."""
 
     name: str
     number: int

@@ -47,7 +47,7 @@ class Question:
 
 def question_of(line: int, row: Row) -> Question:
     """One row as a question with its answer. Raises KeyError or ValueError where it is none."""
-    row = {"aliases": [], "heldout_prompts": []} | row
+    row = Row(aliases=[], heldout_prompts=[]) | row
     if isinstance(row.get("answer"), int | float):  # "answer": 79
         row["answer"] = json.dumps(row["answer"])
     return Question(

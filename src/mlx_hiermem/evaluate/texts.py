@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from mlx_hiermem.errors import TaskError
 from mlx_hiermem.evaluate.examples import Example
-from mlx_hiermem.evaluate.task_file import read_rows, text_in
+from mlx_hiermem.evaluate.task_file import Row, read_rows, text_in
 from mlx_hiermem.files import read_text
 
 WINDOW = 1024  # tokens, or the model's context where that is less
@@ -18,14 +18,17 @@ ARTICLE = re.compile(r"(?m)^ ?= (?!=)[^\n]*[^=\n] = ?$")  # WikiText's title of 
 def read_documents(file: pathlib.Path, skip_bad: bool = False) -> list[Example]:
     """WikiText's articles, a JSON line's `text`, or else the file as one document. Raises TaskError."""
     if file.suffix == ".jsonl":
-        found, _ = read_rows(
-            file, lambda line, row: (str(row.get("id", line)), line, text_in(row, "text")), skip_bad
-        )
+        found, _ = read_rows(file, _document, skip_bad)
     else:
         found = list(_articles(read_text(file, TaskError)))
     if not found:
         raise TaskError(f"{file} has no text")
     return [Example(ident, line, part.strip(), continuations=(part,)) for ident, line, part in found]
+
+
+def _document(line: int, row: Row) -> tuple[str, int, str]:
+    """(id, line, text) of a JSON line."""
+    return str(row.get("id", line)), line, text_in(row, "text")
 
 
 def _articles(text: str) -> Iterator[tuple[str, int, str]]:
