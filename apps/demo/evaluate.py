@@ -11,19 +11,19 @@ import json
 import pathlib
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mlx_hiermem.evaluate.answers import first_integer
 from mlx_hiermem.evaluate.questions import read_questions
 from mlx_hiermem.model import MemoryModel
+from mlx_hiermem.progress import Progress
 
 HERE = pathlib.Path(__file__).parent
 
 MEMORIES = ("none", "generic", "fetched")
 
-Progress = Callable[[int, int], None]
 Asked = str | list[dict[str, str]]  # a prompt, or the messages of a chat
 
 

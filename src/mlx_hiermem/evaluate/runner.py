@@ -12,7 +12,7 @@ import json
 import pathlib
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -34,9 +34,9 @@ from mlx_hiermem.evaluate.tasks import Task
 from mlx_hiermem.evaluate.texts import WINDOW, read_documents, windows
 from mlx_hiermem.files import file_digest
 from mlx_hiermem.model import MemoryModel, load
+from mlx_hiermem.progress import Progress
 from mlx_hiermem.share.resolve import resolve
 
-Progress = Callable[[int, int], None]  # (examples done, examples in all)
 ORDER_SEED = 0  # of the order in which rows are asked
 
 
