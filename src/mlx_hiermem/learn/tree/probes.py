@@ -4,7 +4,7 @@ A question that reaches another leaf than the one its answer was learnt in gets 
 text is about with how it is put, so a window is not only embedded whole, but in the shapes in which it may be asked
 for: each sentence with its title; the beginnings of these, as a prompt is a beginning; the title; the questions of
 self-study where there are any; and all of it once more in the frame that questions are put in. A title is used if
-the document names it: most file names are none. docs/learning.md has the measurements ("Routing agreement").
+the document names it: most file names are none. See benchmarks/results/routing_agreement.md.
 
 One generated question in ten is held out: it shapes nothing, and measures where questions go.
 """
