@@ -254,7 +254,7 @@ def test_bad_questions_get_one_line(tmp_path: pathlib.Path, anchor: pathlib.Path
     asked = tmp_path / "asked.jsonl"
     asked.write_text('{"question": "Where is wool made?"}\n')
     result = run("learn", tmp_path, tmp_path / "out", "--anchor", anchor, "--questions", asked, *QUICK)
-    one_line(result, "line 1 of", "is no question")
+    one_line(result, "asked.jsonl: line 1 has no 'document'")
 
 
 def test_a_full_disk_gets_one_line_and_loses_nothing(
