@@ -22,13 +22,14 @@ import numpy as np
 from mlx_hiermem.anchor import identify
 from mlx_hiermem.bank.bank import MANIFEST
 from mlx_hiermem.evaluate.answers import is_decided, rule_for
-from mlx_hiermem.evaluate.examples import Example, read_examples, refuse
+from mlx_hiermem.evaluate.examples import Example, read_examples
 from mlx_hiermem.evaluate.generation import Asked, drafted, replies
 from mlx_hiermem.evaluate.prompts import NUMBER_ROOM, Prompt, Prompter
 from mlx_hiermem.evaluate.results import FIFTHS, FORMAT, VERSION, ResultFile, Run
 from mlx_hiermem.evaluate.routes import Placed, attach, by_memory, check, place
 from mlx_hiermem.evaluate.scoring import Score, Scorer
 from mlx_hiermem.evaluate.statistics import Row
+from mlx_hiermem.evaluate.task_file import refuse
 from mlx_hiermem.evaluate.tasks import Task
 from mlx_hiermem.evaluate.texts import WINDOW, read_documents, windows
 from mlx_hiermem.files import file_digest
