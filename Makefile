@@ -9,13 +9,15 @@ TORCH ?= torch==2.13.0
 
 BIN = .venv/bin
 # The package lies in three folders. A strict editable install makes one of them, of links, which Python, mypy and
-# editors see; it is made again when a file comes or goes.
-install = $(PIP) install -e '.[cpu,$(1)]' --config-settings editable_mode=strict
+# editors see. Where only files came or went, the links are made again (seconds) and nothing is resolved.
+EDITABLE = --no-build-isolation --config-settings editable_mode=strict
+install = $(PIP) install $(EDITABLE) -e '.[cpu,$(1)]'
 LINKED = $(firstword $(wildcard build/__editable__*))
-FOLDERS = $(shell find src convert apps -type d -not -name __pycache__)
+FOLDERS = $(shell find src convert apps -type d -not -name __pycache__ -not -name '*.egg-info' -not -path 'apps/ios/*')
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
+.NOTPARALLEL:
 SWIFT = apps/ios/swift.sh
 CHAT = apps/ios/HierMemChat/Sources
 # What is no measurement, or is given its corpus or model.
@@ -23,21 +25,24 @@ OTHER = common banks learn_corpora editing evaluation_equality plot reach
 # What has a small form that takes seconds; the rest of benchmarks/ takes minutes however little is asked for.
 QUICK = fetch growth hidden_fetch swap decode minilm start
 
-.PHONY: help setup demo test test-swift lint elements bench bench-quick
+.PHONY: help setup demo test test-fast test-swift lint elements bench bench-quick
 
 help:  ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: .venv/dev.stamp  ## make .venv with everything for developing
+setup: .venv/dev.stamp .venv/links.stamp  ## make .venv with everything for developing
 
-demo: .venv/demo.stamp  ## the tour on real weights; works on a fresh clone
+demo: .venv/demo.stamp .venv/links.stamp  ## the tour on real weights; works on a fresh clone
 	$(BIN)/hiermem demo
 
-test: setup  ## run the tests on tiny random models and on the real weights
+test: setup  ## run all tests, on tiny random models and on the real weights
 	$(BIN)/python -c 'from mlx_hiermem.assets import ASSETS, fetch; [fetch(name, print) for name in ASSETS]'
 	$(BIN)/python -m pytest -rs
 
-test-swift: setup  ## build and test the Swift package; on Debian, as root, this may make a root with Swift (3 GB)
+test-fast: setup  ## run the tests that need no real weights, no browser and little time (two minutes)
+	$(BIN)/python -m pytest -m unit
+
+test-swift: setup  ## build and test the Swift package; on Debian, .ci/swift-root makes a root with Swift
 	$(BIN)/python tests/swift_goldens.py --real build/swift
 	$(SWIFT) swift test -Xswiftc -O
 	$(SWIFT) swiftc -parse $(CHAT)/*.swift
@@ -66,15 +71,20 @@ bench-quick: .venv/bench.stamp  ## measure speed in little (two minutes)
 .venv/bin/python:
 	@$(or $(PYTHON),false) $(NEW_ENOUGH) || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3"; exit 1; }
 	$(PYTHON) -m venv .venv
+	$(PIP) install --upgrade pip 'setuptools>=77'
 
-.venv/demo.stamp: pyproject.toml $(FOLDERS) | .venv/bin/python
+.venv/demo.stamp: pyproject.toml | .venv/bin/python
 	$(call install,demo)
-	@touch $@
+	@touch $@ .venv/links.stamp
 
-.venv/dev.stamp: pyproject.toml $(FOLDERS) | .venv/bin/python
+.venv/dev.stamp: pyproject.toml | .venv/bin/python
 	$(PIP) install '$(TORCH)'
 	$(call install,dev)
-	@touch $@ .venv/demo.stamp
+	@touch $@ .venv/demo.stamp .venv/links.stamp
+
+.venv/links.stamp: $(FOLDERS)
+	$(PIP) install --quiet --no-deps $(EDITABLE) -e .
+	@touch $@
 
 .venv/bench.stamp: .venv/dev.stamp
 	$(call install,bench)

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
+import common  # noqa: F401  # before MLX, for which it picks the BLAS
 import numpy as np
 
 from mlx_hiermem.bank.block import block_name

@@ -18,6 +18,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from mlx_hiermem import cpu
+
+cpu.enable(lambda line: print(line, file=sys.stderr))  # so `import common` comes before MLX
+
 RESULTS = pathlib.Path(__file__).parent / "results"
 ELEMENTS = pathlib.Path(__file__).parents[1] / "apps" / "demo" / "elements.jsonl"  # texts, under "text"
 

@@ -16,16 +16,15 @@ from typing import Any
 
 import banks
 import common
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_hiermem.anchor import load_anchor
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.memory.ffn import projections
 from mlx_hiermem.model import MemoryModel
-
-import mlx.core as mx  # isort: skip  (after mlx_hiermem, which picks the BLAS)
-import mlx.nn as nn  # isort: skip
-from mlx.utils import tree_flatten  # isort: skip
-from mlx_lm.models.cache import make_prompt_cache  # isort: skip
 
 ANCHORS = {"float32": 0, "8 bits": 8, "4 bits": 4}
 TOKENS = 8  # a turn

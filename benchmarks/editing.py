@@ -19,6 +19,8 @@ import tempfile
 import time
 from typing import Any
 
+import common  # noqa: F401  # before MLX, for which it picks the BLAS
+import mlx.core as mx
 import numpy as np
 
 from mlx_hiermem.anchor import load_anchor
@@ -35,8 +37,6 @@ from mlx_hiermem.learn.train.blocks import Tensors
 from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.train.training import Training
 from mlx_hiermem.model import load
-
-import mlx.core as mx  # isort: skip  (after mlx_hiermem, which picks the BLAS)
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "editing.json"

@@ -18,6 +18,8 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 
+import common  # noqa: F401  # before MLX, for which it picks the BLAS
+
 from mlx_hiermem import load
 from mlx_hiermem.apps.demo.evaluate import HERE, first_word, said
 from mlx_hiermem.evaluate.answers import first_integer

@@ -21,7 +21,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import mlx_hiermem  # noqa: F401  (picks the BLAS for MLX)
+import common  # noqa: F401  # before MLX, for which it picks the BLAS
+
 from mlx_hiermem.evaluate.runner import Evaluation
 from mlx_hiermem.evaluate.tasks import Task, find_tasks
 

@@ -24,12 +24,13 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import common  # noqa: F401  # before MLX, for which it picks the BLAS
+import mlx.core as mx
 import numpy as np
 
 from mlx_hiermem import load
 from mlx_hiermem.learn.train.dataset import TrainingSet
 
-import mlx.core as mx  # isort: skip  (after mlx_hiermem, which picks the BLAS)
 import mlx.nn as nn  # isort: skip
 
 RESULTS = pathlib.Path(__file__).parent / "results"

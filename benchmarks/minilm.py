@@ -8,25 +8,29 @@ texts once to warm up, then once more. Both must give the same vectors.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
+import pathlib
+import sys
 import time
 from collections.abc import Callable
 
-import common
 import numpy as np
 
+ELEMENTS = pathlib.Path(__file__).parents[1] / "apps" / "demo" / "elements.jsonl"
 BATCH, CORES = 32, int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
 
 
 def texts(kind: str, quick: bool) -> list[str]:
-    rows = [json.loads(line) for line in common.ELEMENTS.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in ELEMENTS.read_text(encoding="utf-8").splitlines()]
     rows = rows[:BATCH] if quick else rows
     return [row["text"] if kind == "documents" else f"What is the atomic number of {row['name']}?" for row in rows]
 
 
 def ours() -> Callable[[list[str]], np.ndarray]:
+    from mlx_hiermem import cpu
+
+    cpu.enable()
     from mlx_hiermem.embedder import Embedder
 
     embedder = Embedder.load()
@@ -62,11 +66,12 @@ def child(side: str, quick: bool) -> None:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--child"]:
+        return child(sys.argv[2], "--quick" in sys.argv)
+    import common  # only now: it picks a BLAS, which PyTorch would find
+
     parser = common.options(__doc__, runs=9, quick=1)
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     asked, before = common.parsed(parser), os.getloadavg()[0]
-    if asked.child:
-        return child(asked.child, asked.quick)
     runs: dict[str, list[dict]] = {"theirs": [], "ours": []}
     for run in range(asked.runs):
         for side in runs if run % 2 else reversed(runs):

@@ -78,7 +78,7 @@ def loss(model: MemoryModel, asked: list[Question]) -> float:
 
 def nats(model: MemoryModel, tokens: list[int], known: int) -> float:
     """-ln p of the tokens after the known ones, with the memory that is attached."""
-    import mlx.core as mx  # only now: mlx_hiermem picks the BLAS that MLX is to load
+    import mlx.core as mx
     import mlx.nn as nn
 
     logits = model.anchor(mx.array([tokens[:-1]]))[0, known - 1 :]

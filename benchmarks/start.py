@@ -4,7 +4,7 @@
 
 Each run is a process of its own, files in the page cache. Wall clock: from the start to the first character of the
 answer. CPU: of the whole process, which answers with one token. On Linux MLX's wheel has a slow BLAS, which
-mlx_hiermem replaces; "with our BLAS" is mlx_lm with the same one, the peer to compare with.
+mlx_hiermem.cpu replaces; "with our BLAS" is mlx_lm with the same one, the peer to compare with.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def commands(model: pathlib.Path) -> dict[str, list[str]]:
     ours = ["generate", str(model), PROMPT, "--max-tokens", "1"]
     return {
         "mlx_lm.generate": ["-c", PEER, *peer],
-        BASE: ["-c", f"import mlx_hiermem; {PEER}", *peer],
+        BASE: ["-c", f"from mlx_hiermem import cpu; cpu.enable(); {PEER}", *peer],
         "hiermem generate": ["-c", OURS, *ours],
         "hiermem generate --memory none": ["-c", OURS, *ours, "--memory", "none"],
         "hiermem ask": ["-c", OURS, "ask", f"What is {PROMPT[:-3]}?", "--model", str(model), "--max-tokens", "1"],

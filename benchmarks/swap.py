@@ -15,13 +15,12 @@ from typing import Any
 
 import banks
 import common
+import mlx.core as mx
 import numpy as np
 
 from mlx_hiermem.anchor import load_anchor
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.model import MemoryModel
-
-import mlx.core as mx  # isort: skip  (after mlx_hiermem, which picks the BLAS)
 
 SIDES = {  # dtypes of bank and anchor
     "float16 to float32": ("float16", mx.float32),

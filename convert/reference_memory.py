@@ -97,6 +97,9 @@ class Bank(nn.Module):
         return join(self.config, blocks)
 
 
+Activation = Callable[[Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class Projection:
     """A linear layer and the columns [start, stop) of its output that are this projection."""
@@ -110,8 +113,6 @@ class Projection:
 class Sites:
     """The places of one layer that a memory touches. `queries` outputs them ready for the rotary encoding."""
 
-    ffn: nn.Module
-    act: Callable[[Tensor], Tensor]
     projections: dict[str, Projection]
     queries: nn.Module
     as_heads: Callable[[Tensor], Tensor]  # what `queries` outputs -> [B, T, H, D]
@@ -129,7 +130,7 @@ def openlm_sites(block: Any) -> Sites:
     def as_heads(queries: Tensor) -> Tensor:
         return queries.unflatten(-1, (config.heads, config.head_dim))
 
-    return Sites(ffn, F.silu, projections, block.attention.q_norm, as_heads, config.head_dim**-0.5)
+    return Sites(projections, block.attention.q_norm, as_heads, config.head_dim**-0.5)
 
 
 def huggingface_sites(layer: Any) -> Sites:
@@ -145,7 +146,14 @@ def huggingface_sites(layer: Any) -> Sites:
             return out.unflatten(-1, (-1, attn.head_dim))
         return out.transpose(1, 2) if type(attn).__name__ == "Gemma3Attention" else out  # normed head by head
 
-    return Sites(mlp, mlp.act_fn, projections, queries or attn.q_proj, as_heads, attn.scaling)
+    return Sites(projections, queries or attn.q_proj, as_heads, attn.scaling)
+
+
+def ffn_site(layer: Any) -> tuple[nn.Module, Activation]:
+    """The gated feed-forward layer and its activation, of OpenLM's blocks and of any Hugging Face layer."""
+    ffn = getattr(layer, "mlp", None) or layer.feed_forward
+    act = getattr(ffn, "act_fn", None) or getattr(ffn, "activation_fn", None) or F.silu  # OpenLM and LFM2: SwiGLU
+    return ffn, act
 
 
 class Attachment:
@@ -178,20 +186,21 @@ class Attachment:
 
     def _hook(self, i: int, layer: nn.Module) -> Iterator[Any]:
         """Yields the handles of the hooks that give one layer its memory."""
-        sites = openlm_sites(layer) if hasattr(layer, "feed_forward") else huggingface_sites(layer)
         if self.config.kind == "ffn":
-            yield self._hook_ffn(i, sites)
-        elif self.config.kind == "kv":
+            yield self._hook_ffn(i, *ffn_site(layer))
+            return
+        sites = openlm_sites(layer) if hasattr(layer, "attention") else huggingface_sites(layer)
+        if self.config.kind == "kv":
             yield from self._hook_kv(i, sites)
         else:
             for name in dict.fromkeys(tensor.split(".")[0] for tensor in self.config.widths):
                 yield self._hook_lora(i, name, sites.projections[name])
 
-    def _hook_ffn(self, i: int, sites: Sites) -> Any:
+    def _hook_ffn(self, i: int, ffn: nn.Module, act: Activation) -> Any:
         def add(_: nn.Module, args: tuple[Tensor], y: Tensor) -> Tensor:
-            return y + ffn_memory(args[0], self._of(i, y), sites.act) if self.tensors else y
+            return y + ffn_memory(args[0], self._of(i, y), act) if self.tensors else y
 
-        return sites.ffn.register_forward_hook(add)
+        return ffn.register_forward_hook(add)
 
     def _hook_lora(self, i: int, name: str, at: Projection) -> Any:
         def add(_: nn.Module, args: tuple[Tensor], y: Tensor) -> Tensor:

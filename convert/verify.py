@@ -49,6 +49,7 @@ PATHS = 3  # paths of the tree that are compared, beside the generic block
 # source's own values (also in float16 or bfloat16) only the order of sums differs. Where values were rounded, the
 # bound is what that does to SmolLM2-135M, with room to spare; the source rounded alike must be EXACT again.
 EXACT = 1e-4
+EXACT_GELU = 1e-3  # Gemma 1: mlx-lm computes the exact GELU, the original its tanh form
 ROUNDED = {"float16": 1e-2, "bfloat16": 1e-1}
 QUANTISED = {8: 0.2, 4: 1.5}
 
@@ -160,9 +161,10 @@ def check_parity(
                 yield from _lines(parity.compare(theirs, ours, "none", tokens), bound, rounded)
             if dtype:
                 theirs.round(dtype, quantization)
+            exact = EXACT if dtype else bound
             note = "source rounded alike" if dtype or (bank and bank.config.quantization) else ""
             for memory in ["none"] * bool(dtype) + _memories(bank):
-                yield from _lines(parity.compare(theirs, ours, memory, parity.SHORT), EXACT, note)
+                yield from _lines(parity.compare(theirs, ours, memory, parity.SHORT), exact, note)
         except (AnchorError, BankError) as error:  # what was converted is at fault, not the source
             yield Check("parity", error.what, "", False)
 
@@ -185,6 +187,8 @@ def stored_as(model: pathlib.Path, source: Source) -> tuple[str, dict[str, Any] 
         return dtype, quantization, QUANTISED[quantization["bits"]]
     if source.kind == "gguf" and dtype in ROUNDED:
         return dtype, None, ROUNDED[dtype]
+    if read_config(model / ANCHOR).get("model_type") == "gemma":
+        return "", None, EXACT_GELU
     return "", None, EXACT
 
 

@@ -1,4 +1,4 @@
-"""Fixtures that several test files share. `import mlx_hiermem` comes first: it picks the BLAS for MLX."""
+"""Fixtures that several test files share. `cpu.enable` comes first: it picks the BLAS that MLX is to load."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-import mlx_hiermem  # noqa: F401  # picks the BLAS before MLX is loaded
+from mlx_hiermem import cpu
 
 if TYPE_CHECKING:
     from mlx_hiermem.learn.study.teacher import Teacher
+
+cpu.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,8 +10,6 @@ import shutil
 import tempfile
 from typing import Any
 
-import mlx_hiermem  # noqa: F401  # isort: skip  # picks the BLAS before MLX is loaded
-
 import mlx.core as mx
 import numpy as np
 import tiny

@@ -8,6 +8,8 @@
 Vectors come from a generator that both languages state (SplitMix64), so that a thousand of them take no space.
 """
 
+# ruff: noqa: E402  (imports come after what must happen before MLX is imported)
+
 from __future__ import annotations
 
 import argparse
@@ -15,7 +17,9 @@ import json
 import pathlib
 from collections.abc import Iterator
 
-import mlx_hiermem  # noqa: F401  # isort: skip  # picks the BLAS before MLX is loaded
+from mlx_hiermem import cpu
+
+cpu.enable()
 
 import mlx.core as mx
 import numpy as np

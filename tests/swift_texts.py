@@ -103,7 +103,6 @@ def write_tokens(folder: pathlib.Path) -> None:
 
 def write_real_tokens(out: pathlib.Path) -> None:
     """The tokenizers of SmolLM2 and MiniLM, and what they make of some thousand texts; see `assets`."""
-    import mlx_hiermem  # noqa: F401  # picks the BLAS before MLX is loaded
     from mlx_hiermem.assets import fetch
     from mlx_hiermem.convert.anchors.gguf import GGUF
     from mlx_hiermem.convert.anchors.gguf_tokenizer import write_tokenizer

@@ -12,7 +12,7 @@ import mlx.core as mx
 import pytest
 from tiny import make_model
 
-import mlx_hiermem  # first: it picks the BLAS that MLX is to load
+import mlx_hiermem
 from mlx_hiermem.batch import MemoryBatch
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.sampling import Sampling

@@ -15,10 +15,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-import transformers
 from mlx_lm import generate, load
 from safetensors.torch import load_file, save_file
-from sources import BASE, KINDS, LLAMA3_ROPE, hf_model, make_hf, save_hf
+from sources import KINDS, LLAMA3_ROPE, hf_model, make_hf, save_hf
 from tiny import make_tokenizer
 
 from mlx_hiermem.convert import parity
@@ -41,26 +40,6 @@ def error(anchor: pathlib.Path, source: pathlib.Path) -> float:
 def test_equals_transformers(tmp_path: pathlib.Path, kind: str) -> None:
     convert_huggingface(make_hf(tmp_path / "hf", kind), tmp_path / "anchor")
     assert error(tmp_path / "anchor", tmp_path / "hf") < 1e-5
-
-
-@pytest.mark.parametrize(
-    "config", [transformers.Olmo2Config, transformers.GraniteConfig, transformers.SmolLM3Config]
-)
-def test_other_dense_architectures(tmp_path: pathlib.Path, config: type) -> None:
-    """Whatever mlx-lm loads and a memory can widen."""
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config(**BASE))
-    convert_huggingface(save_hf(model, tmp_path / "hf"), tmp_path / "anchor")
-    assert error(tmp_path / "anchor", tmp_path / "hf") < 1e-5
-
-
-def test_architectures_that_carry_no_memory(tmp_path: pathlib.Path) -> None:
-    """Phi 3 has gate and up in one projection."""
-    folder = save_hf(
-        transformers.AutoModelForCausalLM.from_config(transformers.Phi3Config(**BASE)), tmp_path / "hf"
-    )
-    with pytest.raises(AnchorError, match="no gate projection"):
-        convert_huggingface(folder, tmp_path / "anchor")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -176,7 +155,7 @@ BAD: dict[str, tuple[Callable[[pathlib.Path], Any], type[HierMemError], str]] = 
     "mixture of experts": (config(num_local_experts=8), AnchorError, "mixture of experts (num_local_experts: 8)"),
     "mixture by name": (config(model_type="qwen3_moe"), AnchorError, "mixture of experts (model_type: qwen3_moe)"),
     "quantised elsewhere": (config(quantization_config={"quant_method": "gptq"}), AnchorError, "software (gptq)"),
-    "no gated FFN": (config(model_type="gpt2"), AnchorError, "does not fit"),
+    "no gated FFN": (config(model_type="gpt2"), AnchorError, "have no gate"),
     "another activation": (config(hidden_act="relu"), AnchorError, "ignores hidden_act relu"),
     "sliding windows": (
         config(model_type="qwen2", use_sliding_window=True, sliding_window=9),

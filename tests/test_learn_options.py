@@ -16,7 +16,6 @@ from books import COUNT, VILLAGES, fact, text, write_library
 from test_learn_command import digests
 from tiny import make_anchor
 
-from mlx_hiermem.anchor import identify
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.learn.train.dataset import TrainingSet
 from mlx_hiermem.learn.work import read_lines
@@ -96,21 +95,6 @@ def test_another_memory_distilled_with_windows_held_out(anchor: pathlib.Path, tm
     bank = MemoryBank.open(out / "bank")
     assert (bank.config.kind, bank.config.layers, bank.config.block_sizes) == ("kv", (0, 1, 2, 3), (6, 3))
     assert bank.manifest.recipe["settings"]["training"]["objective"] == "distillation"
-
-
-def test_the_anchor_learns_too(anchor: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    out = tmp_path / "model"
-    learn(write_library(tmp_path / "books"), out, anchor, "--no-self-study", "--cotrain")
-    bank = MemoryBank.open(out / "bank")
-    assert bank.manifest.anchor.weights_digest == identify(out / "anchor").weights_digest
-    assert bank.manifest.anchor.weights_digest != identify(anchor / "anchor").weights_digest
-    answered = subprocess.run(
-        [command("", out, anchor)[0], "generate", str(out), "What does Calder make?", "-n", "4", "--json"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert json.loads(answered.stdout)["selection"]["blocks"]
 
 
 def test_prompts_of_ones_own(anchor: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -18,7 +18,7 @@ from mlx_hiermem.learn.report import study_line
 from mlx_hiermem.learn.settings import CorpusSettings, TreeSettings
 from mlx_hiermem.learn.study.prompts import about_windows, give, read_prompts
 from mlx_hiermem.learn.train.encoding import make_examples, open_examples
-from mlx_hiermem.learn.tree.planting import plant
+from mlx_hiermem.learn.tree.build import build_tree
 from mlx_hiermem.learn.tree.probes import FRAME
 from mlx_hiermem.learn.work import PROBES, PROMPTS, STUDY, Work, read_lines
 from mlx_hiermem.tokenizer import load_tokenizer
@@ -131,13 +131,13 @@ def test_all_of_them_are_learnt_and_shape_the_tree(corpus: Corpus, tmp_path: pat
         for name in VILLAGES[:COUNT]
     ]
     give(work, about_windows(corpus, [*own, *read_prompts(written(tmp_path, *LINES))]), "")
-    planted = plant(work, corpus, embedder, TreeSettings(branching=2, depth=2))
+    built = build_tree(work, corpus, embedder, TreeSettings(branching=2, depth=2))
     probes = {(row["text"], bool(row.get("reversed"))) for row in read_lines(work.path(PROBES))}
     assert not any(row.get("held_out") for row in read_lines(work.path(PROBES)))
     assert {(one.prompt, False) for one in own} <= probes
     assert (LINES[0]["prompt"], True) in probes
     assert {(text, False) for text in (LINES[1]["question"], FRAME.format(LINES[1]["question"]))} <= probes
-    make_examples(work, planted, embedder, tokenizer)
+    make_examples(work, built, embedder, tokenizer)
     examples, _ = open_examples(work)
     learnt = []
     for number in range(len(examples)):

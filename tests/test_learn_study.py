@@ -17,11 +17,10 @@ from mlx_hiermem.learn.settings import StudySettings
 from mlx_hiermem.learn.study import study as study_module
 from mlx_hiermem.learn.study.facts import BLANK, OTHER, SUBJECT, Fact, facts, worth_asking
 from mlx_hiermem.learn.study.judge import Tried, in_turns
+from mlx_hiermem.learn.study.patterns import patterns
 from mlx_hiermem.learn.study.study import study
 from mlx_hiermem.learn.study.teacher import Teacher
 from mlx_hiermem.learn.study.wordings import (
-    PATTERNS,
-    SHOWN,
     Wording,
     echo,
     own_beginning,
@@ -142,9 +141,9 @@ class TestWordings:
         assert found.prompt("Lund") == "The village of Lund makes what?"
 
     def test_every_pattern_is_shown_on_every_subject(self) -> None:
-        for lines, statement in PATTERNS:
-            assert len(lines) == len(SHOWN)
-            assert all(line[-1] in "?." for line in lines) is not statement
+        for pattern in patterns().forward:
+            assert len(pattern.lines) == len(patterns().shown)
+            assert all(line[-1] in "?." for line in pattern.lines) is not pattern.statement
 
     @pytest.mark.parametrize(
         ("line", "kept"),
@@ -283,8 +282,8 @@ class TestStudy:
             with pytest.raises(KeyboardInterrupt):
                 run(fails_at)
             assert calls == every[:fails_at]
-            (notes,) = corpus.work.path("study.parts").glob("*.notes")
-            notes.write_bytes(notes.read_bytes()[:-3])  # the last line is torn
+            (replies,) = corpus.work.path("study.parts").glob("*.replies")
+            replies.write_bytes(replies.read_bytes()[:-3])  # the last line is torn
             assert run() == whole
             assert calls == every[:fails_at] + every[fails_at - 1 :]
             seed += 1

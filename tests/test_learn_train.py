@@ -128,7 +128,7 @@ def test_gradients_are_pytorchs(kind: str, twins: tuple[pathlib.Path, torch.nn.M
     model = load_anchor(folder, mx.float32)[0]
     learner = Learner(model, tiny_config(model, kind), None)
     blocks, examples = random_blocks(learner), texts(5)
-    value, found, _ = learner.gradients(blocks, Inputs(batch(examples)), 0.1)
+    value, found = learner.gradients(blocks, Inputs(batch(examples)), 0.1)
 
     leaves = [{n: torch.tensor(np.array(w), requires_grad=True) for n, w in block.items()} for block in blocks]
     attachment = reference_memory.attach(theirs, learner.config)
@@ -173,8 +173,8 @@ def test_kept_states_equal_the_whole_model(
     assert inputs.states is not None
     assert inputs.batch.packed
     blocks = random_blocks(training.learner)
-    value, found, _ = training.learner.gradients(blocks, inputs, 0.1)
-    expected, plain, _ = training.learner.gradients(blocks, Inputs(inputs.batch), 0.1)
+    value, found = training.learner.gradients(blocks, inputs, 0.1)
+    expected, plain = training.learner.gradients(blocks, Inputs(inputs.batch), 0.1)
     assert value == pytest.approx(expected, rel=1e-6)
     assert_close(found, plain)
     alone = [training.learner.gradients(blocks, Inputs(batch([training_set.read(int(n))])), 0.1) for n in numbers]
@@ -252,9 +252,7 @@ def test_every_placement_trains(
         assert all(np.abs(part).max() > 0 for part in block["down"]), f"a layer of {node} learnt nothing"
 
 
-@pytest.mark.parametrize("cotrain", [False, True])
 def test_held_out_texts_are_measured_as_the_blocks_are_now(
-    cotrain: bool,
     anchor: pathlib.Path,
     training_set: TrainingSet,
     heldout: TrainingSet,
@@ -263,10 +261,8 @@ def test_held_out_texts_are_measured_as_the_blocks_are_now(
 ) -> None:
     """What was computed the first time is not stale: a fresh measurement finds the same."""
     model = load_anchor(anchor, mx.float32)[0]
-    settings = dataclasses.replace(QUICK, cotrain=cotrain, anchor_rate=1e-2)
-    trainer = (training := Training(tmp_path / "work", model, tiny_config(model), training_set, settings)).trainer(
-        training.jobs[0]
-    )
+    training = Training(tmp_path / "work", model, tiny_config(model), training_set, QUICK)
+    trainer = training.trainer(training.jobs[0])
     alone: list[int] = []
     losses = trainer.losses
     monkeypatch.setattr(
@@ -278,8 +274,8 @@ def test_held_out_texts_are_measured_as_the_blocks_are_now(
         trainer.take(step)
     after = texts.measure()
     assert after["fetched"] != before["fetched"]
-    assert (after["none"] == before["none"]) == (not cotrain)
-    assert sum(alone) == (2 * without if cotrain else without)
+    assert after["none"] == before["none"]
+    assert sum(alone) == without  # what no block changes is computed once
     for name, (loss, tokens) in HeldOut(trainer, heldout).measure().items():
         assert after[name] == (pytest.approx(loss), tokens)
 
@@ -392,23 +388,6 @@ def test_distillation_brings_the_student_to_the_teacher(
     training.run()
     rows = [row for row in read_log(tmp_path / "work" / "log.jsonl") if row["job"] == "0"]
     assert rows[-1]["loss"] < 0.95 * rows[0]["loss"]
-
-
-def test_co_training_moves_the_anchor_too(
-    anchor: pathlib.Path, training_set: TrainingSet, tmp_path: pathlib.Path
-) -> None:
-    settings = dataclasses.replace(QUICK, cotrain=True, anchor_rate=1e-3)
-    model = load_anchor(anchor, mx.float32)[0]
-    training = Training(tmp_path / "work", model, tiny_config(model), training_set, settings, training_set)
-    perplexity = training.run()
-    weights = training.anchor()
-    assert weights is not None
-    before = load_anchor(anchor, mx.float32)[0]
-    assert (
-        float(mx.abs(weights["model.layers.0.mlp.up_proj.weight"] - before.layers[0].mlp.up_proj.weight).max()) > 0
-    )
-    assert perplexity["fetched"] < perplexity["none"]
-    assert {str(node) for node, _ in training.blocks()} == {"", "0", "1", *map(str, LEAVES)}
 
 
 def test_old_blocks_stay_as_they_are(
@@ -529,8 +508,6 @@ def test_bad_settings() -> None:
     for wrong in ({"objective": "guess"}, {"groups": 0}, {"epochs": -1}):
         with pytest.raises(HierMemError):
             TrainingSettings(**wrong)
-    with pytest.raises(HierMemError, match="stands still"):
-        TrainingSettings(cotrain=True, objective="distillation")
 
 
 def test_a_block_at_the_start_is_the_one_that_is_trained(anchor: pathlib.Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 FAULTS = """
 import resource, sys
 if sys.argv[1] == "ours":
-    import mlx_hiermem
+    from mlx_hiermem import cpu
+    cpu.enable()
 import mlx.core as mx
 
 def faults(count):

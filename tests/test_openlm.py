@@ -138,6 +138,10 @@ def test_settings_of_the_run(tmp_path: pathlib.Path) -> None:
     anchor = convert(checkpoint)
     assert_same(anchor, model)
     assert config_of(anchor)["max_position_embeddings"] == 512
+    (run / "tiny.json").rename(run / "kept")
+    with pytest.raises(CheckpointError, match=r"model config tiny\.json is not beside"):
+        convert_openlm(checkpoint, tmp_path / "out")  # the other config is not the run's
+    (run / "kept").rename(run / "tiny.json")
     (run / "params.txt").unlink()
     with pytest.raises(CheckpointError, match=r"several model configs: other\.json, tiny\.json"):
         convert_openlm(checkpoint, tmp_path / "out")

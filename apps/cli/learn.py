@@ -42,9 +42,6 @@ def learn(
     objective: str = typer.Option("next-token", help="next-token or distillation (of answers from self-study)."),
     epochs: int = typer.Option(0, min=0, help=f"How often each text is learnt. {DEFAULTS}"),
     rate: float = typer.Option(6e-3, min=0.0, help="Learning rate at its highest."),
-    cotrain: bool = typer.Option(
-        False, "--cotrain", help="The anchor learns too; the bank then fits that copy only."
-    ),
     teacher: str = typer.Option(
         "", help="Who writes the questions of self-study: a model of mlx-lm. Default: the anchor."
     ),
@@ -93,7 +90,6 @@ def learn(
             epochs=epochs,
             rate=rate,
             objective=objective,
-            cotrain=cotrain,
             seed=seed,
             states_bytes=int(cache * 2**30),
         ),

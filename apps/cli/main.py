@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import typer
 
+from mlx_hiermem import cpu
 from mlx_hiermem.apps.cli import ask, bank, chat, convert, demo, evaluate, export, learn, plan, serve, use
 from mlx_hiermem.errors import HierMemError
 
@@ -70,6 +71,7 @@ def main() -> None:
     debug = "--debug" in sys.argv
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are for programmers
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    cpu.enable(lambda line: print(f"hiermem: {line}", file=sys.stderr))
     try:
         app(args=_ask_where_no_command(arguments))
     except HierMemError as error:

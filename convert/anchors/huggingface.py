@@ -14,7 +14,7 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -22,6 +22,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_hiermem.anchor import model_classes, read_config
+from mlx_hiermem.convert.anchors.hf_config import check_activation, normalise, reject_foreign
 from mlx_hiermem.convert.checkpoint import RawTensor, TensorSource, open_checkpoint
 from mlx_hiermem.errors import AnchorError, CheckpointError
 from mlx_hiermem.memory.ffn import activation, feed_forward, projections
@@ -35,9 +36,6 @@ KEPT_FILES = (  # copied beside the weights
     *("generation_config.json", "LICENSE*", "NOTICE*"),
 )
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # any of them makes a tokenizer
-CODE_KEYS = ("auto_map", "_name_or_path", "transformers_weights")  # point outside the folder, or at code
-SILU, GELU = ("silu", "swish"), ("gelu_pytorch_tanh", "gelu_tanh")
-ACTIVATIONS = {"llama": SILU, "mistral": SILU, "qwen2": SILU, "qwen3": SILU, "gemma3_text": GELU}
 
 
 def is_hub_id(source: str) -> bool:
@@ -112,6 +110,7 @@ def write_anchor(
         raise AnchorError("mlx-lm cannot load this architecture here: it needs another package") from error
     check_finite(tree_flatten(model.parameters()), progress)
     check_dense(model)
+    check_activation(config, model)
     if quantize is not None:
         model, config = quantized(model, config, quantize)
     save_model(out, model)
@@ -120,90 +119,6 @@ def write_anchor(
         if file.name != "config.json" and file.suffix != ".safetensors":
             shutil.copyfile(file, out / file.name)
     mx.clear_cache()
-
-
-def reject_foreign(config: dict[str, Any], where: pathlib.Path) -> None:
-    """Refuses what is known by name not to become an anchor, before any weight is read."""
-    kind = str(config.get("model_type", ""))
-    if not kind:
-        raise CheckpointError(f"{where / 'config.json'} names no model_type", "Is it a language model's folder?")
-    if kind == "openlm":
-        raise AnchorError(f"{where} is a converted OpenLM anchor", "Convert the original checkpoint.")
-    experts = [key for key in ("num_experts", "num_local_experts", "n_routed_experts") if config.get(key)]
-    if experts or "moe" in kind or kind in ("mixtral", "dbrx"):
-        raise AnchorError(
-            f"{where} is a mixture of experts ({experts[0] if experts else 'model_type'}: "
-            f"{config[experts[0]] if experts else kind})",
-            "Memories widen one dense FFN per layer; use a dense model.",
-        )
-    foreign = config.get("quantization_config")
-    if foreign and "quantization" not in config:
-        method = foreign.get("quant_method", "unknown method")
-        raise AnchorError(
-            f"{where} is quantised for other software ({method})",
-            "Convert the original weights with --quantize 4 or 8.",
-        )
-
-
-def normalise(config: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """config.json in the spelling that mlx-lm reads. Raises AnchorError for settings that it would ignore.
-
-    transformers 5 moved rope_theta and rope_scaling into rope_parameters, and layer patterns into
-    layer_types; most mlx-lm classes know the older keys only and would silently use their defaults.
-    """
-    config = {key: value for key, value in config.items() if key not in CODE_KEYS and key != "model_file"}
-    kind = config["model_type"]
-    rope = config.get("rope_parameters") or {}
-    if kind == "gemma3_text":
-        _normalise_gemma3(config, rope)
-    else:
-        _unnest_rope(config, rope)
-    if kind in ACTIVATIONS:
-        config.setdefault("tie_word_embeddings", "lm_head.weight" not in set(names))
-    _reject_ignored(config, kind)
-    return config
-
-
-def _unnest_rope(config: dict[str, Any], rope: dict[str, Any]) -> None:
-    """rope_parameters -> rope_theta and rope_scaling, unless the config has them as well."""
-    if "rope_theta" not in rope:
-        return
-    config.setdefault("rope_theta", rope["rope_theta"])
-    if rope.get("rope_type", "default") != "default" and not config.get("rope_scaling"):
-        config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-
-
-def _normalise_gemma3(config: dict[str, Any], rope: dict[str, Any]) -> None:
-    _unnest_rope(config, rope.get("full_attention") or {})
-    local = rope.get("sliding_attention") or {}
-    if "rope_theta" in local:
-        config.setdefault("rope_local_base_freq", local["rope_theta"])
-    pattern = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
-    expected = [
-        "sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(config["num_hidden_layers"])
-    ]
-    if config.get("layer_types", expected) != expected:
-        raise AnchorError(
-            f"layer_types does not repeat every {pattern} layers", "mlx-lm's gemma3_text has no other pattern."
-        )
-    config["sliding_window_pattern"] = pattern
-
-
-def _reject_ignored(config: dict[str, Any], kind: str) -> None:
-    """Settings that mlx-lm's class for this model does not read: the anchor would answer differently."""
-    ignored = []
-    act = config.get("hidden_activation") or config.get("hidden_act")
-    if act and act not in ACTIVATIONS.get(kind, (act,)):
-        ignored.append(f"hidden_act {act}")
-    for key in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
-        if kind == "gemma3_text" and config.get(key):
-            ignored.append(f"{key} {config[key]}")
-    windows = "sliding_attention" in config.get("layer_types", ()) or config.get("use_sliding_window")
-    window, longest = config.get("sliding_window") or 0, config.get("max_position_embeddings", 0)
-    if (kind in ("qwen2", "qwen3") and windows) or (kind == "mistral" and 0 < window < longest):
-        ignored.append(f"sliding_window {window}")
-    if ignored:
-        raise AnchorError(f"mlx-lm's {kind} model ignores {', '.join(ignored)}", "It would answer differently.")
 
 
 def check_tie(config: dict[str, Any], weights: TensorSource) -> None:

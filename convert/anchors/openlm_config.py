@@ -123,6 +123,12 @@ def read_settings(source: pathlib.Path, config: pathlib.Path | None = None) -> S
         config = _find_config(folders, str(settings.get("model", "")))
     if config is not None:
         settings |= _read_params(config) if config.suffix == ".txt" else _read_json(config)
+    if settings.get("model") and not SIZE_KEYS & settings.keys():
+        name = pathlib.PurePath(str(settings["model"])).name.removesuffix(".json") + ".json"
+        raise CheckpointError(
+            f"the run's model config {name} is not beside the checkpoint; it decides on norms and positions",
+            f"Put {name} there, or name it by --config.",
+        )
     return settings
 
 
@@ -132,6 +138,8 @@ def _find_config(folders: Sequence[pathlib.Path], model: str) -> pathlib.Path | 
     for folder in folders:
         if model and (folder / name).is_file():
             return folder / name
+    if model:
+        return None
     for folder in folders:
         files = sorted(folder.glob("*.json"))
         found = [file for file in files if SIZE_KEYS & _read_json(file, strict=False).keys()]

@@ -8,6 +8,7 @@ import pathlib
 from typing import TYPE_CHECKING, Any
 
 from mlx_hiermem.config import AnchorIdentity
+from mlx_hiermem.cpu import report_slow_blas
 from mlx_hiermem.errors import AnchorError
 from mlx_hiermem.files import read_header, read_json
 from mlx_hiermem.tokenizer import load_tokenizer
@@ -105,6 +106,7 @@ def load_anchor(folder: pathlib.Path, dtype: mx.Dtype | None = None) -> tuple[nn
     from mlx.utils import tree_flatten
     from mlx_lm.utils import load_model
 
+    report_slow_blas()
     config = read_config(folder)
     refuse_code(folder, config)
     own_class = {"model_file": None}  # of an OpenLM; mlx-lm is not told of the file beside its weights

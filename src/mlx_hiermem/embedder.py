@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from mlx_hiermem.assets import ASSETS, Progress, fetch
 from mlx_hiermem.config import EmbedderIdentity
+from mlx_hiermem.cpu import report_slow_blas
 from mlx_hiermem.cpu.vector import attention, gelu
 from mlx_hiermem.errors import AssetError
 from mlx_hiermem.files import file_digest
@@ -49,6 +50,7 @@ class Embedder:
 
         Raises AssetError if a file is missing, damaged, or of an architecture that this is not.
         """
+        report_slow_blas()
         known = ASSETS[ASSET].files[WEIGHTS] if folder is None else None  # `fetch` has checked it
         folder = pathlib.Path(folder) if folder is not None else fetch(ASSET, progress)
         try:

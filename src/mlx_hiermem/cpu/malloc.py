@@ -1,4 +1,4 @@
-"""Keeps memory that MLX frees on a Linux CPU, instead of giving it back to the system and asking for it again.
+"""Keeps memory that MLX frees on Linux, instead of giving it back to the system and asking for it again.
 
 MLX has a cache of buffers on GPUs only. On a CPU every large array comes from malloc, which takes it from the
 system page by page and returns it when it is freed: swapping a memory of 70 MB then takes 80 ms of CPU time,
@@ -8,16 +8,13 @@ of which 45 are page faults, and 34 without. Thread arenas could not hold such a
 from __future__ import annotations
 
 import ctypes
-import sys
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8  # <malloc.h> of the GNU C library
 LARGEST = 1 << 30  # bytes; what is larger still comes from the system
 
 
 def keep_freed_memory() -> bool:
-    """Tells malloc; whether it understood. Elsewhere than on Linux with the GNU C library nothing happens."""
-    if not sys.platform.startswith("linux"):
-        return False
+    """Tells malloc; whether it understood. C libraries other than GNU's have no such options."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False

@@ -20,7 +20,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_hiermem.anchor import load_anchor
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.block import MemoryBlock, block_name, write_block
 from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
@@ -121,30 +120,6 @@ def write_as_stored(file: pathlib.Path, node: Path, weights: Tensors, config: Me
         return FileEntry(*write_block(file, plain, config.dtype))
     values = {name: weights[name].astype(getattr(mx, config.dtype)) for name in plain}
     return FileEntry(*write_block(file, *quantized(MemoryBlock(values, 0), how)))
-
-
-def write_anchor(source: pathlib.Path, out: pathlib.Path, weights: Tensors) -> None:
-    """A copy of an anchor's folder with weights that have changed, each in the dtype that it has there."""
-    from mlx_lm.utils import save_model
-
-    shutil.rmtree(out, ignore_errors=True)
-    shutil.copytree(source, out, ignore=shutil.ignore_patterns("model*.safetensors*"))
-    dtypes = {
-        name: value.dtype
-        for file in sorted(source.glob("model*.safetensors"))
-        for name, value in _arrays(file).items()
-    }
-    model, _, _ = load_anchor(source, mx.float32)
-    model.load_weights(
-        [(name, value.astype(dtypes.get(name, mx.float32))) for name, value in weights.items()], strict=False
-    )
-    save_model(out, model)
-
-
-def _arrays(file: pathlib.Path) -> Tensors:
-    loaded = mx.load(str(file))
-    assert isinstance(loaded, dict)
-    return loaded
 
 
 def link(source: pathlib.Path, target: pathlib.Path) -> None:

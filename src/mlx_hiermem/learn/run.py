@@ -25,7 +25,7 @@ from mlx_hiermem.config import EmbedderIdentity, MemoryConfig
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import AnchorError, HierMemError, OutputError
 from mlx_hiermem.learn import report
-from mlx_hiermem.learn.publish import ANCHOR, BANK, LEARNING, About, Nodes, link, publish, write_anchor, write_bank
+from mlx_hiermem.learn.publish import ANCHOR, BANK, LEARNING, About, Nodes, link, publish, write_bank
 from mlx_hiermem.learn.settings import (
     ExampleSettings,
     LearnSettings,
@@ -35,8 +35,9 @@ from mlx_hiermem.learn.settings import (
 from mlx_hiermem.learn.stages import StagedRun
 from mlx_hiermem.learn.train.encoding import EXAMPLES, make_examples, open_examples
 from mlx_hiermem.learn.train.training import LOG, PLOT, Training
+from mlx_hiermem.learn.tree.build import build_tree, given_agreement
 from mlx_hiermem.learn.tree.kmeans import check_size
-from mlx_hiermem.learn.tree.planting import describe_nodes, given_agreement, plant
+from mlx_hiermem.learn.tree.labels import describe_nodes
 from mlx_hiermem.learn.work import (
     AGREEMENT,
     SKIPPED,
@@ -128,7 +129,7 @@ DEFAULT, SILENT = LearnSettings(), report.Silent()
 
 def learn(
     sources: Sequence[str],
-    out: pathlib.Path,
+    out: str | pathlib.Path,
     anchor: Callable[[], AnchorSource] | pathlib.Path | str,
     settings: LearnSettings = DEFAULT,
     listener: report.Listener = SILENT,
@@ -141,6 +142,7 @@ def learn(
     Raises CorpusError, AnchorError and OutputError, each for what is wrong with what was given. What is done stays
     in `work_folder(out)`, and the same call goes on from there.
     """
+    out = pathlib.Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise OutputError(f"{out} exists already", "Choose another folder, or remove it first.")
     ranks = Ranks(work_folder(out))
@@ -198,17 +200,17 @@ class _Run(StagedRun):
         digest = identify(self.folder).weights_digest
         self.study(corpus, self.settings, self.settings.study, self.loaded[:2], digest)
         with self.stage("tree"):
-            planted = plant(self.work, corpus, embedder, self.settings.tree, self.progress("texts embedded"))
+            built = build_tree(self.work, corpus, embedder, self.settings.tree, self.progress("texts embedded"))
             asked = self.settings.questions
-            given = given_agreement(planted, embedder, asked) if asked else None
-            self.listener.end(report.tree_line(planted.agreement, given))
+            given = given_agreement(built, embedder, asked) if asked else None
+            self.listener.end(report.tree_line(built.agreement, given))
         with self.stage("examples"):
             chosen = ExampleSettings(self.settings.heldout, self.settings.training.objective == "distillation")
-            make_examples(self.work, planted, embedder, tokenizer, chosen, self.progress("windows"))
+            make_examples(self.work, built, embedder, tokenizer, chosen, self.progress("windows"))
             learnt, _ = open_examples(self.work)
-            nodes = describe_nodes(self.work, planted, lambda text: len(tokenizer.encode(text)), learnt)
+            nodes = describe_nodes(self.work, built, lambda text: len(tokenizer.encode(text)), learnt)
             self.listener.end(f"{len(learnt):,} texts, {int(learnt.lengths.sum()):,} tokens")
-        return Prepared(corpus.documents, corpus.count, skipped, planted.agreement, given, nodes, embedder.identity)
+        return Prepared(corpus.documents, corpus.count, skipped, built.agreement, given, nodes, embedder.identity)
 
     def train(self) -> tuple[Training, dict[str, float]]:
         """Trains this rank's share; returns the perplexities too."""
@@ -243,11 +245,7 @@ class _Run(StagedRun):
         model, settings = self.work.path(MODEL), self.settings
         shutil.rmtree(model, ignore_errors=True)
         with self.stage("bank"), self.work.writing():
-            weights = training.anchor()
-            if weights is None:
-                link(self.work.path(BASE), model)
-            else:
-                write_anchor(self.folder, model / ANCHOR, weights)
+            link(self.work.path(BASE), model)
             recipe = {"name": "learn", "by": f"mlx-hiermem {__version__}", "documents": prepared.documents}
             training_settings = {"training": training.settings.to_json()}
             recipe |= {

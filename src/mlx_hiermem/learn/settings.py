@@ -101,9 +101,6 @@ class TrainingSettings:
     clip: float = 1.0  # norm of the gradient, at most
     objective: str = "next-token"  # or distillation, for the examples that have a teacher
     generic: bool = True  # train the control block too, in 1 of k + 1 groups on a path of k blocks
-    cotrain: bool = False  # the anchor learns too (the paper's Table 1, row A2)
-    anchor_rate: float = 1e-4  # its learning rate
-    anchor_weight_decay: float = 0.1
     seed: int = 0  # of everything that is drawn at random
     blocks_bytes: int = 2 << 30  # of memory, for blocks and their optimiser states; the others wait on disk
     states_bytes: int = 20 << 30  # of disk, for the hidden states of the subtree in training
@@ -111,8 +108,6 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise HierMemError(f"objective '{self.objective}' is not known", f"Use {' or '.join(OBJECTIVES)}.")
-        if self.cotrain and self.objective == "distillation":
-            raise HierMemError("distillation needs an anchor that stands still", "Leave out --cotrain.")
         positive = ("groups", "group_tokens", "rate", "clip", "blocks_bytes")
         if wrong := [name for name in positive if getattr(self, name) <= 0]:
             raise HierMemError(f"{wrong[0]} must be more than 0")

@@ -8,6 +8,7 @@ import mlx.nn as nn
 
 from mlx_hiermem.config import MemoryConfig
 from mlx_hiermem.errors import HierMemError
+from mlx_hiermem.memory.ffn import feed_forward, projections
 from mlx_hiermem.memory.lora import projection
 from mlx_hiermem.memory.slot import sizes
 
@@ -50,7 +51,10 @@ def memory_config(
     """
     layers = memory_layers(placement, len(model.layers))
     layer = model.layers[layers[0] if 0 <= layers[0] < len(model.layers) else 0]
-    gate, query, key = (sizes(projection(layer, name)) for name in ("gate", "q", "k"))
+    gate = sizes(projections(feed_forward(layer))[0])
+    widths = [0, 0]  # an FFN memory needs none of these, and not every layer has attention projections of its own
+    if kind != "ffn":
+        widths = [sizes(projection(layer, name))[1] for name in ("q", "k")]
     return MemoryConfig(
         kind,
         branching,
@@ -59,6 +63,6 @@ def memory_config(
         hidden=gate[0],
         dtype=dtype,
         ffn_width=gate[1],
-        q_width=query[1],
-        kv_width=key[1],
+        q_width=widths[0],
+        kv_width=widths[1],
     )

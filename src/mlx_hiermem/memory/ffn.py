@@ -17,7 +17,7 @@ from mlx_lm.models.activations import swiglu
 
 from mlx_hiermem.config import MemoryConfig
 from mlx_hiermem.errors import AnchorError
-from mlx_hiermem.memory.slot import Slot, carry, compute_dtype, find, linear, sizes
+from mlx_hiermem.memory.slot import Half, Slot, carry, compute_dtype, find, linear, sizes
 
 Gated = Callable[[mx.array, mx.array], mx.array]
 ACTIVATIONS: tuple[Gated, ...] = (
@@ -31,8 +31,10 @@ def feed_forward(layer: nn.Module) -> nn.Module:
     return find(layer, ("mlp", "feed_forward"), "feed-forward layer")
 
 
-def projections(ffn: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """(gate, up, down) linear layers."""
+def projections(ffn: nn.Module) -> tuple[nn.Module | Half, nn.Module | Half, nn.Module]:
+    """(gate, up, down) linear layers; gate and up may be halves of a fused one."""
+    if isinstance(fused := ffn.get("gate_up_proj"), nn.Linear | nn.QuantizedLinear):
+        return Half(fused, False), Half(fused, True), linear(ffn, ("down_proj",), "down projection")
     return (
         linear(ffn, ("gate_proj", "w1"), "gate projection"),
         linear(ffn, ("up_proj", "w3"), "up projection"),

@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx_hiermem.config import MemoryConfig
 from mlx_hiermem.errors import AnchorError
 from mlx_hiermem.memory import ffn
-from mlx_hiermem.memory.slot import Slot, carry, compute_dtype, find, linear, sizes
+from mlx_hiermem.memory.slot import Half, Slot, carry, compute_dtype, find, linear, sizes
 
 
 def attention(layer: nn.Module) -> nn.Module:
@@ -25,7 +25,10 @@ def attention(layer: nn.Module) -> nn.Module:
 def projection(layer: nn.Module, name: str) -> nn.Module:
     """The linear layer that the tensor names' first part (`q`, `k`, `v`, `o`, `gate`, `up`, `down`) means."""
     if name in ("gate", "up", "down"):
-        return dict(zip(("gate", "up", "down"), ffn.projections(ffn.feed_forward(layer)), strict=True))[name]
+        found = dict(zip(("gate", "up", "down"), ffn.projections(ffn.feed_forward(layer)), strict=True))[name]
+        if isinstance(found, Half):
+            raise AnchorError(f"the {name} projection is half of a fused layer", "Use memories of the kind ffn.")
+        return found
     return linear(attention(layer), (f"{name}_proj",), f"{name} projection")
 
 

@@ -98,12 +98,26 @@ def linear(owner: nn.Module, names: Sequence[str], what: str) -> nn.Module:
     return module
 
 
-def compute_dtype(linear: nn.Module) -> mx.Dtype:
+class Half:
+    """One of the two projections that a fused linear layer computes: the first or second half of its outputs."""
+
+    def __init__(self, fused: nn.Module, second: bool) -> None:
+        self.fused, self.second = fused, second
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.split(self.fused(x), 2, axis=-1)[self.second]
+
+
+def compute_dtype(linear: nn.Module | Half) -> mx.Dtype:
     """The type in which a linear layer, quantised or not, takes its input."""
+    linear = linear.fused if isinstance(linear, Half) else linear
     return linear.scales.dtype if "scales" in linear else linear.weight.dtype
 
 
-def sizes(linear: nn.Module) -> tuple[int, int]:
+def sizes(linear: nn.Module | Half) -> tuple[int, int]:
     """(inputs, outputs) of a linear layer, quantised or not."""
+    if isinstance(linear, Half):
+        inputs, outputs = sizes(linear.fused)
+        return inputs, outputs // 2
     outputs, inputs = linear.weight.shape
     return (inputs * 32 // linear.bits if "scales" in linear else inputs), outputs

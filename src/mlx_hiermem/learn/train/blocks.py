@@ -24,9 +24,7 @@ from mlx_hiermem.errors import HierMemError, OutputError
 LIST = "blocks.json"
 Tensors = dict[str, mx.array]
 MOMENTS = ("m", "v")  # AdamW's, in mlx.optimizers' names
-ANCHOR = Path((-1,))  # stands among the nodes for the anchor, which learns too in co-training
 GO_ON = "Free some space; learning goes on where it stopped."
-NAMES = {GENERIC_NODE: "generic", ANCHOR: "anchor"}
 
 
 @dataclass
@@ -192,12 +190,11 @@ def new_block(config: MemoryConfig, node: Path, seed: int) -> Tensors:
 
 
 def _name(node: Path) -> str:
-    return NAMES.get(node) or str(node)
+    return str(node) if node else "generic"
 
 
 def _node(name: str) -> Path:
-    found = [node for node, known in NAMES.items() if known == name]
-    return found[0] if found else Path.parse(name)
+    return GENERIC_NODE if name == "generic" else Path.parse(name)
 
 
 def _failed(folder: pathlib.Path, error: Exception) -> OutputError:

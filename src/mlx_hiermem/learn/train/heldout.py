@@ -31,7 +31,7 @@ class _Group:
     memories: dict[str, list[Path]]  # name -> the nodes whose blocks are attached
     inputs: Inputs
     learnt: int
-    alone: float | None = None  # the loss without memory, where it stays what it is
+    alone: float | None = None  # the loss without memory, once it is known: it stays what it is
 
 
 class HeldOut:
@@ -59,7 +59,7 @@ class HeldOut:
         if not nodes and group.alone is not None:
             return group.alone
         loss = float(self.trainer.losses(nodes, group.inputs).sum())
-        if not nodes and not self.trainer.settings.cotrain:
+        if not nodes:
             group.alone = loss
         return loss
 
@@ -77,9 +77,9 @@ class HeldOut:
 
 
 def _inputs(trainer: Trainer, texts: Sequence[Example]) -> Inputs:
-    """Texts as a batch; of a frozen anchor with the states that enter the first memory layer."""
+    """Texts as a batch, with the states that enter the first memory layer."""
     packed, layer = batch(texts), trainer.learner.first_layer
-    if trainer.settings.cotrain or not layer:
+    if not layer:
         return Inputs(packed)
     documents = mx.array(packed.documents) if packed.packed else None
     states = trainer.learner.anchor.states(mx.array(packed.tokens), layer, documents)

@@ -1,8 +1,8 @@
 """In which order everything is learnt: jobs, epochs, windows, steps. The same for the same seed, whoever asks.
 
-With a frozen anchor the subtrees of level 1 share nothing, so each is a job of its own (the 16 asynchronous jobs of
-arXiv:2510.02375, §3), and so is the generic block. A rank takes whole jobs; what a job learns does not depend on
-who runs it or when. With co-training the anchor joins everything, and there is one job.
+The anchor is frozen, so the subtrees of level 1 share nothing: each is a job of its own (the 16 asynchronous jobs
+of arXiv:2510.02375, §3), and so is the generic block. A rank takes whole jobs; what a job learns does not depend on
+who runs it or when.
 
 Within a job a coarse block is shared by many leaves. Each epoch goes through the subtree's leaves in a random
 depth-first order, cut into windows whose blocks fit in memory together; within a window the groups of all its
@@ -58,8 +58,6 @@ def jobs(examples: TrainingSet, config: MemoryConfig, settings: TrainingSettings
     """All jobs: those of level 1 in order, then the generic block's. A leaf on whose path is no block is out."""
     leaves = [leaf for leaf in examples.leaves if carriers(config, leaf)]
     generic = (GENERIC_NODE,) if settings.generic and leaves else ()
-    if settings.cotrain:
-        return [Job("all", (*leaves, *generic))]
     tops = sorted({leaf[0] for leaf in leaves})
     found = [Job(str(top), tuple(leaf for leaf in leaves if leaf[0] == top)) for top in tops]
     return [*found, Job("generic", generic)] if generic else found

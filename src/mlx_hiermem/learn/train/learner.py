@@ -1,20 +1,17 @@
-"""Loss and gradients of one group of texts under one memory, on an anchor that stands still or learns too."""
+"""Loss and gradients of one group of texts under one memory, on a frozen anchor."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_hiermem.bank.block import FetchedMemory, MemoryBlock
 from mlx_hiermem.config import MemoryConfig
 from mlx_hiermem.cpu.compiling import compiled
-from mlx_hiermem.errors import AnchorError
 from mlx_hiermem.learn.train.blocks import Tensors
 from mlx_hiermem.learn.train.gating import quicken
 from mlx_hiermem.learn.train.loss import divergence, next_token
@@ -54,39 +51,27 @@ class Learner:
         self.first_layer = min(config.layers)
         self._gradients = compiled(self._compute_gradients)
 
-    def gradients(
-        self, blocks: Sequence[Tensors], inputs: Inputs, scale: float, anchor: Tensors | None = None
-    ) -> tuple[float, list[Tensors], Tensors]:
-        """The loss summed over what is learnt, and the gradients of `scale` times it: of each block, of the anchor.
-
-        `anchor` are the parameters (by their names) that learn too; none are where it stands still.
-        """
-        value, of_blocks, of_anchor = self._gradients(list(blocks), anchor or {}, inputs.arrays, mx.array(scale))
+    def gradients(self, blocks: Sequence[Tensors], inputs: Inputs, scale: float) -> tuple[float, list[Tensors]]:
+        """The loss summed over what is learnt, and each block's gradients of `scale` times it."""
+        value, gradients = self._gradients(list(blocks), inputs.arrays, mx.array(scale))
         self.attachment.clear()
-        if anchor:
-            self.anchor.model.update(tree_unflatten(list(anchor.items())))  # in place of what was traced
-        mx.eval(value, of_blocks, of_anchor)
-        return float(value), of_blocks, of_anchor
+        mx.eval(value, gradients)
+        return float(value), gradients
 
     def _compute_gradients(
-        self, blocks: list[Tensors], anchor: Tensors, arrays: Tensors, scale: mx.array
-    ) -> tuple[mx.array, list[Tensors], Tensors]:
-        """(summed loss, gradients of the blocks, of the anchor); nothing is evaluated."""
+        self, blocks: list[Tensors], arrays: Tensors, scale: mx.array
+    ) -> tuple[mx.array, list[Tensors]]:
+        """(summed loss, gradients of the blocks); nothing is evaluated."""
 
-        def loss(blocks: list[Tensors], own: Tensors) -> tuple[mx.array, mx.array]:
-            if own:
-                self.anchor.model.update(tree_unflatten(list(own.items())))
+        def loss(blocks: list[Tensors]) -> tuple[mx.array, mx.array]:
             total = self._losses(blocks, arrays).sum()
             return total * scale, total
 
-        compute = mx.value_and_grad(loss, argnums=(0, 1) if anchor else 0)
-        (_, total), found = compute(blocks, anchor)
-        return (total, *found) if anchor else (total, found, {})
+        (_, total), gradients = mx.value_and_grad(loss)(blocks)
+        return total, gradients
 
-    def losses(self, blocks: Sequence[Tensors], inputs: Inputs, anchor: Tensors | None = None) -> np.ndarray:
+    def losses(self, blocks: Sequence[Tensors], inputs: Inputs) -> np.ndarray:
         """[M] loss of each learnt token under these blocks (none: without memory); 0 where the batch fills up."""
-        if anchor:
-            self.anchor.model.update(tree_unflatten(list(anchor.items())))
         values = self._losses(blocks, inputs.arrays)
         self.attachment.clear()
         return np.array(values)
@@ -105,10 +90,3 @@ class Learner:
             taught = divergence(logits, self.anchor.head(arrays["teacher"]))
             values = mx.where(arrays["taught"], taught, values)
         return values * arrays["weights"]
-
-    def trainable(self) -> Tensors:
-        """The anchor's parameters by name, for co-training. Raises AnchorError where they are quantised."""
-        parameters: dict[str, Any] = dict(tree_flatten(self.anchor.model.parameters()))
-        if whole := [name for name, value in parameters.items() if not mx.issubdtype(value.dtype, mx.floating)]:
-            raise AnchorError(f"the anchor is quantised ({whole[0]})", "Co-train one that is not.")
-        return {name: value.astype(mx.float32) for name, value in parameters.items()}

@@ -33,17 +33,15 @@ def schedule(done: float, settings: TrainingSettings) -> float:
 def update(
     blocks: Sequence[TrainedBlock],
     gradients: Sequence[Mapping[str, mx.array]],
-    rates: Sequence[tuple[float, float]],
+    rate: float,
+    weight_decay: float,
     clip: float,
 ) -> float:
-    """One step on the blocks fetched; returns the gradient's norm over all of them before it was clipped.
-
-    `rates` are each block's (learning rate, weight decay).
-    """
+    """One step on the blocks fetched; returns the gradient's norm over all of them before it was clipped."""
     clipped, norm = clip_grad_norm([dict(gradient) for gradient in gradients], clip)
-    for block, own, (rate, decay) in zip(blocks, clipped, rates, strict=True):
+    for block, own in zip(blocks, clipped, strict=True):
         block.updates += 1
-        setting = mx.array([block.updates, rate, decay], mx.float32)
+        setting = mx.array([block.updates, rate, weight_decay], mx.float32)
         for name, weight in block.weights.items():
             moved, moments = _compiled()(weight, own[name], block.moments[name], setting)
             block.weights[name], block.moments[name] = moved, moments

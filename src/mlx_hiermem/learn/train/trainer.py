@@ -14,7 +14,7 @@ import numpy as np
 from mlx_hiermem.config import DTYPES, GENERIC_NODE, Path
 from mlx_hiermem.learn.settings import TrainingSettings
 from mlx_hiermem.learn.train.activations import States, TeacherStates
-from mlx_hiermem.learn.train.blocks import ANCHOR, Tensors, TrainedBlocks
+from mlx_hiermem.learn.train.blocks import Tensors, TrainedBlocks
 from mlx_hiermem.learn.train.dataset import Example, TrainingSet
 from mlx_hiermem.learn.train.jobs import Group, Job, Schedule, carriers
 from mlx_hiermem.learn.train.learner import Inputs, Learner
@@ -108,12 +108,11 @@ class Trainer:
 
     def losses(self, nodes: Sequence[Path], inputs: Inputs) -> np.ndarray:
         """[M] losses under these nodes' blocks as they are now; `use` has brought them in."""
-        anchor = self.blocks[ANCHOR].weights if self.settings.cotrain else None
-        return self.learner.losses([self.blocks[node].weights for node in nodes], inputs, anchor)
+        return self.learner.losses([self.blocks[node].weights for node in nodes], inputs)
 
     def use(self, nodes: Iterable[Path]) -> None:
-        """Brings blocks into memory, and the anchor's weights where it learns too."""
-        self.blocks.use(frozenset((*nodes, ANCHOR) if self.settings.cotrain else nodes))
+        """Brings blocks into memory."""
+        self.blocks.use(frozenset(nodes))
 
     def forget_states(self) -> None:
         """Removes the hidden states from the disk: only this job needed them."""
@@ -148,7 +147,7 @@ class Trainer:
         numbers = np.unique(np.concatenate(leaves)) if leaves else np.empty(0, np.int64)
         uses = self.total / max(1, int(self.examples.lengths[numbers].sum()))
         budget = self.settings.states_bytes
-        # The generic block meets other texts in each epoch, and an anchor that learns other states.
+        # The generic block meets other texts in each epoch.
         if GENERIC_NODE in self.job.leaves or uses < WORTH_KEEPING:
             budget = 0
         layer, last = self.learner.first_layer, len(self.learner.anchor.layers)
@@ -174,34 +173,25 @@ class Trainer:
         self.use({node for group in step for node in carriers(self.learner.config, group.leaf)})
         sums: dict[Path, Tensors] = {}
         loss = sum(self._add_gradients(group, 1 / learnt, sums) for group in step)
-        rate = schedule(self.tokens / self.total, self.settings)
+        rate = self.settings.rate * schedule(self.tokens / self.total, self.settings)
         moving = [node for node in sums if self.learns(node)]
-        rates = [self._rates(node, rate) for node in moving]
         blocks, gradients = [self.blocks[node] for node in moving], [sums[node] for node in moving]
-        norm = update(blocks, gradients, rates, self.settings.clip)
+        norm = update(blocks, gradients, rate, self.settings.weight_decay, self.settings.clip)
         for node in moving:
             self.blocks.touch(node)
         tokens = int(self.examples.lengths[numbers].sum())
-        return Taken(loss, learnt, tokens, norm, rate * self.settings.rate)
+        return Taken(loss, learnt, tokens, norm, rate)
 
     def _add_gradients(self, group: Group, scale: float, sums: dict[Path, Tensors]) -> float:
         """Adds one group's gradients to those of its nodes; returns its summed loss."""
         examples = [self.examples.read(int(number)) for number in group.examples]
         path = carriers(self.learner.config, group.leaf)
         weights = [self.blocks[node].weights for node in path]
-        anchor = self.blocks[ANCHOR].weights if self.settings.cotrain else None
-        inputs = self.inputs(examples, group.examples)
-        loss, found, of_anchor = self.learner.gradients(weights, inputs, scale, anchor)
-        by_node = dict(zip(path, found, strict=True)) | ({ANCHOR: of_anchor} if of_anchor else {})
-        for node, gradient in by_node.items():
+        loss, found = self.learner.gradients(weights, self.inputs(examples, group.examples), scale)
+        for node, gradient in zip(path, found, strict=True):
             before = sums.get(node)
             sums[node] = {name: before[name] + g for name, g in gradient.items()} if before else gradient
         return loss
-
-    def _rates(self, node: Path, rate: float) -> tuple[float, float]:
-        if node == ANCHOR:
-            return rate * self.settings.anchor_rate, self.settings.anchor_weight_decay
-        return rate * self.settings.rate, self.settings.weight_decay
 
     def _nbytes(self, node: Path) -> int:
         config = self.learner.config

@@ -24,7 +24,7 @@ import mlx.nn as nn
 from mlx_hiermem.config import GENERIC_NODE, MemoryConfig, Path
 from mlx_hiermem.errors import HierMemError, MissingDependencyError, OutputError
 from mlx_hiermem.learn.settings import TrainingSettings
-from mlx_hiermem.learn.train.blocks import ANCHOR, GO_ON, Tensors, TrainedBlocks, new_block
+from mlx_hiermem.learn.train.blocks import GO_ON, Tensors, TrainedBlocks, new_block
 from mlx_hiermem.learn.train.dataset import TrainingSet
 from mlx_hiermem.learn.train.heldout import HeldOut, perplexities
 from mlx_hiermem.learn.train.jobs import Job, Schedule, jobs, share
@@ -70,8 +70,6 @@ class Training:
         self.jobs = jobs(examples, config, settings)
         if not self.jobs:
             raise HierMemError("there is nothing to learn", "No example is in a leaf whose path has a block.")
-        if settings.cotrain and self.group.size() > 1:
-            raise HierMemError("co-training takes one rank: all leaves move one anchor", "Leave out mlx.launch.")
         self.mine = share(self.jobs, self._work, self.group.rank(), self.group.size())
 
     def run(self, tick: Tick = lambda progress: None) -> dict[str, float]:
@@ -112,14 +110,8 @@ class Training:
         for job in self.jobs:
             trained = self._blocks(job)
             for node in trained.nodes:
-                if node != ANCHOR and self.learns(node):
+                if self.learns(node):
                     yield node, trained.read(node).weights
-
-    def anchor(self) -> Tensors | None:
-        """The anchor's weights by name where it was co-trained."""
-        if not self.settings.cotrain:
-            return None
-        return self._blocks(self.jobs[0]).read(ANCHOR).weights
 
     def trainer(self, job: Job) -> Trainer:
         """What trains a job, as far as it is."""
@@ -139,8 +131,6 @@ class Training:
 
     def _first(self, node: Path) -> Tensors:
         """The weights that a block begins with, in float32."""
-        if node == ANCHOR:
-            return self.learner.trainable()
         given = self._start(node)
         if given is None:
             return new_block(self.config, node, self.settings.seed)

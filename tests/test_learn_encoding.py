@@ -21,7 +21,8 @@ from mlx_hiermem.learn.train.encoding import (
     open_examples,
     window_is_held_out,
 )
-from mlx_hiermem.learn.tree.planting import Planted, is_held_out, plant
+from mlx_hiermem.learn.tree.build import CorpusTree, build_tree
+from mlx_hiermem.learn.tree.probes import is_held_out
 from mlx_hiermem.learn.work import STUDY, Work, write_lines
 from mlx_hiermem.tokenizer import load_tokenizer
 
@@ -37,13 +38,13 @@ def embedder() -> Embedder:
 
 
 @pytest.fixture(scope="module")
-def studied(tmp_path_factory: pytest.TempPathFactory, embedder: Embedder) -> Planted:
-    """The library with self-study, planted."""
+def studied(tmp_path_factory: pytest.TempPathFactory, embedder: Embedder) -> CorpusTree:
+    """The library with self-study, in its tree."""
     folder = tmp_path_factory.mktemp("studied")
     work = Work(folder / "work")
     corpus = read_corpus(work, [str(write_library(folder / "books"))], embedder.tokenizer)
     write_study(work.path(STUDY))
-    return plant(work, corpus, embedder, TreeSettings(branching=2, depth=2))
+    return build_tree(work, corpus, embedder, TreeSettings(branching=2, depth=2))
 
 
 def by_window(examples: TrainingSet) -> dict[int, list[Example]]:
@@ -61,7 +62,7 @@ def parts(encoder: Encoder, example: Example) -> tuple[str, str]:
     return encoder.tokenizer.decode(tokens[:first]), encoder.tokenizer.decode(tokens[first:])
 
 
-def test_prompts_are_given_and_answers_learnt(studied: Planted, embedder: Embedder, encoder: Encoder) -> None:
+def test_prompts_are_given_and_answers_learnt(studied: CorpusTree, embedder: Embedder, encoder: Encoder) -> None:
     work = studied.corpus.work
     make_examples(work, studied, embedder, encoder.tokenizer)
     learnt, held = open_examples(work)
@@ -83,7 +84,7 @@ def test_prompts_are_given_and_answers_learnt(studied: Planted, embedder: Embedd
 
 
 def test_an_answer_is_learnt_where_its_question_goes(
-    studied: Planted, embedder: Embedder, encoder: Encoder
+    studied: CorpusTree, embedder: Embedder, encoder: Encoder
 ) -> None:
     work = studied.corpus.work
     make_examples(work, studied, embedder, encoder.tokenizer)
@@ -114,7 +115,7 @@ def test_the_end_of_an_answer_is_learnt(encoder: Encoder) -> None:
     assert said("Which number?", "It is 34.", True, True) == "It is 34.<eos>"
 
 
-def test_a_teacher_reads_the_window_first(studied: Planted, embedder: Embedder, encoder: Encoder) -> None:
+def test_a_teacher_reads_the_window_first(studied: CorpusTree, embedder: Embedder, encoder: Encoder) -> None:
     work = studied.corpus.work
     make_examples(work, studied, embedder, encoder.tokenizer, ExampleSettings(teachers=True))
     learnt, _ = open_examples(work)
@@ -130,7 +131,7 @@ def test_a_teacher_reads_the_window_first(studied: Planted, embedder: Embedder, 
                 assert example.teacher is None
 
 
-def test_windows_are_held_out(studied: Planted, embedder: Embedder, encoder: Encoder) -> None:
+def test_windows_are_held_out(studied: CorpusTree, embedder: Embedder, encoder: Encoder) -> None:
     work = studied.corpus.work
     make_examples(work, studied, embedder, encoder.tokenizer, ExampleSettings(heldout=0.3))
     learnt, held = open_examples(work)
@@ -142,13 +143,13 @@ def test_windows_are_held_out(studied: Planted, embedder: Embedder, encoder: Enc
 
 
 def test_rows_that_do_not_go_window_by_window_are_refused(
-    studied: Planted, embedder: Embedder, encoder: Encoder, tmp_path: pathlib.Path
+    studied: CorpusTree, embedder: Embedder, encoder: Encoder, tmp_path: pathlib.Path
 ) -> None:
     work = Work(tmp_path / "work")
     corpus = read_corpus(work, [str(write_library(tmp_path / "books"))], embedder.tokenizer)
     write_lines(work.path(STUDY), [{"window": n, "question": "Why?", "answer": "So."} for n in (1, 0)])
     with pytest.raises(CorpusError, match="does not go window by window"):
-        plant(work, corpus, embedder)
+        build_tree(work, corpus, embedder)
 
 
 def test_a_small_corpus_is_learnt_more_often() -> None:
