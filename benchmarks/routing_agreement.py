@@ -1,6 +1,6 @@
 """How often a question reaches a leaf in which its answer was learnt, by the way the tree was made.
 
-    python benchmarks/routing_agreement.py              the tables in docs/learning.md; some minutes on two cores
+    python benchmarks/routing_agreement.py              results/routing_agreement.md; some minutes on two cores
     python benchmarks/routing_agreement.py --run WORK   of the default way alone, with the questions of a self-study
 
 The demo's 118 elements are the documents, and its 354 questions with all their held-out wordings are asked; none

@@ -1,6 +1,6 @@
 """Measures the rule that gives a turn of a conversation its path (mlx_hiermem/router.py), against other rules.
 
-    python benchmarks/turns.py        the table in docs/decisions.md; a minute or two on two cores
+    python benchmarks/turns.py        the table in results/turns.md; a minute or two on two cores
 
 tests/conversations.jsonl says of each turn which element it is about, or that it is an aside, and so should not
 move the conversation. A turn is right on a path where its element was learnt; an aside where it changes nothing.

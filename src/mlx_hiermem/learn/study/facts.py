@@ -146,7 +146,7 @@ def reversible(shapes: Mapping[str, Sequence[Fact]]) -> dict[str, list[Fact]]:
     """Of each shape whose values tell its subjects apart, the facts turned round; ambiguous values are left out.
 
     Values are told apart among these windows, not in the whole corpus. Mere numbers are left out: a small memory
-    hardly learns which name belongs to a number (docs/learning.md).
+    hardly learns which name belongs to a number (docs/decisions/).
     """
     found = dict[str, list[Fact]]()
     for shape, alike in shapes.items():

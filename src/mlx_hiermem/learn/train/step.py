@@ -153,7 +153,7 @@ def _exp(x: mx.array) -> mx.array:
 
 
 def rate_factor(done: float, settings: TrainingSettings) -> float:
-    """The part of the full rate after a part `done` of the training: linear warm-up, then half a cosine (App. A.2)."""
+    """The part of the full rate after a part `done` of the training: linear warm-up, half a cosine (App. A.2)."""
     if done < settings.warm_up:
         return max(done / settings.warm_up, 1e-3)
     rest = (done - settings.warm_up) / (1 - settings.warm_up)

@@ -4,7 +4,7 @@ Two steps see to it, for any corpus. Once a node's windows are divided among its
 moved until the windows' probes are nearest to their own child (`Separation`): k-means puts them where the windows
 are, but nearest-centroid routing is a linear classifier, and this one is trained to tell the subjects apart in
 whatever wording. Then a window is learnt where its probes go, and where they nearly go (`place`): that is where
-questions of yet other wordings go. docs/learning.md has what each is worth.
+questions of yet other wordings go. benchmarks/results/routing_agreement.md has what each is worth.
 """
 
 from __future__ import annotations
