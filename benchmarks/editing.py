@@ -134,7 +134,7 @@ def measure(model: pathlib.Path, leaf: Path, subject: str, answer: str, folder: 
         }
     row = next(r for r in ROWS if r["subject"] == subject and r["relation"] == "atomic_number")
     found["corrected"] = {
-        name: [load(of).generate(prompt, max_tokens=6) for prompt in (row["prompt"], *row["heldout_prompts"])]
+        name: [load(of).generate(prompt, max_tokens=6).text for prompt in (row["prompt"], *row["heldout_prompts"])]
         for name, of in (("before", model), ("changed", changed))
     }
     return found

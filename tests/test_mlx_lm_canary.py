@@ -36,7 +36,7 @@ CALLS = {
         "batch.MemoryBatch, learn.study.teacher.Teacher",
     ),
     "generate:BatchGenerator.insert": (
-        "prompts max_tokens caches all_tokens samplers",
+        "prompts max_tokens caches all_tokens samplers logits_processors",
         "batch.MemoryBatch.add, learn.study.teacher.Teacher",
     ),
     "generate:BatchGenerator.next": ("", "batch.MemoryBatch.step"),
@@ -53,8 +53,10 @@ CALLS = {
     "models.cache:LRUPromptCache.insert_cache": ("model tokens prompt_cache", "batch.MemoryBatch, session.Session"),
     "models.cache:trim_prompt_cache": ("cache num_tokens", "session.Session"),
     "models.cache:KVCache.update_and_fetch": ("keys values", "partial.Documents, which stands in for it"),
-    "sample_utils:make_sampler": ("temp top_p", "model.MemoryModel.responses"),
-    "sample_utils:apply_top_p": ("logprobs top_p", "batch.MemoryBatch"),
+    "sample_utils:apply_top_p": ("logprobs top_p", "sampling.Sampling"),
+    "sample_utils:apply_min_p": ("logprobs min_p", "sampling.Sampling"),
+    "sample_utils:apply_top_k": ("logprobs top_k", "sampling.Sampling"),
+    "sample_utils:make_repetition_penalty": ("penalty", "sampling.Sampling"),
 }
 
 

@@ -129,7 +129,7 @@ DEFAULT, SILENT = LearnSettings(), report.Silent()
 
 def learn(
     sources: Sequence[str],
-    out: pathlib.Path,
+    out: str | pathlib.Path,
     anchor: Callable[[], AnchorSource] | pathlib.Path | str,
     settings: LearnSettings = DEFAULT,
     listener: report.Listener = SILENT,
@@ -142,6 +142,7 @@ def learn(
     Raises CorpusError, AnchorError and OutputError, each for what is wrong with what was given. What is done stays
     in `work_folder(out)`, and the same call goes on from there.
     """
+    out = pathlib.Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise OutputError(f"{out} exists already", "Choose another folder, or remove it first.")
     ranks = Ranks(work_folder(out))
