@@ -7,9 +7,9 @@ A line of the file names a document and has one of four forms, the first two as 
     {"document": "Gold", "question": "Which symbol does gold have?", "answer": "Au"}
     {"document": "Gold", "text": "Gold, whose symbol is Au, is a metal that does not rust."}
 
-A question is learnt twice, as `Question: … Answer:` and in the chat template: people ask in a chat, and what was learnt
-in one form is known less well in the other. They join the rows of self-study, where there are any, in the window of the
-document that has most of their words:
+A question is learnt twice, as `Question: … Answer:` and in the chat template: people ask in a chat, and what was
+learnt in one form is known less well in the other. They join the rows of self-study, where there are any, in the
+window of the document that has most of their words:
 
     prompts.jsonl   what study.jsonl has, and {"window", "prompt", "answer", "chat", "given": true, ...}
 """
