@@ -38,9 +38,12 @@ ORDER += [
     "share",
     "tiers",
     "plan",
+    "selection",
+    "sampling",
+    "response",
+    "batch",
     "model",
     "session",
-    "batch",
     "learn",
     "evaluate",
 ]

@@ -23,7 +23,7 @@ from mlx_hiermem.learn.train.encoding import (
 )
 from mlx_hiermem.learn.tree.build import CorpusTree, build_tree
 from mlx_hiermem.learn.tree.probes import is_held_out
-from mlx_hiermem.learn.work import STUDY, Work, write_lines
+from mlx_hiermem.learn.work import STUDY, Work, write_rows
 from mlx_hiermem.tokenizer import load_tokenizer
 
 
@@ -147,7 +147,7 @@ def test_rows_that_do_not_go_window_by_window_are_refused(
 ) -> None:
     work = Work(tmp_path / "work")
     corpus = read_corpus(work, [str(write_library(tmp_path / "books"))], embedder.tokenizer)
-    write_lines(work.path(STUDY), [{"window": n, "question": "Why?", "answer": "So."} for n in (1, 0)])
+    write_rows(work.path(STUDY), [{"window": n, "question": "Why?", "answer": "So."} for n in (1, 0)])
     with pytest.raises(CorpusError, match="does not go window by window"):
         build_tree(work, corpus, embedder)
 

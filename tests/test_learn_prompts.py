@@ -20,7 +20,7 @@ from mlx_hiermem.learn.study.prompts import about_windows, give, read_prompts
 from mlx_hiermem.learn.train.encoding import make_examples, open_examples
 from mlx_hiermem.learn.tree.build import build_tree
 from mlx_hiermem.learn.tree.probes import FRAME
-from mlx_hiermem.learn.work import PROBES, PROMPTS, STUDY, Work, read_lines
+from mlx_hiermem.learn.work import PROBES, PROMPTS, STUDY, Work, read_rows
 from mlx_hiermem.tokenizer import load_tokenizer
 
 NAME, THING, PEOPLE = fact(3)
@@ -79,10 +79,10 @@ def test_a_line_that_is_none(tmp_path: pathlib.Path, line: Any) -> None:
 def test_they_join_those_of_self_study_in_their_windows(corpus: Corpus, tmp_path: pathlib.Path) -> None:
     work = corpus.work
     write_study(work.path(STUDY))
-    studied = list(read_lines(work.path(STUDY)))
+    studied = list(read_rows(work.path(STUDY)))
     own = read_prompts(written(tmp_path, *LINES))
     digest = give(work, about_windows(corpus, own), "of the study")
-    rows = list(read_lines(corpus.studied))
+    rows = list(read_rows(corpus.studied))
     assert [row for row in rows if "given" not in row] == studied
     assert [row["window"] for row in rows] == sorted(row["window"] for row in rows)
     window = next(one.id for one in corpus.windows() if one.title == NAME)
@@ -112,7 +112,7 @@ def test_a_document_in_several_windows_has_them_where_their_words_are(tmp_path: 
     own = [Prompt("Orley", "The bridge has", " nine arches."), Prompt("Orley", "The mill burnt down in", " 1804.")]
     give(work, about_windows(corpus, own), "")
     windows = {one.id: one.text for one in corpus.windows()}
-    for row in read_lines(work.path(PROMPTS)):
+    for row in read_rows(work.path(PROMPTS)):
         assert row["answer"].strip(" .") in windows[row["window"]]
 
 
@@ -132,8 +132,8 @@ def test_all_of_them_are_learnt_and_shape_the_tree(corpus: Corpus, tmp_path: pat
     ]
     give(work, about_windows(corpus, [*own, *read_prompts(written(tmp_path, *LINES))]), "")
     built = build_tree(work, corpus, embedder, TreeSettings(branching=2, depth=2))
-    probes = {(row["text"], bool(row.get("reversed"))) for row in read_lines(work.path(PROBES))}
-    assert not any(row.get("held_out") for row in read_lines(work.path(PROBES)))
+    probes = {(row["text"], bool(row.get("reversed"))) for row in read_rows(work.path(PROBES))}
+    assert not any(row.get("held_out") for row in read_rows(work.path(PROBES)))
     assert {(one.prompt, False) for one in own} <= probes
     assert (LINES[0]["prompt"], True) in probes
     assert {(text, False) for text in (LINES[1]["question"], FRAME.format(LINES[1]["question"]))} <= probes

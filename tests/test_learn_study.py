@@ -27,7 +27,7 @@ from mlx_hiermem.learn.study.wordings import (
     own_words,
     wordings,
 )
-from mlx_hiermem.learn.work import STUDY, Work, read_lines
+from mlx_hiermem.learn.work import STUDY, Work, read_rows
 
 QUICK = StudySettings(questions=2, statements=1, chats=1, invented=1, tried=3)
 
@@ -205,7 +205,7 @@ def _tokenizer() -> Tokenizer:
 class TestStudy:
     def test_smollm2_asks_for_what_the_villages_make(self, corpus: Corpus, smollm2_teacher: Teacher) -> None:
         study(corpus.work, corpus, lambda: smollm2_teacher, "smollm2", QUICK)
-        rows = list(read_lines(corpus.work.path(STUDY)))
+        rows = list(read_rows(corpus.work.path(STUDY)))
         texts = [one.text for one in corpus.windows()]
         assert [row["window"] for row in rows] == sorted(row["window"] for row in rows)
         assert all(row["answer"] in texts[row["window"]] for row in rows)
@@ -300,7 +300,7 @@ class TestStudy:
                 return [-math.inf for _ in asked]  # type: ignore[attr-defined]
 
         study(corpus.work, corpus, lambda: Blind(tiny_teacher.model, tiny_teacher.tokenizer), "blind", QUICK)
-        rows = list(read_lines(corpus.work.path(STUDY)))
+        rows = list(read_rows(corpus.work.path(STUDY)))
         asked = {row["question"].rsplit(" ", 2)[1:] == ["makes", "what?"] for row in rows if row.get("question")}
         assert asked == {True}  # what plain sentences ask by themselves
 

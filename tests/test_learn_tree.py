@@ -20,7 +20,7 @@ from mlx_hiermem.learn.tree.build import build_tree, given_agreement
 from mlx_hiermem.learn.tree.labels import describe_nodes
 from mlx_hiermem.learn.tree.probes import is_held_out
 from mlx_hiermem.learn.tree.routing import agreement
-from mlx_hiermem.learn.work import NODES, PROBES, STUDY, TREE, Work, read_lines, write_lines
+from mlx_hiermem.learn.work import NODES, PROBES, STUDY, TREE, Work, read_rows, write_rows
 
 MADE_UP = CorpusSettings(any_language=True)  # the words of `documents` are of none
 
@@ -44,7 +44,7 @@ class Letters:
 def documents(folder: pathlib.Path, count: int = 40) -> pathlib.Path:
     rng = np.random.default_rng(0)
     names = ["".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), 8)) for _ in range(count)]
-    write_lines(
+    write_rows(
         folder / "rows.jsonl",
         ({"title": n, "text": f"{n} stands in {n[::-1]}. It was built by {n[:4]} {n[4:]}."} for n in names),
     )
@@ -85,10 +85,10 @@ def test_generated_questions_shape_the_tree_and_some_measure_it(tmp_path: pathli
     work, embedder = Work(tmp_path / "work"), Letters()
     corpus = read_corpus(work, [str(source)], tokenizer, MADE_UP)
     asked = [f"Where is {window.title}, and who built {window.title}?" for window in corpus.windows()]
-    write_lines(work.path(STUDY), ({"window": i, "question": text, "answer": ""} for i, text in enumerate(asked)))
+    write_rows(work.path(STUDY), ({"window": i, "question": text, "answer": ""} for i, text in enumerate(asked)))
     built = build_tree(work, corpus, embedder)
-    held_out = [row["text"] for row in read_lines(work.path(PROBES)) if row.get("held_out")]
-    shaping = [row["text"] for row in read_lines(work.path(PROBES)) if not row.get("held_out")]
+    held_out = [row["text"] for row in read_rows(work.path(PROBES)) if row.get("held_out")]
+    shaping = [row["text"] for row in read_rows(work.path(PROBES)) if not row.get("held_out")]
     assert held_out == [text for i, text in enumerate(asked) if is_held_out(i, text)]
     assert not set(held_out) & set(shaping)
     assert set(asked) - set(held_out) <= set(shaping)
@@ -111,10 +111,10 @@ def test_reversed_questions_shape_no_clusters(tmp_path: pathlib.Path) -> None:
     chats = [
         {"window": row["window"], "prompt": "Hello", "answer": "x", "reversed": True, "chat": True} for row in rows
     ]
-    write_lines(works[0].path(STUDY), (row for three in zip(rows, more, chats, strict=True) for row in three))
+    write_rows(works[0].path(STUDY), (row for three in zip(rows, more, chats, strict=True) for row in three))
     for work, corpus in zip(works, corpora, strict=True):
         build_tree(work, corpus, Letters())
-    found = list(read_lines(works[0].path(PROBES)))
+    found = list(read_rows(works[0].path(PROBES)))
     turned = [row["text"] for row in found if row.get("reversed") and not row.get("held_out")]
     kept = [row["text"] for row in found if row.get("held_out")]
     asked = [row["question"] for row in rows]
@@ -164,7 +164,7 @@ def test_an_interrupted_embedding_goes_on(tmp_path: pathlib.Path, monkeypatch: p
         build_tree(broken, corpus, Stops())
     embedder = Letters()
     resumed = build_tree(Work(tmp_path / "broken"), corpus, embedder)
-    rows = sum(1 for _ in read_lines(broken.path(PROBES)))
+    rows = sum(1 for _ in read_rows(broken.path(PROBES)))
     assert rows - 130 < len(embedder.embedded) < rows - 90
     assert broken.path(TREE).read_bytes() == whole.path(TREE).read_bytes()
     assert list(resumed.placed()) == list(straight.placed())
@@ -184,7 +184,7 @@ def test_the_demos_questions_reach_their_elements(tmp_path: pathlib.Path) -> Non
     rows = (
         {"title": e["name"], "text": f"The atomic number of {e['name']} is {e['atomic_number']}."} for e in elements
     )
-    write_lines(tmp_path / "rows.jsonl", rows)
+    write_rows(tmp_path / "rows.jsonl", rows)
     embedder, work = Embedder.load(), Work(tmp_path / "work")
     corpus = read_corpus(work, [str(tmp_path / "rows.jsonl")], embedder.tokenizer, CorpusSettings())
     built = build_tree(work, corpus, embedder, TreeSettings(branching=4, depth=2))

@@ -32,7 +32,7 @@ from mlx_hiermem.learn.study.patterns import patterns
 from mlx_hiermem.learn.study.teacher import CachedTeacher, Teacher
 from mlx_hiermem.learn.study.wordings import Wording, echo, names_of, own_beginning, reversed_wordings, wordings
 from mlx_hiermem.learn.tree.probes import FRAME, with_subjects
-from mlx_hiermem.learn.work import STUDY, Work, read_lines, write_lines
+from mlx_hiermem.learn.work import STUDY, Work, read_rows, write_rows
 from mlx_hiermem.progress import FractionDone, Progress, unheard
 
 TOGETHER = 256  # windows that are studied at a time: a wording is shared among these, and a killed run repeats them
@@ -69,12 +69,12 @@ def study(
                 rng = random.Random(f"{settings.seed} {number}")
                 tell = partial(_told, progress, done, len(some), corpus.count)
                 cached = CachedTeacher.of(loaded, file.with_suffix(".replies"))
-                write_lines(file, _studied(some, cached, settings, rng, tell))
+                write_rows(file, _studied(some, cached, settings, rng, tell))
                 cached.file.unlink(missing_ok=True)
             files.append(file)
             done += len(some)
             progress(done, corpus.count)
-        write_lines(work.path(STUDY), (row for file in files for row in read_lines(file)))
+        write_rows(work.path(STUDY), (row for file in files for row in read_rows(file)))
         for file in parts.iterdir():
             file.unlink()
         parts.rmdir()

@@ -23,7 +23,7 @@ from mlx_hiermem.learn.study.prompts import not_there
 from mlx_hiermem.learn.tree.kmeans import Shape, grow
 from mlx_hiermem.learn.tree.probes import EmbeddedProbes, embed_probes
 from mlx_hiermem.learn.tree.routing import Separation, agreement, place, reach_of
-from mlx_hiermem.learn.work import AGREEMENT, LEAVES_FILE, MEANS, TREE, Work, read_lines, write_lines, write_text
+from mlx_hiermem.learn.work import AGREEMENT, LEAVES_FILE, MEANS, TREE, Work, read_rows, write_rows, write_text
 from mlx_hiermem.progress import Progress, unheard
 from mlx_hiermem.router import TextEmbedder
 from mlx_hiermem.tree import ClusterTree
@@ -47,7 +47,7 @@ class CorpusTree:
 
     def placed(self) -> Iterator[Placed]:
         """The leaves of every window, by its number."""
-        for row in read_lines(self.corpus.work.path(LEAVES_FILE)):
+        for row in read_rows(self.corpus.work.path(LEAVES_FILE)):
             yield Placed(row["window"], tuple(map(Path.parse, row["leaves"])))
 
 
@@ -115,7 +115,7 @@ def _place(work: Work, found: EmbeddedProbes, tree: ClusterTree, most: int) -> N
                 placed[window] = leaves
             yield {"window": window, "leaves": [str(leaf) for leaf in leaves]}
 
-    write_lines(work.path(LEAVES_FILE), rows())
+    write_rows(work.path(LEAVES_FILE), rows())
 
     def agreed(of: np.ndarray) -> float | None:
         answers = [[int(window)] for window in found.asked[of]]

@@ -35,9 +35,9 @@ from mlx_hiermem.learn.work import (
     Row,
     Work,
     count_lines,
-    read_lines,
+    read_rows,
     with_rows,
-    write_lines,
+    write_rows,
     write_text,
 )
 from mlx_hiermem.progress import Progress, unheard
@@ -104,7 +104,7 @@ def embed_probes(work: Work, corpus: Corpus, embedder: TextEmbedder, progress: P
             part.unlink()
         write_text(work.path("embedding"), asked)
         count = count_lines(work.path(PROBES))
-        rows = (row["text"] for row in read_lines(work.path(PROBES)))
+        rows = (row["text"] for row in read_rows(work.path(PROBES)))
         embed_to_file(rows, count, work.path(PROBE_VECTORS), embedder, progress)
 
     return work.stage("vectors", None, [asked], embed)
@@ -131,7 +131,7 @@ def _write_probes(work: Work, corpus: Corpus) -> None:
                 more = {"held_out": True} | ({"reversed": True} if turned else {})
                 yield from ({"window": number, "text": text} | more for text in kept)
 
-    write_lines(work.path(PROBES), rows())
+    write_rows(work.path(PROBES), rows())
 
 
 def _studied(corpus: Corpus) -> Iterator[tuple[int, list[Row]]]:
@@ -207,7 +207,7 @@ class EmbeddedProbes:
         everything = np.load(work.path(PROBE_VECTORS), mmap_mode="r")  # [n + m, dim]
         counts = np.zeros((2, corpus.count), np.int64)  # plain, turned
         asked, backwards = list[int](), list[bool]()
-        for row in read_lines(work.path(PROBES)):
+        for row in read_rows(work.path(PROBES)):
             if "held_out" in row:
                 asked.append(row["window"])
                 backwards.append("reversed" in row)
