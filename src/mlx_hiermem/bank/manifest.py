@@ -4,8 +4,8 @@ Format version 1. A reader refuses another version, and a bank whose anchor is n
 
 The table of blocks comes last, one row a line, sorted by level and path, and is read where it is asked: `bisect`
 finds a row in the mapped file, so opening a bank of 70 000 blocks costs what 300 cost. A manifest laid out
-otherwise is read whole: slower, with the same result. What was opened stays mapped: a file that replaces it does not
-change it. Why no index is kept beside it: docs/decisions/2026-11-29-manifest-index.md.
+otherwise is read whole: slower, with the same result. What was opened stays mapped: a file that replaces it does
+not change it. Why no index is kept beside it: docs/decisions/2026-11-29-manifest-index.md.
 """
 
 from __future__ import annotations
