@@ -20,11 +20,6 @@ ODD = ["", " \n\t", "naïve Ångström 日本語のテキスト 🎉", "x" * 500
 
 
 @pytest.fixture(scope="module")
-def embedder() -> Embedder:
-    return Embedder.load()
-
-
-@pytest.fixture(scope="module")
 def texts() -> list[str]:
     """Prompts, sentences, documents, texts far beyond 256 tokens, and odd ones."""
     rows = [json.loads(line) for line in ELEMENTS.read_text(encoding="utf-8").splitlines()]

@@ -32,11 +32,6 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
 
 
 @pytest.fixture(scope="module")
-def embedder() -> Embedder:
-    return Embedder.load()
-
-
-@pytest.fixture(scope="module")
 def studied(tmp_path_factory: pytest.TempPathFactory, embedder: Embedder) -> Planted:
     """The library with self-study, planted."""
     folder = tmp_path_factory.mktemp("studied")

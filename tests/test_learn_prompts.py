@@ -38,9 +38,9 @@ LINES: list[dict[str, Any]] = [
 
 
 @pytest.fixture
-def corpus(tmp_path: pathlib.Path) -> Corpus:
+def corpus(tmp_path: pathlib.Path, embedder: Embedder) -> Corpus:
     work = Work(tmp_path / "work")
-    return read_corpus(work, [str(write_library(tmp_path / "books"))], Embedder.load().tokenizer)
+    return read_corpus(work, [str(write_library(tmp_path / "books"))], embedder.tokenizer)
 
 
 def written(folder: pathlib.Path, *lines: Any) -> pathlib.Path:
@@ -102,12 +102,14 @@ def test_they_join_those_of_self_study_in_their_windows(corpus: Corpus, tmp_path
     assert corpus.studied == work.path(STUDY)  # they are taken away again
 
 
-def test_a_document_in_several_windows_has_them_where_their_words_are(tmp_path: pathlib.Path) -> None:
+def test_a_document_in_several_windows_has_them_where_their_words_are(
+    tmp_path: pathlib.Path, embedder: Embedder
+) -> None:
     text = "The mill of Orley burnt down in 1804. " * 3 + "Its bridge of nine arches crosses the river Wend. " * 3
     (tmp_path / "Orley.txt").write_text(text)
     work = Work(tmp_path / "work")
     settings = CorpusSettings(tokens=40)
-    corpus = read_corpus(work, [str(tmp_path / "Orley.txt")], Embedder.load().tokenizer, settings)
+    corpus = read_corpus(work, [str(tmp_path / "Orley.txt")], embedder.tokenizer, settings)
     assert corpus.count > 1
     own = [Prompt("Orley", "The bridge has", " nine arches."), Prompt("Orley", "The mill burnt down in", " 1804.")]
     give(work, about_windows(corpus, own), "")
@@ -121,9 +123,11 @@ def test_of_a_document_that_is_not_there(corpus: Corpus) -> None:
         about_windows(corpus, [Prompt("Atlantis", "A", "B")])
 
 
-def test_all_of_them_are_learnt_and_shape_the_tree(corpus: Corpus, tmp_path: pathlib.Path) -> None:
+def test_all_of_them_are_learnt_and_shape_the_tree(
+    corpus: Corpus, tmp_path: pathlib.Path, embedder: Embedder
+) -> None:
     """Twenty wordings: of self-study's questions one in ten would be kept out of it."""
-    work, embedder = corpus.work, Embedder.load()
+    work = corpus.work
     tokenizer = load_tokenizer(make_anchor(tmp_path / "anchor"))
     own = [
         Prompt(name, f"Wording {n} of what {name} is:", f" a village, says {n}")

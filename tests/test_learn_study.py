@@ -199,8 +199,8 @@ def corpus(tmp_path: pathlib.Path) -> Corpus:
     return read_corpus(work, [str(write_library(tmp_path / "books"))], _tokenizer())
 
 
-def _tokenizer() -> Tokenizer:
-    return Embedder.load().tokenizer
+def _tokenizer(embedder: Embedder) -> Tokenizer:
+    return embedder.tokenizer
 
 
 class TestStudy:

@@ -51,8 +51,7 @@ def test_a_batch_is_its_texts_one_by_one(tree: ClusterTree) -> None:
     assert router.route_batch([]) == []
 
 
-def test_questions_find_their_topic() -> None:
-    embedder = Embedder.load()
+def test_questions_find_their_topic(embedder: Embedder) -> None:
     centroids = embedder.embed(TOPICS)[None]
     router = Router(ClusterTree([centroids], [np.ones((1, 3), bool)]), embedder)
     routed = router.route_batch(QUESTIONS)
