@@ -23,8 +23,8 @@ from mlx_hiermem.convert.source import Source, digests, files_of, find_source, f
 from mlx_hiermem.convert.staging import ANCHOR, BANK, SOURCE, partial_folder
 from mlx_hiermem.errors import AnchorError, CheckpointError, HierMemError, OutputError
 from mlx_hiermem.files import partial_name, read_json, write_json
+from mlx_hiermem.progress import Progress
 
-Progress = Callable[[int, int], None]  # (done, total)
 Warn = Callable[[str], None]
 
 # Anchor bytes at most, staging included, per byte of source: a 4-bit GGUF becomes float16, written twice.

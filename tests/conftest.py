@@ -24,7 +24,7 @@ cpu.enable()
 # is marked itself (`@pytest.mark.slow`); what has no mark is `unit`. CONTRIBUTING.md says how to run a lane.
 REAL = ("smollm2-135m-instruct-gguf", "all-minilm-l6-v2")  # the assets
 LANES = {
-    "real": {"smollm2_gguf", "embedder"},
+    "real": {"smollm2_gguf", "minilm"},
     "browser": {"browser"},
     "ranks": {"two_ranks"},
 }
@@ -81,7 +81,7 @@ def smollm2_gguf() -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def embedder() -> Embedder:
+def minilm() -> Embedder:
     """The real sentence embedder, all-MiniLM-L6-v2."""
     from mlx_hiermem.embedder import Embedder
 

@@ -558,6 +558,32 @@ def test_hub_id_in_huggingface_hubs_cache(shared: Repository, hub: HubServer, tm
     assert hub.requests == []
 
 
+def test_a_part_in_huggingface_hubs_cache_is_no_model(
+    shared: Repository, hub: HubServer, tmp_path: pathlib.Path
+) -> None:
+    """Whoever looked at config.json or bank.json alone left a snapshot that holds nothing else."""
+    from huggingface_hub import hf_hub_download
+
+    plain = {name.removeprefix("anchor/"): c for name, c in shared.head.items() if name.startswith("anchor/")}
+    hub.repo("me/plain").commit(plain)
+    hf_hub_download("me/plain", "config.json")
+    hf_hub_download(REPO, "bank/bank.json")
+    assert load("me/plain").bank is None
+    load(REPO).select("1.2", "")
+
+
+def test_killed_before_the_first_file_had_its_name(shared: Repository, tmp_path: pathlib.Path) -> None:
+    bank = tmp_path / "out.partial" / "bank"
+    bank.mkdir(parents=True)
+    (bank / "remote.json.partial").write_text("{")
+    pull(REPO, tmp_path / "out")
+    assert blocks_in(tmp_path / "out") == BLOCKS
+    (tmp_path / "other.partial").mkdir()
+    (tmp_path / "other.partial" / "mine.txt").write_text("kept")
+    with pytest.raises(OutputError, match="something else is being written"):
+        pull(REPO, tmp_path / "other")
+
+
 def test_plain_model_by_hub_id(shared: Repository, hub: HubServer) -> None:
     plain = {name.removeprefix("anchor/"): c for name, c in shared.head.items() if name.startswith("anchor/")}
     hub.repo("me/plain").commit(plain | {"evil.py": b"", "pytorch_model.bin": b"large"})

@@ -47,6 +47,7 @@ ORDER += [
 ORDER += ["convert", "apps"]
 # Writing needs no cache; `verify` reads through it, to check what a model would be given.
 CONVERT_MAY_IMPORT = {
+    "progress",
     "errors",
     "files",
     "config",

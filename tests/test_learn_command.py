@@ -25,7 +25,7 @@ from tiny import make_anchor, make_tokenizer
 from mlx_hiermem.apps.cli.main import main
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.errors import OutputError
-from mlx_hiermem.learn.work import Ranks, read_lines
+from mlx_hiermem.learn.work import Ranks, read_rows
 
 QUICK = ("--epochs", "6", "--rate", "0.02", "--no-self-study", "--json")
 
@@ -109,7 +109,7 @@ def test_the_model_is_whole(whole: pathlib.Path, run: Run) -> None:
     assert all(leaf.label and leaf.tokens and leaf.sources for leaf in leaves)
     assert {source for leaf in leaves for source in leaf.sources} == {f"{name}.txt" for name in VILLAGES[:COUNT]}
     assert bank.manifest.recipe["settings"]["training"]["epochs"] == 6
-    why = {row["what"]: row["why"] for row in read_lines(whole / "learning" / "skipped.jsonl")}
+    why = {row["what"]: row["why"] for row in read_rows(whole / "learning" / "skipped.jsonl")}
     assert why == {"picture.txt": "binary, not text", "table.csv": "no reader for .csv"}
 
 
@@ -254,7 +254,7 @@ def test_bad_questions_get_one_line(tmp_path: pathlib.Path, anchor: pathlib.Path
     asked = tmp_path / "asked.jsonl"
     asked.write_text('{"question": "Where is wool made?"}\n')
     result = run("learn", tmp_path, tmp_path / "out", "--anchor", anchor, "--questions", asked, *QUICK)
-    one_line(result, "line 1 of", "is no question")
+    one_line(result, "asked.jsonl: line 1 has no 'document'")
 
 
 def test_a_full_disk_gets_one_line_and_loses_nothing(

@@ -18,9 +18,9 @@ from mlx_hiermem.learn.report import study_line
 from mlx_hiermem.learn.settings import CorpusSettings, TreeSettings
 from mlx_hiermem.learn.study.prompts import about_windows, give, read_prompts
 from mlx_hiermem.learn.train.encoding import make_examples, open_examples
-from mlx_hiermem.learn.tree.planting import plant
+from mlx_hiermem.learn.tree.build import build_tree
 from mlx_hiermem.learn.tree.probes import FRAME
-from mlx_hiermem.learn.work import PROBES, PROMPTS, STUDY, Work, read_lines
+from mlx_hiermem.learn.work import PROBES, PROMPTS, STUDY, Work, read_rows
 from mlx_hiermem.tokenizer import load_tokenizer
 
 NAME, THING, PEOPLE = fact(3)
@@ -38,9 +38,9 @@ LINES: list[dict[str, Any]] = [
 
 
 @pytest.fixture
-def corpus(tmp_path: pathlib.Path, embedder: Embedder) -> Corpus:
+def corpus(tmp_path: pathlib.Path, minilm: Embedder) -> Corpus:
     work = Work(tmp_path / "work")
-    return read_corpus(work, [str(write_library(tmp_path / "books"))], embedder.tokenizer)
+    return read_corpus(work, [str(write_library(tmp_path / "books"))], minilm.tokenizer)
 
 
 def written(folder: pathlib.Path, *lines: Any) -> pathlib.Path:
@@ -79,10 +79,10 @@ def test_a_line_that_is_none(tmp_path: pathlib.Path, line: Any) -> None:
 def test_they_join_those_of_self_study_in_their_windows(corpus: Corpus, tmp_path: pathlib.Path) -> None:
     work = corpus.work
     write_study(work.path(STUDY))
-    studied = list(read_lines(work.path(STUDY)))
+    studied = list(read_rows(work.path(STUDY)))
     own = read_prompts(written(tmp_path, *LINES))
     digest = give(work, about_windows(corpus, own), "of the study")
-    rows = list(read_lines(corpus.studied))
+    rows = list(read_rows(corpus.studied))
     assert [row for row in rows if "given" not in row] == studied
     assert [row["window"] for row in rows] == sorted(row["window"] for row in rows)
     window = next(one.id for one in corpus.windows() if one.title == NAME)
@@ -103,18 +103,18 @@ def test_they_join_those_of_self_study_in_their_windows(corpus: Corpus, tmp_path
 
 
 def test_a_document_in_several_windows_has_them_where_their_words_are(
-    tmp_path: pathlib.Path, embedder: Embedder
+    tmp_path: pathlib.Path, minilm: Embedder
 ) -> None:
     text = "The mill of Orley burnt down in 1804. " * 3 + "Its bridge of nine arches crosses the river Wend. " * 3
     (tmp_path / "Orley.txt").write_text(text)
     work = Work(tmp_path / "work")
     settings = CorpusSettings(tokens=40)
-    corpus = read_corpus(work, [str(tmp_path / "Orley.txt")], embedder.tokenizer, settings)
+    corpus = read_corpus(work, [str(tmp_path / "Orley.txt")], minilm.tokenizer, settings)
     assert corpus.count > 1
     own = [Prompt("Orley", "The bridge has", " nine arches."), Prompt("Orley", "The mill burnt down in", " 1804.")]
     give(work, about_windows(corpus, own), "")
     windows = {one.id: one.text for one in corpus.windows()}
-    for row in read_lines(work.path(PROMPTS)):
+    for row in read_rows(work.path(PROMPTS)):
         assert row["answer"].strip(" .") in windows[row["window"]]
 
 
@@ -124,7 +124,7 @@ def test_of_a_document_that_is_not_there(corpus: Corpus) -> None:
 
 
 def test_all_of_them_are_learnt_and_shape_the_tree(
-    corpus: Corpus, tmp_path: pathlib.Path, embedder: Embedder
+    corpus: Corpus, tmp_path: pathlib.Path, minilm: Embedder
 ) -> None:
     """Twenty wordings: of self-study's questions one in ten would be kept out of it."""
     work = corpus.work
@@ -135,13 +135,13 @@ def test_all_of_them_are_learnt_and_shape_the_tree(
         for name in VILLAGES[:COUNT]
     ]
     give(work, about_windows(corpus, [*own, *read_prompts(written(tmp_path, *LINES))]), "")
-    planted = plant(work, corpus, embedder, TreeSettings(branching=2, depth=2))
-    probes = {(row["text"], bool(row.get("reversed"))) for row in read_lines(work.path(PROBES))}
-    assert not any(row.get("held_out") for row in read_lines(work.path(PROBES)))
+    built = build_tree(work, corpus, minilm, TreeSettings(branching=2, depth=2))
+    probes = {(row["text"], bool(row.get("reversed"))) for row in read_rows(work.path(PROBES))}
+    assert not any(row.get("held_out") for row in read_rows(work.path(PROBES)))
     assert {(one.prompt, False) for one in own} <= probes
     assert (LINES[0]["prompt"], True) in probes
     assert {(text, False) for text in (LINES[1]["question"], FRAME.format(LINES[1]["question"]))} <= probes
-    make_examples(work, planted, embedder, tokenizer)
+    make_examples(work, built, minilm, tokenizer)
     examples, _ = open_examples(work)
     learnt = []
     for number in range(len(examples)):

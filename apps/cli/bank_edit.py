@@ -17,11 +17,11 @@ from mlx_hiermem.apps.cli.use import BANK, open_bank
 if TYPE_CHECKING:
     import numpy as np
 
-    from mlx_hiermem.apps.cli.probe import Question
     from mlx_hiermem.bank.bank import MemoryBank
     from mlx_hiermem.bank.manifest import BankManifest
     from mlx_hiermem.bank.policy import BankPolicy
     from mlx_hiermem.config import Path
+    from mlx_hiermem.evaluate.questions import Question
 
 PATHS = typer.Argument(..., help="Nodes, such as 10 or 10.7. Each stands for all that is below it.")
 RETAINED = (
@@ -107,11 +107,12 @@ def remove(
     from mlx_hiermem.bank import edit
     from mlx_hiermem.bank.bank import MemoryBank
     from mlx_hiermem.bank.commit import interrupted
+    from mlx_hiermem.evaluate.questions import read_questions
 
     bank, nodes = open_bank(model), _parse(paths)
     if interrupted(bank.root) is None:  # else repeating what was interrupted is fine
         bank.tree.check(nodes)
-    questions = probing.read(probe) if probe else []
+    questions = read_questions(probe) if probe else []
     going = [node for node in bank.manifest.blocks if any(top in node.prefixes() for top in nodes)]
     amount = size(sum(bank.manifest.blocks[node].bytes for node in going))
     if not yes and sys.stdin.isatty():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from mlx_hiermem.errors import HierMemError
+from mlx_hiermem.progress import Progress
 
 if TYPE_CHECKING:
     from mlx_hiermem.bank.bank import MemoryBank
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 console = Console(highlight=False)
 notes = Console(stderr=True, highlight=False)  # beside the output, never in it
 
-Progress = Callable[[int, int], None]  # (done, total)
 
 # Control characters but tab and newline: a reply must not control the terminal.
 UNSAFE = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}

@@ -42,8 +42,8 @@ from mlx_hiermem.learn.train.dataset import TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.train.encoding import EXAMPLES, TOGETHER, make_examples
 from mlx_hiermem.learn.train.jobs import carriers
 from mlx_hiermem.learn.train.training import Training
-from mlx_hiermem.learn.tree.labels import SOURCES
-from mlx_hiermem.learn.tree.planting import describe_nodes, settle
+from mlx_hiermem.learn.tree.build import place_in_tree
+from mlx_hiermem.learn.tree.labels import SOURCES, describe_nodes
 from mlx_hiermem.learn.tree.routing import descend
 from mlx_hiermem.learn.work import TRAINING, Work, locked_work, work_folder, write_text
 from mlx_hiermem.router import TextEmbedder
@@ -119,7 +119,7 @@ class _Adding(StagedRun):
         asked = replace(settings.study, reversed_questions=0, reversed_statements=0)
         self.study(corpus, settings, asked, (model, tokenizer), self.bank.manifest.anchor.weights_digest)
         with self.stage("tree"):
-            planted = settle(
+            built = place_in_tree(
                 self.work,
                 corpus,
                 embedder,
@@ -128,18 +128,18 @@ class _Adding(StagedRun):
                 settings.leaves,
                 self.progress("texts embedded"),
             )
-            new_leaf = added_node(planted.tree, self.tree)
-            leaves = sorted({leaf for placed in planted.placed() for leaf in placed.leaves})
+            new_leaf = added_node(built.tree, self.tree)
+            leaves = sorted({leaf for placed in built.placed() for leaf in placed.leaves})
             self.listener.end(_leaves_line(leaves, new_leaf))
         with self.stage("examples"):
             teachers = settings.training.objective == "distillation"
             digest = make_examples(
-                self.work, planted, embedder, tokenizer, ExampleSettings(0.0, teachers), self.progress("windows")
+                self.work, built, embedder, tokenizer, ExampleSettings(0.0, teachers), self.progress("windows")
             )
             new = TrainingSet.open(self.work.path(EXAMPLES))
-            nodes = describe_nodes(self.work, planted, lambda text: len(tokenizer.encode(text)), new)
+            nodes = describe_nodes(self.work, built, lambda text: len(tokenizer.encode(text)), new)
             blocks = {self._target(leaf) for leaf in new.leaves}
-            moves = MovedTexts(planted.tree, new_leaf, embedder, tokenizer) if new_leaf else None
+            moves = MovedTexts(built.tree, new_leaf, embedder, tokenizer) if new_leaf else None
             self.work.stage("joined", self.digest, [digest], lambda: self._join(new, blocks, moves))
             joined = TrainingSet.open(self.work.path(JOINED))
             self.listener.end(self._texts_line(len(new), len(joined) - len(new)))
@@ -149,8 +149,8 @@ class _Adding(StagedRun):
             self.work.stage(
                 "rows", [self.digest, sorted(map(str, blocks))], [digest], lambda: self._note_rows(blocks, nodes)
             )
-            reach = planted.agreement["reach"]
-            self._write(dict(training.blocks()), planted.tree if new_leaf else None, reach)
+            reach = built.agreement["reach"]
+            self._write(dict(training.blocks()), built.tree if new_leaf else None, reach)
             self.listener.end(f"{len(blocks)} blocks have learnt, the others are what they were")
         return Added(
             corpus.documents,

@@ -35,8 +35,9 @@ from mlx_hiermem.learn.settings import (
 from mlx_hiermem.learn.stages import StagedRun
 from mlx_hiermem.learn.train.encoding import EXAMPLES, make_examples, open_examples
 from mlx_hiermem.learn.train.training import LOG, PLOT, Training
+from mlx_hiermem.learn.tree.build import build_tree, given_agreement
 from mlx_hiermem.learn.tree.kmeans import check_size
-from mlx_hiermem.learn.tree.planting import describe_nodes, given_agreement, plant
+from mlx_hiermem.learn.tree.labels import describe_nodes
 from mlx_hiermem.learn.work import (
     AGREEMENT,
     SKIPPED,
@@ -198,17 +199,17 @@ class _Run(StagedRun):
         digest = identify(self.folder).weights_digest
         self.study(corpus, self.settings, self.settings.study, self.loaded[:2], digest)
         with self.stage("tree"):
-            planted = plant(self.work, corpus, embedder, self.settings.tree, self.progress("texts embedded"))
+            built = build_tree(self.work, corpus, embedder, self.settings.tree, self.progress("texts embedded"))
             asked = self.settings.questions
-            given = given_agreement(planted, embedder, asked) if asked else None
-            self.listener.end(report.tree_line(planted.agreement, given))
+            given = given_agreement(built, embedder, asked) if asked else None
+            self.listener.end(report.tree_line(built.agreement, given))
         with self.stage("examples"):
             chosen = ExampleSettings(self.settings.heldout, self.settings.training.objective == "distillation")
-            make_examples(self.work, planted, embedder, tokenizer, chosen, self.progress("windows"))
+            make_examples(self.work, built, embedder, tokenizer, chosen, self.progress("windows"))
             learnt, _ = open_examples(self.work)
-            nodes = describe_nodes(self.work, planted, lambda text: len(tokenizer.encode(text)), learnt)
+            nodes = describe_nodes(self.work, built, lambda text: len(tokenizer.encode(text)), learnt)
             self.listener.end(f"{len(learnt):,} texts, {int(learnt.lengths.sum()):,} tokens")
-        return Prepared(corpus.documents, corpus.count, skipped, planted.agreement, given, nodes, embedder.identity)
+        return Prepared(corpus.documents, corpus.count, skipped, built.agreement, given, nodes, embedder.identity)
 
     def train(self) -> tuple[Training, dict[str, float]]:
         """Trains this rank's share; returns the perplexities too."""

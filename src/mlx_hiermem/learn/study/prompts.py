@@ -22,11 +22,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from mlx_hiermem.errors import CorpusError, HierMemError
+from mlx_hiermem.errors import CorpusError, FileError
+from mlx_hiermem.files import read_lines
 from mlx_hiermem.learn.corpus.corpus import Corpus
 from mlx_hiermem.learn.records import Prompt
 from mlx_hiermem.learn.tree.probes import FRAME, names, with_subjects
-from mlx_hiermem.learn.work import PROMPTS, STUDY, Row, Work, read_lines, write_lines
+from mlx_hiermem.learn.work import PROMPTS, STUDY, Row, Work, read_rows, write_rows
 
 FORMS = (
     'A line has a "document", its title or file, and "prompt" and "completion", or "question" and "answer", '
@@ -35,18 +36,13 @@ FORMS = (
 
 
 def read_prompts(file: pathlib.Path) -> tuple[Prompt, ...]:
-    """All prompts of a file. Raises HierMemError for the first line that is none."""
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise HierMemError(f"cannot read {file}: {getattr(error, 'strerror', '') or 'it is not UTF-8'}") from error
+    """All prompts of a file. Raises FileError for the first line that is none."""
     found = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                found.append(parse(line))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise HierMemError(f"line {number} of {file} is no prompt with what follows it", FORMS) from error
+    for number, line in read_lines(file):
+        try:
+            found.append(parse(line))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FileError(f"line {number} of {file} is no prompt with what follows it", FORMS) from error
     return tuple(found)
 
 
@@ -99,8 +95,8 @@ def give(work: Work, rows: Sequence[Row], studied: str) -> str:
             work.path(PROMPTS).unlink(missing_ok=True)
             return
         study = work.path(STUDY)
-        own = read_lines(study) if study.exists() else iter(())
-        write_lines(work.path(PROMPTS), heapq.merge(own, rows, key=_window))
+        own = read_rows(study) if study.exists() else iter(())
+        write_rows(work.path(PROMPTS), heapq.merge(own, rows, key=_window))
 
     stamp = hashlib.sha256(json.dumps(rows).encode()).hexdigest() if rows else None
     return work.stage("prompts", stamp, [studied], make)

@@ -25,8 +25,8 @@ from mlx_hiermem.config import Path
 from mlx_hiermem.learn.records import Window
 from mlx_hiermem.learn.settings import ExampleSettings
 from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter
-from mlx_hiermem.learn.tree.planting import Planted, is_held_out
-from mlx_hiermem.learn.tree.probes import FRAME, about, with_subjects
+from mlx_hiermem.learn.tree.build import CorpusTree
+from mlx_hiermem.learn.tree.probes import FRAME, about, is_held_out, with_subjects
 from mlx_hiermem.learn.tree.routing import descend
 from mlx_hiermem.learn.work import Work, with_rows
 from mlx_hiermem.router import TextEmbedder
@@ -104,7 +104,7 @@ def with_context(text: str, prompt: str) -> str:
 
 def make_examples(
     work: Work,
-    planted: Planted,
+    built: CorpusTree,
     embedder: TextEmbedder,
     tokenizer: Any,
     settings: ExampleSettings = ExampleSettings(),
@@ -116,12 +116,12 @@ def make_examples(
     """
 
     def make() -> None:
-        tree, count = planted.tree, planted.corpus.count
+        tree, count = built.tree, built.corpus.count
         with (
             TrainingSetWriter(work.path(EXAMPLES)) as learnt,
             TrainingSetWriter(work.path(HELDOUT)) as held,
         ):
-            drafts = _drafts(planted, Encoder(tokenizer), settings)
+            drafts = _drafts(built, Encoder(tokenizer), settings)
             while some := list(itertools.islice(drafts, TOGETHER)):
                 for draft, leaf in zip(some, _reached(some, tree, embedder), strict=True):
                     own = [leaf] if leaf else []
@@ -133,7 +133,7 @@ def make_examples(
                 if progress:
                     progress(some[-1].example.window + 1, count)
 
-    return work.stage("examples", asdict(settings), [planted.digest], make)
+    return work.stage("examples", asdict(settings), [built.digest], make)
 
 
 def open_examples(work: Work) -> tuple[TrainingSet, TrainingSet | None]:
@@ -152,13 +152,13 @@ def _reached(drafts: Sequence[Draft], tree: ClusterTree, embedder: TextEmbedder)
     return [next(leaves) if draft.asked else None for draft in drafts]
 
 
-def _drafts(planted: Planted, encoder: Encoder, settings: ExampleSettings) -> Iterator[Draft]:
+def _drafts(built: CorpusTree, encoder: Encoder, settings: ExampleSettings) -> Iterator[Draft]:
     # Without anything held out, every so manieth window.
-    nothing_held_out = not (settings.heldout or planted.agreement["questions"])
-    every = max(1, planted.corpus.count // MEASURED) if nothing_held_out else 0
-    subjects = with_subjects(planted.corpus.windows())
-    studied = with_rows(subjects, planted.corpus.studied, lambda pair: pair[0].id)
-    for ((window, subject), rows), place in zip(studied, planted.placed(), strict=True):
+    nothing_held_out = not (settings.heldout or built.agreement["questions"])
+    every = max(1, built.corpus.count // MEASURED) if nothing_held_out else 0
+    subjects = with_subjects(built.corpus.windows())
+    studied = with_rows(subjects, built.corpus.studied, lambda pair: pair[0].id)
+    for ((window, subject), rows), place in zip(studied, built.placed(), strict=True):
         text, out = about(window.text, subject), window_is_held_out(window, settings.heldout)
         tokens = encoder.text(text)
         if len(tokens) > 1:

@@ -10,9 +10,9 @@ import pytest
 
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import CorpusError
-from mlx_hiermem.learn.tree import kmeans as clustering
-from mlx_hiermem.learn.tree.kmeans import BALANCE, Shape, assign, grow, kmeans, plus_plus, share, squared
-from mlx_hiermem.learn.tree.vectors import write
+from mlx_hiermem.learn.tree import kmeans as kmeans_module
+from mlx_hiermem.learn.tree.kmeans import BALANCE, Shape, assign, grow, kmeans, plus_plus, rebalance, squared
+from mlx_hiermem.learn.tree.probes import write_vectors
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -66,13 +66,13 @@ def test_equal_vectors_do_not_break_the_start() -> None:
 
 def test_too_large_a_cluster_is_split_with_the_smallest() -> None:
     child = np.array([0] * 90 + [1] * 6 + [2] * 4)
-    share(child, 3, np.random.default_rng(0))
+    rebalance(child, 3, np.random.default_rng(0))
     count = np.bincount(child, minlength=3)
     assert count.sum() == 100
     assert count.max() <= math.ceil(BALANCE * 100 / 3)
     balanced = np.array([0] * 40 + [1] * 30 + [2] * 30)
     before = balanced.copy()
-    share(balanced, 3, np.random.default_rng(0))
+    rebalance(balanced, 3, np.random.default_rng(0))
     assert np.array_equal(balanced, before)
 
 
@@ -108,7 +108,7 @@ def test_small_nodes_stay_leaves() -> None:
     grown = grow(vectors, Shape(4, 3))
     assert all(grown.tree.has(grown.leaf(i)) for i in range(len(vectors)))
     sizes = {leaf: int(np.sum([grown.leaf(i) == leaf for i in range(15)])) for leaf in map(grown.leaf, range(15))}
-    assert max(sizes.values()) < 2 * clustering.SMALLEST + 1
+    assert max(sizes.values()) < 2 * kmeans_module.SMALLEST + 1
     assert grown.tree.depth < 3
 
 
@@ -123,7 +123,7 @@ def test_two_windows_make_a_tree_of_one_block() -> None:
 
 def test_equal_seeds_give_equal_trees_from_memory_or_disk(tmp_path: pathlib.Path) -> None:
     vectors, _ = clouds(9, 30)
-    mapped = write([vectors[:100], vectors[100:]], len(vectors), vectors.shape[1], tmp_path / "v.npy")
+    mapped = write_vectors([vectors[:100], vectors[100:]], len(vectors), vectors.shape[1], tmp_path / "v.npy")
     trees = [grow(array, Shape(3, 2), seed) for array, seed in ((vectors, 5), (mapped, 5), (vectors, 6))]
     first, second, other = (np.concatenate([c.ravel() for c in grown.tree.centroids]) for grown in trees)
     assert np.array_equal(first, second)
