@@ -39,9 +39,12 @@ ORDER += [
     "share",
     "tiers",
     "plan",
+    "selection",
+    "sampling",
+    "response",
+    "batch",
     "model",
     "session",
-    "batch",
     "learn",
     "evaluate",
 ]

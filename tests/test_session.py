@@ -19,6 +19,7 @@ from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import BankError, HierMemError
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.router import HYSTERESIS, Router, Topic, decidedness, follow
+from mlx_hiermem.sampling import Sampling
 from mlx_hiermem.session import Session
 from mlx_hiermem.tree import ClusterTree
 
@@ -47,7 +48,7 @@ def alone(session: Session) -> str:
     """The last reply, generated again from an empty cache."""
     system = [{"role": "system", "content": session.system}] if session.system else []
     tokens = session.model.chat_tokens(system + session.messages[session.first : -1])
-    replies = session.model.responses(tokens, session._room(len(tokens)))
+    replies = session.model.responses(tokens, Sampling(session._room(len(tokens))))
     return "".join(response.text for response in replies)
 
 
