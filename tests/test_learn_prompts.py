@@ -66,6 +66,7 @@ def test_the_forms(tmp_path: pathlib.Path) -> None:
         {"document": "D", "prompt": "A"},
         {"document": "D", "prompt": " ", "completion": "B"},
         {"document": "D", "question": "A", "answer": 3},
+        {"document": "D", "text": " "},
         {"document": "D", "messages": [{"role": "user", "content": "A"}]},
         {"document": "D", "messages": [{"role": "user"}, {"role": "assistant", "content": "A"}]},
     ],
@@ -88,15 +89,17 @@ def test_they_join_those_of_self_study_in_their_windows(corpus: Corpus, tmp_path
     window = next(one.id for one in corpus.windows() if one.title == NAME)
     given = [row for row in rows if "given" in row]
     assert {row["window"] for row in given} == {window}
-    assert [bool(row.get("reversed")) for row in given] == [True, False, False]
+    assert [bool(row.get("reversed")) for row in given] == [True, False, False, False]
+    assert [row["chat"] for row in given] == [False, False, True, True]  # the question in both forms
     assert [row["prompt"] for row in given] == [
         f"Known for its {THING} is the village of",
         FRAME.format(f"What is made in {NAME}?"),
+        f"What is made in {NAME}?",
         f"How many live in {NAME}?",
     ]
     assert (
         study_line(corpus.studied)
-        == f"{len(studied) + 3} prompts with answers, 12 of them questions, 3 of them given"
+        == f"{len(studied) + 4} prompts with answers, 12 of them questions, 4 of them given"
     )
     assert give(work, about_windows(corpus, own), "of the study") == digest != give(work, [], "of the study")
     assert corpus.studied == work.path(STUDY)  # they are taken away again
@@ -163,3 +166,17 @@ def test_the_demos_wordings_are_prompts(tmp_path: pathlib.Path) -> None:
         (one.prompt, one.answer, one.chat) for one in wordings
     ]
     assert {one.document for one in given} == {"Gold"}
+
+
+def test_a_text_is_learnt_as_it_stands(corpus: Corpus, tmp_path: pathlib.Path) -> None:
+    work, text = corpus.work, f"In {NAME} they are proud of their {THING}."
+    own = read_prompts(written(tmp_path, {"document": NAME, "text": text}))
+    assert own == (Prompt(NAME, "", text),)
+    give(work, about_windows(corpus, own), "")
+    tokenizer = load_tokenizer(make_anchor(tmp_path / "anchor"))
+    built = build_tree(work, corpus, Embedder.load(), TreeSettings(branching=2, depth=1))
+    make_examples(work, built, Embedder.load(), tokenizer)
+    examples, _ = open_examples(work)
+    read = [examples.read(number) for number in range(len(examples))]
+    learnt = [tokenizer.decode(example.tokens[example.learn].tolist()) for example in read]
+    assert any(said.endswith(text[1:]) for said in learnt)

@@ -1,29 +1,28 @@
 """The manifest's table of blocks, read where it is asked: opening a bank of 70 000 blocks costs what 300 cost.
 
-`BankManifest.write` puts the table last, one row a line, sorted by level and path. So a row is found by halving the
-file, a few rows at each step, until what is left is small enough to be read. A manifest laid out otherwise is read
-whole: slower, with the same result. The file stays open: one that replaces it does not change what was opened.
+`BankManifest.write` puts the table last, one row a line, sorted by level and path, so `bisect` finds a row in the
+mapped file. A manifest laid out otherwise is read whole: slower, with the same result. What was opened stays
+mapped: a file that replaces it does not change it. Why no index is kept beside it:
+docs/decisions/2026-11-29-manifest-index.md.
 """
 
 from __future__ import annotations
 
-import itertools
+import bisect
 import json
-import os
+import mmap
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, BinaryIO
+from typing import Any
 
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import BankError, HierMemError
 
 START, END = b',\n "blocks": [\n', b"\n ]\n}\n"  # no string in JSON has a line break
-PAGE = 1024  # bytes; a few rows
-REGION = 16 * PAGE  # that are read at once, where a search has come so far
-REMEMBERED = 10  # steps of a search whose rows are kept, a thousand at most: every search begins with them
+STEP = 4096  # bytes between the places that the search looks at: some twenty rows
 ROW = re.compile(rb'  \{"path": "([0-9.]+)"')
 
 
@@ -56,18 +55,16 @@ def order(path: Path) -> tuple[int, Path]:
 class BlockTable(Mapping[Path, BlockEntry]):
     """Path -> row, from the lines of an open manifest. Errors in a row are found when it is read (BankError)."""
 
-    def __init__(self, file: BinaryIO, start: int, end: int) -> None:
-        self._file, self._start, self._end = file, start, end
+    def __init__(self, file: pathlib.Path, text: mmap.mmap, start: int, end: int) -> None:
+        self._file, self._text, self._start, self._end = file, text, start, end
         self._found: dict[Path, BlockEntry] = {}
-        self._halves: dict[tuple[int, int], tuple[int, int, tuple[int, Path]]] = {}
+        self._orders: dict[int, tuple[int, Path]] = {}
 
     def __getitem__(self, path: Path) -> BlockEntry:
         if path not in self._found:
             row = self._search(path)
-            # A table that is out of order hides rows from the search, but not from reading it all.
-            if row is None and self._sorted:
-                raise KeyError(path)
-            self._found[path] = self._entry(row) if row is not None else self._all[path]
+            # Of a table that is out of order the search misses rows; reading it all does not.
+            self._found[path] = self._entry(row) if row else self._all[path]
         return self._found[path]
 
     def __contains__(self, path: object) -> bool:
@@ -85,44 +82,26 @@ class BlockTable(Mapping[Path, BlockEntry]):
     def __or__(self, other: Mapping[Path, BlockEntry]) -> dict[Path, BlockEntry]:
         return {**self, **other}
 
-    def _search(self, path: Path) -> bytes | None:
-        """The line of a path, if the table is sorted."""
-        low, high, wanted, step = self._start, self._end, order(path), 0
-        while high - low > REGION:
-            begin, end, found = self._half(low, high, step < REMEMBERED)
-            if found == wanted:
-                return os.pread(self._file.fileno(), end - begin, begin)
-            low, high = (end + 1, high) if found < wanted else (low, begin - 1)
-            step += 1
-        return self._among(path, os.pread(self._file.fileno(), max(0, high - low), low))
+    def _search(self, path: Path) -> bytes:
+        """The line of a path, if the table is sorted: it ends in the first place whose row is not before it."""
+        places = range(self._start, self._end, STEP)
+        number = bisect.bisect_left(places, order(path), key=self._order_at)
+        begins = b'\n  {"path": "%s"' % str(path).encode()
+        low = places[number - 1] if number else self._start
+        high = places[number] if number < len(places) else self._end
+        at = self._text[low - 1 : high + len(begins)].find(begins)
+        return self._line(low + at) if at >= 0 else b""
 
-    def _among(self, path: Path, lines: bytes) -> bytes | None:
-        """The line of a path; as `BankManifest.write` begins it, or else any line that is about it."""
-        begin = lines.find(b'  {"path": "%s"' % str(path).encode())
-        if begin >= 0:
-            return lines[begin:].split(b"\n", 1)[0]
-        return next((line for line in lines.split(b"\n") if line and self._path(line) == path), None)
+    def _order_at(self, place: int) -> tuple[int, Path]:
+        """What the line that a place lies in is sorted by; kept, as all searches begin at the same places."""
+        if place not in self._orders:
+            self._orders[place] = order(self._path(self._line(place)))
+        return self._orders[place]
 
-    def _half(self, low: int, high: int, remember: bool) -> tuple[int, int, tuple[int, Path]]:
-        """Of the line in the middle between two ends of lines: its own ends, and what it is sorted by."""
-        if (low, high) in self._halves:
-            return self._halves[low, high]
-        begin, line = self._line((low + high) // 2, low, high)
-        half = begin, begin + len(line), order(self._path(line))
-        if remember:
-            self._halves[low, high] = half
-        return half
-
-    def _line(self, at: int, low: int, high: int) -> tuple[int, bytes]:
-        """The line that the byte `at` lies in, and where it begins; low and high are ends of lines."""
-        reach = PAGE
-        while True:
-            first, last = max(low, at - reach), min(high, at + reach)
-            text = os.pread(self._file.fileno(), last - first, first)
-            begin, end = text.rfind(b"\n", 0, at - first) + 1, text.find(b"\n", at - first)
-            if (begin or first == low) and (end >= 0 or last == high):
-                return first + begin, text[begin : end if end >= 0 else None]
-            reach *= 4
+    def _line(self, place: int) -> bytes:
+        """The line that a byte lies in."""
+        end = self._text.find(b"\n", place, self._end)
+        return self._text[self._text.rfind(b"\n", 0, place) + 1 : end if end >= 0 else self._end]
 
     def _path(self, line: bytes) -> Path:
         match = ROW.match(line)
@@ -132,17 +111,12 @@ class BlockTable(Mapping[Path, BlockEntry]):
         try:
             return BlockEntry.from_json(json.loads(line.removesuffix(b",")))
         except (ValueError, KeyError, TypeError, AttributeError, HierMemError) as error:
-            raise incomplete(self._file.name, error) from error
-
-    @cached_property
-    def _sorted(self) -> bool:
-        keys = [order(path) for path in self._all]
-        return all(a < b for a, b in itertools.pairwise(keys))
+            raise incomplete(self._file, error) from error
 
     @cached_property
     def _all(self) -> dict[Path, BlockEntry]:
-        text = os.pread(self._file.fileno(), self._end - self._start, self._start)
-        return {entry.path: entry for entry in map(self._entry, filter(None, text.split(b"\n")))}
+        lines = self._text[self._start : self._end].split(b"\n")
+        return {entry.path: entry for entry in map(self._entry, filter(None, lines))}
 
 
 Blocks = BlockTable | dict[Path, BlockEntry]
@@ -150,17 +124,13 @@ Blocks = BlockTable | dict[Path, BlockEntry]
 
 def split(file: pathlib.Path) -> tuple[bytes, BlockTable] | None:
     """The manifest's JSON without its table, and the table; None where the file is laid out otherwise."""
-    stream = file.open("rb", buffering=0)
-    size, head, found = os.fstat(stream.fileno()).st_size, b"", -1
-    if size < len(END) or os.pread(stream.fileno(), len(END), size - len(END)) != END:
+    with file.open("rb") as stream:
+        text = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    found, end = text.find(START), len(text) - len(END)
+    start = found + len(START)
+    if found < 0 or start > end or text[end:] != END:
         return None
-    while found < 0 and (piece := stream.read(64 * PAGE)):
-        head += piece
-        found = head.find(START)
-    start, end = found + len(START), size - len(END)
-    if found < 0 or start > end:
-        return None
-    return head[:found] + b"}", BlockTable(stream, start, end)
+    return text[:found] + b"}", BlockTable(file, text, start, end)
 
 
 def incomplete(file: object, error: Exception) -> BankError:
