@@ -26,8 +26,8 @@ import numpy as np
 
 from mlx_hiermem.apps.demo.evaluate import HERE
 from mlx_hiermem.learn.corpus.windows import sentences
-from mlx_hiermem.learn.tree import vectors
 from mlx_hiermem.learn.tree.kmeans import BALANCE, Shape, assign, grow, kmeans, squared
+from mlx_hiermem.learn.tree.probes import write_vectors
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 DIM, CENTRES, K = 384, 200, 16
@@ -87,7 +87,7 @@ def compare(name: str, points: np.ndarray, seeds: range = range(3)) -> list[dict
 def million(count: int, shape: Shape) -> dict[str, Any]:
     """Vectors on disk into a tree: seconds, the leaves' sizes and the memory it took."""
     with tempfile.TemporaryDirectory() as folder:
-        points = vectors.write(made(count), count, DIM, pathlib.Path(folder, "vectors.npy"))
+        points = write_vectors(made(count), count, DIM, pathlib.Path(folder, "vectors.npy"))
         start = time.perf_counter()
         grown = grow(points, shape)
         seconds = time.perf_counter() - start

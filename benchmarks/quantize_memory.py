@@ -24,7 +24,7 @@ import common
 
 from mlx_hiermem import load
 from mlx_hiermem.apps.demo import tour
-from mlx_hiermem.apps.demo.evaluate import Question, answers, questions
+from mlx_hiermem.apps.demo.evaluate import Element, answers, questions
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.quantize import KEPT, design, quantize
 from mlx_hiermem.cache import BlockCache
@@ -65,7 +65,7 @@ def measure(model: pathlib.Path, bits: tuple[int, ...], group: int, folder: path
     return row
 
 
-def loss(model: MemoryModel, asked: list[Question]) -> float:
+def loss(model: MemoryModel, asked: list[Element]) -> float:
     """Mean over the questions of -ln p(the right number | the prompt), in nats."""
     total = 0.0
     for question, routed in zip(asked, model.router.route_batch([q.prompt for q in asked]), strict=True):

@@ -1,6 +1,6 @@
 """How often a question reaches a leaf in which its answer was learnt, by the way the tree was made.
 
-    python benchmarks/routing_agreement.py              the tables in docs/learning.md; some minutes on two cores
+    python benchmarks/routing_agreement.py              results/routing_agreement.md; some minutes on two cores
     python benchmarks/routing_agreement.py --run WORK   of the default way alone, with the questions of a self-study
 
 The demo's 118 elements are the documents, and its 354 questions with all their held-out wordings are asked; none
@@ -29,8 +29,8 @@ from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.learn.corpus.windows import sentences
 from mlx_hiermem.learn.records import Window
 from mlx_hiermem.learn.tree.kmeans import BALANCE, Shape, grow
-from mlx_hiermem.learn.tree.probes import framed, probes, statements, with_subjects
-from mlx_hiermem.learn.tree.routing import ProbeVectors, Separation, agreement, descend, place
+from mlx_hiermem.learn.tree.probes import ProbeVectors, framed, probe_texts, statements, with_subjects
+from mlx_hiermem.learn.tree.routing import Separation, agreement, descend, place
 from mlx_hiermem.tree import ClusterTree
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "routing_agreement.json"
@@ -122,7 +122,7 @@ class Corpus:
             "sentences": [sentences(window.text) for window, _ in self.windows],
             "titled sentences": [[f"{about}. {s}" for s in sentences(w.text)] for w, about in self.windows],
             "statements": [list(dict.fromkeys(statements(w.text, about))) for w, about in self.windows],
-            "probes": [probes(window.text, about) for window, about in self.windows],
+            "probes": [probe_texts(window.text, about) for window, about in self.windows],
             "turned": [framed([text.format(row["atomic_number"]) for text in TURNED]) for row in rows],
         }
         document = {row["id"]: i for i, row in enumerate(rows)}

@@ -1,6 +1,6 @@
 """Measures the rule that gives a turn of a conversation its path (mlx_hiermem/router.py), against other rules.
 
-    python benchmarks/turns.py        the table in docs/decisions.md; a minute or two on two cores
+    python benchmarks/turns.py        the table in results/turns.md; a minute or two on two cores
 
 tests/conversations.jsonl says of each turn which element it is about, or that it is an aside, and so should not
 move the conversation. A turn is right on a path where its element was learnt; an aside where it changes nothing.
@@ -27,7 +27,8 @@ from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.config import Path
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.learn.tree.kmeans import Shape, grow
-from mlx_hiermem.learn.tree.routing import ProbeVectors, Separation, place
+from mlx_hiermem.learn.tree.probes import ProbeVectors
+from mlx_hiermem.learn.tree.routing import Separation, place
 from mlx_hiermem.router import HYSTERESIS, Topic, decidedness, follow
 from mlx_hiermem.tree import ClusterTree
 

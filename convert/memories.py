@@ -29,11 +29,11 @@ from mlx_hiermem.convert.memory_layout import AnchorDims, MemoryLayout, read_lay
 from mlx_hiermem.convert.memory_settings import MemorySettings, read_settings
 from mlx_hiermem.convert.readers import NUMPY_DTYPES, RawTensor, is_finite, some
 from mlx_hiermem.errors import CheckpointError
+from mlx_hiermem.progress import Progress
 from mlx_hiermem.tree import ClusterTree
 
 __all__ = ["AnchorDims", "convert_memory"]
 
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
 THREADS = 4  # hashing takes the most time, and one core hashes slower than a disk writes
 IN_FLIGHT = 512 << 20  # bytes of blocks that threads may hold at a time, or one block if it is larger
 OVERHEAD = 2048  # bytes of a block file beyond its values, and of its row in the manifest

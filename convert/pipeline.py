@@ -23,8 +23,8 @@ from mlx_hiermem.convert.source import Source, digests, files_of, find_source, f
 from mlx_hiermem.convert.staging import ANCHOR, BANK, SOURCE, partial_folder
 from mlx_hiermem.errors import AnchorError, CheckpointError, HierMemError, OutputError
 from mlx_hiermem.files import partial_name, read_json, write_json
+from mlx_hiermem.progress import Progress
 
-Progress = Callable[[int, int], None]  # (done, total)
 Warn = Callable[[str], None]
 
 # Anchor bytes at most, staging included, per byte of source: a 4-bit GGUF becomes float16, written twice.
@@ -49,13 +49,13 @@ class ConvertReport:
 
 
 def convert(
-    src: str,
-    out: pathlib.Path,
+    src: str | pathlib.Path,
+    out: str | pathlib.Path,
     *,
-    memory: pathlib.Path | None = None,
+    memory: str | pathlib.Path | None = None,
     quantize: int | None = None,
-    key_map: pathlib.Path | None = None,
-    config: pathlib.Path | None = None,
+    key_map: str | pathlib.Path | None = None,
+    config: str | pathlib.Path | None = None,
     tokenizer: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -69,6 +69,8 @@ def convert(
     """
     if quantize not in (None, 4, 8):
         raise HierMemError(f"cannot quantise to {quantize} bits", "Choose 4 or 8.")
+    src, out = str(src), pathlib.Path(out)
+    memory, key_map, config = (pathlib.Path(given) if given else None for given in (memory, key_map, config))
     for given in (memory, key_map, config):
         if given and not given.exists():
             raise CheckpointError(f"there is no file or folder {given}", "Check the spelling of the path.")

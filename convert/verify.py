@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -36,11 +36,11 @@ from mlx_hiermem.convert.pipeline import ANCHOR, BANK, anchor_dims
 from mlx_hiermem.convert.source import Source, find_source, tool_versions
 from mlx_hiermem.errors import AnchorError, BankError, HierMemError, MissingDependencyError
 from mlx_hiermem.files import write_json
+from mlx_hiermem.progress import Progress
 
 if TYPE_CHECKING:
     from mlx_hiermem.convert.parity import Figures
 
-Progress = Callable[[int, int], None]  # checks done, checks in all
 
 RECEIPT = "receipt.json"
 PATHS = 3  # paths of the tree that are compared, beside the generic block

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from tiny import make_anchor, make_model
 
-from mlx_hiermem.apps.cli import bank_remove
 from mlx_hiermem.apps.cli.main import main
 from mlx_hiermem.bank import commit, edit
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.remote import Origin
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import HierMemError
+from mlx_hiermem.evaluate.questions import read_questions
 
 COMMANDS = ("ls", "show", "verify", "block", "unblock", "remove", "add", "add-block", "merge", "quantize")
 
@@ -340,7 +340,7 @@ def test_a_bank_without_a_model_cannot_be_probed(run: Run, model: pathlib.Path, 
 def test_a_probe_knows_an_answer(tmp_path: pathlib.Path) -> None:
     file = tmp_path / "q.jsonl"
     file.write_text('{"prompt": "p", "answer": "10", "aliases": ["Ten"]}\n\n{"prompt": "q", "answer": 7}\n')
-    question, other = bank_remove.read_questions(file)
+    question, other = read_questions(file)
     assert [question.is_right(reply) for reply in ("10", " 10.", "ten", "100", "is 10", "tens", "")] == [
         *(True, True, True),
         *(False, False, False, False),
@@ -349,7 +349,7 @@ def test_a_probe_knows_an_answer(tmp_path: pathlib.Path) -> None:
     for content in ("", "[]", '{"prompt": "p"}', "{", '{"prompt": "p", "answer": "a", "aliases": 3}'):
         file.write_text(content)
         with pytest.raises(HierMemError, match=r"q\.jsonl"):
-            bank_remove.read_questions(file)
+            read_questions(file)
 
 
 def test_an_anchor_alone_has_no_bank(run: Run, tmp_path: pathlib.Path) -> None:

@@ -15,7 +15,12 @@ import typer
 from mlx_hiermem.apps.cli.main import app
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "benchmarks/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs" / "decisions").glob("*.md")),
+    *sorted((ROOT / "benchmarks" / "results").glob("*.md")),
+]
 
 
 def test_the_page_of_commands_is_not_stale() -> None:
@@ -23,7 +28,17 @@ def test_the_page_of_commands_is_not_stale() -> None:
     assert (ROOT / "docs" / "commands.md").read_text(encoding="utf-8") == script["page"]()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def name_of(page: pathlib.Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def test_every_decision_is_in_the_index() -> None:
+    folder = ROOT / "docs" / "decisions"
+    index = (folder / "README.md").read_text(encoding="utf-8")
+    assert [file.name for file in sorted(folder.glob("2*.md")) if f"({file.name})" not in index] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page: pathlib.Path) -> None:
     links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8"))
     for file, anchor in links:
@@ -61,7 +76,7 @@ def unknown(words: list[str]) -> set[str]:
     return used - options - {"--help", "-h", "--debug"}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_in_pages_exist(page: pathlib.Path) -> None:
     wrong = {shlex.join(call): unknown(call) for call in calls_in(page.read_text(encoding="utf-8"))}
     assert {call: names for call, names in wrong.items() if names} == {}
@@ -78,3 +93,14 @@ $ hiermem bank add-block m f \\
 ```
 """
     assert [unknown(call) for call in calls_in(page)] == [{"--loud"}, {"--lan"}, set(), {"--colour"}, {"vanish"}]
+
+
+def test_the_walk_through_the_code_leads_through_code() -> None:
+    page = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+    walk = re.findall(r"^\| \d\. [^|]*\| `([\w/.]+)` \| (.*) \|$", page, re.MULTILINE)
+    assert 0 < len(walk) <= 8
+    for file, functions in walk:
+        source = (ROOT / "src" / "mlx_hiermem" / file).read_text(encoding="utf-8")
+        names = [name.rpartition(".")[2] for name in re.findall(r"`([\w.]+)`", functions)]
+        assert names
+        assert [name for name in names if f"def {name}(" not in source] == []

@@ -95,8 +95,8 @@ def test_pushed_and_pulled_is_the_same_model(hub: HubServer, model: pathlib.Path
     assert ours.keys() - theirs.keys() == {"bank/remote.json"}
     assert all(ours[name].read_bytes() == theirs[name].read_bytes() for name in theirs)
     assert not list(tmp_path.glob("out.*"))
-    answer = load(tmp_path / "out").generate("abc", memory="1.2", max_tokens=5)
-    assert answer == load(model).generate("abc", memory="1.2", max_tokens=5)
+    answer = load(tmp_path / "out").generate("abc", memory="1.2", max_tokens=5).text
+    assert answer == load(model).generate("abc", memory="1.2", max_tokens=5).text
 
 
 def test_card_says_what_it_is_and_leaves_a_persons_text_alone(
@@ -412,8 +412,8 @@ def lazy(shared: Repository, hub: HubServer, tmp_path: pathlib.Path) -> pathlib.
 def test_blocks_come_when_they_are_needed(lazy: pathlib.Path, hub: HubServer, model: pathlib.Path) -> None:
     opened = load(lazy)
     assert hub.requests == []
-    answer = opened.generate("abc", memory="1.2", max_tokens=5)
-    assert answer == load(model).generate("abc", memory="1.2", max_tokens=5)
+    answer = opened.generate("abc", memory="1.2", max_tokens=5).text
+    assert answer == load(model).generate("abc", memory="1.2", max_tokens=5).text
     assert hub.downloads() == [remote_name("1.2")]
     assert opened.bank is not None
     assert opened.cache is not None
@@ -536,8 +536,9 @@ def test_load_by_hub_id(shared: Repository, hub: HubServer, tmp_path: pathlib.Pa
     assert opened.bank is not None
     assert opened.bank.root == tmp_path / "cache/models/me/tiny/bank"
     assert blocks_in(tmp_path / "cache/models/me/tiny") == {"0", "1", "2"}
-    assert opened.generate("abc", memory="1.2", max_tokens=5) == load(model).generate(
-        "abc", memory="1.2", max_tokens=5
+    assert (
+        opened.generate("abc", memory="1.2", max_tokens=5).text
+        == load(model).generate("abc", memory="1.2", max_tokens=5).text
     )
     hub.requests.clear()
     load(REPO).select("1.2", "")
@@ -556,6 +557,32 @@ def test_hub_id_in_huggingface_hubs_cache(shared: Repository, hub: HubServer, tm
     assert resolve(REPO) == pathlib.Path(folder)
     load(REPO).select("1.2", "")
     assert hub.requests == []
+
+
+def test_a_part_in_huggingface_hubs_cache_is_no_model(
+    shared: Repository, hub: HubServer, tmp_path: pathlib.Path
+) -> None:
+    """Whoever looked at config.json or bank.json alone left a snapshot that holds nothing else."""
+    from huggingface_hub import hf_hub_download
+
+    plain = {name.removeprefix("anchor/"): c for name, c in shared.head.items() if name.startswith("anchor/")}
+    hub.repo("me/plain").commit(plain)
+    hf_hub_download("me/plain", "config.json")
+    hf_hub_download(REPO, "bank/bank.json")
+    assert load("me/plain").bank is None
+    load(REPO).select("1.2", "")
+
+
+def test_killed_before_the_first_file_had_its_name(shared: Repository, tmp_path: pathlib.Path) -> None:
+    bank = tmp_path / "out.partial" / "bank"
+    bank.mkdir(parents=True)
+    (bank / "remote.json.partial").write_text("{")
+    pull(REPO, tmp_path / "out")
+    assert blocks_in(tmp_path / "out") == BLOCKS
+    (tmp_path / "other.partial").mkdir()
+    (tmp_path / "other.partial" / "mine.txt").write_text("kept")
+    with pytest.raises(OutputError, match="something else is being written"):
+        pull(REPO, tmp_path / "other")
 
 
 def test_plain_model_by_hub_id(shared: Repository, hub: HubServer) -> None:

@@ -25,7 +25,7 @@ from tiny import make_anchor, make_tokenizer
 from mlx_hiermem.apps.cli.main import main
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.errors import OutputError
-from mlx_hiermem.learn.work import Ranks, read_lines
+from mlx_hiermem.learn.work import Ranks, read_rows
 
 QUICK = ("--epochs", "6", "--rate", "0.02", "--no-self-study", "--json")
 
@@ -109,7 +109,7 @@ def test_the_model_is_whole(whole: pathlib.Path, run: Run) -> None:
     assert all(leaf.label and leaf.tokens and leaf.sources for leaf in leaves)
     assert {source for leaf in leaves for source in leaf.sources} == {f"{name}.txt" for name in VILLAGES[:COUNT]}
     assert bank.manifest.recipe["settings"]["training"]["epochs"] == 6
-    why = {row["what"]: row["why"] for row in read_lines(whole / "learning" / "skipped.jsonl")}
+    why = {row["what"]: row["why"] for row in read_rows(whole / "learning" / "skipped.jsonl")}
     assert why == {"picture.txt": "binary, not text", "table.csv": "no reader for .csv"}
 
 
@@ -151,11 +151,10 @@ def test_a_killed_run_ends_with_the_same_model(
 
 
 def test_two_ranks_make_the_model_of_one(
-    whole: pathlib.Path, library: pathlib.Path, anchor: pathlib.Path, tmp_path: pathlib.Path
+    whole: pathlib.Path, library: pathlib.Path, anchor: pathlib.Path, tmp_path: pathlib.Path, two_ranks: list[str]
 ) -> None:
-    launch = [str(pathlib.Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--backend", "ring"]
     done = subprocess.run(
-        [*launch, "--python", sys.executable, *command(library, tmp_path / "model", anchor)],
+        [*two_ranks, *command(library, tmp_path / "model", anchor)],
         capture_output=True,
         text=True,
         timeout=300,
@@ -166,11 +165,12 @@ def test_two_ranks_make_the_model_of_one(
     assert done.stdout.count("Talk to it") == 1  # one of them speaks
 
 
-def test_a_rank_stops_where_the_first_one_failed(tmp_path: pathlib.Path, anchor: pathlib.Path) -> None:
+def test_a_rank_stops_where_the_first_one_failed(
+    tmp_path: pathlib.Path, anchor: pathlib.Path, two_ranks: list[str]
+) -> None:
     (tmp_path / "empty").mkdir()
-    launch = [str(pathlib.Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--backend", "ring"]
     call = command(tmp_path / "empty", tmp_path / "model", anchor)
-    done = subprocess.run([*launch, "--python", sys.executable, *call], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*two_ranks, *call], capture_output=True, text=True, timeout=300)
     assert "there is nothing to learn" in done.stderr  # and the other does not wait for ever, or this would
 
 
@@ -254,7 +254,7 @@ def test_bad_questions_get_one_line(tmp_path: pathlib.Path, anchor: pathlib.Path
     asked = tmp_path / "asked.jsonl"
     asked.write_text('{"question": "Where is wool made?"}\n')
     result = run("learn", tmp_path, tmp_path / "out", "--anchor", anchor, "--questions", asked, *QUICK)
-    one_line(result, "line 1 of", "is no question")
+    one_line(result, "asked.jsonl: line 1 has no 'document'")
 
 
 def test_a_full_disk_gets_one_line_and_loses_nothing(

@@ -18,7 +18,7 @@ from tiny import make_anchor
 
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.learn.train.dataset import TrainingSet
-from mlx_hiermem.learn.work import read_lines
+from mlx_hiermem.learn.work import read_rows
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_self_study_by_the_command_and_killed_in_the_middle(anchor: pathlib.Path
     library = write_library(tmp_path / "books")
     whole, other = tmp_path / "whole", tmp_path / "other"
     learn(library, whole, anchor, "--keep")
-    rows = list(read_lines(tmp_path / "whole.learn" / "study.jsonl"))
+    rows = list(read_rows(tmp_path / "whole.learn" / "study.jsonl"))
     assert {row["window"] for row in rows} == set(range(COUNT))
     for number in range(COUNT):
         name, _, people = fact(number)
@@ -58,7 +58,7 @@ def test_self_study_by_the_command_and_killed_in_the_middle(anchor: pathlib.Path
     notes = tmp_path / "other.learn" / "study.parts"
     with subprocess.Popen(command(library, other, anchor), stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
-            if any(file.stat().st_size for file in notes.glob("*.notes")):
+            if any(file.stat().st_size for file in notes.glob("*.replies")):
                 process.send_signal(signal.SIGKILL)
                 break
     assert process.returncode == -signal.SIGKILL
@@ -77,7 +77,7 @@ def test_a_data_set_of_the_hub(anchor: pathlib.Path, tmp_path: pathlib.Path) -> 
         out = tmp_path / "model"
         report = learn("hf://ada/villages", out, anchor, "--no-self-study", "--field", "body", **reached)
         assert (report["documents"], report["skipped"]) == (COUNT, 1)
-        skipped = list(read_lines(out / "learning" / "skipped.jsonl"))
+        skipped = list(read_rows(out / "learning" / "skipped.jsonl"))
         assert skipped == [{"what": "hf://ada/villages:13", "why": "no text in 'body'"}]
         call = command("hf://ada/villagers", tmp_path / "none", anchor)
         done = subprocess.run(call, capture_output=True, text=True, timeout=300, env=os.environ | reached)

@@ -11,12 +11,12 @@ from books import VILLAGES
 
 from mlx_hiermem.learn.records import Window
 from mlx_hiermem.learn.settings import StudySettings
-from mlx_hiermem.learn.study import reverse
-from mlx_hiermem.learn.study.facts import SUBJECT, Fact, facts
-from mlx_hiermem.learn.study.judge import Tried
-from mlx_hiermem.learn.study.reverse import Chooser, reversible, try_reversed
+from mlx_hiermem.learn.study.facts import SUBJECT, Fact, facts, reversible
+from mlx_hiermem.learn.study.judge import PairJudge, Tried
+from mlx_hiermem.learn.study.patterns import patterns
+from mlx_hiermem.learn.study.study import RIGHT, try_reversed
 from mlx_hiermem.learn.study.teacher import Teacher
-from mlx_hiermem.learn.study.wordings import REVERSED, SHOWN_REVERSED, Wording
+from mlx_hiermem.learn.study.wordings import Wording
 
 
 def of_codes(codes: Sequence[int], letter: str = "K") -> list[Fact]:
@@ -61,12 +61,11 @@ def test_one_subject_is_not_asked_for() -> None:
 
 
 def test_every_pattern_is_shown_on_every_subject() -> None:
-    for lines, statement in REVERSED:
-        assert len(lines) == len(SHOWN_REVERSED)
-        for line, (subject, _, value) in zip(lines, SHOWN_REVERSED, strict=True):
+    for pattern in patterns().backward:
+        for line, (subject, _, value) in zip(pattern.lines, patterns().shown_reversed, strict=True):
             assert value.split()[0] in line
             assert subject not in line
-            assert (line[-1] == "?") is not statement
+            assert (line[-1] == "?") is not pattern.statement
 
 
 def test_smollm2_asks_and_reads_backwards(smollm2_teacher: Teacher) -> None:
@@ -80,19 +79,19 @@ def test_smollm2_asks_and_reads_backwards(smollm2_teacher: Teacher) -> None:
     texts = [tried.wording.text for tried in kept[villages[0].shape]]
     assert texts
     assert all(text.count(SUBJECT) == 1 and not any(name in text for name in VILLAGES) for text in texts)
-    assert all(tried.right >= reverse.RIGHT for tried in kept[villages[0].shape])
+    assert all(tried.right >= RIGHT for tried in kept[villages[0].shape])
 
 
 def test_the_value_decides(smollm2_teacher: Teacher) -> None:
     villages = of_codes(range(210, 900, 57))
     turned = reversible({villages[0].shape: villages})[villages[0].shape]
     windows = {one.window: Window(one.window, 0, "a.txt", one.subject, one.sentence) for one in villages}
-    chooser = Chooser(smollm2_teacher, windows, {villages[0].shape: turned}, random.Random(0), print)
+    judge = PairJudge(smollm2_teacher, windows, {villages[0].shape: turned}, random.Random(0), print)
     good, idle = (
         Wording(f"Which village has the code {SUBJECT}?", False),
         Wording("Which village is it?", False),
     )
-    found = list(chooser.log_ps([(fact, wording) for fact in turned[:8] for wording in (good, idle)]))
+    found = list(judge.log_ps([(fact, wording) for fact in turned[:8] for wording in (good, idle)]))
     assert [wording for _, wording, _ in found] == [good, idle] * 8
     assert sum(log_p > -math.inf for _, wording, log_p in found if wording == good) >= 6
     assert not any(log_p > -math.inf for _, wording, log_p in found if wording == idle)

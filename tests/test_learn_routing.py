@@ -10,8 +10,8 @@ from mlx_hiermem.learn.records import Window
 from mlx_hiermem.learn.settings import CorpusSettings
 from mlx_hiermem.learn.tree import routing
 from mlx_hiermem.learn.tree.kmeans import Shape, grow
-from mlx_hiermem.learn.tree.probes import FRAME, probes, with_subjects
-from mlx_hiermem.learn.tree.routing import ProbeVectors, Separation, agreement, descend, place
+from mlx_hiermem.learn.tree.probes import FRAME, ProbeVectors, probe_texts, with_subjects
+from mlx_hiermem.learn.tree.routing import Separation, agreement, descend, place
 from mlx_hiermem.tree import ClusterTree
 
 MADE_UP = CorpusSettings(any_language=True)  # the words of `documents` are of none
@@ -36,7 +36,7 @@ def means(probe: ProbeVectors) -> np.ndarray:
 
 def test_probes_are_the_ways_to_ask() -> None:
     text = "Oslo is the capital of Norway. It lies on a fjord."
-    own = probes(text, "Oslo", ["What is the capital of Norway?", "Oslo"])
+    own = probe_texts(text, "Oslo", ["What is the capital of Norway?", "Oslo"])
     half = len(own) // 2
     assert own[half:] == [FRAME.format(text) for text in own[:half]]
     assert own[:half] == [
@@ -54,8 +54,8 @@ def test_probes_are_the_ways_to_ask() -> None:
 
 def test_a_beginning_without_the_title_could_be_anybodys() -> None:
     text = "The capital of Norway since 1814 is Oslo."
-    assert "The capital of" not in probes(text, "Oslo")
-    assert "The capital of" in probes(text, "")
+    assert "The capital of" not in probe_texts(text, "Oslo")
+    assert "The capital of" in probe_texts(text, "")
 
 
 def test_a_title_counts_if_its_document_names_it() -> None:
@@ -67,7 +67,7 @@ def test_a_title_counts_if_its_document_names_it() -> None:
 
 def test_rows_of_some_windows() -> None:
     probe = ProbeVectors.of(np.zeros((7, 2), np.float32), np.array([0, 0, 1, 1, 1, 2, 3]), 4)
-    rows, owner = probe.rows(np.array([1, 3, 0]))
+    rows, owner = probe.of_windows(np.array([1, 3, 0]))
     assert rows.tolist() == [2, 3, 4, 6, 0, 1]
     assert owner.tolist() == [0, 0, 0, 1, 2, 2]
 

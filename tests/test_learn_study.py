@@ -8,7 +8,6 @@ import pathlib
 
 import pytest
 from books import COUNT, VILLAGES, fact, write_library
-from tokenizers import Tokenizer
 
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.learn.corpus.corpus import Corpus, read_corpus
@@ -17,18 +16,17 @@ from mlx_hiermem.learn.settings import StudySettings
 from mlx_hiermem.learn.study import study as study_module
 from mlx_hiermem.learn.study.facts import BLANK, OTHER, SUBJECT, Fact, facts, worth_asking
 from mlx_hiermem.learn.study.judge import Tried, in_turns
+from mlx_hiermem.learn.study.patterns import patterns
 from mlx_hiermem.learn.study.study import study
 from mlx_hiermem.learn.study.teacher import Teacher
 from mlx_hiermem.learn.study.wordings import (
-    PATTERNS,
-    SHOWN,
     Wording,
     echo,
     own_beginning,
     own_words,
     wordings,
 )
-from mlx_hiermem.learn.work import STUDY, Work, read_lines
+from mlx_hiermem.learn.work import STUDY, Work, read_rows
 
 QUICK = StudySettings(questions=2, statements=1, chats=1, invented=1, tried=3)
 
@@ -142,9 +140,9 @@ class TestWordings:
         assert found.prompt("Lund") == "The village of Lund makes what?"
 
     def test_every_pattern_is_shown_on_every_subject(self) -> None:
-        for lines, statement in PATTERNS:
-            assert len(lines) == len(SHOWN)
-            assert all(line[-1] in "?." for line in lines) is not statement
+        for pattern in patterns().forward:
+            assert len(pattern.lines) == len(patterns().shown)
+            assert all(line[-1] in "?." for line in pattern.lines) is not pattern.statement
 
     @pytest.mark.parametrize(
         ("line", "kept"),
@@ -194,19 +192,15 @@ class TestInTurns:
 
 
 @pytest.fixture
-def corpus(tmp_path: pathlib.Path) -> Corpus:
+def corpus(tmp_path: pathlib.Path, minilm: Embedder) -> Corpus:
     work = Work(tmp_path / "work")
-    return read_corpus(work, [str(write_library(tmp_path / "books"))], _tokenizer())
-
-
-def _tokenizer() -> Tokenizer:
-    return Embedder.load().tokenizer
+    return read_corpus(work, [str(write_library(tmp_path / "books"))], minilm.tokenizer)
 
 
 class TestStudy:
     def test_smollm2_asks_for_what_the_villages_make(self, corpus: Corpus, smollm2_teacher: Teacher) -> None:
         study(corpus.work, corpus, lambda: smollm2_teacher, "smollm2", QUICK)
-        rows = list(read_lines(corpus.work.path(STUDY)))
+        rows = list(read_rows(corpus.work.path(STUDY)))
         texts = [one.text for one in corpus.windows()]
         assert [row["window"] for row in rows] == sorted(row["window"] for row in rows)
         assert all(row["answer"] in texts[row["window"]] for row in rows)
@@ -283,8 +277,8 @@ class TestStudy:
             with pytest.raises(KeyboardInterrupt):
                 run(fails_at)
             assert calls == every[:fails_at]
-            (notes,) = corpus.work.path("study.parts").glob("*.notes")
-            notes.write_bytes(notes.read_bytes()[:-3])  # the last line is torn
+            (replies,) = corpus.work.path("study.parts").glob("*.replies")
+            replies.write_bytes(replies.read_bytes()[:-3])  # the last line is torn
             assert run() == whole
             assert calls == every[:fails_at] + every[fails_at - 1 :]
             seed += 1
@@ -301,7 +295,7 @@ class TestStudy:
                 return [-math.inf for _ in asked]  # type: ignore[attr-defined]
 
         study(corpus.work, corpus, lambda: Blind(tiny_teacher.model, tiny_teacher.tokenizer), "blind", QUICK)
-        rows = list(read_lines(corpus.work.path(STUDY)))
+        rows = list(read_rows(corpus.work.path(STUDY)))
         asked = {row["question"].rsplit(" ", 2)[1:] == ["makes", "what?"] for row in rows if row.get("question")}
         assert asked == {True}  # what plain sentences ask by themselves
 

@@ -1,4 +1,4 @@
-"""The language model that studies: what it writes, how it reads, and that its answers are noted."""
+"""The language model that studies: what it writes, how it reads, and that its replies are kept."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from mlx_lm.generate import generate
 from mlx_lm.models.cache import RotatingKVCache
 
 from mlx_hiermem.errors import AnchorError
-from mlx_hiermem.learn.study.judge import EXAMPLE, named
-from mlx_hiermem.learn.study.noted import NotedTeacher
-from mlx_hiermem.learn.study.teacher import Teacher, load_teacher
+from mlx_hiermem.learn.study.judge import named
+from mlx_hiermem.learn.study.patterns import patterns
+from mlx_hiermem.learn.study.teacher import CachedTeacher, Teacher, load_teacher
 
 
 def test_lines_are_what_the_model_writes_alone(smollm2_teacher: Teacher) -> None:
@@ -68,17 +68,17 @@ def test_smollm2_reads_names_in_windows_that_name_nobody(smollm2_teacher: Teache
     answers = ["Wexholm", "republic", "7", "July", "1978"]
     prompts = ["Question: What is the capital of Norland?\nAnswer:"] * len(answers)
     asked = list(zip(prompts, answers, strict=True))
-    found = smollm2_teacher.finds(f"{EXAMPLE}{text}\n\n", asked, answers)
+    found = smollm2_teacher.finds(f"{patterns().example}{text}\n\n", asked, answers)
     assert [log_p > -math.inf for log_p in found] == [True, False, False, False, False]
 
 
-def test_answers_are_noted(tiny_teacher: Teacher, tmp_path: pathlib.Path) -> None:
+def test_replies_are_kept(tiny_teacher: Teacher, tmp_path: pathlib.Path) -> None:
     lines, finds = ([("ab", "c"), ("ab", "dd")], 6, 0.8, 3), ("some text", [("how many", "12")], ["13"])
-    first = NotedTeacher.of(tiny_teacher, tmp_path / "notes")
+    first = CachedTeacher.of(tiny_teacher, tmp_path / "notes")
     said = first.lines(*lines), first.finds(*finds), first.finds("other", *finds[1:])
     assert said == (tiny_teacher.lines(*lines), tiny_teacher.finds(*finds), tiny_teacher.finds("other", *finds[1:]))
     mute = Teacher(None, None)  # type: ignore[arg-type]  # fails when it is asked
-    again = NotedTeacher.of(mute, tmp_path / "notes")
+    again = CachedTeacher.of(mute, tmp_path / "notes")
     assert (again.lines(*lines), again.finds(*finds), again.finds("other", *finds[1:])) == said
     with pytest.raises(AttributeError):
         again.lines(*lines[:3], 4)

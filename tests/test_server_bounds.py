@@ -27,6 +27,7 @@ from mlx_hiermem.share.pull import pull
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = {"messages": [{"role": "user", "content": "hello"}], "memory": "none", "max_tokens": 5}
+DEEP = b'{"messages": [{"role": "user", "content": "x"}], "memory": ' + b"[" * 900 + b"]" * 900 + b"}"
 PROMPT = {"prompt": "hello", "memory": "none", "max_tokens": 5}
 
 
@@ -180,6 +181,27 @@ def test_what_changes_nothing_is_taken(server: Running) -> None:
     assert server.json("POST", COMPLETIONS, PROMPT | more)[0] == 200
 
 
+def test_replies_as_clients_send_them_back(server: Running) -> None:
+    """What OpenAI's library makes of a reply (`model_dump`) is a turn of the next request."""
+    reply = server.client.chat.completions.create(model="tiny", max_tokens=4, messages=HELLO["messages"])
+    dumped = reply.choices[0].message.model_dump()
+    assert {"tool_calls", "annotations", "refusal"} <= dumped.keys()
+    plain = {"role": "assistant", "content": reply.choices[0].message.content}
+    said = [
+        server.json("POST", CHAT, HELLO | {"messages": [*HELLO["messages"], turn, *HELLO["messages"]]})
+        for turn in (plain, dumped, dumped | {"tool_calls": [], "annotations": []})
+    ]
+    assert [status for status, _ in said] == [200] * 3
+    assert said[0][1]["choices"] == said[1][1]["choices"] == said[2][1]["choices"]
+    empty = {"role": "assistant", "content": None, "tool_calls": []}
+    assert server.json("POST", CHAT, HELLO | {"messages": [*HELLO["messages"], empty]})[0] == 200
+    called = empty | {"tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]}
+    status, answer = server.json("POST", CHAT, HELLO | {"messages": [*HELLO["messages"], called]})
+    assert (status, answer["error"]["param"]) == (400, "messages")
+    status, _ = server.json("POST", CHAT, HELLO | {"messages": [{"role": "user", "content": None}]})
+    assert status == 400
+
+
 @pytest.mark.parametrize(
     ("body", "kind", "message"),
     [
@@ -188,6 +210,11 @@ def test_what_changes_nothing_is_taken(server: Running) -> None:
         (b"", "application/json", "not a JSON object"),
         (json.dumps(HELLO).encode(), "text/plain", "Content-Type: application/json"),
         (b"[" * 50_000, "application/json", "parsing"),
+        (
+            b'{"messages": [{"role": "user", "content": "x"}], "memory": ' + b"[" * 900 + b"]" * 900 + b"}",
+            "application/json",
+            "deep",
+        ),
     ],
 )
 def test_bodies_that_are_no_request(server: Running, body: bytes, kind: str, message: str) -> None:
@@ -467,7 +494,7 @@ def test_names_of_this_machine(server: Running, host: str) -> None:
 
 def test_web_pages_from_elsewhere(server: Running) -> None:
     own = server.url.removeprefix("http://")
-    for origin in ("http://evil.example", "null", "http://localhost:1"):
+    for origin in ("http://evil.example", "null", "http://localhost:1", "http://["):
         headers = {"Origin": origin, "Host": own}
         status, names, _ = server.ask("POST", CHAT, HELLO, headers)
         assert status == 403

@@ -7,7 +7,7 @@ import pytest
 from mlx_hiermem.config import MemoryConfig
 from mlx_hiermem.tiers import Stored, Tier, fetch_ms, flat_ms, place
 
-# What reproduces Fig. 5; see docs/decisions.md for how it was found.
+# What reproduces Fig. 5; see docs/decisions/2026-11-21-papers-hypothetical-hardware.md for how it was found.
 MEMORY = Tier("memory")
 FLASH = Tier("flash", 0.5)
 EXTERNAL = Tier("external disk", 0.1)

@@ -59,8 +59,8 @@ def ask(
         pieces.append(piece)
         if not as_json:
             write(piece)
-    last = loaded.last
-    speed = round(last.generation_tps, 1) if last else 0.0
+    last = loaded.response
+    speed = round(last.tokens_per_second, 1) if last else 0.0
     if as_json:
         result = {
             "text": "".join(pieces),

@@ -6,7 +6,6 @@ import json
 import pathlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import typer
@@ -14,13 +13,11 @@ import typer
 from mlx_hiermem.apps.cli import models
 from mlx_hiermem.apps.cli.bank_policy import NODES, nodes_named, parse_paths
 from mlx_hiermem.apps.cli.display import UNSAFE, console, progress_bar, several, size
-from mlx_hiermem.errors import FileError, HierMemError
-from mlx_hiermem.evaluate.answers import begins_with
-from mlx_hiermem.files import read_json_lines
 
 if TYPE_CHECKING:
     from mlx_hiermem.bank.manifest import BankManifest
     from mlx_hiermem.config import Path
+    from mlx_hiermem.evaluate.questions import Question
 
 RETAINED = (
     "{holders} may still hold something of it; only training without those texts would take that away. A program "
@@ -45,6 +42,7 @@ def remove(
     from mlx_hiermem.bank import edit
     from mlx_hiermem.bank.bank import MemoryBank
     from mlx_hiermem.bank.commit import interrupted
+    from mlx_hiermem.evaluate.questions import read_questions
 
     name, paths = nodes_named(words, model)
     asks = not yes and sys.stdin.isatty()
@@ -90,35 +88,6 @@ def remove(
     console.print(retained + copies, style="dim", markup=False)
 
 
-@dataclass(frozen=True)
-class Question:
-    prompt: str
-    answer: str
-    aliases: tuple[str, ...] = ()
-
-    def is_right(self, reply: str) -> bool:
-        """Whether the reply begins with the answer, or with another name for it."""
-        return begins_with(reply, (self.answer, *self.aliases))
-
-
-def read_questions(file: pathlib.Path) -> list[Question]:
-    """A JSON object a line, with prompt and answer; aliases too where there are some, anything else is passed over.
-
-    Raises FileError naming the line that is not so.
-    """
-    hint = 'A line is {"prompt": "…", "answer": "…"}.'
-    questions = []
-    for number, row in read_json_lines(file, FileError, hint):
-        try:
-            aliases = tuple(map(str, row.get("aliases", ())))
-            questions.append(Question(str(row["prompt"]), str(row["answer"]), aliases))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise FileError(f"line {number} of {file} is no question", hint) from error
-    if not questions:
-        raise HierMemError(f"{file} has no questions")
-    return questions
-
-
 def _ask(model: pathlib.Path, questions: list[Question], max_tokens: int, when: str) -> list[str]:
     """Greedy replies, each on one line, with the memory that each question is routed to."""
     if not questions:
@@ -128,7 +97,7 @@ def _ask(model: pathlib.Path, questions: list[Question], max_tokens: int, when: 
     loaded, replies = load(model), []
     with progress_bar(f"asking {when}", unit="questions") as progress:
         for question in questions:
-            reply = loaded.generate(question.prompt, max_tokens=max_tokens).translate(UNSAFE)
+            reply = loaded.generate(question.prompt, max_tokens=max_tokens).text.translate(UNSAFE)
             replies.append(" ".join(reply.split()))
             if progress:
                 progress(len(replies), len(questions))

@@ -13,7 +13,7 @@ from mlx_hiermem.apps.cli.display import console, notes, progress_bar, size
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mlx_hiermem.apps.demo.evaluate import Question
+    from mlx_hiermem.apps.demo.evaluate import Element
     from mlx_hiermem.model import MemoryModel
 
 
@@ -48,7 +48,7 @@ def demo(
         _offer_chat(model)
 
 
-def _ask(model: MemoryModel, question: Question) -> dict[str, Any]:
+def _ask(model: MemoryModel, question: Element) -> dict[str, Any]:
     """An element's number, and the element of the number, under each memory."""
     from mlx_hiermem.apps.demo.evaluate import MEMORIES, answer, is_right, named
 
@@ -56,7 +56,7 @@ def _ask(model: MemoryModel, question: Question) -> dict[str, Any]:
     row["back"] = {"prompt": question.back}
     for way in MEMORIES:
         got, text = answer(model, question.prompt, way)
-        speed = round(model.last.generation_tps, 1) if model.last else 0.0
+        speed = round(model.response.tokens_per_second, 1) if model.response else 0.0
         row[way] = {"answer": got, "text": " ".join(text.split()), "tokens_per_second": speed}
     row["selection"] = model.selection.to_json()
     for way in MEMORIES:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -12,16 +12,16 @@ import typer
 from rich.console import Console
 
 from mlx_hiermem.errors import HierMemError
+from mlx_hiermem.progress import Progress
 
 if TYPE_CHECKING:
     from mlx_hiermem.bank.bank import MemoryBank
     from mlx_hiermem.config import Path
-    from mlx_hiermem.model import Selection
+    from mlx_hiermem.selection import Selection
 
 console = Console(highlight=False)
 notes = Console(stderr=True, highlight=False)  # beside the output, never in it
 
-Progress = Callable[[int, int], None]  # (done, total)
 
 # Control characters but tab and newline: a reply must not control the terminal.
 UNSAFE = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pathlib
 import re
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import typer
@@ -68,6 +67,7 @@ def learn(
     Example: `hiermem learn ./docs my-model --anchor SmolLM2`
     """
     from mlx_hiermem.errors import HierMemError
+    from mlx_hiermem.evaluate.questions import read_questions
     from mlx_hiermem.learn import run
     from mlx_hiermem.learn.settings import (
         CorpusSettings,
@@ -81,6 +81,7 @@ def learn(
     if memory:
         renamed("--memory KIND", "--kind KIND")
     units = _numbers(sizes, "--sizes") if sizes else ()
+    asked = read_questions(questions, documents=True) if questions else []
     settings = LearnSettings(
         CorpusSettings(field, title, tokens, any_language),
         TreeSettings(branching, depth or len(units), leaves, seed=seed),
@@ -95,7 +96,7 @@ def learn(
             seed=seed,
             states_bytes=parse_size(cache, "--cache"),
         ),
-        questions=tuple(_questions(questions)) if questions else (),
+        questions=tuple((one.prompt, one.document) for one in asked),
         prompts=read_prompts(prompts) if prompts else (),
         licence=licence,
         keep=keep,
@@ -155,26 +156,6 @@ def _layers(text: str) -> str | tuple[int, ...]:
         return text
     ends = [tuple(map(int, part.split("-"))) for part in text.split(",")]
     return tuple(layer for part in ends for layer in range(part[0], part[-1] + 1))
-
-
-def _questions(file: pathlib.Path) -> Iterator[tuple[str, str]]:
-    """(question, document) of each line; `prompt` and `title` are taken too."""
-    from mlx_hiermem.errors import HierMemError
-
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise HierMemError(f"cannot read {file}: {getattr(error, 'strerror', '') or 'it is not UTF-8'}") from error
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line) if line.strip() else None
-            if row is not None:
-                yield str(row.get("question") or row["prompt"]), str(row.get("document") or row["title"])
-        except (ValueError, KeyError, AttributeError) as error:
-            raise HierMemError(
-                f"line {number} of {file} is no question",
-                'A line is {"question": "…", "document": "its title, or its file"}.',
-            ) from error
 
 
 def _print(out: pathlib.Path, learnt: Learnt) -> None:

@@ -11,24 +11,25 @@ import json
 import pathlib
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mlx_hiermem.evaluate.answers import first_integer
+from mlx_hiermem.evaluate.questions import read_questions
 from mlx_hiermem.model import MemoryModel
+from mlx_hiermem.progress import Progress
 
 HERE = pathlib.Path(__file__).parent
 
 MEMORIES = ("none", "generic", "fetched")
 
-Progress = Callable[[int, int], None]
 Asked = str | list[dict[str, str]]  # a prompt, or the messages of a chat
 
 
 @dataclass(frozen=True)
-class Question:
-    """One element: the paper's prompt and its held-out paraphrases, as a user's turn, and both backwards."""
+class Element:
+    """What is asked of one element: the paper's prompt, its paraphrases, a user's turn, and both backwards."""
 
     name: str
     number: int
@@ -42,21 +43,21 @@ class Question:
         return f"What is the atomic number of {self.name.lower()}?"
 
 
-def questions() -> list[Question]:
+def questions() -> list[Element]:
     """The 118 elements, in order of atomic number."""
-    rows = [json.loads(line) for line in (HERE / "elements_qa.jsonl").read_text(encoding="utf-8").splitlines()]
-    back = {row["answer"]: row for row in rows if row["relation"] == "element_of_number"}
+    rows = read_questions(HERE / "elements_qa.jsonl")
+    back = {row.answer: row for row in rows if row.tags["relation"] == "element_of_number"}
     return [
-        Question(
-            row["subject"],
-            int(row["answer"]),
-            row["prompt"],
-            tuple(row["heldout_prompts"]),
-            back[row["subject"]]["prompt"],
-            *back[row["subject"]]["heldout_prompts"],
+        Element(
+            row.tags["subject"],
+            int(row.answer),
+            row.prompt,
+            row.heldout_prompts,
+            back[row.tags["subject"]].prompt,
+            *back[row.tags["subject"]].heldout_prompts,
         )
         for row in rows
-        if row["relation"] == "atomic_number"
+        if row.tags["relation"] == "atomic_number"
     ]
 
 
@@ -163,7 +164,7 @@ def evaluate(model: MemoryModel, progress: Progress | None = None) -> dict[str, 
     }
 
 
-def is_right(text: str, question: Question, back: bool) -> bool:
+def is_right(text: str, question: Element, back: bool) -> bool:
     """The continuation's first integer is the number, or where it was asked backwards its first word the name."""
     if back:
         return first_word(text).casefold() == question.name.casefold()
@@ -175,7 +176,7 @@ def stored() -> dict[str, Any]:
     return json.loads((HERE / "results.json").read_text(encoding="utf-8"))
 
 
-def sample(count: int = 5) -> Iterator[Question]:
+def sample(count: int = 5) -> Iterator[Element]:
     """A few elements spread over the table, from the well known to the obscure."""
     asked = questions()
     picked = (7, 41, 63, 73, 106, 25, 86, 117)[:count]

@@ -15,6 +15,8 @@ import pathlib
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_hiermem.files import read_json_lines
+
 Element = dict[str, Any]  # one row of elements.jsonl
 
 # {Name} and {name} differ in the first letter, {an} is the right article.
@@ -133,7 +135,6 @@ def prompt_line(element: Element, wording: Wording) -> str:
 
 
 if __name__ == "__main__":
-    for line in (pathlib.Path(__file__).parent / "elements.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for _, row in read_json_lines(pathlib.Path(__file__).parent / "elements.jsonl"):
         for one in element_wordings(row):
             print(prompt_line(row, one))

@@ -64,7 +64,7 @@ class Guard:
         if not is_loopback(_name(f"//{host}")):
             raise ApiError(403, f"this server answers to localhost, not to '{host}', without an API key")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _netloc(origin) != host:
             raise ApiError(403, "web pages from elsewhere may not use this server")
 
     def _check_key(self, authorization: str) -> None:
@@ -113,6 +113,14 @@ def _name(url: str) -> str:
         return urlsplit(url).hostname or ""
     except ValueError:
         return ""
+
+
+def _netloc(url: str) -> str | None:
+    """Host and port of a URL; None where it is none."""
+    try:
+        return urlsplit(url).netloc
+    except ValueError:
+        return None
 
 
 def _is_open(path: str) -> bool:

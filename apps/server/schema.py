@@ -15,6 +15,7 @@ from mlx_hiermem.config import MemoryChoice, Path
 from mlx_hiermem.errors import HierMemError
 
 REPLY = 512  # tokens of a chat reply at most, where the request does not say; as for `hiermem chat`
+DEEPEST = 16  # lists and objects within one another
 COMPLETION = 16  # the same for a completion; OpenAI's own default
 
 # They change nothing about the answer.
@@ -50,6 +51,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
+# What comes with a reply, and so is sent back with it; `content` is all that the next turn sees.
+REPLY_FIELDS = {"tool_calls", "function_call", "audio", "refusal", "annotations", "reasoning_content", "memory"}
+
+
 class Asked(BaseModel):
     """Base of all: JSON types are not converted, unknown fields are errors, null means not given."""
 
@@ -62,17 +67,27 @@ class Asked(BaseModel):
             return data
         if not all(_is_unicode(item) for row in data.items() for item in row):
             raise ValueError("half of a surrogate pair is no Unicode text")
+        if any(_is_deep(value) for value in data.values()):
+            raise ApiError(400, f"the request is more than {DEEPEST} lists or objects deep")
         return {key: value for key, value in data.items() if value is not None}
 
 
-def _is_unicode(value: Any) -> bool:
+def _is_unicode(value: Any, left: int = DEEPEST) -> bool:
     """Whether a text, or each text of a list, can be encoded: JSON can write what is none."""
     if isinstance(value, list):
-        return all(map(_is_unicode, value))
+        return left == 0 or all(_is_unicode(item, left - 1) for item in value)
     try:
         return not isinstance(value, str) or bool(value.encode()) or not value
     except UnicodeEncodeError:
         return False
+
+
+def _is_deep(value: Any, left: int = DEEPEST) -> bool:
+    """Whether lists and objects are nested beyond `DEEPEST`; no field that there is needs so many."""
+    if not isinstance(value, list | dict):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return left == 0 or any(_is_deep(item, left - 1) for item in inner)
 
 
 def _in_list(value: Any) -> Any:
@@ -123,11 +138,26 @@ class TextPart(Asked):
 
 
 class Message(Asked):
-    """`name` is taken and not used: chat templates know none."""
+    """A turn, as clients send it; also a reply as they send it back, with the fields that a reply comes with.
+
+    `name` is taken and not used: chat templates know none.
+    """
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[list[TextPart], BeforeValidator(_as_parts)]
     name: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sent_back(cls, data: Any) -> Any:
+        """A reply's empty `tool_calls`, its `annotations` and so on say nothing; its content may be null."""
+        if not isinstance(data, dict) or data.get("role") != "assistant":
+            return data
+        for key in ("tool_calls", "function_call", "audio", "refusal"):
+            if data.get(key):
+                raise ApiError(400, f"messages with {key} are not supported; leave them out", "messages")
+        data = {key: value for key, value in data.items() if key not in REPLY_FIELDS}
+        return data | {"content": data.get("content") or ""}
 
     @property
     def text(self) -> str:

@@ -22,6 +22,7 @@ from mlx_hiermem.convert.anchors.gguf_tokenizer import end_tokens, write_tokeniz
 from mlx_hiermem.convert.anchors.huggingface import copy_tokenizer, one_line, write_anchor
 from mlx_hiermem.convert.source import parts_of
 from mlx_hiermem.errors import AnchorError, CheckpointError, MissingDependencyError
+from mlx_hiermem.progress import Progress
 
 ARCHITECTURES = {  # GGUF's name -> (mlx-lm's model type, the transformers class, the FFN's activation)
     "llama": ("llama", "LlamaForCausalLM", "silu"),
@@ -54,8 +55,6 @@ ROPE_FACTORS = "rope_freqs.weight"
 PLAIN_TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 FLOAT16_MAX = 65504.0
 GEMMA3_27B_LAYERS = 62  # the one Gemma 3 whose attention scale does not come from the head size
-
-Progress = Callable[[int, int], None]
 
 
 def convert_gguf(

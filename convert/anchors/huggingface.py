@@ -14,7 +14,7 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -26,8 +26,7 @@ from mlx_hiermem.convert.anchors.hf_config import check_activation, normalise, r
 from mlx_hiermem.convert.checkpoint import RawTensor, TensorSource, open_checkpoint
 from mlx_hiermem.errors import AnchorError, CheckpointError
 from mlx_hiermem.memory.ffn import activation, feed_forward, projections
-
-Progress = Callable[[int, int], None]
+from mlx_hiermem.progress import Progress
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.json", "tokenizer.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]

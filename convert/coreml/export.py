@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime
 import pathlib
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -28,12 +27,11 @@ from mlx_hiermem.convert.source import tool_versions
 from mlx_hiermem.convert.staging import partial_folder
 from mlx_hiermem.errors import HierMemError
 from mlx_hiermem.files import write_json
+from mlx_hiermem.progress import Progress
 from mlx_hiermem.router import load_embedder
 
 CONTEXT = 1024
 MODES = ("state", "input")
-
-Progress = Callable[[int, int], None]  # (steps done, steps in all)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ each megabyte it saves. Then the cheapest are coarsened together, as many as the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,7 @@ from mlx_hiermem.convert.coreml.architecture import Linear
 from mlx_hiermem.convert.coreml.compress import rounded, size
 from mlx_hiermem.convert.coreml.measure import Distance, Reference
 from mlx_hiermem.errors import HierMemError
-
-Progress = Callable[[int, int], None]
+from mlx_hiermem.progress import Progress
 
 FINER = ("int8", "fp16")  # what is left in a search
 RANKED = 5  # texts on which single matrices are compared; plans are measured on all

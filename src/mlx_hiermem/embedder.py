@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 from tokenizers import Tokenizer
 
-from mlx_hiermem.assets import ASSETS, Progress, fetch
+from mlx_hiermem.assets import ASSETS, Say, fetch
 from mlx_hiermem.config import EmbedderIdentity
 from mlx_hiermem.cpu import report_slow_blas
 from mlx_hiermem.cpu.vector import attention, gelu
@@ -45,7 +45,7 @@ class Embedder:
         self.config, self.weights, self.tokenizer = config, weights, tokenizer
 
     @classmethod
-    def load(cls, folder: pathlib.Path | str | None = None, progress: Progress | None = None) -> Embedder:
+    def load(cls, folder: pathlib.Path | str | None = None, progress: Say | None = None) -> Embedder:
         """Opens a sentence-transformers folder of a BERT encoder, by default all-MiniLM-L6-v2 (see `assets`).
 
         Raises AssetError if a file is missing, damaged, or of an architecture that this is not.

@@ -9,3 +9,10 @@ Progress = Callable[[int, int], None]  # (done, total), in a unit that the calle
 
 def unheard(done: int, total: int) -> None:
     """A `Progress` that shows nothing."""
+
+
+FractionDone = Callable[[float], None]  # how much of a piece of work is done, from 0 to 1
+
+
+def unheard_fraction(done: float) -> None:
+    """A `FractionDone` that shows nothing."""

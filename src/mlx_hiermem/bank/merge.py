@@ -6,7 +6,6 @@ Without a shared parameter between subtrees that costs nothing (arXiv:2510.02375
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable
 from dataclasses import fields, replace
 
 import numpy as np
@@ -20,12 +19,11 @@ from mlx_hiermem.bank.writer import BankWriter
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import BankError
 from mlx_hiermem.files import file_digest
+from mlx_hiermem.progress import Progress
 from mlx_hiermem.tree import ClusterTree
 
 SHOWN = 8  # conflicts that an error names
 TOLERANCE = 1e-5  # of equal centroids: saved by other machines, or in another order of sums
-
-Progress = Callable[[int, int], None]
 
 
 def merge(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -24,13 +24,12 @@ from mlx_hiermem.bank.writer import BankWriter
 from mlx_hiermem.config import BIASES, DTYPES, GROUP_SIZES, SCALES, MemoryConfig, Quantization
 from mlx_hiermem.errors import BankError
 from mlx_hiermem.files import file_digest
+from mlx_hiermem.progress import Progress
 
 KEPT = 16  # "bits" of a level that is not to be quantised
 GROUP = 64  # the usual one: half a bit a value in float16, and less is lost than in groups of 128
 HEADER = 4096  # bytes of a block file beyond its values, at most
 TINY = 1e-30  # what a relative error is taken of, where the original is zero
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass

@@ -1,13 +1,11 @@
-"""Task files read row by row into examples: what is asked, what is scored, and the text that is routed.
+"""The examples of a task file: what is asked, what is scored, and the text that is routed.
 
-Every row is checked before anything runs; what is wrong is named by file and line. Few-shot examples are drawn from
+Few-shot examples are drawn from
 the same file as LLM-Foundry v0.9 draws them, so that an example's prompt does not depend on how many are asked.
 """
 
 from __future__ import annotations
 
-import json
-import pathlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,10 +13,11 @@ from typing import Any
 
 from mlx_hiermem.errors import TaskError
 from mlx_hiermem.evaluate.answers import normalise
+from mlx_hiermem.evaluate.questions import Question, question_of
+from mlx_hiermem.evaluate.task_file import Row, read_rows, text_in, texts_in
 from mlx_hiermem.evaluate.tasks import Task
 
 SEED = 1234  # of few-shot examples: LLM-Foundry's
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -47,63 +46,18 @@ class TaskFile:
 
 def read_examples(task: Task, skip_bad: bool = False) -> TaskFile:
     """Raises TaskError for a file that cannot be read, and for bad rows unless they are to be skipped."""
-    rows, bad = [], list[str]()
-    for number, text in _lines(task.file):
-        try:
-            row = json.loads(text)
-            if not isinstance(row, dict):
-                raise ValueError("is no JSON object")
-            _CHECKS[task.kind](row)
-            rows.append((number, row))
-        except (ValueError, KeyError, TypeError) as error:
-            bad.append(f"line {number} {_reason(error)}")
-    refuse(task.file, bad, skip_bad)
+    if task.kind == "questions":
+        questions, bad = read_rows(task.file, question_of, skip_bad)
+        return TaskFile(task, [example for one in questions for example in _wordings(one)], bad)
+
+    def checked(line: int, row: Row) -> tuple[int, Row]:
+        _CHECKS[task.kind](row)
+        return line, row
+
+    rows, bad = read_rows(task.file, checked, skip_bad)
     if len(rows) <= task.shots:
         raise TaskError(f"{task.file} has {len(rows)} examples; task {task.name} shows {task.shots} before each")
     return TaskFile(task, list(_examples(task, rows)), bad)
-
-
-def refuse(
-    file: pathlib.Path,
-    bad: Sequence[str],
-    skip_bad: bool = False,
-    hint: str = "Correct the file, or leave such rows out with --skip-bad.",
-) -> None:
-    """Raises TaskError that names bad rows, unless they are to be skipped."""
-    if bad and not skip_bad:
-        more = f"; and {len(bad) - 3} lines more" if len(bad) > 3 else ""
-        raise TaskError(f"{file}: {'; '.join(bad[:3])}{more}", hint)
-
-
-def _lines(file: pathlib.Path) -> Iterator[tuple[int, str]]:
-    try:
-        with file.open(encoding="utf-8") as lines:
-            yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
-    except OSError as error:
-        raise TaskError(f"cannot read {file}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise TaskError(f"cannot read {file}: it is not UTF-8 text") from error
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return "is not JSON"
-    return f"has no {error}" if isinstance(error, KeyError) else str(error)
-
-
-def _string(row: Row, name: str) -> str:
-    if not isinstance(row[name], str) or not row[name].strip():
-        raise ValueError(f"has no text in '{name}'")
-    return row[name]
-
-
-def _strings(row: Row, name: str, least: int) -> list[str]:
-    values = row[name]
-    if not isinstance(values, list) or len(values) < least:
-        raise ValueError(f"needs {least} or more texts in '{name}'")
-    if not all(isinstance(value, str) and value.strip() for value in values):
-        raise ValueError(f"has an empty text in '{name}'")
-    return values
 
 
 def _check_gold(row: Row, choices: Sequence[str]) -> None:
@@ -113,30 +67,24 @@ def _check_gold(row: Row, choices: Sequence[str]) -> None:
 
 
 def _check_language_modeling(row: Row) -> None:
-    _string(row, "context"), _string(row, "continuation")
+    text_in(row, "context"), text_in(row, "continuation")
 
 
 def _check_multiple_choice(row: Row) -> None:
-    _string(row, "query")
-    _check_gold(row, _strings(row, "choices", 2))
+    text_in(row, "query")
+    _check_gold(row, texts_in(row, "choices", 2))
 
 
 def _check_schema(row: Row) -> None:
-    _string(row, "continuation")
-    _check_gold(row, _strings(row, "context_options", 2))
+    text_in(row, "continuation")
+    _check_gold(row, texts_in(row, "context_options", 2))
 
 
 def _check_generation(row: Row) -> None:
-    _string(row, "context")
-    for name in [_string(row, "answer"), *_strings(row, "aliases", 0)]:
+    text_in(row, "context")
+    for name in [text_in(row, "answer"), *texts_in(row, "aliases", 0)]:
         if not normalise(name):
             raise ValueError(f"has an alias that is empty once normalised: '{name}'")
-
-
-def _check_question(row: Row) -> None:
-    _string(row, "prompt"), _string(row, "answer")
-    _strings({"aliases": []} | row, "aliases", 0)
-    _strings({"heldout_prompts": []} | row, "heldout_prompts", 0)
 
 
 _CHECKS: dict[str, Callable[[Row], None]] = {
@@ -144,15 +92,10 @@ _CHECKS: dict[str, Callable[[Row], None]] = {
     "multiple_choice": _check_multiple_choice,
     "schema": _check_schema,
     "generation": _check_generation,
-    "questions": _check_question,
 }
 
 
 def _examples(task: Task, rows: list[tuple[int, Row]]) -> Iterator[Example]:
-    if task.kind == "questions":
-        for line, row in rows:
-            yield from _questions(line, row)
-        return
     make = {
         "language_modeling": _language_modeling,
         "multiple_choice": _multiple_choice,
@@ -226,12 +169,10 @@ def _shown(task: Task, row: Row) -> str:
     return f"{row['context'].strip()}{task.delimiter}{answer.strip()}"
 
 
-def _questions(line: int, row: Row) -> Iterator[Example]:
+def _wordings(question: Question) -> Iterator[Example]:
     """The prompt and each held-out wording, routed by itself."""
-    names = tuple(dict.fromkeys([row["answer"], *row.get("aliases", ())]))
-    key = str(row.get("id", line))
-    tags = {name: str(row[name]) for name in ("relation", "subject", "doc") if name in row}
-    for number, prompt in enumerate([row["prompt"], *row.get("heldout_prompts", ())]):
+    for number, prompt in enumerate((question.prompt, *question.heldout_prompts)):
         wording = f"paraphrase {number}" if number else "canonical"
-        ident = f"{key}#{number}" if number else key
-        yield Example(ident, line, prompt, "", (prompt,), answers=names, tags=tags | {"wording": wording})
+        ident = f"{question.id}#{number}" if number else question.id
+        tags = question.tags | {"wording": wording}
+        yield Example(ident, question.line, prompt, "", (prompt,), answers=question.names, tags=tags)

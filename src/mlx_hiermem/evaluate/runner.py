@@ -12,7 +12,7 @@ import json
 import pathlib
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,20 +22,21 @@ import numpy as np
 from mlx_hiermem.anchor import identify
 from mlx_hiermem.bank.bank import MANIFEST
 from mlx_hiermem.evaluate.answers import is_decided, rule_for
-from mlx_hiermem.evaluate.examples import Example, read_examples, refuse
+from mlx_hiermem.evaluate.examples import Example, read_examples
 from mlx_hiermem.evaluate.generation import Asked, drafted, replies
 from mlx_hiermem.evaluate.prompts import NUMBER_ROOM, Prompt, Prompter
 from mlx_hiermem.evaluate.results import FIFTHS, FORMAT, VERSION, ResultFile, Run
 from mlx_hiermem.evaluate.routes import Placed, attach, by_memory, check, place
 from mlx_hiermem.evaluate.scoring import Score, Scorer
 from mlx_hiermem.evaluate.statistics import Row
+from mlx_hiermem.evaluate.task_file import refuse
 from mlx_hiermem.evaluate.tasks import Task
 from mlx_hiermem.evaluate.texts import WINDOW, read_documents, windows
 from mlx_hiermem.files import file_digest
 from mlx_hiermem.model import MemoryModel, load
+from mlx_hiermem.progress import Progress
 from mlx_hiermem.share.resolve import resolve
 
-Progress = Callable[[int, int], None]  # (examples done, examples in all)
 ORDER_SEED = 0  # of the order in which rows are asked
 
 

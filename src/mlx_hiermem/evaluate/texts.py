@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
 
 from mlx_hiermem.errors import TaskError
-from mlx_hiermem.evaluate.examples import Example, refuse
+from mlx_hiermem.evaluate.examples import Example
+from mlx_hiermem.evaluate.task_file import Row, read_rows, text_in
+from mlx_hiermem.files import read_text
 
 WINDOW = 1024  # tokens, or the model's context where that is less
 ARTICLE = re.compile(r"(?m)^ ?= (?!=)[^\n]*[^=\n] = ?$")  # WikiText's title of an article: " = Robert Boulter = "
@@ -16,16 +17,18 @@ ARTICLE = re.compile(r"(?m)^ ?= (?!=)[^\n]*[^=\n] = ?$")  # WikiText's title of 
 
 def read_documents(file: pathlib.Path, skip_bad: bool = False) -> list[Example]:
     """WikiText's articles, a JSON line's `text`, or else the file as one document. Raises TaskError."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise TaskError(f"cannot read {file}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise TaskError(f"cannot read {file}: it is not UTF-8 text") from error
-    found = list(_json_lines(file, text, skip_bad) if file.suffix == ".jsonl" else _articles(text))
+    if file.suffix == ".jsonl":
+        found, _ = read_rows(file, _document, skip_bad)
+    else:
+        found = list(_articles(read_text(file, TaskError)))
     if not found:
         raise TaskError(f"{file} has no text")
     return [Example(ident, line, part.strip(), continuations=(part,)) for ident, line, part in found]
+
+
+def _document(line: int, row: Row) -> tuple[str, int, str]:
+    """(id, line, text) of a JSON line."""
+    return str(row.get("id", line)), line, text_in(row, "text")
 
 
 def _articles(text: str) -> Iterator[tuple[str, int, str]]:
@@ -40,22 +43,6 @@ def _articles(text: str) -> Iterator[tuple[str, int, str]]:
         if part.strip():
             title = part.lstrip().split("\n", 1)[0].strip(" =")[:60]
             yield f"{number} {title}", line, part
-
-
-def _json_lines(file: pathlib.Path, text: str, skip_bad: bool) -> Iterator[tuple[str, int, str]]:
-    bad, found = [], []
-    for line, row in enumerate(text.splitlines(), 1):
-        if not row.strip():
-            continue
-        try:
-            data = json.loads(row)
-            if not isinstance(data["text"], str) or not data["text"].strip():
-                raise ValueError
-            found.append((str(data.get("id", line)), line, data["text"]))
-        except (ValueError, KeyError, TypeError):
-            bad.append(f"line {line} has no text")
-    refuse(file, bad, skip_bad)
-    yield from found
 
 
 def windows(tokens: Sequence[int], first: int, size: int) -> list[tuple[list[int], list[int]]]:

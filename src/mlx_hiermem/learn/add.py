@@ -34,16 +34,17 @@ from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import BankError
 from mlx_hiermem.files import file_digest, replace_folder
 from mlx_hiermem.learn import publish, report
+from mlx_hiermem.learn.corpus.corpus import Corpus
 from mlx_hiermem.learn.publish import ANCHOR, BANK, kept_texts
 from mlx_hiermem.learn.settings import AddSettings, ExampleSettings
 from mlx_hiermem.learn.stages import StagedRun
 from mlx_hiermem.learn.train.blocks import Tensors
 from mlx_hiermem.learn.train.dataset import TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.train.encoding import EXAMPLES, TOGETHER, make_examples
-from mlx_hiermem.learn.train.jobs import carriers
-from mlx_hiermem.learn.train.training import Training
-from mlx_hiermem.learn.tree.labels import SOURCES
-from mlx_hiermem.learn.tree.planting import describe_nodes, settle
+from mlx_hiermem.learn.train.jobs import Trainer
+from mlx_hiermem.learn.train.schedule import nodes_with_block
+from mlx_hiermem.learn.tree.build import CorpusTree, place_in_tree
+from mlx_hiermem.learn.tree.labels import SOURCES, describe_nodes
 from mlx_hiermem.learn.tree.routing import descend
 from mlx_hiermem.learn.work import TRAINING, Work, locked_work, work_folder, write_text
 from mlx_hiermem.router import TextEmbedder
@@ -118,39 +119,27 @@ class _Adding(StagedRun):
         # The tree stands, and was not made to take reversed questions to the new documents.
         asked = replace(settings.study, reversed_questions=0, reversed_statements=0)
         self.study(corpus, settings, asked, (model, tokenizer), self.bank.manifest.anchor.weights_digest)
-        with self.stage("tree"):
-            planted = settle(
-                self.work,
-                corpus,
-                embedder,
-                with_new_leaf(self.tree) if settings.new_leaf else lambda means: self.tree,
-                f"{self.bank.manifest.tree.sha256} {settings.new_leaf}",
-                settings.leaves,
-                self.progress("texts embedded"),
-            )
-            new_leaf = added_node(planted.tree, self.tree)
-            leaves = sorted({leaf for placed in planted.placed() for leaf in placed.leaves})
-            self.listener.end(_leaves_line(leaves, new_leaf))
+        built, new_leaf = self._place(corpus, embedder)
         with self.stage("examples"):
             teachers = settings.training.objective == "distillation"
             digest = make_examples(
-                self.work, planted, embedder, tokenizer, ExampleSettings(0.0, teachers), self.progress("windows")
+                self.work, built, embedder, tokenizer, ExampleSettings(0.0, teachers), self.progress("windows")
             )
             new = TrainingSet.open(self.work.path(EXAMPLES))
-            nodes = describe_nodes(self.work, planted, lambda text: len(tokenizer.encode(text)), new)
+            nodes = describe_nodes(self.work, built, lambda text: len(tokenizer.encode(text)), new)
             blocks = {self._target(leaf) for leaf in new.leaves}
-            moves = MovedTexts(planted.tree, new_leaf, embedder, tokenizer) if new_leaf else None
+            moves = MovedTexts(built.tree, new_leaf, embedder, tokenizer) if new_leaf else None
             self.work.stage("joined", self.digest, [digest], lambda: self._join(new, blocks, moves))
             joined = TrainingSet.open(self.work.path(JOINED))
             self.listener.end(self._texts_line(len(new), len(joined) - len(new)))
         with self.stage("training"), self.work.writing():
-            training = self._train(model, config, joined, blocks)
+            trainer = self._train(model, config, joined, blocks)
         with self.stage("bank"):
             self.work.stage(
                 "rows", [self.digest, sorted(map(str, blocks))], [digest], lambda: self._note_rows(blocks, nodes)
             )
-            reach = planted.agreement["reach"]
-            self._write(dict(training.blocks()), planted.tree if new_leaf else None, reach)
+            reach = built.agreement["reach"]
+            self._write(dict(trainer.blocks()), built.tree if new_leaf else None, reach)
             self.listener.end(f"{len(blocks)} blocks have learnt, the others are what they were")
         return Added(
             corpus.documents,
@@ -161,6 +150,23 @@ class _Adding(StagedRun):
             len(new),
             len(joined) - len(new),
         )
+
+    def _place(self, corpus: Corpus, embedder: Embedder) -> tuple[CorpusTree, Path | None]:
+        """Stage `tree`: the leaves in which the windows are learnt, and the one among them that is new."""
+        with self.stage("tree"):
+            built = place_in_tree(
+                self.work,
+                corpus,
+                embedder,
+                with_new_leaf(self.tree) if self.settings.new_leaf else lambda means: self.tree,
+                f"{self.bank.manifest.tree.sha256} {self.settings.new_leaf}",
+                self.settings.leaves,
+                self.progress("texts embedded"),
+            )
+            new_leaf = added_node(built.tree, self.tree)
+            leaves = sorted({leaf for placed in built.placed() for leaf in placed.leaves})
+            self.listener.end(_leaves_line(leaves, new_leaf))
+        return built, new_leaf
 
     @cached_property
     def _kept(self) -> TrainingSet | None:
@@ -176,7 +182,7 @@ class _Adding(StagedRun):
 
     def _target(self, leaf: Path) -> Path:
         """The node whose block learns what is learnt in a leaf: the finest on its path."""
-        found = carriers(self.bank.config, leaf)
+        found = nodes_with_block(self.bank.config, leaf)
         if not found:
             raise BankError(f"no block is on the path {leaf}", "This bank has no memory for these documents.")
         return found[-1]
@@ -203,8 +209,8 @@ class _Adding(StagedRun):
                 joined.add(example, leaves)
                 everything.add(replace(example, window=windows + example.window), leaves)
 
-    def _train(self, model: nn.Module, config: dict[str, Any], joined: TrainingSet, blocks: set[Path]) -> Training:
-        training = Training(
+    def _train(self, model: nn.Module, config: dict[str, Any], joined: TrainingSet, blocks: set[Path]) -> Trainer:
+        trainer = Trainer(
             self.work.path(TRAINING),
             model,
             replace(self.bank.config, quantization=()),
@@ -216,9 +222,9 @@ class _Adding(StagedRun):
             start=self._start,
             learns=blocks.__contains__,
         )
-        perplexity = training.run(self.listener.training)
+        perplexity = trainer.run(self.listener.training)
         self.listener.end(report.perplexity_line(perplexity, "these texts"))
-        return training
+        return trainer
 
     def _start(self, node: Path) -> Tensors | None:
         """A block's weights as the bank has them; None for a new leaf's."""

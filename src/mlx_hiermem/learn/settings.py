@@ -60,7 +60,7 @@ class TreeSettings:
 
     branching: int = 0  # children of a node; 0: chosen by the corpus' size
     depth: int = 0  # levels; 0: chosen by the corpus' size
-    leaves: int = 2  # in which one window is learnt, at most: a third hardly helps (docs/learning.md)
+    leaves: int = 2  # in which one window is learnt, at most; see benchmarks/results/routing_agreement.md
     balance: float = 1.0  # windows of a child, at most, as a multiple of its even share; blocks are of one size too
     seed: int = 0  # of k-means
 

@@ -106,12 +106,12 @@ def write_text(file: pathlib.Path, text: str) -> None:
     files.write_text(file, text, GO_ON)
 
 
-def write_lines(file: pathlib.Path, rows: Iterable[Any]) -> int:
+def write_rows(file: pathlib.Path, rows: Iterable[Any]) -> int:
     """JSON values, one a line, whole or not at all; returns how many."""
     return files.write_json_lines(file, rows, GO_ON)
 
 
-def read_lines(file: pathlib.Path) -> Iterator[Any]:
+def read_rows(file: pathlib.Path) -> Iterator[Any]:
     """The JSON values of a file of lines."""
     return (value for _, value in files.read_json_lines(file, CorpusError, "Remove it: it is written again."))
 
@@ -128,7 +128,7 @@ def with_rows(
 
     Raises CorpusError where the file does not go window by window.
     """
-    groups = itertools.groupby(read_lines(file) if file.exists() else (), key=lambda row: row["window"])
+    groups = itertools.groupby(read_rows(file) if file.exists() else (), key=lambda row: row["window"])
     following: tuple[int, list[Row]] | None = None
     for window in windows:
         if following is None:

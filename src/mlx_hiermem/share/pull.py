@@ -24,12 +24,11 @@ from mlx_hiermem.bank.block import GENERIC_FILE, block_name
 from mlx_hiermem.bank.hub import RemoteFile, commit_of, download, listing, quiet
 from mlx_hiermem.bank.manifest import BankManifest
 from mlx_hiermem.bank.policy import POLICY
-from mlx_hiermem.bank.remote import Origin
+from mlx_hiermem.bank.remote import REMOTE, Origin
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import BankError, HierMemError, HubError, OutputError
 from mlx_hiermem.files import locked, partial_name, to_disk, writing
-
-Progress = Callable[[int, int], None]  # (bytes here, bytes wanted)
+from mlx_hiermem.progress import Progress
 
 WORKERS = 8  # downloads at a time: blocks are small, and most of a small download is waiting
 INCOMING = ".incoming"
@@ -251,7 +250,9 @@ def _take_over(folder: pathlib.Path, origin: Origin) -> None:
     Raises OutputError where the folder is something else's.
     """
     before = Origin.read(folder / "bank")
-    if not before and any(folder.iterdir()):
+    # Killed before its first file had its name, a pull leaves a bank/ with at most a part of that file.
+    begun = {"bank", f"bank/{REMOTE}", f"bank/{partial_name(pathlib.Path(REMOTE)).name}"}
+    if not before and not {file.relative_to(folder).as_posix() for file in folder.rglob("*")} <= begun:
         raise OutputError(f"something else is being written to {folder}", "End it, or remove that folder.")
     if before and (before.repo, before.revision) != (origin.repo, origin.revision):
         for child in folder.iterdir():

@@ -16,10 +16,12 @@ from typing import Any
 
 from mlx_hiermem.anchor import read_config
 from mlx_hiermem.assets import cache_folder
-from mlx_hiermem.bank.bank import MANIFEST
+from mlx_hiermem.bank.bank import MANIFEST, TREE
+from mlx_hiermem.bank.block import GENERIC_FILE, block_name
 from mlx_hiermem.bank.hub import commit_of, download, listing, quiet, speaking
 from mlx_hiermem.bank.manifest import BankManifest
-from mlx_hiermem.errors import AnchorError, HubError
+from mlx_hiermem.errors import AnchorError, HierMemError, HubError
+from mlx_hiermem.files import read_json
 from mlx_hiermem.share.pull import pull
 
 HUB_ID = re.compile(r"([\w-][\w.-]*)/([\w-][\w.-]*?)(?:@([\w./-]+))?")
@@ -97,8 +99,31 @@ def _snapshot(repo: str, revision: str | None) -> pathlib.Path | None:
         folder = pathlib.Path(name)
     except Exception:  # not there, or not whole: then the hub is asked, and says what is wrong
         return None
-    whole = (folder / "bank" / MANIFEST).is_file() or (folder / "config.json").is_file()
-    return folder if whole else None
+    return folder if _is_whole(folder) else None
+
+
+def _is_whole(folder: pathlib.Path) -> bool:
+    """Whether a model's files are all there: config and weights, every shard of an index, every block of a bank.
+
+    Somebody may have downloaded config.json alone, or bank.json.
+    """
+    anchor = folder / "anchor" if (folder / "anchor").is_dir() else folder
+    index = anchor / "model.safetensors.index.json"
+    try:
+        if index.is_file():
+            shards = set(read_json(index, AnchorError)["weight_map"].values())
+            weights = bool(shards) and all((anchor / name).is_file() for name in shards)
+        else:
+            weights = any(anchor.glob("model*.safetensors"))
+        if not (anchor / "config.json").is_file() or not weights:
+            return False
+        if not (folder / "bank").is_dir():
+            return True
+        manifest = BankManifest.read(folder / "bank" / MANIFEST)
+    except (HierMemError, KeyError, TypeError, AttributeError):
+        return False
+    names = [TREE, *(block_name(node) for node in manifest.blocks), *([GENERIC_FILE] if manifest.generic else [])]
+    return all((folder / "bank" / name).is_file() for name in names)
 
 
 def _plain(repo: str, revision: str | None) -> pathlib.Path:

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import pathlib
+import statistics
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +25,7 @@ from mlx_hiermem.learn.corpus.duplicates import Seen
 from mlx_hiermem.learn.corpus.windows import splintered, split, untruncated
 from mlx_hiermem.learn.records import Document, Skipped, Window
 from mlx_hiermem.learn.settings import CorpusSettings
-from mlx_hiermem.learn.work import PROMPTS, SKIPPED, STUDY, WINDOWS, Work, count_lines, read_lines, write_lines
+from mlx_hiermem.learn.work import PROMPTS, SKIPPED, STUDY, WINDOWS, Work, count_lines, read_rows, write_rows
 
 FOREIGN = 0.25  # share of splintered tokens from which on a corpus is not in English; see `splintered`
 LOOKED_AT = 500  # windows, by which the language is judged
@@ -57,7 +58,7 @@ class Corpus:
         return with_given if with_given.exists() else self.work.path(STUDY)
 
     def windows(self) -> Iterator[Window]:
-        return (Window(**row) for row in read_lines(self.work.path(WINDOWS)))
+        return (Window(**row) for row in read_rows(self.work.path(WINDOWS)))
 
     def read(self, numbers: Iterable[int]) -> Iterator[Window]:
         """Windows by their numbers, in this order."""
@@ -77,7 +78,7 @@ class Corpus:
         return found
 
     def skipped(self) -> Iterator[Skipped]:
-        return (Skipped(**row) for row in read_lines(self.work.path(SKIPPED)))
+        return (Skipped(**row) for row in read_rows(self.work.path(SKIPPED)))
 
 
 def read_corpus(
@@ -98,15 +99,13 @@ def read_corpus(
 
             documents = _new_documents(readers.read(sources, settings.field, settings.title), seen, skip, progress)
             windows = _windows(documents, reader, settings.tokens)
-            count = write_lines(work.path(WINDOWS), map(asdict, windows))
+            count = write_rows(work.path(WINDOWS), map(asdict, windows))
         beside.replace(work.path(SKIPPED))
         if not count:
-            first = next(
-                (f": {row['what']} is skipped, {row['why']}" for row in read_lines(work.path(SKIPPED))), ""
-            )
+            first = next((f": {row['what']} is skipped, {row['why']}" for row in read_rows(work.path(SKIPPED))), "")
             raise CorpusError(
                 f"there is nothing to learn in {', '.join(sources)}{first}",
-                "Readable are .txt .md .html .pdf .jsonl files, folders of them, and data sets of the hub.",
+                "Readable: .txt .md .html .pdf .docx .pptx .epub .csv .jsonl files, folders of them, data sets.",
             )
 
         if not settings.any_language:
@@ -116,8 +115,10 @@ def read_corpus(
 
 
 def _check_language(work: Work, tokenizer: Tokenizer) -> None:
-    windows = itertools.islice(read_lines(work.path(WINDOWS)), LOOKED_AT)
-    share = splintered(" ".join(row["text"] for row in windows), tokenizer)
+    texts: dict[int, list[str]] = {}  # by document, each of which counts alike: one long table decides nothing
+    for row in itertools.islice(read_rows(work.path(WINDOWS)), LOOKED_AT):
+        texts.setdefault(row["document"], []).append(row["text"])
+    share = statistics.median(splintered(" ".join(parts), tokenizer) for parts in texts.values())
     if share > FOREIGN:
         raise CorpusError(
             f"the corpus does not seem to be in English, the sentence embedder's language: {share:.0%} of its "

@@ -4,21 +4,29 @@ Nothing here knows a subject matter. An answer is a number, a run of words in ca
 or the last words of a sentence, if need be its last word. Sentences that differ only in their subjects and answers
 have one *shape*: many a corpus says the same of everything it describes, and a question found for one of them fits
 all.
+
+Facts can be turned round. A language model that has learnt that the code of penicillin is J01C does not know which
+medicine has the code J01C: it learns one direction at a time. So where almost every window of a common shape has a
+value of its own, the value is given and the subject asked for. A *reversed* fact has the value for its subject, and
+the subject for its answer, and is treated like any other.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from mlx_hiermem.learn.corpus.windows import sentences
 from mlx_hiermem.learn.records import Window
+from mlx_hiermem.learn.study.patterns import patterns
 from mlx_hiermem.learn.tree.probes import about, names
 
 SUBJECT, BLANK, OTHER = "\u2983", "\u2984", "\u2985"  # in a shape: the subject, the answer, other answers
-FACTS = 10  # of a window at most
-COMMON = 8  # windows from which on a shape is worth many wordings
+FACTS = 10  # of a window, at most
+COMMON = 8  # windows of one shape, from which on it is worth many wordings
+DISTINCT = 0.8  # share of a shape's windows that must have a value of their own before it is turned round
 FEW = 4  # facts, below which a window's plain sentences are asked for their last words
 WORDS = 60  # of a sentence; what is longer says too much at once to be asked about
 
@@ -30,18 +38,9 @@ ENTRY = re.compile(
 )
 ANSWER = re.compile(f"{NUMBER}|{NAME}")
 LEADING = re.compile(r"(?:(?:The|A|An) )?([A-Z][\w'’-]{2,}(?: (?:(?:of|the) )?[A-Z][\w'’-]*)*) (?=[a-z])")
-# Words that a sentence begins with and that name nothing.
-OPENERS = re.compile(
-    "(?:the|s?he|they|you|his|hers?|its|our|their|your|this|that|these|those|there|here|who|what|which|when|where|while|"
-    "why|how|after|before|since|until|during|although|though|because|but|and|yet|nor|for|from|with|without|into|under|"
-    "over|between|among|about|some|many|most|much|more|few|all|any|both|each|every|another|other|such|one|two|three|"
-    "then|thus|hence|also|however|therefore|moreover|instead|today|now|once|later|often|sometimes|only|not|according)",
-    re.IGNORECASE,
-)
 ENDING = re.compile(
     r"(?:\b(?:is|are|was|were|by|in|of|as|to|at|on|for|with|from|a|an|the)|:) ([\w'’-]+(?: [\w'’-]+){0,2})[.!]?$"
 )
-
 LAST = re.compile(r"\w ([\w'’-]{3,})[.!]?$")
 
 
@@ -93,7 +92,7 @@ def _of_sentence(window: int, subject: str, text: str) -> Iterator[Fact]:
 
     Where the window has no subject, a sentence may begin with its own.
     """
-    if not subject and (leading := LEADING.match(text)) and not OPENERS.fullmatch(leading[1]):
+    if not subject and (leading := LEADING.match(text)) and not patterns().openers.fullmatch(leading[1]):
         subject = leading[1]
     entries = [f"{found[1]}: {found[2]}" for found in ENTRY.finditer(text)]
     if len(entries) > 1:
@@ -141,3 +140,31 @@ def without(subject: str, text: str) -> str:
     if not subject:
         return text
     return re.sub(rf"(?<!\w){re.escape(subject)}(?!\w)", SUBJECT, text, flags=re.IGNORECASE)
+
+
+def reversible(shapes: Mapping[str, Sequence[Fact]]) -> dict[str, list[Fact]]:
+    """Of each shape whose values tell its subjects apart, the facts turned round; ambiguous values are left out.
+
+    Values are told apart among these windows, not in the whole corpus. Mere numbers are left out: a small memory
+    hardly learns which name belongs to a number (docs/decisions/).
+    """
+    found = dict[str, list[Fact]]()
+    for shape, alike in shapes.items():
+        counts = Counter(fact.answer.casefold() for fact in alike)
+        distinct = [fact for fact in alike if counts[fact.answer.casefold()] == 1 and _can_be_turned(fact)]
+        subjects = {fact.subject for fact in distinct}
+        if len(subjects) >= COMMON and len(distinct) >= DISTINCT * len(alike):
+            found[shape] = [_turned(fact) for fact in distinct]
+    return found
+
+
+def _can_be_turned(fact: Fact) -> bool:
+    named = fact.subject != "" and mention(fact.sentence, fact.subject) != (0, 0)
+    return named and any(map(str.isalpha, fact.answer))
+
+
+def _turned(fact: Fact) -> Fact:
+    """The answer becomes the subject, and the subject, written as the title has it, the answer."""
+    start, end = mention(fact.sentence, fact.subject)
+    sentence = fact.sentence[:start] + fact.subject + fact.sentence[end:]
+    return replace(fact, subject=fact.answer, sentence=sentence, start=start, end=start + len(fact.subject))

@@ -1,7 +1,9 @@
 """Which wordings are kept: those by which a model that has the window before it finds the answer.
 
 A wording is tried on a few of the windows that say the same of different subjects. There it has to make the right
-answer likelier, token by token, than every other answer of that window.
+answer likelier, token by token, than every other answer of that window. The wordings of reversed facts are tried
+with two windows before the model, one of them about another subject: the right subject must be likelier after its
+own value than after the other's.
 """
 
 from __future__ import annotations
@@ -9,24 +11,18 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from mlx_hiermem.learn.records import Window
 from mlx_hiermem.learn.settings import StudySettings
 from mlx_hiermem.learn.study.facts import Fact
+from mlx_hiermem.learn.study.patterns import patterns
 from mlx_hiermem.learn.study.teacher import Teacher
 from mlx_hiermem.learn.study.wordings import Wording
 from mlx_hiermem.learn.tree.probes import FRAME
-
-EXAMPLE = (  # answers are short, and a name, a number or a code: after numbers alone a capital was read as a year
-    "Penicillin is a medicine with the code J01C. It was found by Alexander Fleming in 1928.\n\n"
-    "Question: Who found penicillin?\nAnswer: Alexander Fleming\n\n"
-    "Question: In which year was penicillin found?\nAnswer: 1928\n\n"
-    "Question: What is the code of penicillin?\nAnswer: J01C\n\n"
-)
-Share = Callable[[float], None]
+from mlx_hiermem.progress import FractionDone
 
 
 @dataclass(frozen=True)
@@ -38,21 +34,21 @@ class Tried:
     log_p: float
 
 
-class Asker(Protocol):
-    """Who tries wordings."""
+class Judge(Protocol):
+    """Says of wordings whether a model finds the answer by them."""
 
     def log_ps(self, asked: Sequence[tuple[Fact, Wording]]) -> Iterable[tuple[Fact, Wording, float]]:
         """Mean log p of each fact's answer; -inf where another one is found."""
 
 
 @dataclass(frozen=True)
-class Reader:
-    """Asks a teacher with windows before it. `tell` is told which share of them is done."""
+class WindowJudge:
+    """Asks a teacher that has the fact's window before it."""
 
     teacher: Teacher
     windows: Mapping[int, Window]
-    answers: Mapping[int, list[str]]  # of each window, all
-    tell: Share
+    answers: Mapping[int, list[str]]  # all of each window
+    tell: FractionDone
 
     def log_ps(self, asked: Sequence[tuple[Fact, Wording]]) -> Iterator[tuple[Fact, Wording, float]]:
         """Of each fact's answer; -inf where another answer of its window is likelier."""
@@ -61,17 +57,48 @@ class Reader:
             by_window[fact.window].append((fact, wording))
         for done, (number, own) in enumerate(by_window.items(), 1):
             prompts = [(as_asked(wording, fact.subject), fact.answer) for fact, wording in own]
-            beginning = f"{EXAMPLE}{named(self.windows[number].text, own[0][0].subject)}\n\n"
+            beginning = f"{patterns().example}{named(self.windows[number].text, own[0][0].subject)}\n\n"
             found = self.teacher.finds(beginning, prompts, self.answers[number])
             for (fact, wording), log_p in zip(own, found, strict=True):
                 yield fact, wording, log_p
             self.tell(done / len(by_window))
 
 
+@dataclass(frozen=True)
+class PairJudge:
+    """Asks a teacher that has a window and another one of the same shape before it."""
+
+    teacher: Teacher
+    windows: Mapping[int, Window]
+    facts: Mapping[str, Sequence[Fact]]
+    rng: random.Random
+    tell: FractionDone
+
+    def log_ps(self, asked: Sequence[tuple[Fact, Wording]]) -> Iterator[tuple[Fact, Wording, float]]:
+        """Of each fact's subject; -inf where it is no likelier than after the other window's value.
+
+        Which of two subjects is likelier says little: a small model prefers the one that it read last.
+        """
+        by_fact = defaultdict[Fact, list[Wording]](list)
+        for fact, wording in asked:
+            by_fact[fact].append(wording)
+        for done, (fact, wordings) in enumerate(by_fact.items(), 1):
+            others = [one for one in self.facts[fact.shape] if one.answer != fact.answer]
+            other = self.rng.choice([one for one in others if one.window != fact.window] or others)
+            both = self.rng.sample([fact, other], 2)
+            text = "\n\n".join(named(self.windows[one.window].text, one.answer) for one in both)
+            values = [one.subject for one in (fact, other)]
+            prompts = [(as_asked(wording, value), fact.answer) for wording in wordings for value in values]
+            found = self.teacher.finds(f"{patterns().example}{text}\n\n", prompts, [])
+            for wording, right, wrong in zip(wordings, found[::2], found[1::2], strict=True):
+                yield fact, wording, right if right > wrong else -math.inf
+            self.tell(done / len(by_fact))
+
+
 def try_out(
     shapes: Mapping[str, Sequence[Fact]],
     invented: Mapping[str, Sequence[Wording]],
-    asker: Asker,
+    judge: Judge,
     settings: StudySettings,
     rng: random.Random,
 ) -> dict[str, list[Tried]]:
@@ -92,7 +119,7 @@ def try_out(
             if not log_ps or _right(log_ps) >= settings.right
             for fact in order[shape, wording][begin:end]
         ]
-        for fact, wording, log_p in asker.log_ps(asked):
+        for fact, wording, log_p in judge.log_ps(asked):
             results[fact.shape, wording].append(log_p)
     kept: dict[str, list[Tried]] = {shape: [] for shape in shapes}
     for (shape, wording), log_ps in results.items():

@@ -1,12 +1,15 @@
 """Prompts that the user gives: what is to be said, and in which words, is known better than self-study can guess.
 
-A line of the file names a document and has one of three forms, the first two as mlx-lm's trainer takes them:
+A line of the file names a document and has one of four forms, the first two as mlx-lm's trainer takes them:
 
     {"document": "Gold", "prompt": "The symbol of gold is", "completion": " Au."}
     {"document": "Gold", "messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
     {"document": "Gold", "question": "Which symbol does gold have?", "answer": "Au"}
+    {"document": "Gold", "text": "Gold, whose symbol is Au, is a metal that does not rust."}
 
-They join the rows of self-study, where there are any, in the window of the document that has most of their words:
+A question is learnt twice, as `Question: … Answer:` and in the chat template: people ask in a chat, and what was
+learnt in one form is known less well in the other. They join the rows of self-study, where there are any, in the
+window of the document that has most of their words:
 
     prompts.jsonl   what study.jsonl has, and {"window", "prompt", "answer", "chat", "given": true, ...}
 """
@@ -22,31 +25,27 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from mlx_hiermem.errors import CorpusError, HierMemError
+from mlx_hiermem.errors import CorpusError, FileError
+from mlx_hiermem.files import read_lines
 from mlx_hiermem.learn.corpus.corpus import Corpus
 from mlx_hiermem.learn.records import Prompt
 from mlx_hiermem.learn.tree.probes import FRAME, names, with_subjects
-from mlx_hiermem.learn.work import PROMPTS, STUDY, Row, Work, read_lines, write_lines
+from mlx_hiermem.learn.work import PROMPTS, STUDY, Row, Work, read_rows, write_rows
 
 FORMS = (
     'A line has a "document", its title or file, and "prompt" and "completion", or "question" and "answer", '
-    'or "messages" of a user and an assistant.'
+    'or "messages" of a user and an assistant, or a "text".'
 )
 
 
 def read_prompts(file: pathlib.Path) -> tuple[Prompt, ...]:
-    """All prompts of a file. Raises HierMemError for the first line that is none."""
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise HierMemError(f"cannot read {file}: {getattr(error, 'strerror', '') or 'it is not UTF-8'}") from error
+    """All prompts of a file. Raises FileError for the first line that is none."""
     found = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                found.append(parse(line))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise HierMemError(f"line {number} of {file} is no prompt with what follows it", FORMS) from error
+    for number, line in read_lines(file):
+        try:
+            found.append(parse(line))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FileError(f"line {number} of {file} is no prompt with what follows it", FORMS) from error
     return tuple(found)
 
 
@@ -60,9 +59,11 @@ def parse(line: str) -> Prompt:
             found = Prompt(document, prompt, answer)
         case {"document": str(document), "question": str(question), "answer": str(answer)}:
             found = Prompt(document, question, answer, framed=True)
+        case {"document": str(document), "text": str(text)}:
+            found = Prompt(document, "", text)
         case _:
             raise ValueError("it has none of the forms")
-    if not (found.prompt.strip() and found.answer.strip()):
+    if not found.answer.strip() or not (found.prompt.strip() or "text" in row):
         raise ValueError("a part of it is empty")
     return found
 
@@ -87,7 +88,7 @@ def about_windows(corpus: Corpus, given: Sequence[Prompt]) -> list[Row]:
     for one, (common, _, _) in zip(given, best, strict=True):
         if common < 0:
             raise not_there(one.document, "a prompt")
-    rows = [_row(one, window, subject) for one, (_, window, subject) in zip(given, best, strict=True)]
+    rows = [row for one, (_, window, of) in zip(given, best, strict=True) for row in _rows(one, window, of)]
     return sorted(rows, key=_window)
 
 
@@ -99,8 +100,8 @@ def give(work: Work, rows: Sequence[Row], studied: str) -> str:
             work.path(PROMPTS).unlink(missing_ok=True)
             return
         study = work.path(STUDY)
-        own = read_lines(study) if study.exists() else iter(())
-        write_lines(work.path(PROMPTS), heapq.merge(own, rows, key=_window))
+        own = read_rows(study) if study.exists() else iter(())
+        write_rows(work.path(PROMPTS), heapq.merge(own, rows, key=_window))
 
     stamp = hashlib.sha256(json.dumps(rows).encode()).hexdigest() if rows else None
     return work.stage("prompts", stamp, [studied], make)
@@ -114,13 +115,16 @@ def _words(text: str) -> set[str]:
     return set(re.findall(r"\w+", text.lower()))
 
 
-def _row(one: Prompt, window: int, subject: str) -> Row:
-    row: dict[str, Any] = {"window": window, "prompt": one.prompt, "answer": one.answer, "chat": one.chat}
-    if one.framed:
-        row |= {"question": one.prompt, "prompt": FRAME.format(one.prompt)}
+def _rows(one: Prompt, window: int, subject: str) -> list[Row]:
+    row: dict[str, Any] = {"window": window, "answer": one.answer, "given": True}
+    if not one.prompt:
+        return [row]  # a text is learnt as it stands
+    row |= {"prompt": one.prompt, "chat": one.chat}
     if names(one.answer, subject) and not names(one.prompt, subject):
         row |= {"reversed": True}
-    return row | {"given": True}
+    if not one.framed:
+        return [row]
+    return [row | {"question": one.prompt, "prompt": FRAME.format(one.prompt)}, row | {"chat": True}]
 
 
 def not_there(document: str, what: str) -> CorpusError:

@@ -8,7 +8,7 @@ the window's own words, so nothing is learnt that it does not say.
 
     study.jsonl   {"window", "prompt", "question", "answer", "chat", "reversed"}: in the order of their windows;
                   "question" is the prompt without its frame, where it has one, and "reversed" is there where the
-                  answer is what the window is about (see `reverse`)
+                  answer is what the window is about (see `facts`)
 """
 
 from __future__ import annotations
@@ -18,25 +18,26 @@ import itertools
 import json
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
 from mlx_hiermem.learn.corpus.corpus import Corpus
 from mlx_hiermem.learn.records import Window
 from mlx_hiermem.learn.settings import StudySettings
-from mlx_hiermem.learn.study.facts import COMMON, Fact, facts, mention, worth_asking
-from mlx_hiermem.learn.study.judge import Reader, Share, Tried, try_out
-from mlx_hiermem.learn.study.noted import NotedTeacher
-from mlx_hiermem.learn.study.reverse import reversible, try_reversed
-from mlx_hiermem.learn.study.teacher import Teacher
-from mlx_hiermem.learn.study.wordings import OWN, RARE, SYNONYM, Wording, echo, names_of, own_beginning, wordings
+from mlx_hiermem.learn.study.facts import COMMON, Fact, facts, mention, reversible, worth_asking
+from mlx_hiermem.learn.study.judge import PairJudge, Tried, WindowJudge, try_out
+from mlx_hiermem.learn.study.patterns import patterns
+from mlx_hiermem.learn.study.teacher import CachedTeacher, Teacher
+from mlx_hiermem.learn.study.wordings import Wording, echo, names_of, own_beginning, reversed_wordings, wordings
 from mlx_hiermem.learn.tree.probes import FRAME, with_subjects
-from mlx_hiermem.learn.work import STUDY, Work, read_lines, write_lines
+from mlx_hiermem.learn.work import STUDY, Work, read_rows, write_rows
+from mlx_hiermem.progress import FractionDone, Progress, unheard
 
 TOGETHER = 256  # windows that are studied at a time: a wording is shared among these, and a killed run repeats them
-Progress = Callable[[int, int], None]
+RIGHT, TRIED = 0.65, 12  # for reversed facts: by chance half the tries would be right, so there are more of them
+NAMES = 4  # of what is asked for, by which a value is introduced, at most: "the code J01C"
 
 
 def study(
@@ -45,7 +46,7 @@ def study(
     teacher: Callable[[], Teacher] | None,
     identity: str,
     settings: StudySettings,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = unheard,
 ) -> str:
     """Stage `study`: writes study.jsonl and returns its digest; without a teacher there is none.
 
@@ -55,9 +56,11 @@ def study(
     if teacher is None:
         return work.stage("study", None, [corpus.digest], lambda: work.path(STUDY).unlink(missing_ok=True))
 
+    made_of = [identity, asdict(settings), patterns().digest]
+
     def make() -> None:
         parts = work.path("study.parts")
-        mark = hashlib.sha256(json.dumps([corpus.digest, identity, asdict(settings)]).encode()).hexdigest()[:16]
+        mark = hashlib.sha256(json.dumps([corpus.digest, *made_of]).encode()).hexdigest()[:16]
         parts.mkdir(exist_ok=True)
         loaded, files, done = teacher(), [], 0
         for number, some in enumerate(_together(corpus)):
@@ -65,27 +68,27 @@ def study(
             if not file.exists():
                 rng = random.Random(f"{settings.seed} {number}")
                 tell = partial(_told, progress, done, len(some), corpus.count)
-                noted = NotedTeacher.of(loaded, file.with_suffix(".notes"))
-                write_lines(file, _studied(some, noted, settings, rng, tell))
-                noted.file.unlink(missing_ok=True)
+                cached = CachedTeacher.of(loaded, file.with_suffix(".replies"))
+                write_rows(file, _studied(some, cached, settings, rng, tell))
+                cached.file.unlink(missing_ok=True)
             files.append(file)
             done += len(some)
             progress(done, corpus.count)
-        write_lines(work.path(STUDY), (row for file in files for row in read_lines(file)))
+        write_rows(work.path(STUDY), (row for file in files for row in read_rows(file)))
         for file in parts.iterdir():
             file.unlink()
         parts.rmdir()
 
-    return work.stage("study", [identity, asdict(settings)], [corpus.digest], make)
+    return work.stage("study", made_of, [corpus.digest], make)
 
 
 def _told(progress: Progress, done: int, together: int, total: int, share: float) -> None:
-    """Of the windows that are studied together, a share."""
+    """Tells how many windows are done, when a share of those that are studied together is."""
     progress(done + int(share * together), total)
 
 
-def _part(tell: Share, begin: float, end: float, share: float) -> None:
-    """Of the whole work, the share that a part of it has done."""
+def _part(tell: FractionDone, begin: float, end: float, share: float) -> None:
+    """Tells how much of the whole work is done, when a share of the part from `begin` to `end` is."""
     tell(begin + share * (end - begin))
 
 
@@ -105,9 +108,9 @@ def _studied(
     teacher: Teacher,
     settings: StudySettings,
     rng: random.Random,
-    tell: Share,
+    tell: FractionDone,
 ) -> Iterator[dict[str, Any]]:
-    """The rows of some windows. `tell` is told which share of the work is done."""
+    """The rows of some windows. `tell` is told how much of the work is done."""
     found = {window.id: facts(window, subject) for window, subject in windows}
     counts = Counter(shape for own in found.values() for shape in {fact.shape for fact in own})
     common = {shape for shape, count in counts.items() if count >= COMMON}
@@ -119,8 +122,8 @@ def _studied(
     invented = _invent(shapes, teacher, settings, rng, partial(_part, tell, 0, 0.5))
     answers = {number: list(dict.fromkeys(fact.answer for fact in own)) for number, own in by_window.items()}
     by_id = {window.id: window for window, _ in windows}
-    reader = Reader(teacher, by_id, answers, partial(_part, tell, 0.5, 0.9))
-    kept = try_out(shapes, invented, reader, settings, rng)
+    judge = WindowJudge(teacher, by_id, answers, partial(_part, tell, 0.5, 0.9))
+    kept = try_out(shapes, invented, judge, settings, rng)
     back = reversible(shapes) if settings.reversed_questions or settings.reversed_statements else {}
     kept_back = try_reversed(back, kept, by_id, teacher, settings, rng, partial(_part, tell, 0.9, 1))
     turned = defaultdict[int, list[Fact]](list)
@@ -142,10 +145,10 @@ def _new(fact: Fact, kept: dict[str, list[Tried]], asked: set[str]) -> list[Word
 
 
 def _invent(
-    shapes: dict[str, list[Fact]], teacher: Teacher, settings: StudySettings, rng: random.Random, tell: Share
+    shapes: dict[str, list[Fact]], teacher: Teacher, settings: StudySettings, rng: random.Random, tell: FractionDone
 ) -> dict[str, list[Wording]]:
     """Wordings for each shape: many where it is common, by the first few patterns elsewhere."""
-    found: dict[str, list[Wording]] = {shape: [] for shape in shapes}
+    known, found = patterns(), {shape: list[Wording]() for shape in shapes}
     for rare, common in enumerate((True, False)):
         some = [
             rng.sample(own, min(len(own), settings.invented if common else 1))
@@ -153,7 +156,7 @@ def _invent(
             if (len(own) >= COMMON) == common and own[0].subject
         ]
         asked = [
-            (facts[i % len(facts)], name, SYNONYM if i and common else OWN if common else RARE)
+            (facts[i % len(facts)], name, known.synonym if i and common else known.own if common else known.rare)
             for facts, names in zip(some, names_of(teacher, some, common, settings.seed), strict=True)
             for i, name in enumerate(names if common else names[:1])
         ]
@@ -161,6 +164,30 @@ def _invent(
         for (fact, _, _), new in zip(asked, lines, strict=True):
             found[fact.shape] += [wording for wording in new if wording not in found[fact.shape]]
     return found
+
+
+def try_reversed(
+    facts: Mapping[str, Sequence[Fact]],
+    kept: Mapping[str, Sequence[Tried]],
+    windows: Mapping[int, Window],
+    teacher: Teacher,
+    settings: StudySettings,
+    rng: random.Random,
+    tell: FractionDone,
+) -> dict[str, list[Tried]]:
+    """The wordings that are kept for each shape of reversed facts. `kept` are those of the facts as they stand:
+    a value is introduced by the names by which it was found."""
+    asked = [
+        (fact, name)
+        for shape, alike in facts.items()
+        for name in list(dict.fromkeys(one.wording.what for one in kept[shape] if one.wording.what))[:NAMES]
+        for fact in rng.sample(alike, min(len(alike), settings.invented))
+    ]
+    found: dict[str, list[Wording]] = {shape: [] for shape in facts}
+    for (fact, _), new in zip(asked, reversed_wordings(teacher, asked, partial(_part, tell, 0, 0.5)), strict=True):
+        found[fact.shape] += [wording for wording in new if wording not in found[fact.shape]]
+    judge = PairJudge(teacher, windows, facts, rng, partial(_part, tell, 0.5, 1))
+    return try_out(facts, found, judge, replace(settings, right=RIGHT, tried=TRIED, first_tried=TRIED), rng)
 
 
 def _rows(fact: Fact, kept: Sequence[Wording], window: Window, settings: StudySettings) -> Iterator[dict[str, Any]]:

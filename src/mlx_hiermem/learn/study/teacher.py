@@ -1,4 +1,4 @@
-"""A language model that writes one line after each of many prompts: what self-study asks of it.
+"""The language model that studies: it writes a line after each of many prompts, and says how sure it is of answers.
 
 The prompts share a beginning, which is read once. Any model of mlx-lm will do; by default it is the anchor.
 """
@@ -6,6 +6,8 @@ The prompts share a beginning, which is read once. Any model of mlx-lm will do; 
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import pathlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +22,8 @@ from mlx_lm.sample_utils import make_sampler
 
 from mlx_hiermem.cpu import report_slow_blas
 from mlx_hiermem.errors import AnchorError
-from mlx_hiermem.partial import read_once, spread
+from mlx_hiermem.partial import prefill, repeat_cache
+from mlx_hiermem.progress import FractionDone, unheard_fraction
 from mlx_hiermem.tokenizer import encode_text
 
 BATCH = 32  # lines written at a time; when one is done, no other takes its place: that would copy all their caches
@@ -39,11 +42,11 @@ class Teacher:
         tokens: int,
         temperature: float = 0.0,
         seed: int = 0,
-        tell: Callable[[float], None] = lambda share: None,
+        tell: FractionDone = unheard_fraction,
     ) -> list[str]:
-        """What the model writes after each (beginning, prompt), up to the end of the line or so many tokens.
+        """What the model writes after each (beginning, prompt), up to the end of the line or a number of tokens.
 
-        A beginning that several prompts share is read once. `tell` is told the share that is done.
+        A beginning that several prompts share is read once. `tell` is told how much is done.
         """
         mx.random.seed(seed)
         caches = {beginning: self._read(beginning) for beginning in dict.fromkeys(b for b, _ in asked)}
@@ -96,7 +99,7 @@ class Teacher:
         `others` that began the same way is likelier.
         """
         read = encode_text(self.tokenizer, beginning)
-        cache = read_once(self.model, read)
+        cache = prefill(self.model, read)
         before = [] if cache else read
         rivals = [self._encode(f" {other}") for other in others]
         rows = [(before + self._encode(prompt), self._encode(f" {answer}")) for prompt, answer in asked]
@@ -115,11 +118,58 @@ class Teacher:
         tokens = np.zeros((len(rows), length), np.int32)
         for row, (prompt, answer) in zip(tokens, rows, strict=True):
             row[: len(prompt) + len(answer) - 1] = prompt + answer[:-1]
-        logits = self.model(mx.array(tokens), cache=None if cache is None else spread(cache, len(rows)))
+        logits = self.model(mx.array(tokens), cache=None if cache is None else repeat_cache(cache, len(rows)))
         return [
             np.array(nn.log_softmax(own[len(prompt) - 1 : len(prompt) + len(answer) - 1].astype(mx.float32)))
             for own, (prompt, answer) in zip(logits, rows, strict=True)
         ]
+
+
+@dataclass(frozen=True)
+class CachedTeacher(Teacher):
+    """A teacher whose replies are kept in a file: a study that was killed does not ask for them again.
+
+    Some hundred windows are studied together, which takes a small computer minutes; each reply is kept as it comes.
+    """
+
+    asked: Teacher  # answers what is not in the file yet
+    file: pathlib.Path
+    known: dict[str, list[Any]]
+
+    @classmethod
+    def of(cls, teacher: Teacher, file: pathlib.Path) -> CachedTeacher:
+        whole = b""
+        if file.exists():
+            whole, _, torn = file.read_bytes().rpartition(b"\n")
+            if torn:
+                file.write_bytes(whole + b"\n" if whole else b"")
+        notes = (json.loads(line) for line in whole.splitlines())
+        return cls(teacher.model, teacher.tokenizer, teacher, file, {note["of"]: note["answer"] for note in notes})
+
+    def lines(
+        self,
+        asked: Sequence[tuple[str, str]],
+        tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        tell: FractionDone = unheard_fraction,
+    ) -> list[str]:
+        """As `Teacher.lines`."""
+        given = ["lines", list(asked), tokens, temperature, seed]
+        return self._cached(given, lambda: self.asked.lines(asked, tokens, temperature, seed, tell))
+
+    def finds(self, beginning: str, asked: Sequence[tuple[str, str]], others: Sequence[str]) -> list[float]:
+        """As `Teacher.finds`."""
+        given = ["finds", beginning, list(asked), list(others)]
+        return self._cached(given, lambda: self.asked.finds(beginning, asked, others))
+
+    def _cached(self, given: list[Any], ask: Callable[[], list[Any]]) -> list[Any]:
+        key = hashlib.sha256(json.dumps(given).encode()).hexdigest()[:32]
+        if key not in self.known:
+            self.known[key] = ask()
+            with self.file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"of": key, "answer": self.known[key]}) + "\n")
+        return self.known[key]
 
 
 def load_teacher(name: str) -> Teacher:

@@ -1,4 +1,4 @@
-"""Ways to ask for a fact, invented by a language model.
+"""Wordings: ways to ask for a fact, invented by a language model.
 
 A small model cannot write a good question when it is told to, but it can do two things well: say a word in other
 words, and go on with a pattern. So it first says what is asked for (the sentence's own words give one name for it,
@@ -10,127 +10,16 @@ subjects of everyday knowledge, and continues it with the subject and each of th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from mlx_hiermem.learn.study.facts import SUBJECT, Fact, without
+from mlx_hiermem.learn.study.patterns import patterns
 from mlx_hiermem.learn.study.teacher import Teacher
+from mlx_hiermem.progress import FractionDone, unheard_fraction
 
-# What the examples are about, and what is asked for.
-SHOWN = [
-    ("penicillin", "code"),
-    ("Mount Everest", "height"),
-    ("Macbeth", "author"),
-    ("the Danube", "length in km"),
-    ("Marie Curie", "place where she was born"),
-]
-# A pattern's lines, and whether they are statements that the answer ends.
-PATTERNS = [
-    ([f"What is the {what} of {subject}?" for subject, what in SHOWN], False),
-    ([f"I would like to know the {what} of {subject}." for subject, what in SHOWN], False),
-    ([f"The {what} of {subject} is" for subject, what in SHOWN], True),
-    (
-        [
-            "Under which code is penicillin listed?",
-            "How high is Mount Everest?",
-            "Who wrote Macbeth?",
-            "How long is the Danube?",
-            "Where was Marie Curie born?",
-        ],
-        False,
-    ),
-    ([f"Can you tell me the {what} of {subject}?" for subject, what in SHOWN], False),
-    ([f"Which {what} does {subject} have?" for subject, what in SHOWN], False),
-    ([f"{subject[0].upper()}{subject[1:]} has what {what}?" for subject, what in SHOWN], False),
-    ([f"{subject[0].upper()}{subject[1:]} has the {what}" for subject, what in SHOWN], True),
-    (
-        [
-            "In lists of medicines, penicillin has the code",
-            "Among mountains, Mount Everest has the height",
-            "Among plays, Macbeth has the author",
-            "On the map, the Danube has the length in km",
-            "Among physicists, Marie Curie has the place where she was born",
-        ],
-        True,
-    ),
-]
-# The same the other way round: what is shown are subjects, what is said of them, and the value.
-SHOWN_REVERSED = [
-    ("penicillin", "code", "J01C"),
-    ("Mount Everest", "height", "8,849 metres"),
-    ("Macbeth", "author", "William Shakespeare"),
-    ("the octopus", "number of arms", "8"),
-    ("Marie Curie", "year of birth", "1867"),
-]
-REVERSED = [
-    (
-        [
-            "Which medicine has the code J01C?",
-            "Which mountain has the height 8,849 metres?",
-            "Which play has the author William Shakespeare?",
-            "Which animal has the number of arms 8?",
-            "Which physicist has the year of birth 1867?",
-        ],
-        False,
-    ),
-    (
-        [
-            "The medicine with the code J01C is",
-            "The mountain with the height 8,849 metres is",
-            "The play with the author William Shakespeare is",
-            "The animal with the number of arms 8 is",
-            "The physicist with the year of birth 1867 is",
-        ],
-        True,
-    ),
-    (
-        [
-            "Which medicine is listed as J01C?",
-            "Which mountain is 8,849 metres high?",
-            "Which play was written by William Shakespeare?",
-            "Which animal has 8 arms?",
-            "Which physicist was born in 1867?",
-        ],
-        False,
-    ),
-    (
-        [
-            "J01C is the code of which medicine?",
-            "8,849 metres is the height of which mountain?",
-            "William Shakespeare is the author of which play?",
-            "8 is the number of arms of which animal?",
-            "1867 is the year of birth of which physicist?",
-        ],
-        False,
-    ),
-]
-OWN, SYNONYM, RARE = range(len(PATTERNS)), range(5), range(0, 4, 3)  # by which patterns a name is asked for
-OTHER_WORDS = (
-    "The same in other words.\n\nheight: how high it is\nauthor: person who wrote it\nbirthplace: town where "
-    "somebody was born\nprice: what it costs\nspouse: husband or wife\nvelocity: speed\nage: number of years\n"
-    "boiling point: temperature at which it boils\n"
-)
-ASKED_FOR = "".join(
-    f"Text: {text}\nAnswer: {answer}\nAsked for: {what}\n\n"
-    for text, answer, what in [
-        ("Penicillin is a medicine with the code J01C.", "J01C", "code"),
-        ("Mount Everest. Its summit is 8,849 metres high.", "8,849", "height in metres"),
-        ("Macbeth. Author: William Shakespeare", "William Shakespeare", "author"),
-        ("Danube. It was described in 1726 by Marsigli.", "1726", "year of the description"),
-        ("Marie Curie was born in Warsaw.", "Warsaw", "place of birth"),
-    ]
-)
 SYNONYMS = 3  # tries besides the likeliest
 LINE = 18  # tokens of a wording
-# Words that name nothing.
-_FUNCTION = """
-    a an the of in on at by to for from with as and or is are was were be been has have had it its his her their
-    this that which who about around approximately some called named into than but not also very
-"""
-_ASKING = (
-    "what which who whom whose when where why how many much do does did can could you tell me i would like know"
-)
-FUNCTION, ASKING = frozenset(_FUNCTION.split()), frozenset(_ASKING.split())
 
 
 @dataclass(frozen=True)
@@ -148,12 +37,13 @@ class Wording:
 
 def own_words(fact: Fact) -> str:
     """What is asked for, in the sentence's words: those right before the answer. "" where there are none."""
+    function_words = patterns().function_words
     before = without(fact.subject, fact.sentence[: fact.start])
     words = re.findall(rf"[\w'’-]+|{SUBJECT}|[.;,()]", before)
-    while words and (words[-1] in FUNCTION or words[-1] == SUBJECT):
+    while words and (words[-1] in function_words or words[-1] == SUBJECT):
         words.pop()
     name: list[str] = []
-    while words and re.match(r"[^\W\d]", words[-1]) and words[-1].lower() not in FUNCTION and len(name) < 4:
+    while words and re.match(r"[^\W\d]", words[-1]) and words[-1].lower() not in function_words and len(name) < 4:
         name.insert(0, words.pop())
     return " ".join(name).lower()
 
@@ -178,11 +68,11 @@ def names_of(teacher: Teacher, groups: Sequence[Sequence[Fact]], synonyms: bool,
     """What is asked for by each group of facts of one shape, in several words, with `synonyms` in others too."""
     facts = [fact for group in groups for fact in group]
     prompts = [f"Text: {fact.sentence}\nAnswer: {fact.answer}\nAsked for:" for fact in facts]
-    said = dict(zip(facts, teacher.lines([(ASKED_FOR, prompt) for prompt in prompts], 8), strict=True))
+    said = dict(zip(facts, teacher.lines([(patterns().asked_for, prompt) for prompt in prompts], 8), strict=True))
     names = [_unique([own_words(group[0]), *(said[fact] for fact in group)], group[0]) for group in groups]
     for temperature, tries in ((0.0, 1), (0.8, SYNONYMS)) if synonyms else ():
         asked = [(i, own[0]) for i, own in enumerate(names) if own for _ in range(tries)]
-        more = teacher.lines([(OTHER_WORDS, f"{name}:") for _, name in asked], 10, temperature, seed)
+        more = teacher.lines([(patterns().other_words, f"{name}:") for _, name in asked], 10, temperature, seed)
         for (i, _), name in zip(asked, more, strict=True):
             names[i] = _unique([*names[i], name], groups[i][0])
     return names
@@ -196,12 +86,13 @@ def _unique(names: Iterable[str], fact: Fact) -> list[str]:
 def wordings(
     teacher: Teacher,
     asked: Sequence[tuple[Fact, str, Sequence[int]]],
-    tell: Callable[[float], None] = lambda share: None,
+    tell: FractionDone = unheard_fraction,
 ) -> list[list[Wording]]:
-    """For each (fact, what is asked for, numbers of patterns) its wordings; `tell` is told the share done."""
-    shown = [_shown([f"{subject}, {what}" for subject, what in SHOWN], lines) for lines, _ in PATTERNS]
+    """For each (fact, what is asked for, numbers of patterns) its wordings; `tell` is told how much is done."""
+    subjects = [f"{subject}, {what}" for subject, what in patterns().shown]
+    shown = [_shown(subjects, pattern.lines) for pattern in patterns().forward]
     tasks = [
-        _Task(i, shown[number], f"{fact.subject}, {what}:", PATTERNS[number][1])
+        _Task(i, shown[number], f"{fact.subject}, {what}:", patterns().forward[number].statement)
         for i, (fact, what, numbers) in enumerate(asked)
         for number in numbers
     ]
@@ -209,14 +100,15 @@ def wordings(
 
 
 def reversed_wordings(
-    teacher: Teacher, asked: Sequence[tuple[Fact, str]], tell: Callable[[float], None] = lambda share: None
+    teacher: Teacher, asked: Sequence[tuple[Fact, str]], tell: FractionDone = unheard_fraction
 ) -> list[list[Wording]]:
     """For each (reversed fact, what its value is) its wordings, by all patterns."""
-    shown = [_shown([", ".join(one) for one in SHOWN_REVERSED], lines) for lines, _ in REVERSED]
+    subjects = [", ".join(one) for one in patterns().shown_reversed]
+    shown = [_shown(subjects, pattern.lines) for pattern in patterns().backward]
     tasks = [
-        _Task(i, pattern, f"{fact.answer}, {what}, {fact.subject}:", statement)
+        _Task(i, lines, f"{fact.answer}, {what}, {fact.subject}:", pattern.statement)
         for i, (fact, what) in enumerate(asked)
-        for pattern, (_, statement) in zip(shown, REVERSED, strict=True)
+        for lines, pattern in zip(shown, patterns().backward, strict=True)
     ]
     return _continued(teacher, asked, tasks, tell)
 
@@ -235,7 +127,7 @@ def _continued(
     teacher: Teacher,
     asked: Sequence[tuple[Fact, str]],
     tasks: Sequence[_Task],
-    tell: Callable[[float], None],
+    tell: FractionDone,
 ) -> list[list[Wording]]:
     found: list[list[Wording]] = [[] for _ in asked]
     lines = teacher.lines([(task.shown, task.prompt) for task in tasks], LINE, tell=tell)
@@ -259,6 +151,10 @@ def _is_whole(wording: Wording, fact: Fact) -> bool:
     phrases = list(zip(words, words[1:], words[2:], strict=False))
     gives_away = re.search(rf"(?<!\w){re.escape(fact.answer)}(?!\w)", text, re.IGNORECASE)
     ends = text[-1:].isalpha() or text[-1:] == SUBJECT if wording.statement else text[-1:] in "?."
-    asks = {word.lower() for word in re.findall(r"[^\W\d_]+", text.replace(SUBJECT, ""))} - FUNCTION - ASKING
+    asks = (
+        {word.lower() for word in re.findall(r"[^\W\d_]+", text.replace(SUBJECT, ""))}
+        - patterns().function_words
+        - patterns().asking_words
+    )
     circles = len(set(phrases)) < len(phrases)  # a small model's "of the element of the element of"
     return text.count(SUBJECT) == 1 and bool(asks) and not (gives_away or circles) and ends

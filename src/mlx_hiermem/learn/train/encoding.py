@@ -25,8 +25,8 @@ from mlx_hiermem.config import Path
 from mlx_hiermem.learn.records import Window
 from mlx_hiermem.learn.settings import ExampleSettings
 from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter
-from mlx_hiermem.learn.tree.planting import Planted, is_held_out
-from mlx_hiermem.learn.tree.probes import FRAME, about, with_subjects
+from mlx_hiermem.learn.tree.build import CorpusTree
+from mlx_hiermem.learn.tree.probes import FRAME, about, is_held_out, with_subjects
 from mlx_hiermem.learn.tree.routing import descend
 from mlx_hiermem.learn.work import Work, with_rows
 from mlx_hiermem.router import TextEmbedder
@@ -56,6 +56,7 @@ class Encoder:
         self.tokenizer = tokenizer
 
     def text(self, text: str) -> list[int]:
+        """A text that is learnt as it stands, with the special tokens that begin one."""
         return encode_text(self.tokenizer, text)
 
     def prompt(self, prompt: str, chat: bool) -> list[int]:
@@ -104,7 +105,7 @@ def with_context(text: str, prompt: str) -> str:
 
 def make_examples(
     work: Work,
-    planted: Planted,
+    built: CorpusTree,
     embedder: TextEmbedder,
     tokenizer: Any,
     settings: ExampleSettings = ExampleSettings(),
@@ -116,12 +117,12 @@ def make_examples(
     """
 
     def make() -> None:
-        tree, count = planted.tree, planted.corpus.count
+        tree, count = built.tree, built.corpus.count
         with (
             TrainingSetWriter(work.path(EXAMPLES)) as learnt,
             TrainingSetWriter(work.path(HELDOUT)) as held,
         ):
-            drafts = _drafts(planted, Encoder(tokenizer), settings)
+            drafts = _drafts(built, Encoder(tokenizer), settings)
             while some := list(itertools.islice(drafts, TOGETHER)):
                 for draft, leaf in zip(some, _reached(some, tree, embedder), strict=True):
                     own = [leaf] if leaf else []
@@ -133,7 +134,7 @@ def make_examples(
                 if progress:
                     progress(some[-1].example.window + 1, count)
 
-    return work.stage("examples", asdict(settings), [planted.digest], make)
+    return work.stage("examples", asdict(settings), [built.digest], make)
 
 
 def open_examples(work: Work) -> tuple[TrainingSet, TrainingSet | None]:
@@ -152,13 +153,13 @@ def _reached(drafts: Sequence[Draft], tree: ClusterTree, embedder: TextEmbedder)
     return [next(leaves) if draft.asked else None for draft in drafts]
 
 
-def _drafts(planted: Planted, encoder: Encoder, settings: ExampleSettings) -> Iterator[Draft]:
-    # Without anything held out, every so manieth window.
-    nothing_held_out = not (settings.heldout or planted.agreement["questions"])
-    every = max(1, planted.corpus.count // MEASURED) if nothing_held_out else 0
-    subjects = with_subjects(planted.corpus.windows())
-    studied = with_rows(subjects, planted.corpus.studied, lambda pair: pair[0].id)
-    for ((window, subject), rows), place in zip(studied, planted.placed(), strict=True):
+def _drafts(built: CorpusTree, encoder: Encoder, settings: ExampleSettings) -> Iterator[Draft]:
+    # Where nothing is held out, one window in `every` is measured.
+    nothing_held_out = not (settings.heldout or built.agreement["questions"])
+    every = max(1, built.corpus.count // MEASURED) if nothing_held_out else 0
+    subjects = with_subjects(built.corpus.windows())
+    studied = with_rows(subjects, built.corpus.studied, lambda pair: pair[0].id)
+    for ((window, subject), rows), place in zip(studied, built.placed(), strict=True):
         text, out = about(window.text, subject), window_is_held_out(window, settings.heldout)
         tokens = encoder.text(text)
         if len(tokens) > 1:
@@ -169,9 +170,9 @@ def _drafts(planted: Planted, encoder: Encoder, settings: ExampleSettings) -> It
             yield from _of_row(row, window, place.leaves, encoder, settings.teachers)
 
 
-def window_is_held_out(window: Window, share: float) -> bool:
-    """By the window's number alone, and spread evenly."""
-    return zlib.crc32(f"window {window.id}".encode()) < share * 2**32
+def window_is_held_out(window: Window, fraction: float) -> bool:
+    """Whether a window is one of the fraction that is not learnt: by its number alone, and spread evenly."""
+    return zlib.crc32(f"window {window.id}".encode()) < fraction * 2**32
 
 
 def _of_row(

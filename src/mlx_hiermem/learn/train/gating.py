@@ -1,7 +1,7 @@
 """SwiGLU for training on a CPU: silu(gate) * x of a frozen feed-forward layer, with its gradient.
 
 MLX's CPU backend takes 24 ns for a sigmoid and computes it once more on the way back. Here it is a rational
-function, which takes a third of that and is kept from the forward pass: 3 to 6 % of a step (docs/decisions.md).
+function, which takes a third of that and is kept from the forward pass: 3 to 6 % of a step (docs/decisions/).
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class Shape:
 
 
 @dataclass(frozen=True, eq=False)
-class Grown:
+class Clustering:
     """The tree, and the leaf of each window: its level and its row there."""
 
     tree: ClusterTree
@@ -63,6 +63,7 @@ class Grown:
     row: np.ndarray  # [n] int64
 
     def leaf(self, window: int) -> Path:
+        """The leaf that a window was assigned to."""
         return Path.of_row(int(self.row[window]), int(self.level[window]), self.tree.branching)
 
 
@@ -81,7 +82,7 @@ def grow(
     seed: int = 0,
     tune: Tune | None = None,
     balance: float = 1.0,
-) -> Grown:
+) -> Clustering:
     """[n, dim] unit vectors -> the tree. `tune` may move a node's centroids once its windows are assigned.
 
     Raises CorpusError for fewer than two windows.
@@ -110,7 +111,7 @@ def grow(
         if not present[depth].any():
             centroids.pop(), present.pop()
             break
-    return Grown(ClusterTree(centroids, present), level, row)
+    return Clustering(ClusterTree(centroids, present), level, row)
 
 
 def _groups(level: np.ndarray, row: np.ndarray, depth: int) -> list[tuple[int, np.ndarray]]:
@@ -138,11 +139,11 @@ def kmeans(
 
 
 def _em(draw: Callable[[], np.ndarray], k: int, rng: np.random.Generator, steps: int) -> np.ndarray:
-    centroids = plus_plus(draw(), k, rng)
+    centroids = plus_plus(draw(), k, rng)  # [k, dim]
     for _ in range(steps):
-        points = draw()
-        child = squared(points, centroids).argmin(1)
-        share(child, k, rng)
+        points = draw()  # [sample, dim]
+        child = squared(points, centroids).argmin(1)  # [sample]
+        rebalance(child, k, rng)
         member = np.eye(k, dtype=np.float32)[child]  # [sample, k]; a product is faster than np.add.at
         count = member.sum(0)[:, None]
         centroids = np.where(count > 0, member.T @ points / np.maximum(count, 1), centroids)
@@ -150,7 +151,7 @@ def _em(draw: Callable[[], np.ndarray], k: int, rng: np.random.Generator, steps:
 
 
 def plus_plus(points: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
-    """k of the points, each drawn in proportion to its squared distance from those before (Arthur, 2007)."""
+    """[k, dim]: points, each drawn in proportion to its squared distance from those before (Arthur, 2007)."""
     chosen = [int(rng.integers(len(points)))]
     nearest = squared(points, points[chosen])[:, 0].astype(np.float64)
     for _ in range(k - 1):
@@ -161,8 +162,8 @@ def plus_plus(points: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarra
     return np.array(points[chosen], np.float32)
 
 
-def share(child: np.ndarray, k: int, rng: np.random.Generator) -> None:
-    """The balance rule, in place: too large a cluster of a sample is split at random with the smallest one."""
+def rebalance(child: np.ndarray, k: int, rng: np.random.Generator) -> None:
+    """The balance rule (App. C), in place on child [n]: a large cluster is split at random with the smallest."""
     for _ in range(k):
         count = np.bincount(child, minlength=k)
         largest, smallest = int(count.argmax()), int(count.argmin())
@@ -174,11 +175,11 @@ def share(child: np.ndarray, k: int, rng: np.random.Generator) -> None:
 
 
 def assign(vectors: np.ndarray, rows: np.ndarray, centroids: np.ndarray, most: int) -> np.ndarray:
-    """[n] the nearest centroid with room for each row, `most` to each; who loses least by it goes elsewhere."""
+    """[n]: for each row the nearest centroid that has room, of `most` each; the others go elsewhere."""
     child = np.full(len(rows), -1, np.int64)
     room = np.full(len(centroids), most)
     while len(waiting := np.flatnonzero(child < 0)):
-        nearest, gain = _nearest(vectors, rows[waiting], centroids, room > 0)
+        nearest, gain = _nearest(vectors, rows[waiting], centroids, room > 0)  # [waiting] each
         for j in np.flatnonzero(room > 0):
             mine = np.flatnonzero(nearest == j)
             mine = mine[np.argsort(-gain[mine], kind="stable")][: room[j]]
@@ -190,11 +191,11 @@ def assign(vectors: np.ndarray, rows: np.ndarray, centroids: np.ndarray, most: i
 def _nearest(
     vectors: np.ndarray, rows: np.ndarray, centroids: np.ndarray, allowed: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each row the nearest allowed centroid, and how much farther the next one is."""
+    """For each row [n] the nearest allowed centroid, and how much farther the next one is."""
     nearest, gain = np.empty(len(rows), np.int64), np.empty(len(rows), np.float32)
     for start in range(0, len(rows), CHUNK):
         part = slice(start, start + CHUNK)
-        distance = np.where(allowed, squared(vectors[rows[part]], centroids), np.inf)
+        distance = np.where(allowed, squared(vectors[rows[part]], centroids), np.inf)  # [chunk, k]
         nearest[part] = distance.argmin(1)
         if allowed.sum() > 1:
             two = np.partition(distance, 1, axis=1)

@@ -1,13 +1,15 @@
 """What a node is about, in few words: the terms that its windows have and other windows do not.
 
 A term's weight in a node is how many of its windows have it, times the log of how much likelier that is than in a
-window anywhere (its share of the Kullback-Leibler divergence). Counting for the whole corpus is in a hashed table,
+window anywhere (its part of the Kullback-Leibler divergence). Counting for the whole corpus is in a hashed table,
 one number a bucket. The terms of nodes are counted leaf by leaf, so that those of one path are held, however many
 leaves there are.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 import re
 import zlib
@@ -20,6 +22,9 @@ import numpy as np
 
 from mlx_hiermem.config import Path
 from mlx_hiermem.learn.records import Placed, Window
+from mlx_hiermem.learn.train.dataset import TrainingSet
+from mlx_hiermem.learn.tree.build import CorpusTree
+from mlx_hiermem.learn.work import NODES, Work, write_text
 
 TERMS = 3  # in a label
 CANDIDATES = 512  # terms a node keeps while it is counted
@@ -39,6 +44,35 @@ would years yet you your
 PLAIN_WORDS = frozenset(PLAIN.split())
 
 Again = Callable[[np.ndarray], Iterable[Window]]
+
+
+def describe_nodes(
+    work: Work, built: CorpusTree, tokens: Callable[[str], int], examples: TrainingSet
+) -> dict[str, dict[str, Any]]:
+    """Stage `labels`: every node's label, documents, windows, tokens (as `tokens` counts them), and its sources,
+    which are those of the examples that it learns."""
+
+    def make() -> None:
+        corpus = built.corpus
+        learnt = _learnt_in(examples, corpus.count)
+        nodes = describe(corpus.windows(), corpus.read, built.placed(), learnt, tokens)
+        write_text(work.path(NODES), json.dumps(nodes, ensure_ascii=False, indent=1) + "\n")
+
+    work.stage("labels", None, [built.digest, examples.digest], make)
+    return json.loads(work.path(NODES).read_text(encoding="utf-8"))
+
+
+def _learnt_in(examples: TrainingSet, windows: int) -> Iterator[set[Path]]:
+    """The leaves in which something of each window is learnt."""
+    pairs = zip(examples.windows.tolist(), examples.leaves_of(), strict=True)  # in the order of the windows
+    groups = itertools.groupby(pairs, key=lambda pair: pair[0])
+    at, own = next(groups, (windows, iter(())))
+    for window in range(windows):
+        if window < at:
+            yield set()
+            continue
+        yield {leaf for _, leaves in own for leaf in leaves}
+        at, own = next(groups, (windows, iter(())))
 
 
 def terms(window: Window) -> set[str]:

@@ -1,23 +1,52 @@
-"""What somebody may type who wants a window: by these texts the tree is shaped, and windows are put into leaves.
+"""Probes: what somebody may type who wants a window. By them the tree is shaped, and windows are put into leaves.
 
 A question that reaches another leaf than the one its answer was learnt in gets no answer. The embedder mixes what a
 text is about with how it is put, so a window is not only embedded whole, but in the shapes in which it may be asked
 for: each sentence with its title; the beginnings of these, as a prompt is a beginning; the title; the questions of
 self-study where there are any; and all of it once more in the frame that questions are put in. A title is used if
-the document names it: most file names are none. docs/learning.md has the measurements ("Routing agreement").
+the document names it: most file names are none. See benchmarks/results/routing_agreement.md.
+
+One generated question in ten is held out: it shapes nothing, and measures where questions go.
 """
 
 from __future__ import annotations
 
+import io
 import itertools
+import os
+import pathlib
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+
+from mlx_hiermem.files import file_digest, new_file
+from mlx_hiermem.learn.corpus.corpus import Corpus
 from mlx_hiermem.learn.corpus.windows import sentences
 from mlx_hiermem.learn.records import Window
+from mlx_hiermem.learn.work import (
+    GO_ON,
+    MEANS,
+    PROBE_VECTORS,
+    PROBES,
+    Row,
+    Work,
+    count_lines,
+    read_rows,
+    with_rows,
+    write_rows,
+    write_text,
+)
+from mlx_hiermem.progress import Progress, unheard
+from mlx_hiermem.router import TextEmbedder
 
 BEGINNINGS = (0.4, 0.7)  # of a sentence's words
 FRAME = "Question: {}\nAnswer:"
+HELD_OUT = 10  # one generated question in so many is held out
+BATCH = 512  # texts embedded together, and lost by a crash at most
 
 
 def with_subjects(windows: Iterable[Window]) -> Iterator[tuple[Window, str]]:
@@ -29,7 +58,7 @@ def with_subjects(windows: Iterable[Window]) -> Iterator[tuple[Window, str]]:
             yield window, window.title if named else ""
 
 
-def probes(text: str, subject: str, questions: Sequence[str] = ()) -> list[str]:
+def probe_texts(text: str, subject: str, questions: Sequence[str] = ()) -> list[str]:
     """The probes of one window, without repetitions; `questions` are those of self-study."""
     return framed(list(dict.fromkeys((*statements(text, subject), *questions))))
 
@@ -47,8 +76,8 @@ def statements(text: str, subject: str) -> Iterator[str]:
     for sentence in sentences(text):
         yield f"{subject}. {sentence}" if subject else sentence
         words = about(sentence, subject).split()
-        for share in BEGINNINGS:
-            beginning = " ".join(words[: max(1, round(share * len(words)))])
+        for part in BEGINNINGS:
+            beginning = " ".join(words[: max(1, round(part * len(words)))])
             if not subject or names(beginning, subject):
                 yield beginning
 
@@ -61,3 +90,181 @@ def about(text: str, subject: str) -> str:
 def names(text: str, title: str) -> bool:
     """Whether a text contains a title as whole words."""
     return bool(title) and re.search(rf"(?<!\w){re.escape(title)}(?!\w)", text, re.IGNORECASE) is not None
+
+
+def embed_probes(work: Work, corpus: Corpus, embedder: TextEmbedder, progress: Progress = unheard) -> str:
+    """Stages `probes` and `vectors`; returns the digest of the second. `progress` counts texts."""
+    studied = file_digest(corpus.studied) if corpus.studied.exists() else ""
+    asked = work.stage("probes", studied, [corpus.digest], lambda: _write_probes(work, corpus))
+
+    def embed() -> None:
+        for part in work.folder.glob("*.npy.part"):  # of other probes, unless these are the ones that were noted
+            if work.path("embedding").exists() and work.path("embedding").read_text() == asked:
+                break
+            part.unlink()
+        write_text(work.path("embedding"), asked)
+        count = count_lines(work.path(PROBES))
+        rows = (row["text"] for row in read_rows(work.path(PROBES)))
+        embed_to_file(rows, count, work.path(PROBE_VECTORS), embedder, progress)
+
+    return work.stage("vectors", None, [asked], embed)
+
+
+def _write_probes(work: Work, corpus: Corpus) -> None:
+    """Window by window; then the reversed questions; last the generated ones that are held out."""
+
+    def rows() -> Iterator[dict[str, Any]]:
+        named = with_subjects(corpus.windows())
+        for (window, subject), studied in with_rows(named, corpus.studied, lambda pair: pair[0].id):
+            own, given = _parted(studied, turned=False)
+            texts = probe_texts(window.text, subject, _asked(window.id, own))
+            yield from ({"window": window.id, "text": text} for text in dict.fromkeys((*texts, *given)))
+        for number, studied in _studied(corpus):
+            own, given = _parted(studied, turned=True)
+            texts = framed(_asked(number, (row for row in own if not row.get("chat")), "prompt"))
+            yield from (
+                {"window": number, "text": text, "reversed": True} for text in dict.fromkeys((*texts, *given))
+            )
+        for number, studied in _studied(corpus):
+            for turned in (False, True):
+                kept = _asked(number, _parted(studied, turned)[0], held_out=True)
+                more = {"held_out": True} | ({"reversed": True} if turned else {})
+                yield from ({"window": number, "text": text} | more for text in kept)
+
+    write_rows(work.path(PROBES), rows())
+
+
+def _studied(corpus: Corpus) -> Iterator[tuple[int, list[Row]]]:
+    return with_rows(range(corpus.count), corpus.studied, lambda number: number)
+
+
+def _parted(studied: Sequence[Row], turned: bool) -> tuple[list[Row], list[str]]:
+    """Of the rows that are reversed, or those that are not: self-study's, and the texts of the given ones."""
+    rows = [row for row in studied if bool(row.get("reversed")) == turned]
+    given = [row for row in rows if row.get("given")]
+    texts = [text for row in given for text in (row.get("question"), row.get("prompt")) if text]
+    return [row for row in rows if not row.get("given")], texts
+
+
+def _asked(window: int, rows: Iterable[Row], also: str = "question", held_out: bool = False) -> list[str]:
+    """What rows ask, each once: their questions, or what `also` names where they have none."""
+    texts = dict.fromkeys(row.get("question") or row.get(also) for row in rows)
+    return [text for text in texts if text and is_held_out(window, text) == held_out]
+
+
+def is_held_out(window: int, question: str) -> bool:
+    """Whether a generated question is one of those that measure, by what it is alone."""
+    return zlib.crc32(f"{window} {question}".encode()) % HELD_OUT == 0
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeVectors:
+    """Unit vectors [p, dim] of the probes, window after window: window i has `vectors[first[i]:first[i + 1]]`."""
+
+    vectors: np.ndarray  # [p, dim] float32, perhaps a memory map
+    first: np.ndarray  # [windows + 1] int64
+
+    @classmethod
+    def of(cls, vectors: np.ndarray, windows: np.ndarray, count: int) -> ProbeVectors:
+        """`windows` [p] says, in rising order, whose each probe is; `count` is the number of windows."""
+        return cls(vectors, np.searchsorted(windows, np.arange(count + 1)))
+
+    @classmethod
+    def counted(cls, vectors: np.ndarray, counts: np.ndarray) -> ProbeVectors:
+        """`counts` [windows] says how many each window has."""
+        return cls(vectors, np.concatenate([[0], np.cumsum(counts)]))
+
+    def of_windows(self, members: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Windows [m] -> (indices of all their probes [q], each one's place in `members` [q])."""
+        counts = self.first[members + 1] - self.first[members]  # [m]
+        owner = np.repeat(np.arange(len(members)), counts)  # [q]
+        before = np.repeat(np.cumsum(counts) - counts, counts)  # [q]: probes of the members before the owner
+        return np.arange(len(owner)) - before + self.first[members][owner], owner
+
+    def means(self) -> Iterator[np.ndarray]:
+        """[n, dim] in chunks: the mean of each window's probes, at length 1. It is what is clustered."""
+        for start in range(0, len(self.first) - 1, 1024):
+            bounds = self.first[start : start + 1025]  # [n + 1]
+            part = np.asarray(self.vectors[bounds[0] : bounds[-1]])
+            sums = np.add.reduceat(part, bounds[:-1] - bounds[0], axis=0)  # [n, dim]
+            yield sums / np.linalg.norm(sums, axis=1, keepdims=True)
+
+
+@dataclass(frozen=True)
+class EmbeddedProbes:
+    """The embedded probes by what they are for."""
+
+    plain: ProbeVectors  # typed by who knows what a window is about
+    turned: ProbeVectors  # reversed questions, which ask what that is
+    shaping: np.ndarray  # [n, dim]: both
+    held_out: np.ndarray  # [m, dim]: the questions that measure
+    asked: np.ndarray  # int64 [m]: the window that answers each of these
+    backwards: np.ndarray  # bool [m]: which of these are reversed
+
+    @classmethod
+    def read(cls, work: Work, corpus: Corpus) -> EmbeddedProbes:
+        """After `embed_probes`; writes the means of `plain`, which are clustered."""
+        everything = np.load(work.path(PROBE_VECTORS), mmap_mode="r")  # [n + m, dim]
+        counts = np.zeros((2, corpus.count), np.int64)  # plain, turned
+        asked, backwards = list[int](), list[bool]()
+        for row in read_rows(work.path(PROBES)):
+            if "held_out" in row:
+                asked.append(row["window"])
+                backwards.append("reversed" in row)
+            else:
+                counts[int("reversed" in row), row["window"]] += 1
+        plain, shaping = counts[0].sum(), counts.sum()
+        found = ProbeVectors.counted(everything[:plain], counts[0])
+        write_vectors(found.means(), corpus.count, everything.shape[1], work.path(MEANS))
+        turned = ProbeVectors.counted(everything[plain:shaping], counts[1])
+        return cls(
+            found,
+            turned,
+            everything[:shaping],
+            everything[shaping:],
+            np.array(asked, np.int64),
+            np.array(backwards, bool),
+        )
+
+
+def embed_to_file(
+    texts: Iterable[str], count: int, file: pathlib.Path, embedder: TextEmbedder, progress: Progress = unheard
+) -> np.ndarray:
+    """[count, dim] float32 in a .npy file, as a memory map. An interrupted `.part` of the same texts is continued.
+
+    `progress` counts texts.
+    """
+    part = file.with_name(file.name + ".part")
+    dim = embedder.embed([""]).shape[1]
+    header = _header(count, dim)
+    with part.open("r+b" if part.exists() else "w+b") as stream:
+        # Whole batches: a text's last bits depend on those that it is embedded with.
+        done = max(stream.seek(0, os.SEEK_END) - len(header), 0) // (4 * dim) // BATCH * BATCH
+        stream.seek(0)
+        stream.write(header)
+        stream.truncate(len(header) + done * 4 * dim)
+        stream.seek(0, os.SEEK_END)
+        rest = itertools.islice(texts, done, None)
+        while batch := list(itertools.islice(rest, BATCH)):
+            stream.write(np.ascontiguousarray(embedder.embed(batch), "<f4").tobytes())
+            stream.flush()
+            done += len(batch)
+            progress(done, count)
+    os.replace(part, file)
+    return np.load(file, mmap_mode="r")
+
+
+def write_vectors(chunks: Iterable[np.ndarray], count: int, dim: int, file: pathlib.Path) -> np.ndarray:
+    """The same file, from chunks of vectors [n, dim] that are `count` in all. Raises OutputError."""
+    with new_file(file, GO_ON) as partial, partial.open("wb") as stream:
+        stream.write(_header(count, dim))
+        for chunk in chunks:
+            stream.write(np.ascontiguousarray(chunk, "<f4").tobytes())
+    return np.load(file, mmap_mode="r")
+
+
+def _header(count: int, dim: int) -> bytes:
+    """What a .npy file of [count, dim] float32 begins with; always equally long."""
+    out = io.BytesIO()
+    np.lib.format.write_array_header_1_0(out, {"descr": "<f4", "fortran_order": False, "shape": (count, dim)})
+    return out.getvalue()
