@@ -19,8 +19,9 @@ import common
 
 from mlx_hiermem import load
 from mlx_hiermem.apps.demo.tour import model_folder
-from mlx_hiermem.batch import MemoryBatch, Sampling
+from mlx_hiermem.batch import MemoryBatch
 from mlx_hiermem.model import MemoryModel
+from mlx_hiermem.sampling import Sampling
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "batch_memory.json"
 SUBJECTS = ("neon", "iron", "gold", "uranium", "helium", "zinc", "silver", "thorium")
@@ -41,7 +42,7 @@ def one_at_a_time(model: MemoryModel, requests: list[tuple[list[int], str]], tok
     start, replies = time.perf_counter(), []
     for prompt, path in requests:
         model.select(path, "")
-        replies.append([response.token for response in model.responses(prompt, tokens)])
+        replies.append([response.token for response in model.responses(prompt, Sampling(tokens))])
     return replies, time.perf_counter() - start
 
 
@@ -49,7 +50,7 @@ def together(model: MemoryModel, requests: list[tuple[list[int], str]], tokens: 
     start = time.perf_counter()
     batch, replies = MemoryBatch(model, len(requests), prefix_cache_bytes=0), dict[int, list[int]]()
     for prompt, path in requests:
-        uid, _ = batch.add(prompt, batch.choose(path, []), Sampling(max_tokens=tokens))
+        uid, _ = batch.add(prompt, batch.model.choose(path, []), Sampling(max_tokens=tokens))
         replies[uid] = []
     while batch:
         for token in batch.step():

@@ -35,7 +35,7 @@ from mlx_hiermem.evaluate.tasks import Task
 from mlx_hiermem.learn.settings import TrainingSettings
 from mlx_hiermem.learn.train.blocks import Tensors
 from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter
-from mlx_hiermem.learn.train.training import Training
+from mlx_hiermem.learn.train.jobs import Trainer
 from mlx_hiermem.model import load
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -89,7 +89,7 @@ def correct(model: pathlib.Path, leaf: Path, ids: set[str], subject: str, answer
             prompts = [row["prompt"], *(row["heldout_prompts"][:2] if changed else ())]
             for prompt in prompts:
                 out.add(example(prompt, answer if changed else row["answer"]), [leaf])
-    training = Training(
+    trainer = Trainer(
         work / "training",
         anchor,
         bank.config,
@@ -98,8 +98,8 @@ def correct(model: pathlib.Path, leaf: Path, ids: set[str], subject: str, answer
         start=start,
         learns=lambda node: node == leaf,
     )
-    training.run()
-    ((_, weights),) = training.blocks()
+    trainer.run()
+    ((_, weights),) = trainer.blocks()
     arrays = {name: np.array(weights[name].astype(getattr(mx, bank.config.dtype))) for name in bank.config.widths}
     file = work / "block.safetensors"
     write_block(file, {name: (array.shape, array) for name, array in arrays.items()}, bank.config.dtype)
@@ -134,7 +134,7 @@ def measure(model: pathlib.Path, leaf: Path, subject: str, answer: str, folder: 
         }
     row = next(r for r in ROWS if r["subject"] == subject and r["relation"] == "atomic_number")
     found["corrected"] = {
-        name: [load(of).generate(prompt, max_tokens=6) for prompt in (row["prompt"], *row["heldout_prompts"])]
+        name: [load(of).generate(prompt, max_tokens=6).text for prompt in (row["prompt"], *row["heldout_prompts"])]
         for name, of in (("before", model), ("changed", changed))
     }
     return found

@@ -67,7 +67,7 @@ def main() -> None:
             if number:  # the first one warms up
                 times[side].append((first, whole, time.process_time() - cpu))
                 right[side] += text.replace(".", " ").split()[:1] == [str(question.number)]
-                tokens[side] += model.last.prompt_tokens if model.last else 0
+                tokens[side] += model.response.prompt_tokens if model.response else 0
     rows = []
     for side, values in times.items():
         first, whole, cpu = (list(column) for column in zip(*values, strict=True))

@@ -32,9 +32,10 @@ from mlx_hiermem.apps.demo.tour import model_folder
 from mlx_hiermem.config import Path
 from mlx_hiermem.learn.settings import TrainingSettings
 from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter
-from mlx_hiermem.learn.train.jobs import Group
-from mlx_hiermem.learn.train.training import Training
+from mlx_hiermem.learn.train.jobs import Trainer
+from mlx_hiermem.learn.train.schedule import Group
 from mlx_hiermem.memory.design import memory_config, memory_layers
+from mlx_hiermem.progress import unheard
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "train_speed.json"
 LEAF = Path((0, 0))
@@ -125,10 +126,10 @@ class Memory:
         units = round(parameters / (3 * hidden * len(layers)))
         config = memory_config(self.model, "ffn", 4, (units - units // 4, units // 4), placement)
         settings = TrainingSettings(generic=False)
-        training = Training(work, self.model, config, examples, settings)
-        self.trainer, self.parameters = training.trainer(training.jobs[0]), config.fetched_parameters
+        trainer = Trainer(work, self.model, config, examples, settings)
+        self.trainer, self.parameters = trainer.job_trainer(trainer.jobs[0]), config.fetched_parameters
         start = time.perf_counter(), time.process_time()
-        self.trainer.prepare(_Silent())
+        self.trainer.prepare(unheard)
         self.preparation = time.perf_counter() - start[0], time.process_time() - start[1]
         self.group = Group(LEAF, examples.ids(LEAF))
         self.times = Times()
@@ -139,12 +140,6 @@ class Memory:
 
     def _step(self) -> None:
         self.trainer.take([self.group])
-
-
-class _Silent:
-    def states(self, done: int, total: int) -> None: ...
-
-    def learnt(self, tokens: int, loss: float) -> None: ...
 
 
 def documents(folder: pathlib.Path, batch: int, length: int, kind: str) -> list[Example]:

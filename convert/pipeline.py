@@ -49,13 +49,13 @@ class ConvertReport:
 
 
 def convert(
-    src: str,
-    out: pathlib.Path,
+    src: str | pathlib.Path,
+    out: str | pathlib.Path,
     *,
-    memory: pathlib.Path | None = None,
+    memory: str | pathlib.Path | None = None,
     quantize: int | None = None,
-    key_map: pathlib.Path | None = None,
-    config: pathlib.Path | None = None,
+    key_map: str | pathlib.Path | None = None,
+    config: str | pathlib.Path | None = None,
     tokenizer: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -69,6 +69,8 @@ def convert(
     """
     if quantize not in (None, 4, 8):
         raise HierMemError(f"cannot quantise to {quantize} bits", "Choose 4 or 8.")
+    src, out = str(src), pathlib.Path(out)
+    memory, key_map, config = (pathlib.Path(given) if given else None for given in (memory, key_map, config))
     for given in (memory, key_map, config):
         if given and not given.exists():
             raise CheckpointError(f"there is no file or folder {given}", "Check the spelling of the path.")

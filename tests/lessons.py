@@ -19,7 +19,7 @@ from mlx_hiermem.anchor import load_anchor
 from mlx_hiermem.config import MemoryConfig, Path
 from mlx_hiermem.learn.settings import TrainingSettings
 from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter
-from mlx_hiermem.learn.train.training import Training
+from mlx_hiermem.learn.train.jobs import Trainer
 from mlx_hiermem.memory.design import memory_config
 
 SIZES, BRANCHING = (4, 2), 2
@@ -69,20 +69,20 @@ def trained(
 ) -> dict[Path, dict[str, np.ndarray]]:
     """Trains it all; the blocks as numpy has them."""
     model, _, _ = load_anchor(anchor, mx.float32)
-    training = Training(work, model, tiny_config(model, kind, placement), examples, settings, heldout)
-    training.run()
-    return {node: {n: np.array(w) for n, w in block.items()} for node, block in training.blocks()}
+    trainer = Trainer(work, model, tiny_config(model, kind, placement), examples, settings, heldout)
+    trainer.run()
+    return {node: {n: np.array(w) for n, w in block.items()} for node, block in trainer.blocks()}
 
 
 def main() -> None:
     work, anchor, examples = map(pathlib.Path, sys.argv[1:])
     model, _, _ = load_anchor(anchor, mx.float32)
-    training = Training(work, model, tiny_config(model), TrainingSet.open(examples), QUICK)
-    training.run(lambda progress: print(progress.job, progress.tokens, flush=True))
+    trainer = Trainer(work, model, tiny_config(model), TrainingSet.open(examples), QUICK)
+    trainer.run(lambda progress: print(progress.job, progress.tokens, flush=True))
 
 
 if __name__ == "__main__":
-    from mlx_hiermem.learn.train import trainer
+    from mlx_hiermem.learn.train import jobs
 
-    trainer.COMMIT_SECONDS = trainer.COMMIT_FACTOR = 0.0
+    jobs.COMMIT_SECONDS = jobs.COMMIT_FACTOR = 0.0
     main()

@@ -24,8 +24,10 @@ from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
 from mlx_hiermem.cache import BlockCache
 from mlx_hiermem.config import AnchorIdentity, EmbedderIdentity, MemoryConfig, Path
 from mlx_hiermem.files import file_digest
-from mlx_hiermem.model import MemoryModel, Selection
+from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.router import Router
+from mlx_hiermem.sampling import Sampling
+from mlx_hiermem.selection import Selection
 from mlx_hiermem.session import Session
 from mlx_hiermem.tree import ClusterTree
 
@@ -110,7 +112,7 @@ class TinyModel(MemoryModel):
         self.attachment = self.anchor  # type: ignore[assignment]
         self.tokenizer, self.bank, self._router = tokenizer, bank, router
         self.config = {"max_position_embeddings": CONTEXT}
-        self.cache, self.selection, self.last = BlockCache(bank), Selection(), None
+        self.cache, self.selection = BlockCache(bank), Selection()
 
     def chat_tokens(self, messages: list[dict[str, str]]) -> list[int]:
         text, before = "", "start"
@@ -119,22 +121,22 @@ class TinyModel(MemoryModel):
         return list(self.tokenizer.encode(text + MARKS[f"{before}>reply"], add_special_tokens=False).ids)
 
     def responses(  # type: ignore[override]
-        self, tokens: list[int], max_tokens: int, temperature: float = 0.0, *, prompt_cache: list[Any]
+        self, tokens: list[int], sampling: Sampling, prompt_cache: list[Any]
     ) -> Iterator[Any]:
         given, said = list[int](), ""
-        for _ in range(max_tokens):
+        for _ in range(sampling.max_tokens):
             logits = self.anchor.logits(tokens, prompt_cache[0])  # type: ignore[attr-defined]
             tokens = [int(logits.argmax())]
             if tokens[0] == EOS:
-                yield SimpleNamespace(token=EOS, text=said_rest(self.tokenizer, given, said))
+                yield SimpleNamespace(token=EOS, text=said_rest(self.tokenizer, given, said), finish_reason="stop")
                 return
             given += tokens
             text = self.tokenizer.decode(given)
             piece = "" if text.endswith("�") else text[len(said) :]
             said += piece
-            yield SimpleNamespace(token=tokens[0], text=piece)
+            yield SimpleNamespace(token=tokens[0], text=piece, finish_reason=None)
         if rest := said_rest(self.tokenizer, given, said):
-            yield SimpleNamespace(token=tokens[0], text=rest)
+            yield SimpleNamespace(token=tokens[0], text=rest, finish_reason="length")
 
 
 def said_rest(tokenizer: Tokenizer, given: list[int], said: str) -> str:

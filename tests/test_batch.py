@@ -13,12 +13,14 @@ from tiny import CONFIG, HashEmbedder, make_anchor, make_bank, make_model
 from mlx_hiermem import load
 from mlx_hiermem.anchor import load_anchor
 from mlx_hiermem.bank.bank import MemoryBank
-from mlx_hiermem.batch import MemoryBatch, Sampling, Token
+from mlx_hiermem.batch import MemoryBatch, Token
 from mlx_hiermem.config import KINDS, Path
 from mlx_hiermem.errors import BankError, HierMemError
 from mlx_hiermem.memory.table import MemoryTable
-from mlx_hiermem.model import MemoryModel, Selection
+from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.router import Router
+from mlx_hiermem.sampling import Sampling
+from mlx_hiermem.selection import Selection
 
 MEMORIES = ("0.1", "none", "2.2", "generic", "0.1", "1", "2.0", "0.1")
 PROMPTS = ("short", "another prompt that is longer", "a", "of four", "five five five", "6", "seven?", "eight")
@@ -54,11 +56,11 @@ def run(batch: MemoryBatch, steps: int = 1000) -> dict[int, list[Token]]:
 
 def alone(model: MemoryModel, memory: str, prompt: str, length: int) -> list[int]:
     model.select(memory, "")
-    return [response.token for response in model.responses(model.tokens(prompt), length)]
+    return [response.token for response in model.responses(model.tokens(prompt), Sampling(length))]
 
 
 def add(batch: MemoryBatch, memory: str, prompt: str, **sampling: object) -> int:
-    choice = batch.choose(memory, [prompt])
+    choice = batch.model.choose(memory, [prompt])
     return batch.add(batch.model.tokens(prompt), choice, Sampling(**sampling))[0]  # type: ignore[arg-type]
 
 
@@ -175,23 +177,23 @@ def test_a_prompt_goes_on_from_an_earlier_one_of_the_same_memory(ffn: MemoryMode
     expected = {}
     for memory in ("0.1", "0.2"):
         ffn.select(memory, "")
-        expected[memory] = [response.token for response in ffn.responses(longer, 5)]
+        expected[memory] = [response.token for response in ffn.responses(longer, Sampling(5))]
     for memory, reused in (("0.1", True), ("0.2", False)):
-        uid, _ = batch.add(longer, batch.choose(memory, []), Sampling(max_tokens=5))
+        uid, _ = batch.add(longer, batch.model.choose(memory, []), Sampling(max_tokens=5))
         assert (batch.cached_tokens(uid) >= len("the beginning")) is reused
         assert ids(run(batch)[uid]) == expected[memory]
-    again, _ = batch.add(longer, batch.choose("0.1", []), Sampling(max_tokens=5))
+    again, _ = batch.add(longer, batch.model.choose("0.1", []), Sampling(max_tokens=5))
     assert batch.cached_tokens(again) == len(longer) - 1  # the last token is always computed
     assert ids(run(batch)[again]) == expected["0.1"]
 
 
 def test_conversations_are_routed_by_their_turns(ffn: MemoryModel) -> None:
     batch = MemoryBatch(ffn)
-    choice = batch.choose("fetched", ["hello", "what is it?"])
+    choice = batch.model.choose("fetched", ["hello", "what is it?"])
     assert choice.memory == "fetched"
     assert len(choice.route.distances) == len(choice.path) == 2
     top = Path(choice.path[:1])
-    elsewhere = batch.choose("fetched", ["hello", "what is it?"], [top])
+    elsewhere = batch.model.choose("fetched", ["hello", "what is it?"], [top])
     assert elsewhere.path[:1] != top
     uid, selection = batch.add(ffn.tokens("what is it?"), elsewhere, Sampling(max_tokens=2))
     assert selection.blocks == tuple(str(node) for node in elsewhere.path.prefixes())
@@ -233,9 +235,9 @@ def test_bad_requests_change_nothing(ffn: MemoryModel) -> None:
     batch = MemoryBatch(ffn, max_sequences=1)
     for memory, error in (("9.9", BankError), ("no such", HierMemError)):
         with pytest.raises(error):
-            batch.choose(memory, [])
+            batch.model.choose(memory, [])
     with pytest.raises(BankError, match="no node"):
-        batch.choose("fetched", ["text"], [Path((7,))])
+        batch.model.choose("fetched", ["text"], [Path((7,))])
     with pytest.raises(HierMemError, match="prompt is empty"):
         batch.add([], Selection(), Sampling())
     with pytest.raises(HierMemError, match="15 tokens and a reply of 6 are more than the model's 20"):
@@ -254,7 +256,7 @@ def test_an_anchor_without_a_bank(tmp_path: pathlib.Path) -> None:
     uid = add(batch, "none", "abc", max_tokens=4)
     assert ids(run(batch)[uid]) == expected
     with pytest.raises(BankError, match="no bank"):
-        batch.choose("fetched", ["abc"])
+        batch.model.choose("fetched", ["abc"])
 
 
 def test_padding_is_never_sampled(ffn: MemoryModel) -> None:
@@ -281,8 +283,10 @@ def test_sliding_windows(tmp_path: pathlib.Path) -> None:
     expected = []
     for prompt, path in requests:
         model.select(path, "")
-        expected.append([response.token for response in model.responses(prompt, 10)])
+        expected.append([response.token for response in model.responses(prompt, Sampling(10))])
     batch = MemoryBatch(model)
-    uids = [batch.add(prompt, batch.choose(path, []), Sampling(max_tokens=10))[0] for prompt, path in requests]
+    uids = [
+        batch.add(prompt, batch.model.choose(path, []), Sampling(max_tokens=10))[0] for prompt, path in requests
+    ]
     found = run(batch)
     assert [ids(found[uid]) for uid in uids] == expected

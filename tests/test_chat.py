@@ -24,8 +24,9 @@ from mlx_hiermem.apps.cli.main import main
 from mlx_hiermem.bank.policy import BankPolicy
 from mlx_hiermem.config import MemoryChoice, Path
 from mlx_hiermem.errors import AnchorError, HierMemError
-from mlx_hiermem.model import MemoryModel, Selection
+from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.router import Router
+from mlx_hiermem.selection import Selection
 from mlx_hiermem.session import Session
 from mlx_hiermem.tree import Route
 

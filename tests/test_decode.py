@@ -13,8 +13,9 @@ import pytest
 from tiny import make_model
 
 import mlx_hiermem
-from mlx_hiermem.batch import MemoryBatch, Sampling
+from mlx_hiermem.batch import MemoryBatch
 from mlx_hiermem.model import MemoryModel
+from mlx_hiermem.sampling import Sampling
 
 WAITS = ("eval", "async_eval", "synchronize")
 CONVERSIONS = ("item", "tolist", "__array__", "__int__", "__float__", "__bool__", "__iter__")
@@ -58,7 +59,7 @@ def reads() -> int:
 def steps(model: MemoryModel, memory: str, tokens: int) -> Iterator[None]:
     """One decode step after another, behind the prompt and the first token."""
     model.select(memory, "")
-    replies = model.responses(model.tokens("a prompt of some tokens"), tokens)
+    replies = model.responses(model.tokens("a prompt of some tokens"), Sampling(tokens))
     next(replies)
     yield
     for _ in replies:
@@ -68,7 +69,7 @@ def steps(model: MemoryModel, memory: str, tokens: int) -> Iterator[None]:
 def batch_steps(model: MemoryModel, memory: str, tokens: int) -> Iterator[None]:
     batch = MemoryBatch(model)
     for prompt in ("a prompt", "another"):
-        batch.add(model.tokens(prompt), batch.choose(memory, []), Sampling(max_tokens=tokens))
+        batch.add(model.tokens(prompt), batch.model.choose(memory, []), Sampling(max_tokens=tokens))
     while not batch.step():
         pass
     yield

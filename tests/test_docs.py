@@ -93,3 +93,14 @@ $ hiermem bank add m f \\
 ```
 """
     assert [unknown(call) for call in calls_in(page)] == [{"--loud"}, {"--lan"}, set(), {"--colour"}, {"vanish"}]
+
+
+def test_the_walk_through_the_code_leads_through_code() -> None:
+    page = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+    walk = re.findall(r"^\| \d\. [^|]*\| `([\w/.]+)` \| (.*) \|$", page, re.MULTILINE)
+    assert 0 < len(walk) <= 8
+    for file, functions in walk:
+        source = (ROOT / "src" / "mlx_hiermem" / file).read_text(encoding="utf-8")
+        names = [name.rpartition(".")[2] for name in re.findall(r"`([\w.]+)`", functions)]
+        assert names
+        assert [name for name in names if f"def {name}(" not in source] == []

@@ -25,7 +25,9 @@ from mlx_hiermem.evaluate.results import MEMORIES, ResultFile, read_runs
 from mlx_hiermem.evaluate.routes import Placed, place
 from mlx_hiermem.evaluate.runner import Evaluation, Prepared
 from mlx_hiermem.evaluate.tasks import Task, read_tasks
-from mlx_hiermem.model import MemoryModel, Selection
+from mlx_hiermem.model import MemoryModel
+from mlx_hiermem.sampling import Sampling
+from mlx_hiermem.selection import Selection
 
 Tasks = dict[str, Task]
 
@@ -126,7 +128,7 @@ def test_replies_are_beginnings_of_what_generate_says(
     for row, number in list(zip(run.rows, prepared.prompts, strict=True))[:6]:
         example, prompt = prepared.examples[number], prepared.prompts[number]
         tested.model.select(row["path"] or "none", "")
-        whole = "".join(r.text for r in tested.model.responses(prompt.pairs[0][0], prompt.reply))
+        whole = "".join(r.text for r in tested.model.responses(prompt.pairs[0][0], Sampling(prompt.reply)))
         assert whole.startswith(row["reply"].rstrip("\ufffd"))
         rule = rule_for(tasks[name].kind, example.answers[0])
         assert row["accuracy"] == rule(whole, example.answers)

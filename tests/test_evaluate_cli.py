@@ -19,6 +19,7 @@ from mlx_hiermem.bank.edit import remove
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import HierMemError
 from mlx_hiermem.evaluate.tasks import read_tasks
+from mlx_hiermem.sampling import Sampling
 
 HARNESS_TASK = """
 task: tiny_choice
@@ -196,5 +197,5 @@ def test_the_harness_stops_replies(
     for sample in found["samples"]["tiny_reply"]:
         context = sample["doc"]["context"]
         tested.model.select("fetched", context)
-        whole = "".join(r.text for r in tested.model.responses(tested.model.tokens(context), 6))
+        whole = "".join(r.text for r in tested.model.responses(tested.model.tokens(context), Sampling(6)))
         assert sample["resps"][0][0] == whole.partition("\n")[0]

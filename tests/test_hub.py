@@ -95,8 +95,8 @@ def test_pushed_and_pulled_is_the_same_model(hub: HubServer, model: pathlib.Path
     assert ours.keys() - theirs.keys() == {"bank/remote.json"}
     assert all(ours[name].read_bytes() == theirs[name].read_bytes() for name in theirs)
     assert not list(tmp_path.glob("out.*"))
-    answer = load(tmp_path / "out").generate("abc", memory="1.2", max_tokens=5)
-    assert answer == load(model).generate("abc", memory="1.2", max_tokens=5)
+    answer = load(tmp_path / "out").generate("abc", memory="1.2", max_tokens=5).text
+    assert answer == load(model).generate("abc", memory="1.2", max_tokens=5).text
 
 
 def test_card_says_what_it_is_and_leaves_a_persons_text_alone(
@@ -412,8 +412,8 @@ def lazy(shared: Repository, hub: HubServer, tmp_path: pathlib.Path) -> pathlib.
 def test_blocks_come_when_they_are_needed(lazy: pathlib.Path, hub: HubServer, model: pathlib.Path) -> None:
     opened = load(lazy)
     assert hub.requests == []
-    answer = opened.generate("abc", memory="1.2", max_tokens=5)
-    assert answer == load(model).generate("abc", memory="1.2", max_tokens=5)
+    answer = opened.generate("abc", memory="1.2", max_tokens=5).text
+    assert answer == load(model).generate("abc", memory="1.2", max_tokens=5).text
     assert hub.downloads() == [remote_name("1.2")]
     assert opened.bank is not None
     assert opened.cache is not None
@@ -536,8 +536,9 @@ def test_load_by_hub_id(shared: Repository, hub: HubServer, tmp_path: pathlib.Pa
     assert opened.bank is not None
     assert opened.bank.root == tmp_path / "cache/models/me/tiny/bank"
     assert blocks_in(tmp_path / "cache/models/me/tiny") == {"0", "1", "2"}
-    assert opened.generate("abc", memory="1.2", max_tokens=5) == load(model).generate(
-        "abc", memory="1.2", max_tokens=5
+    assert (
+        opened.generate("abc", memory="1.2", max_tokens=5).text
+        == load(model).generate("abc", memory="1.2", max_tokens=5).text
     )
     hub.requests.clear()
     load(REPO).select("1.2", "")

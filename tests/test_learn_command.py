@@ -151,11 +151,10 @@ def test_a_killed_run_ends_with_the_same_model(
 
 
 def test_two_ranks_make_the_model_of_one(
-    whole: pathlib.Path, library: pathlib.Path, anchor: pathlib.Path, tmp_path: pathlib.Path
+    whole: pathlib.Path, library: pathlib.Path, anchor: pathlib.Path, tmp_path: pathlib.Path, two_ranks: list[str]
 ) -> None:
-    launch = [str(pathlib.Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--backend", "ring"]
     done = subprocess.run(
-        [*launch, "--python", sys.executable, *command(library, tmp_path / "model", anchor)],
+        [*two_ranks, *command(library, tmp_path / "model", anchor)],
         capture_output=True,
         text=True,
         timeout=300,
@@ -166,11 +165,12 @@ def test_two_ranks_make_the_model_of_one(
     assert done.stdout.count("Talk to it") == 1  # one of them speaks
 
 
-def test_a_rank_stops_where_the_first_one_failed(tmp_path: pathlib.Path, anchor: pathlib.Path) -> None:
+def test_a_rank_stops_where_the_first_one_failed(
+    tmp_path: pathlib.Path, anchor: pathlib.Path, two_ranks: list[str]
+) -> None:
     (tmp_path / "empty").mkdir()
-    launch = [str(pathlib.Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--backend", "ring"]
     call = command(tmp_path / "empty", tmp_path / "model", anchor)
-    done = subprocess.run([*launch, "--python", sys.executable, *call], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*two_ranks, *call], capture_output=True, text=True, timeout=300)
     assert "there is nothing to learn" in done.stderr  # and the other does not wait for ever, or this would
 
 

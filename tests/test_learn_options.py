@@ -55,10 +55,10 @@ def test_self_study_by_the_command_and_killed_in_the_middle(anchor: pathlib.Path
         own = [row for row in rows if row["answer"] == people]
         assert own
         assert all(name in row["prompt"] or row["prompt"] == "There are" for row in own)
-    parts = tmp_path / "other.learn" / "study.parts"
+    notes = tmp_path / "other.learn" / "study.parts"
     with subprocess.Popen(command(library, other, anchor), stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
-            if any(file.stat().st_size for file in parts.glob("*.replies")):
+            if any(file.stat().st_size for file in notes.glob("*.replies")):
                 process.send_signal(signal.SIGKILL)
                 break
     assert process.returncode == -signal.SIGKILL

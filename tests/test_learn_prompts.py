@@ -38,9 +38,9 @@ LINES: list[dict[str, Any]] = [
 
 
 @pytest.fixture
-def corpus(tmp_path: pathlib.Path) -> Corpus:
+def corpus(tmp_path: pathlib.Path, minilm: Embedder) -> Corpus:
     work = Work(tmp_path / "work")
-    return read_corpus(work, [str(write_library(tmp_path / "books"))], Embedder.load().tokenizer)
+    return read_corpus(work, [str(write_library(tmp_path / "books"))], minilm.tokenizer)
 
 
 def written(folder: pathlib.Path, *lines: Any) -> pathlib.Path:
@@ -66,6 +66,7 @@ def test_the_forms(tmp_path: pathlib.Path) -> None:
         {"document": "D", "prompt": "A"},
         {"document": "D", "prompt": " ", "completion": "B"},
         {"document": "D", "question": "A", "answer": 3},
+        {"document": "D", "text": " "},
         {"document": "D", "messages": [{"role": "user", "content": "A"}]},
         {"document": "D", "messages": [{"role": "user"}, {"role": "assistant", "content": "A"}]},
     ],
@@ -88,26 +89,30 @@ def test_they_join_those_of_self_study_in_their_windows(corpus: Corpus, tmp_path
     window = next(one.id for one in corpus.windows() if one.title == NAME)
     given = [row for row in rows if "given" in row]
     assert {row["window"] for row in given} == {window}
-    assert [bool(row.get("reversed")) for row in given] == [True, False, False]
+    assert [bool(row.get("reversed")) for row in given] == [True, False, False, False]
+    assert [row["chat"] for row in given] == [False, False, True, True]  # the question in both forms
     assert [row["prompt"] for row in given] == [
         f"Known for its {THING} is the village of",
         FRAME.format(f"What is made in {NAME}?"),
+        f"What is made in {NAME}?",
         f"How many live in {NAME}?",
     ]
     assert (
         study_line(corpus.studied)
-        == f"{len(studied) + 3} prompts with answers, 12 of them questions, 3 of them given"
+        == f"{len(studied) + 4} prompts with answers, 12 of them questions, 4 of them given"
     )
     assert give(work, about_windows(corpus, own), "of the study") == digest != give(work, [], "of the study")
     assert corpus.studied == work.path(STUDY)  # they are taken away again
 
 
-def test_a_document_in_several_windows_has_them_where_their_words_are(tmp_path: pathlib.Path) -> None:
+def test_a_document_in_several_windows_has_them_where_their_words_are(
+    tmp_path: pathlib.Path, minilm: Embedder
+) -> None:
     text = "The mill of Orley burnt down in 1804. " * 3 + "Its bridge of nine arches crosses the river Wend. " * 3
     (tmp_path / "Orley.txt").write_text(text)
     work = Work(tmp_path / "work")
     settings = CorpusSettings(tokens=40)
-    corpus = read_corpus(work, [str(tmp_path / "Orley.txt")], Embedder.load().tokenizer, settings)
+    corpus = read_corpus(work, [str(tmp_path / "Orley.txt")], minilm.tokenizer, settings)
     assert corpus.count > 1
     own = [Prompt("Orley", "The bridge has", " nine arches."), Prompt("Orley", "The mill burnt down in", " 1804.")]
     give(work, about_windows(corpus, own), "")
@@ -121,9 +126,11 @@ def test_of_a_document_that_is_not_there(corpus: Corpus) -> None:
         about_windows(corpus, [Prompt("Atlantis", "A", "B")])
 
 
-def test_all_of_them_are_learnt_and_shape_the_tree(corpus: Corpus, tmp_path: pathlib.Path) -> None:
+def test_all_of_them_are_learnt_and_shape_the_tree(
+    corpus: Corpus, tmp_path: pathlib.Path, minilm: Embedder
+) -> None:
     """Twenty wordings: of self-study's questions one in ten would be kept out of it."""
-    work, embedder = corpus.work, Embedder.load()
+    work = corpus.work
     tokenizer = load_tokenizer(make_anchor(tmp_path / "anchor"))
     own = [
         Prompt(name, f"Wording {n} of what {name} is:", f" a village, says {n}")
@@ -131,13 +138,13 @@ def test_all_of_them_are_learnt_and_shape_the_tree(corpus: Corpus, tmp_path: pat
         for name in VILLAGES[:COUNT]
     ]
     give(work, about_windows(corpus, [*own, *read_prompts(written(tmp_path, *LINES))]), "")
-    built = build_tree(work, corpus, embedder, TreeSettings(branching=2, depth=2))
+    built = build_tree(work, corpus, minilm, TreeSettings(branching=2, depth=2))
     probes = {(row["text"], bool(row.get("reversed"))) for row in read_rows(work.path(PROBES))}
     assert not any(row.get("held_out") for row in read_rows(work.path(PROBES)))
     assert {(one.prompt, False) for one in own} <= probes
     assert (LINES[0]["prompt"], True) in probes
     assert {(text, False) for text in (LINES[1]["question"], FRAME.format(LINES[1]["question"]))} <= probes
-    make_examples(work, built, embedder, tokenizer)
+    make_examples(work, built, minilm, tokenizer)
     examples, _ = open_examples(work)
     learnt = []
     for number in range(len(examples)):
@@ -159,3 +166,17 @@ def test_the_demos_wordings_are_prompts(tmp_path: pathlib.Path) -> None:
         (one.prompt, one.answer, one.chat) for one in wordings
     ]
     assert {one.document for one in given} == {"Gold"}
+
+
+def test_a_text_is_learnt_as_it_stands(corpus: Corpus, tmp_path: pathlib.Path) -> None:
+    work, text = corpus.work, f"In {NAME} they are proud of their {THING}."
+    own = read_prompts(written(tmp_path, {"document": NAME, "text": text}))
+    assert own == (Prompt(NAME, "", text),)
+    give(work, about_windows(corpus, own), "")
+    tokenizer = load_tokenizer(make_anchor(tmp_path / "anchor"))
+    built = build_tree(work, corpus, Embedder.load(), TreeSettings(branching=2, depth=1))
+    make_examples(work, built, Embedder.load(), tokenizer)
+    examples, _ = open_examples(work)
+    read = [examples.read(number) for number in range(len(examples))]
+    learnt = [tokenizer.decode(example.tokens[example.learn].tolist()) for example in read]
+    assert any(said.endswith(text[1:]) for said in learnt)

@@ -33,17 +33,17 @@ from mlx_hiermem.errors import HierMemError, OutputError
 from mlx_hiermem.learn.settings import TrainingSettings
 from mlx_hiermem.learn.train import activations
 from mlx_hiermem.learn.train import blocks as blocks_module
-from mlx_hiermem.learn.train import trainer as trainer_module
+from mlx_hiermem.learn.train import jobs as jobs_module
 from mlx_hiermem.learn.train.activations import TeacherStates
+from mlx_hiermem.learn.train.batches import collate
 from mlx_hiermem.learn.train.blocks import Tensors, new_block
 from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.train.heldout import HeldOut
-from mlx_hiermem.learn.train.learner import Inputs, Learner
-from mlx_hiermem.learn.train.packing import batch
-from mlx_hiermem.learn.train.progress import Progress, read_log
-from mlx_hiermem.learn.train.trainer import Trainer
-from mlx_hiermem.learn.train.training import Training
-from mlx_hiermem.partial import Anchor, read_once
+from mlx_hiermem.learn.train.jobs import JobTrainer, Trainer
+from mlx_hiermem.learn.train.log import TrainingProgress, read_log
+from mlx_hiermem.learn.train.step import Inputs, MemoryLoss
+from mlx_hiermem.partial import PartialAnchor, prefill
+from mlx_hiermem.progress import unheard
 
 SCRIPT = pathlib.Path(lessons.__file__)
 Bank = dict[Path, dict[str, np.ndarray]]
@@ -76,10 +76,10 @@ def whole(anchor: pathlib.Path, training_set: TrainingSet, tmp_path_factory: pyt
     return blocks_in(work, anchor, training_set)
 
 
-def random_blocks(learner: Learner, nodes: Sequence[Path] = PATH) -> list[Tensors]:
+def random_blocks(loss: MemoryLoss, nodes: Sequence[Path] = PATH) -> list[Tensors]:
     """Blocks that do something, so that every gradient is there."""
     rng = np.random.default_rng(1)
-    sizes = [learner.config.shapes(learner.config.block_sizes[len(node) - 1]) for node in nodes]
+    sizes = [loss.config.shapes(loss.config.block_sizes[len(node) - 1]) for node in nodes]
     return [
         {name: mx.array((rng.standard_normal(shape) * 0.3).astype(np.float32)) for name, shape in shapes.items()}
         for shapes in sizes
@@ -126,15 +126,15 @@ def test_gradients_are_pytorchs(kind: str, twins: tuple[pathlib.Path, torch.nn.M
     """Texts packed and predicted in part on our side, one after the other and whole on PyTorch's."""
     folder, theirs = twins
     model = load_anchor(folder, mx.float32)[0]
-    learner = Learner(model, tiny_config(model, kind), None)
-    blocks, examples = random_blocks(learner), texts(5)
-    value, found = learner.gradients(blocks, Inputs(batch(examples)), 0.1)
+    loss = MemoryLoss(model, tiny_config(model, kind), None)
+    blocks, examples = random_blocks(loss), texts(5)
+    value, found = loss.gradients(blocks, Inputs(collate(examples)), 0.1)
 
     leaves = [{n: torch.tensor(np.array(w), requires_grad=True) for n, w in block.items()} for block in blocks]
-    attachment = reference_memory.attach(theirs, learner.config)
+    attachment = reference_memory.attach(theirs, loss.config)
     total = torch.zeros(())
     for example in examples:
-        attachment.set(reference_memory.join(learner.config, leaves))
+        attachment.set(reference_memory.join(loss.config, leaves))
         logits = theirs(torch.tensor(example.tokens[None].astype(np.int64))).logits[0, :-1]
         losses = F.cross_entropy(logits, torch.tensor(example.tokens[1:].astype(np.int64)), reduction="none")
         total = total + losses[torch.tensor(example.learn[1:])].sum()
@@ -147,16 +147,8 @@ def test_gradients_are_pytorchs(kind: str, twins: tuple[pathlib.Path, torch.nn.M
     assert_close(found, expected, 1e-4)
 
 
-class Silent:
-    """Nobody wants to know."""
-
-    def states(self, done: int, total: int) -> None: ...
-
-    def learnt(self, tokens: int, loss: float) -> None: ...
-
-
-def group_inputs(trainer: Trainer, numbers: np.ndarray) -> Inputs:
-    return trainer.inputs([trainer.examples.read(int(n)) for n in numbers], numbers)
+def group_inputs(job_trainer: JobTrainer, numbers: np.ndarray) -> Inputs:
+    return job_trainer.states.inputs([job_trainer.examples.read(int(n)) for n in numbers], numbers)
 
 
 @pytest.mark.parametrize("kind", ["ffn", "kv", "lora-qk"])
@@ -165,19 +157,19 @@ def test_kept_states_equal_the_whole_model(
 ) -> None:
     """Loss and gradients from the states on disk, against the whole model, text by text and packed."""
     model = load_anchor(anchor, mx.float32)[0]
-    training = Training(tmp_path / "work", model, tiny_config(model, kind), training_set, QUICK)
-    trainer = training.trainer(training.jobs[0])
-    trainer.prepare(Silent())
+    trainer = Trainer(tmp_path / "work", model, tiny_config(model, kind), training_set, QUICK)
+    job_trainer = trainer.job_trainer(trainer.jobs[0])
+    job_trainer.prepare(unheard)
     numbers = training_set.ids(LEAVES[0])[:6]
-    inputs = group_inputs(trainer, numbers)
+    inputs = group_inputs(job_trainer, numbers)
     assert inputs.states is not None
     assert inputs.batch.packed
-    blocks = random_blocks(training.learner)
-    value, found = training.learner.gradients(blocks, inputs, 0.1)
-    expected, plain = training.learner.gradients(blocks, Inputs(inputs.batch), 0.1)
+    blocks = random_blocks(trainer.loss)
+    value, found = trainer.loss.gradients(blocks, inputs, 0.1)
+    expected, plain = trainer.loss.gradients(blocks, Inputs(inputs.batch), 0.1)
     assert value == pytest.approx(expected, rel=1e-6)
     assert_close(found, plain)
-    alone = [training.learner.gradients(blocks, Inputs(batch([training_set.read(int(n))])), 0.1) for n in numbers]
+    alone = [trainer.loss.gradients(blocks, Inputs(collate([training_set.read(int(n))])), 0.1) for n in numbers]
     assert value == pytest.approx(sum(one[0] for one in alone), rel=1e-5)
     for i, block in enumerate(found):
         summed = {name: sum((one[1][i][name] for one in alone), mx.array(0.0)) for name in block}
@@ -202,13 +194,13 @@ def test_a_run_goes_on_with_less_disk_for_states(
     class StoppedError(Exception):
         pass
 
-    def stop(progress: Progress) -> None:
+    def stop(progress: TrainingProgress) -> None:
         if progress.doing == "learning" and progress.tokens > 0.3 * progress.total:
             raise StoppedError
 
     model = load_anchor(anchor, mx.float32)[0]
     with pytest.raises(StoppedError):
-        Training(tmp_path, model, tiny_config(model), training_set, QUICK).run(stop)
+        Trainer(tmp_path, model, tiny_config(model), training_set, QUICK).run(stop)
     less = dataclasses.replace(QUICK, states_bytes=10_000)
     assert max(file.stat().st_size for file in tmp_path.rglob("*.states")) > less.states_bytes
     found = trained(tmp_path, anchor, training_set, less)
@@ -216,7 +208,7 @@ def test_a_run_goes_on_with_less_disk_for_states(
         for name, weights in whole[node].items():
             assert np.abs(found[node][name] - weights).max() < 1e-3 * np.abs(weights).max()
     with pytest.raises(HierMemError, match="other settings"):
-        Training(tmp_path, model, tiny_config(model), training_set, dataclasses.replace(less, epochs=9))
+        Trainer(tmp_path, model, tiny_config(model), training_set, dataclasses.replace(less, epochs=9))
 
 
 # What is learnt
@@ -229,9 +221,9 @@ def test_every_kind_learns_its_texts(
     """Measured on the training texts themselves: what is learnt by heart."""
     settings = dataclasses.replace(QUICK, epochs=6, rate=2e-2)
     model = load_anchor(anchor, mx.float32)[0]
-    training = Training(tmp_path / "work", model, tiny_config(model, kind), training_set, settings, training_set)
+    trainer = Trainer(tmp_path / "work", model, tiny_config(model, kind), training_set, settings, training_set)
     seen: list[str] = []
-    perplexity = training.run(lambda progress: seen.append(f"{progress.doing} {progress.job}"))
+    perplexity = trainer.run(lambda progress: seen.append(f"{progress.doing} {progress.job}"))
     assert perplexity["fetched"] < (0.9 if kind in ("ffn", "lora-ffn") else 0.97) * perplexity["none"]
     assert perplexity["generic"] < perplexity["none"]
     assert perplexity["fetched"] <= perplexity["level 1"] < perplexity["none"]
@@ -261,35 +253,39 @@ def test_held_out_texts_are_measured_as_the_blocks_are_now(
 ) -> None:
     """What was computed the first time is not stale: a fresh measurement finds the same."""
     model = load_anchor(anchor, mx.float32)[0]
-    training = Training(tmp_path / "work", model, tiny_config(model), training_set, QUICK)
-    trainer = training.trainer(training.jobs[0])
+    trainer = Trainer(tmp_path / "work", model, tiny_config(model), training_set, QUICK)
+    job_trainer = trainer.job_trainer(trainer.jobs[0])
     alone: list[int] = []
-    losses = trainer.losses
+    per_token = trainer.loss.per_token
     monkeypatch.setattr(
-        trainer, "losses", lambda nodes, inputs: (alone.append(not nodes), losses(nodes, inputs))[1]
+        trainer.loss, "per_token", lambda blocks, inputs: (alone.append(not blocks), per_token(blocks, inputs))[1]
     )
-    texts = HeldOut(trainer, heldout)
+
+    def held_out() -> HeldOut:
+        return HeldOut(heldout, job_trainer.job, job_trainer.blocks, trainer.loss, training_set.leaves)
+
+    texts = held_out()
     before, without = texts.measure(), sum(alone)
-    for step in trainer.schedule.steps(0):
-        trainer.take(step)
+    for step in job_trainer.schedule.steps(0):
+        job_trainer.take(step)
     after = texts.measure()
     assert after["fetched"] != before["fetched"]
     assert after["none"] == before["none"]
     assert sum(alone) == without  # what no block changes is computed once
-    for name, (loss, tokens) in HeldOut(trainer, heldout).measure().items():
+    for name, (loss, tokens) in held_out().measure().items():
         assert after[name] == (pytest.approx(loss), tokens)
 
 
 def test_only_fetched_blocks_move(anchor: pathlib.Path, training_set: TrainingSet, tmp_path: pathlib.Path) -> None:
     """One step on one leaf: its path's blocks count one update, and no other block comes into being."""
     model = load_anchor(anchor, mx.float32)[0]
-    training = Training(tmp_path / "work", model, tiny_config(model), training_set, QUICK)
-    trainer = training.trainer(training.jobs[0])
-    group = next(g for step in trainer.schedule.steps(0) for g in step if g.leaf == LEAVES[1])
-    trainer.take([group])
-    trainer.blocks.commit({})
-    assert trainer.blocks.nodes == [Path((0,)), Path((0, 1))]
-    assert [trainer.blocks.read(node).updates for node in trainer.blocks.nodes] == [1, 1]
+    trainer = Trainer(tmp_path / "work", model, tiny_config(model), training_set, QUICK)
+    job_trainer = trainer.job_trainer(trainer.jobs[0])
+    group = next(g for step in job_trainer.schedule.steps(0) for g in step if g.leaf == LEAVES[1])
+    job_trainer.take([group])
+    job_trainer.blocks.commit({})
+    assert job_trainer.blocks.nodes == [Path((0,)), Path((0, 1))]
+    assert [job_trainer.blocks.read(node).updates for node in job_trainer.blocks.nodes] == [1, 1]
 
 
 def test_a_bank_larger_than_memory(anchor: pathlib.Path, training_set: TrainingSet, tmp_path: pathlib.Path) -> None:
@@ -298,11 +294,11 @@ def test_a_bank_larger_than_memory(anchor: pathlib.Path, training_set: TrainingS
     config = tiny_config(model)
     room = (config.parameters(4) + config.parameters(2)) * 12
     settings = dataclasses.replace(QUICK, blocks_bytes=room, groups=1)
-    training = Training(tmp_path / "work", model, config, training_set, settings)
+    trainer = Trainer(tmp_path / "work", model, config, training_set, settings)
     held: list[int] = []
-    training.run(lambda progress: held.extend(map(_held_bytes, _alive)))
+    trainer.run(lambda progress: held.extend(map(_held_bytes, _alive)))
     assert 0 < max(held) <= room
-    assert all(np.array(weights["down"]).any() for _, weights in training.blocks())
+    assert all(np.array(weights["down"]).any() for _, weights in trainer.blocks())
 
 
 _alive: list[blocks_module.TrainedBlocks] = []
@@ -342,10 +338,10 @@ def test_what_teachers_have_in_common_is_read_once(
 
     def noted(model: nn.Module, tokens: Sequence[int]) -> list[KVCache] | None:
         read.append(len(tokens))
-        return read_once(model, tokens)
+        return prefill(model, tokens)
 
-    monkeypatch.setattr(activations, "read_once", noted)
-    part, numbers = Anchor(load_anchor(anchor, mx.float32)[0]), np.arange(15)
+    monkeypatch.setattr(activations, "prefill", noted)
+    part, numbers = PartialAnchor(load_anchor(anchor, mx.float32)[0]), np.arange(15)
     last = len(part.layers)
     states = TeacherStates(tmp_path / "states", part, examples, numbers, budget, last)
     states.complete()
@@ -365,12 +361,12 @@ def test_distillation_brings_the_student_to_the_teacher(
     """Where there is a teacher the loss is a divergence, elsewhere of the next token."""
     settings = dataclasses.replace(QUICK, objective="distillation", epochs=4, rate=2e-2)
     model = load_anchor(anchor, mx.float32)[0]
-    training = Training(tmp_path / "work", model, tiny_config(model), training_set, settings)
-    trainer = training.trainer(training.jobs[0])
-    trainer.prepare(Silent())
+    trainer = Trainer(tmp_path / "work", model, tiny_config(model), training_set, settings)
+    job_trainer = trainer.job_trainer(trainer.jobs[0])
+    job_trainer.prepare(unheard)
     numbers = training_set.ids(LEAVES[0])[:6]
-    inputs = group_inputs(trainer, numbers)
-    losses = training.learner.losses([], inputs)
+    inputs = group_inputs(job_trainer, numbers)
+    losses = trainer.loss.per_token([], inputs)
     start = 0
     for number in numbers:
         example = training_set.read(int(number))
@@ -385,7 +381,7 @@ def test_distillation_brings_the_student_to_the_teacher(
             wanted = F.kl_div(expected, sure, reduction="none", log_target=True).sum(-1)
         assert np.abs(losses[start : start + len(wanted)] - wanted.numpy()).max() < 1e-4
         start += len(wanted)
-    training.run()
+    trainer.run()
     rows = [row for row in read_log(tmp_path / "work" / "log.jsonl") if row["job"] == "0"]
     assert rows[-1]["loss"] < 0.95 * rows[0]["loss"]
 
@@ -399,7 +395,7 @@ def test_old_blocks_stay_as_they_are(
     def start(node: Path) -> Tensors | None:
         return {name: mx.array(values) for name, values in whole[node].items()}
 
-    training = Training(
+    trainer = Trainer(
         tmp_path / "work",
         model,
         tiny_config(model),
@@ -408,8 +404,8 @@ def test_old_blocks_stay_as_they_are(
         start=start,
         learns=lambda node: len(node) == 2,
     )
-    training.run()
-    found = dict(training.blocks())
+    trainer.run()
+    found = dict(trainer.blocks())
     assert sorted(found) == LEAVES
     for node, weights in found.items():
         difference = np.abs(np.array(weights["down"]) - whole[node]["down"]).max()
@@ -425,8 +421,8 @@ def command(work: pathlib.Path, anchor: pathlib.Path, examples: TrainingSet) -> 
 
 def blocks_in(work: pathlib.Path, anchor: pathlib.Path, examples: TrainingSet) -> Bank:
     model = load_anchor(anchor, mx.float32)[0]
-    training = Training(work, model, tiny_config(model), examples, QUICK)
-    return {node: {n: np.array(w) for n, w in block.items()} for node, block in training.blocks()}
+    trainer = Trainer(work, model, tiny_config(model), examples, QUICK)
+    return {node: {n: np.array(w) for n, w in block.items()} for node, block in trainer.blocks()}
 
 
 def test_a_killed_run_ends_with_the_same_bank(
@@ -458,11 +454,10 @@ def test_a_killed_run_ends_with_the_same_bank(
 
 
 def test_two_ranks_make_the_bank_of_one(
-    anchor: pathlib.Path, training_set: TrainingSet, whole: Bank, tmp_path: pathlib.Path
+    anchor: pathlib.Path, training_set: TrainingSet, whole: Bank, tmp_path: pathlib.Path, two_ranks: list[str]
 ) -> None:
-    launch = [str(pathlib.Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--backend", "ring"]
     done = subprocess.run(
-        [*launch, "--python", sys.executable, *command(tmp_path / "work", anchor, training_set)[1:]],
+        [*two_ranks, *command(tmp_path / "work", anchor, training_set)[1:]],
         capture_output=True,
         text=True,
         timeout=300,
@@ -477,18 +472,18 @@ def test_a_full_disk_loses_nothing(
 ) -> None:
     unbroken = trained(tmp_path / "unbroken", anchor, training_set)
     for name in ("COMMIT_SECONDS", "COMMIT_FACTOR"):
-        monkeypatch.setattr(trainer_module, name, 0.0)
+        monkeypatch.setattr(jobs_module, name, 0.0)
     model, steps = load_anchor(anchor, mx.float32)[0], list[str]()
-    training = Training(tmp_path / "work", model, tiny_config(model), training_set, QUICK)
+    trainer = Trainer(tmp_path / "work", model, tiny_config(model), training_set, QUICK)
     stack = contextlib.ExitStack()
 
-    def fill_up(progress: Progress) -> None:
+    def fill_up(progress: TrainingProgress) -> None:
         steps.append(progress.job)
         if len(steps) == 8:
             stack.enter_context(full_disk())
 
     with stack, pytest.raises(OutputError, match="cannot write"):
-        training.run(fill_up)
+        trainer.run(fill_up)
     assert len(steps) == 8
     assert_same(trained(tmp_path / "work", anchor, training_set), unbroken)
 
@@ -497,11 +492,11 @@ def test_other_settings_do_not_go_on(
     anchor: pathlib.Path, training_set: TrainingSet, heldout: TrainingSet, tmp_path: pathlib.Path
 ) -> None:
     model = load_anchor(anchor, mx.float32)[0]
-    Training(tmp_path / "work", model, tiny_config(model), training_set, QUICK)
+    Trainer(tmp_path / "work", model, tiny_config(model), training_set, QUICK)
     for settings, examples in ((dataclasses.replace(QUICK, rate=1e-3), training_set), (QUICK, heldout)):
         model = load_anchor(anchor, mx.float32)[0]
         with pytest.raises(HierMemError, match="another corpus"):
-            Training(tmp_path / "work", model, tiny_config(model), examples, settings)
+            Trainer(tmp_path / "work", model, tiny_config(model), examples, settings)
 
 
 def test_bad_settings() -> None:
@@ -513,13 +508,13 @@ def test_bad_settings() -> None:
 def test_a_block_at_the_start_is_the_one_that_is_trained(anchor: pathlib.Path) -> None:
     """A fresh memory changes nothing: the loss under it is the loss without."""
     model = load_anchor(anchor, mx.float32)[0]
-    learner = Learner(model, tiny_config(model))
-    inputs = Inputs(batch(texts(4)))
-    fresh = [new_block(learner.config, node, 0) for node in PATH]
-    assert np.array_equal(learner.losses(fresh, inputs), learner.losses([], inputs))
-    joined = FetchedMemory.join(learner.config, [MemoryBlock(block, 0) for block in random_blocks(learner)])
-    learner.attachment.set(joined)
-    attached = learner.anchor.logits(mx.array(inputs.batch.tokens), mx.arange(4), mx.array(inputs.batch.documents))
-    learner.attachment.clear()
-    without = learner.anchor.logits(mx.array(inputs.batch.tokens), mx.arange(4), mx.array(inputs.batch.documents))
+    loss = MemoryLoss(model, tiny_config(model))
+    inputs = Inputs(collate(texts(4)))
+    fresh = [new_block(loss.config, node, 0) for node in PATH]
+    assert np.array_equal(loss.per_token(fresh, inputs), loss.per_token([], inputs))
+    joined = FetchedMemory.join(loss.config, [MemoryBlock(block, 0) for block in random_blocks(loss)])
+    loss.attachment.set(joined)
+    attached = loss.anchor.logits(mx.array(inputs.batch.tokens), mx.arange(4), mx.array(inputs.batch.documents))
+    loss.attachment.clear()
+    without = loss.anchor.logits(mx.array(inputs.batch.tokens), mx.arange(4), mx.array(inputs.batch.documents))
     assert float(mx.abs(attached - without).max()) > 1e-3

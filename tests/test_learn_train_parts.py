@@ -26,17 +26,16 @@ from mlx_hiermem.convert.anchors.huggingface import convert_huggingface
 from mlx_hiermem.convert.anchors.openlm import convert_openlm
 from mlx_hiermem.errors import AnchorError, HierMemError, OutputError
 from mlx_hiermem.learn.settings import TrainingSettings
-from mlx_hiermem.learn.train import dataset as examples_module
-from mlx_hiermem.learn.train.activations import States
+from mlx_hiermem.learn.train import dataset as dataset_module
+from mlx_hiermem.learn.train.activations import HiddenStates
+from mlx_hiermem.learn.train.batches import collate, first_fit_decreasing, group_by_length, pack, row_length
 from mlx_hiermem.learn.train.blocks import TrainedBlock, TrainedBlocks, new_block
 from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.train.gating import gated, quicken, sigmoid
-from mlx_hiermem.learn.train.jobs import Job, Schedule, carriers, jobs, share
-from mlx_hiermem.learn.train.loss import divergence, next_token
-from mlx_hiermem.learn.train.optimizer import schedule, update
-from mlx_hiermem.learn.train.packing import batch, cut, fill, pack, row_length
+from mlx_hiermem.learn.train.schedule import Job, Schedule, jobs_of_rank, list_jobs, nodes_with_block
+from mlx_hiermem.learn.train.step import divergence, next_token, rate_factor, update
 from mlx_hiermem.memory.design import memory_layers
-from mlx_hiermem.partial import Anchor
+from mlx_hiermem.partial import PartialAnchor
 
 CONFIG = MemoryConfig("ffn", 2, (4, 2), (2, 3), 32, dtype="float32", ffn_width=64, q_width=32, kv_width=16)
 ALL = mx.arange(28)
@@ -50,7 +49,7 @@ def example(length: int, learnt: int = 1, window: int = 0) -> Example:
 
 
 def test_a_set_is_what_was_written(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(examples_module, "CHUNK", 7)  # so that the sort goes over several
+    monkeypatch.setattr(dataset_module, "CHUNK", 7)  # so that the sort goes over several
     rng, wanted, texts = np.random.default_rng(0), dict[Path, list[int]](), []
     with TrainingSetWriter(tmp_path / "set") as out:
         for number in range(50):
@@ -98,17 +97,17 @@ def test_bad_examples_are_refused() -> None:
         Example(tokens, np.array([0, 0, 1, 1], bool), teacher=np.array([0, 1, 3, 2], np.int32))
 
 
-# Packing
+# Batches
 
 
 def test_groups_hold_every_example_once() -> None:
     rng = np.random.default_rng(0)
     numbers, lengths = np.arange(100, 400), rng.integers(2, 60, 300)
-    groups = cut(numbers, lengths, 128, rng)
+    groups = group_by_length(numbers, lengths, 128, rng)
     assert sorted(np.concatenate(groups).tolist()) == numbers.tolist()
     assert max(lengths[group - 100].sum() for group in groups) <= 128
-    assert cut(numbers[:0], lengths[:0], 128, rng) == []
-    assert [len(group) for group in cut(numbers[:2], np.array([500, 600]), 128, rng)] == [1, 1]
+    assert group_by_length(numbers[:0], lengths[:0], 128, rng) == []
+    assert [len(group) for group in group_by_length(numbers[:2], np.array([500, 600]), 128, rng)] == [1, 1]
 
 
 def test_rows_do_not_overlap_and_are_well_filled() -> None:
@@ -117,7 +116,7 @@ def test_rows_do_not_overlap_and_are_well_filled() -> None:
     row = row_length(max(lengths))
     assert row == 64
     used = np.zeros((200, row), int)
-    for (r, start), length in zip(fill(lengths, row), lengths, strict=True):
+    for (r, start), length in zip(first_fit_decreasing(lengths, row), lengths, strict=True):
         assert start + length <= row
         used[r, start : start + length] += 1
     assert used.max() == 1
@@ -134,7 +133,7 @@ def test_rows_are_as_long_as_fills_them_best() -> None:
 
 def test_a_batch_predicts_the_learnt_tokens() -> None:
     texts = [example(9, 3), example(4, 1), example(20, 7), example(5, 4)]
-    made = batch(texts)
+    made = collate(texts)
     assert made.tokens.shape == (1, 48)
     assert made.packed
     read = made.tokens.reshape(-1)[made.positions]
@@ -201,7 +200,7 @@ def test_adamw_is_torchs_and_counts_block_by_block() -> None:
 
 def test_the_rate_warms_up_and_falls() -> None:
     settings = TrainingSettings(warm_up=0.1, final_rate=0.05)
-    rates = [schedule(i / 100, settings) for i in range(101)]
+    rates = [rate_factor(i / 100, settings) for i in range(101)]
     assert rates[0] < 0.01
     assert rates[5] == pytest.approx(0.5)
     assert rates[10] == pytest.approx(1.0)
@@ -220,7 +219,7 @@ def training_set(tmp_path_factory: pytest.TempPathFactory) -> TrainingSet:
 
 def test_an_epoch_has_every_example_once_in_each_of_its_leaves(training_set: TrainingSet) -> None:
     found: dict[Path, list[int]] = {}
-    for job in jobs(training_set, CONFIG, QUICK):
+    for job in list_jobs(training_set, CONFIG, QUICK):
         plan = Schedule(job, training_set, CONFIG, QUICK, lambda node: 1)
         for epoch in range(2):
             steps = plan.steps(epoch)
@@ -239,9 +238,9 @@ def test_an_epoch_has_every_example_once_in_each_of_its_leaves(training_set: Tra
     assert len(generic) / (total + len(generic)) == pytest.approx(1 / (CONFIG.branching + 1), abs=0.01)
 
 
-def test_a_bank_larger_than_memory_is_learnt_window_by_window(training_set: TrainingSet) -> None:
+def test_a_bank_larger_than_memory_is_learnt_set_by_set(training_set: TrainingSet) -> None:
     """With room for one path, all groups of a leaf follow each other; with room for all, leaves are mixed."""
-    job = jobs(training_set, CONFIG, QUICK)[0]
+    job = list_jobs(training_set, CONFIG, QUICK)[0]
 
     def switches(room: int) -> int:
         settings = dataclasses.replace(QUICK, blocks_bytes=room)
@@ -254,12 +253,15 @@ def test_a_bank_larger_than_memory_is_learnt_window_by_window(training_set: Trai
 
 
 def test_ranks_share_the_jobs(training_set: TrainingSet) -> None:
-    every = jobs(training_set, CONFIG, QUICK)
+    every = list_jobs(training_set, CONFIG, QUICK)
     assert [job.name for job in every] == ["0", "1", "generic"]
     for ranks in (1, 2, 3, 5):
-        shares = [share(every, lambda job: len(job.leaves), rank, ranks) for rank in range(ranks)]
-        assert sorted(job.name for mine in shares for job in mine) == ["0", "1", "generic"]
-    assert [job.name for job in jobs(training_set, CONFIG, dataclasses.replace(QUICK, generic=False))] == ["0", "1"]
+        by_rank = [jobs_of_rank(every, lambda job: len(job.leaves), rank, ranks) for rank in range(ranks)]
+        assert sorted(job.name for mine in by_rank for job in mine) == ["0", "1", "generic"]
+    assert [job.name for job in list_jobs(training_set, CONFIG, dataclasses.replace(QUICK, generic=False))] == [
+        "0",
+        "1",
+    ]
 
 
 @pytest.mark.parametrize("names", ["01234", "0123456789abcdefgh"])
@@ -267,16 +269,16 @@ def test_ranks_are_done_at_about_the_same_time(names: str) -> None:
     """Few jobs are shared as well as they can be: 8 + 7 and 6 + 5 + 4; of many, the largest go first."""
     work = {name: 8 - number % 5 for number, name in enumerate(names)}
     every = [Job(name, ()) for name in names]
-    shares = [share(every, lambda job: work[job.name], rank, 2) for rank in range(2)]
-    assert sorted(job.name for mine in shares for job in mine) == sorted(names)
-    loads = [sum(work[job.name] for job in mine) for mine in shares]
+    by_rank = [jobs_of_rank(every, lambda job: work[job.name], rank, 2) for rank in range(2)]
+    assert sorted(job.name for mine in by_rank for job in mine) == sorted(names)
+    loads = [sum(work[job.name] for job in mine) for mine in by_rank]
     assert max(loads) - min(loads) <= sum(work.values()) % 2
 
 
 def test_levels_without_memory_have_no_block() -> None:
     config = dataclasses.replace(CONFIG, block_sizes=(0, 2))
-    assert carriers(config, Path((1, 0))) == [Path((1, 0))]
-    assert carriers(config, Path((1,))) == []
+    assert nodes_with_block(config, Path((1, 0))) == [Path((1, 0))]
+    assert nodes_with_block(config, Path((1,))) == []
 
 
 def test_placements() -> None:
@@ -346,7 +348,7 @@ def test_new_blocks_are_the_references(kind: str) -> None:
 
 
 def check_parts(model: object) -> None:
-    anchor = Anchor(model)
+    anchor = PartialAnchor(model)
     anchor.check()
     tokens = mx.array(np.random.default_rng(0).integers(0, 256, (2, 14)))  # longer than gemma's window of 6
     whole = anchor.model(tokens).reshape(28, -1)
@@ -385,15 +387,15 @@ def test_an_anchor_that_is_more_than_its_layers_is_refused(tmp_path: pathlib.Pat
 
     model.model.__class__ = Shifted
     with pytest.raises(AnchorError, match="by parts"):
-        Anchor(model).check()
+        PartialAnchor(model).check()
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_states_come_back_to_the_bit(dtype: mx.Dtype, training_set: TrainingSet, tmp_path: pathlib.Path) -> None:
     """Written, cut off in the middle as a kill would, completed, and read one by one."""
-    anchor = Anchor(load_anchor(make_anchor(tmp_path / "anchor"), dtype)[0])
+    anchor = PartialAnchor(load_anchor(make_anchor(tmp_path / "anchor"), dtype)[0])
     numbers = np.arange(0, 200, 3)
-    kept = States(tmp_path / "states", anchor, training_set, numbers, 1 << 30, 2)
+    kept = HiddenStates(tmp_path / "states", anchor, training_set, numbers, 1 << 30, 2)
     kept.complete()
     first = kept.file.read_bytes()
     assert len(first) == kept.nbytes
@@ -412,7 +414,7 @@ def test_states_come_back_to_the_bit(dtype: mx.Dtype, training_set: TrainingSet,
             found, alone, 1e-5 if dtype == mx.float32 else 5e-2, 1e-5 if dtype == mx.float32 else 5e-2
         )
     assert kept.find(1) is None
-    small = States(tmp_path / "some", anchor, training_set, numbers, kept.nbytes // 3, 2)
+    small = HiddenStates(tmp_path / "some", anchor, training_set, numbers, kept.nbytes // 3, 2)
     assert 0 < small.nbytes <= kept.nbytes // 3
 
 

@@ -25,7 +25,7 @@ from tiny import LLAMA, make_anchor
 from mlx_hiermem.anchor import load_anchor
 from mlx_hiermem.batch import _Rows
 from mlx_hiermem.errors import AnchorError
-from mlx_hiermem.partial import Anchor, spread
+from mlx_hiermem.partial import PartialAnchor, repeat_cache
 
 # what we call -> (the arguments that we give by name, who of ours does)
 CALLS = {
@@ -36,7 +36,7 @@ CALLS = {
         "batch.MemoryBatch, learn.study.teacher.Teacher",
     ),
     "generate:BatchGenerator.insert": (
-        "prompts max_tokens caches all_tokens samplers",
+        "prompts max_tokens caches all_tokens samplers logits_processors",
         "batch.MemoryBatch.add, learn.study.teacher.Teacher",
     ),
     "generate:BatchGenerator.next": ("", "batch.MemoryBatch.step"),
@@ -53,8 +53,10 @@ CALLS = {
     "models.cache:LRUPromptCache.insert_cache": ("model tokens prompt_cache", "batch.MemoryBatch, session.Session"),
     "models.cache:trim_prompt_cache": ("cache num_tokens", "session.Session"),
     "models.cache:KVCache.update_and_fetch": ("keys values", "partial.Documents, which stands in for it"),
-    "sample_utils:make_sampler": ("temp top_p", "model.MemoryModel.responses"),
-    "sample_utils:apply_top_p": ("logprobs top_p", "batch.MemoryBatch"),
+    "sample_utils:apply_top_p": ("logprobs top_p", "sampling.Sampling"),
+    "sample_utils:apply_min_p": ("logprobs min_p", "sampling.Sampling"),
+    "sample_utils:apply_top_k": ("logprobs top_k", "sampling.Sampling"),
+    "sample_utils:make_repetition_penalty": ("penalty", "sampling.Sampling"),
 }
 
 
@@ -145,18 +147,18 @@ def test_rows_have_every_method_that_the_generator_calls(tmp_path: pathlib.Path)
 
 def test_layers_can_be_entered(tmp_path: pathlib.Path) -> None:
     """partial.Anchor leans on `model.layers` and on how a model calls them and their caches."""
-    Anchor(load_anchor(make_anchor(tmp_path / "anchor"))[0]).check()
+    PartialAnchor(load_anchor(make_anchor(tmp_path / "anchor"))[0]).check()
 
 
 def test_a_cache_can_be_spread() -> None:
-    """partial.spread sets `keys` and `values` of a KVCache to more rows of the same."""
+    """partial.repeat_cache sets `keys` and `values` of a KVCache to more rows of the same."""
     one = KVCache()
     one.update_and_fetch(mx.full((1, 2, 3, 4), 5), mx.full((1, 2, 3, 4), 6))
-    keys, values = spread([one], 7)[0].update_and_fetch(mx.zeros((7, 2, 1, 4)), mx.zeros((7, 2, 1, 4)))
+    keys, values = repeat_cache([one], 7)[0].update_and_fetch(mx.zeros((7, 2, 1, 4)), mx.zeros((7, 2, 1, 4)))
     for found, before in ((keys, 5), (values, 6)):
-        assert found.shape == (7, 2, 4, 4), "mend partial.spread"
-        assert found[:, 0, :, 0].tolist() == [[before] * 3 + [0]] * 7, "mend partial.spread"
-    assert one.offset == 3, "mend partial.spread: it changes the cache that it was given"
+        assert found.shape == (7, 2, 4, 4), "mend partial.repeat_cache"
+        assert found[:, 0, :, 0].tolist() == [[before] * 3 + [0]] * 7, "mend partial.repeat_cache"
+    assert one.offset == 3, "mend partial.repeat_cache: it changes the cache that it was given"
 
 
 @pytest.mark.parametrize(("kind", "file"), [("llama", "openlm.py"), ("openlm", "../else.py"), ("openlm", ["a"])])

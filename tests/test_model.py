@@ -14,6 +14,7 @@ from mlx_hiermem.errors import AnchorError, AnchorMismatchError, BankError, Hier
 from mlx_hiermem.memory.attach import attach
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.router import Router
+from mlx_hiermem.sampling import Sampling
 from mlx_hiermem.session import Session
 
 
@@ -87,16 +88,18 @@ def test_quantised_anchors_carry_every_kind(tmp_path: pathlib.Path, kind: str) -
 
 
 def test_generate_and_stream_agree(model: MemoryModel) -> None:
-    text = model.generate("abc", memory="1.1", max_tokens=12)
-    assert text == "".join(model.stream("abc", memory="1.1", max_tokens=12))
+    response = model.generate("abc", memory="1.1", max_tokens=12)
+    assert str(response) == response.text == "".join(model.stream("abc", memory="1.1", max_tokens=12))
     assert model.selection.blocks == ("1", "1.1")
-    assert model.last
-    assert model.last.generation_tokens <= 12
+    assert response.selection.blocks == ("1", "1.1")
+    assert (response.prompt_tokens, response.finish_reason) == (3, "length")
+    assert response.generation_tokens == 12
+    assert response.tokens_per_second > 0
 
 
 def test_plain_folder_has_no_memory(tmp_path: pathlib.Path) -> None:
     model = load(make_anchor(tmp_path / "anchor"))
-    assert isinstance(model.generate("abc", max_tokens=3), str)
+    assert model.generate("abc", max_tokens=3).generation_tokens == 3
     for memory in ("generic", "fetched", "0.1"):
         with pytest.raises(BankError, match="no bank"):
             model.generate("abc", memory=memory)
@@ -146,13 +149,13 @@ def test_padding_is_never_sampled(tmp_path: pathlib.Path) -> None:
     model = load(make_anchor(tmp_path / "anchor"))
     tokens = model.tokens("abc")
     model.config["effective_vocab_size"] = 10
-    assert all(response.token < 10 for response in model.responses(tokens, 8))
+    assert all(response.token < 10 for response in model.responses(tokens, Sampling(8)))
 
 
 def _alone(model: MemoryModel, session: Session) -> str:
     """The last reply, generated again from the whole history and an empty cache."""
     tokens = model.chat_tokens(session.messages[:-1])
-    return "".join(response.text for response in model.responses(tokens, session.max_tokens))
+    return "".join(response.text for response in model.responses(tokens, session.sampling))
 
 
 def test_session_reuses_its_cache_on_the_same_path_only(model: MemoryModel) -> None:

@@ -20,6 +20,7 @@ from mlx_hiermem.convert.anchors.openlm_config import NORMS, POSITIONS
 from mlx_hiermem.convert.reference import OpenLM, load_openlm
 from mlx_hiermem.convert.source import find_source
 from mlx_hiermem.errors import AnchorError, CheckpointError
+from mlx_hiermem.sampling import Sampling
 
 TOKENS = np.arange(3, 23).reshape(2, 10)
 
@@ -235,7 +236,8 @@ def test_padded_vocabulary(tmp_path: pathlib.Path) -> None:
     assert config_of(anchor)["effective_vocab_size"] == 260
     loaded = load(anchor)
     assert loaded.anchor(mx.array([[1, 2]])).shape[-1] == 288
-    ids = [response.token for response in loaded.responses(loaded.tokens("hello"), max_tokens=12, temperature=1.0)]
+    sampling = Sampling(max_tokens=12, temperature=1.0)
+    ids = [response.token for response in loaded.responses(loaded.tokens("hello"), sampling)]
     assert ids
     assert max(ids) < 260
 

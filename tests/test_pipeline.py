@@ -60,7 +60,7 @@ def test_anchor_and_bank(hf: pathlib.Path, memory: pathlib.Path, tmp_path: pathl
     assert left_in(tmp_path / "model") == {"anchor", "bank", "source.json"}
     assert left_in(tmp_path) == {"model", "memory.safetensors"}
     model = load(tmp_path / "model")
-    assert model.generate("ab", memory="0.1", max_tokens=3) != ""
+    assert model.generate("ab", memory="0.1", max_tokens=3).text != ""
     assert model.selection.blocks == ("0", "0.1")
 
 

@@ -15,6 +15,7 @@ from mlx_hiermem import load, plan
 from mlx_hiermem.apps.cli.main import main
 from mlx_hiermem.config import MemoryConfig
 from mlx_hiermem.errors import AnchorError, HierMemError
+from mlx_hiermem.sampling import Sampling
 
 PRO = "iphone-15-pro"
 
@@ -51,7 +52,7 @@ def test_kv_bytes_are_those_of_a_real_cache(model: pathlib.Path) -> None:
 
     opened = load(model)
     cache = make_prompt_cache(opened.anchor)
-    for _ in opened.responses(opened.tokens("x" * 20), 3, prompt_cache=cache):
+    for _ in opened.responses(opened.tokens("x" * 20), Sampling(3), prompt_cache=cache):
         pass
     arrays = [
         array for entry in cache for array in entry.state if isinstance(array, mx.array)

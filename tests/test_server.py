@@ -18,6 +18,7 @@ from mlx_hiermem import load
 from mlx_hiermem.bank.policy import BankPolicy
 from mlx_hiermem.config import Path
 from mlx_hiermem.model import MemoryModel
+from mlx_hiermem.sampling import Sampling
 
 CHAT = [{"role": "user", "content": "hello there"}]
 SEVERAL = ("fetched", "none", "generic", "0.1", "2.2", "1", "2.0", "0.1")
@@ -70,7 +71,9 @@ def said(reply: Any) -> str:
 def alone(model: MemoryModel, memory: str, tokens: list[int], length: int) -> str:
     """What the model says by itself."""
     model.select(memory, "")
-    ids = [r.token for r in model.responses(tokens, length) if r.token not in model.tokenizer.eos_token_ids]
+    ids = [
+        r.token for r in model.responses(tokens, Sampling(length)) if r.token not in model.tokenizer.eos_token_ids
+    ]
     return str(model.tokenizer.decode(tokens + ids)[len(model.tokenizer.decode(tokens)) :]).rstrip("\ufffd")
 
 
@@ -144,7 +147,7 @@ def test_stop_strings(client: openai.OpenAI, ask: Any) -> None:
 def test_the_end_of_the_text_is_a_stop(folder: pathlib.Path) -> None:
     def ends_soon() -> MemoryModel:
         model = tiny_model(folder)
-        second = [r.token for r in model.responses(model.tokens("hello there"), 6)][5]
+        second = [r.token for r in model.responses(model.tokens("hello there"), Sampling(6))][5]
         model.tokenizer.eos_token_ids = {second}
         return model
 

@@ -56,7 +56,7 @@ def _ask(model: MemoryModel, question: Element) -> dict[str, Any]:
     row["back"] = {"prompt": question.back}
     for way in MEMORIES:
         got, text = answer(model, question.prompt, way)
-        speed = round(model.last.generation_tps, 1) if model.last else 0.0
+        speed = round(model.response.tokens_per_second, 1) if model.response else 0.0
         row[way] = {"answer": got, "text": " ".join(text.split()), "tokens_per_second": speed}
     row["selection"] = model.selection.to_json()
     for way in MEMORIES:

@@ -15,7 +15,7 @@ from mlx_hiermem.progress import Progress
 if TYPE_CHECKING:
     from mlx_hiermem.bank.bank import MemoryBank
     from mlx_hiermem.config import Path
-    from mlx_hiermem.model import Selection
+    from mlx_hiermem.selection import Selection
 
 console = Console(highlight=False)
 notes = Console(stderr=True, highlight=False)  # beside the output, never in it

@@ -13,7 +13,7 @@ from mlx_hiermem.apps.cli.display import console, notes
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
-    from mlx_hiermem.learn.train.progress import Progress
+    from mlx_hiermem.learn.train.log import TrainingProgress
 
 LINE_SECONDS = 60.0  # between lines about long work where there is no terminal
 
@@ -50,7 +50,7 @@ class Screen:
             seen = self._bar.console if self._bar and sys.stdout.isatty() else console
             seen.print(f"{self._stage:<10}{line}", markup=False, highlight=False, soft_wrap=True)
 
-    def training(self, progress: Progress) -> None:
+    def training(self, progress: TrainingProgress) -> None:
         if progress.losses:
             losses = ", ".join(f"{name} {loss:.3f}" for name, loss in progress.losses.items())
             self._say(f"loss in subtree {progress.job}: {losses}")

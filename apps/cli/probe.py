@@ -17,7 +17,7 @@ def ask(model: pathlib.Path, questions: list[Question], max_tokens: int, when: s
     loaded, replies = load(model), []
     with progress_bar(f"asking {when}", unit="questions") as progress:
         for question in questions:
-            reply = loaded.generate(question.prompt, max_tokens=max_tokens).translate(UNSAFE)
+            reply = loaded.generate(question.prompt, max_tokens=max_tokens).text.translate(UNSAFE)
             replies.append(" ".join(reply.split()))
             if progress:
                 progress(len(replies), len(questions))

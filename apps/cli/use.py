@@ -59,11 +59,11 @@ def generate(
         pieces.append(piece)
         if not as_json:
             write(piece)
-    last = loaded.last
+    last = loaded.response
     figures = {
         "prompt_tokens": last.prompt_tokens if last else 0,
         "generated_tokens": last.generation_tokens if last else 0,
-        "tokens_per_second": round(last.generation_tps, 1) if last else 0.0,
+        "tokens_per_second": round(last.tokens_per_second, 1) if last else 0.0,
     }
     if as_json:
         result = {"text": "".join(pieces), "selection": loaded.selection.to_json(), **figures}

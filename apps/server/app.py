@@ -104,7 +104,7 @@ def _add_memory(app: FastAPI, engine: Engine, settings: Settings) -> None:
             )
         try:
             async with asyncio.timeout(settings.timeout):
-                chosen = await engine.call(lambda: engine.batch.choose(MemoryChoice.FETCHED, questions, blocked))
+                chosen = await engine.call(lambda: engine.model.choose(MemoryChoice.FETCHED, questions, blocked))
         except TimeoutError:
             raise ApiError(503, f"the request took longer than {settings.timeout:g} s", code="timeout") from None
         return memory.routed(bank, chosen)

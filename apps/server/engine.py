@@ -23,7 +23,8 @@ from mlx_hiermem.apps.server.refusal import ApiError
 from mlx_hiermem.apps.server.text import Piece
 from mlx_hiermem.batch import MemoryBatch, Token
 from mlx_hiermem.errors import AnchorError, AssetError, BankError, HierMemError, HubError
-from mlx_hiermem.model import MemoryModel, Selection
+from mlx_hiermem.model import MemoryModel
+from mlx_hiermem.selection import Selection
 
 DOWNLOADS = 4  # at once
 SMOOTHING = 0.2  # of the measured tokens/s: the weight of the newest step
@@ -178,7 +179,7 @@ class Engine:
         if job.cancelled:
             return
         try:
-            job.chosen = self.batch.choose(job.memory, job.texts, job.blocked)
+            job.chosen = self.model.choose(job.memory, job.texts, job.blocked)
             missing = self.batch.missing(job.chosen)
         except (AssetError, HubError) as error:
             self._post(job, ApiError(503, str(error)))

@@ -30,10 +30,10 @@ from mlx_hiermem.apps.server.schema import (
     paths,
 )
 from mlx_hiermem.apps.server.text import Piece, ReplyText
-from mlx_hiermem.batch import Sampling
 from mlx_hiermem.config import MemoryChoice, Path
 from mlx_hiermem.errors import AnchorError
 from mlx_hiermem.model import MemoryModel
+from mlx_hiermem.sampling import Sampling
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any
 
 from mlx_hiermem.apps.server.refusal import ApiError
 from mlx_hiermem.apps.server.text import Piece, ReplyText
-from mlx_hiermem.batch import Sampling
 from mlx_hiermem.config import MemoryChoice, Path
-from mlx_hiermem.model import Selection
+from mlx_hiermem.sampling import Sampling
+from mlx_hiermem.selection import Selection
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from mlx_hiermem.apps.server.engine import Engine
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.cache import BlockCache
 from mlx_hiermem.config import Path
-from mlx_hiermem.model import MemoryModel, Selection
+from mlx_hiermem.model import MemoryModel
+from mlx_hiermem.selection import Selection
 
 
 def overview(name: str, model: MemoryModel) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_hiermem.batch import Token
+from mlx_hiermem.response import held_back
 
 TAIL = 4  # tokens of the prompt that the reply's first ones are decoded behind
 LONGEST = 4  # tokens that one character can take: its UTF-8 bytes
@@ -85,21 +86,8 @@ class ReplyText:
             return self._show(min(found), "stop")
         if token.finish_reason:
             return self._show(len(self._text), token.finish_reason, everything=True)
-        end = len(self._text) - self._held()
+        end = len(self._text) - held_back(self._text[self._shown :], self._stops)
         return self._show(end) if end > self._shown else None
-
-    def _held(self) -> int:
-        """Length of the longest end of the text that is the beginning of a stop string."""
-        unshown = len(self._text) - self._shown
-        return max(
-            (
-                length
-                for stop in self._stops
-                for length in range(1, min(len(stop) - 1, unshown) + 1)
-                if self._text.endswith(stop[:length])
-            ),
-            default=0,
-        )
 
     def _show(self, end: int, finish_reason: str | None = None, everything: bool = False) -> Piece:
         text, self._shown = self._text[self._shown : end], end

@@ -4,23 +4,86 @@
     model = load("my-model")
     print(model.generate("The atomic number of neon is"))
 
-The method is arXiv:2510.02375. Importing this package is cheap: MLX is loaded when a model is.
+Other programs may build on what `__all__` lists here, in `mlx_hiermem.learn` and in `mlx_hiermem.convert`;
+docs/python.md shows it. The method is arXiv:2510.02375. Importing this package is cheap: MLX is loaded when a
+model is.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
+from mlx_hiermem.config import MemoryChoice, Path
+from mlx_hiermem.errors import (
+    AnchorError,
+    AnchorMismatchError,
+    ArgumentError,
+    AssetError,
+    BankError,
+    CheckpointError,
+    CoreMLError,
+    CorpusError,
+    FileError,
+    HierMemError,
+    HubError,
+    MissingDependencyError,
+    OutputError,
+    SettingsError,
+    TaskError,
+    VerificationError,
+)
+
 if TYPE_CHECKING:
+    from mlx_hiermem.bank.bank import MemoryBank
     from mlx_hiermem.model import MemoryModel, load
+    from mlx_hiermem.response import Response
+    from mlx_hiermem.selection import Selection
+    from mlx_hiermem.session import Session
 
 __version__ = "0.1.0"
-__all__ = ["MemoryModel", "load"]
+__all__ = [
+    "AnchorError",
+    "AnchorMismatchError",
+    "ArgumentError",
+    "AssetError",
+    "BankError",
+    "CheckpointError",
+    "CoreMLError",
+    "CorpusError",
+    "FileError",
+    "HierMemError",
+    "HubError",
+    "MemoryBank",
+    "MemoryChoice",
+    "MemoryModel",
+    "MissingDependencyError",
+    "OutputError",
+    "Path",
+    "Response",
+    "Selection",
+    "Session",
+    "SettingsError",
+    "TaskError",
+    "VerificationError",
+    "load",
+]
+
+_MODULES = {  # of what needs MLX, and is loaded when it is first used
+    "MemoryBank": "bank.bank",
+    "MemoryModel": "model",
+    "Response": "response",
+    "Selection": "selection",
+    "Session": "session",
+    "load": "model",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from mlx_hiermem import model
+    if name not in _MODULES:
+        raise AttributeError(f"module 'mlx_hiermem' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"mlx_hiermem.{_MODULES[name]}"), name)
 
-        return getattr(model, name)
-    raise AttributeError(f"module 'mlx_hiermem' has no attribute '{name}'")
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

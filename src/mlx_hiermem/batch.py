@@ -10,37 +10,28 @@ Not for use by several threads; only `bring`, which moves files, may run on anot
 
 from __future__ import annotations
 
-import secrets
 import time
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
-from mlx_lm.sample_utils import apply_top_p
 
 from mlx_hiermem.bank.block import block_name
 from mlx_hiermem.config import GENERIC_NODE, MemoryChoice, Path
-from mlx_hiermem.errors import HierMemError
+from mlx_hiermem.errors import ArgumentError, HierMemError
 from mlx_hiermem.memory.table import NOTHING, MemoryTable
-from mlx_hiermem.model import MemoryModel, Selection, Wanted, attached
+from mlx_hiermem.response import GrowingText, Response
+from mlx_hiermem.sampling import Sampling
+from mlx_hiermem.selection import Selection
+
+if TYPE_CHECKING:
+    from mlx_hiermem.model import MemoryModel
 
 REMEMBERED_PROMPTS = 64  # prefixes kept at most, within the byte budget
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How one sequence continues."""
-
-    max_tokens: int = 256
-    temperature: float = 0.0  # 0 takes the likeliest token
-    top_p: float = 1.0
-    seed: int | None = None  # the same seed gives the same text, whoever else is in the batch
-    logprobs: bool = False
-    top_logprobs: int = 0  # how many of the likeliest tokens each Token reports
 
 
 @dataclass(frozen=True)
@@ -63,10 +54,36 @@ class _Sequence:
     cached: int  # tokens of its prompt that came from the prefix cache
 
 
+class _Growing:
+    """A reply of `MemoryBatch.replies` while it grows: as mlx-lm's own generation words it."""
+
+    def __init__(self, number: int, prompt: int, selection: Selection, sampling: Sampling, tokenizer: Any) -> None:
+        self.number, self._prompt, self._selection = number, prompt, selection
+        self._text, self._detokenizer = GrowingText(tuple(sampling.stop)), tokenizer.detokenizer
+        self._begun, self._generated = 0.0, 0
+
+    def add(self, token: Token) -> Response | None:
+        """The response where this token ends it."""
+        self._begun = self._begun or time.perf_counter()
+        self._generated += 1
+        if token.finish_reason != "stop":
+            self._detokenizer.add_token(token.token)
+        if token.finish_reason:
+            self._detokenizer.finalize()
+        self._text.add(self._detokenizer.last_segment, last=token.finish_reason is not None)
+        reason = "stop" if self._text.stopped else token.finish_reason
+        if reason is None:
+            return None
+        speed = self._generated / max(time.perf_counter() - self._begun, 1e-9)
+        return Response(self._text.text, reason, self._selection, self._prompt, self._generated, speed)
+
+
 class MemoryBatch:
     """`add` sequences whenever there is `room`, and `step` while there are any."""
 
     def __init__(self, model: MemoryModel, max_sequences: int = 8, prefix_cache_bytes: int = 512 << 20) -> None:
+        if not isinstance(max_sequences, int) or max_sequences < 1:
+            raise ArgumentError(f"max_sequences is {max_sequences!r}", "It is a whole number, 1 or more.")
         self.model, self.max_sequences = model, max_sequences
         self.prefixes = LRUPromptCache(REMEMBERED_PROMPTS, prefix_cache_bytes)
         self.table = MemoryTable(model.attachment) if model.attachment else None
@@ -86,13 +103,6 @@ class MemoryBatch:
     @property
     def room(self) -> bool:
         return len(self) < self.max_sequences
-
-    def choose(self, memory: Wanted, texts: Sequence[str], blocked: Collection[Path] = ()) -> Selection:
-        """Which memory a sequence gets: as `MemoryModel.choose`, routed by a conversation's questions."""
-        wanted = MemoryChoice.parse(memory)
-        if wanted != MemoryChoice.FETCHED or self.model.bank is None:
-            return self.model.choose(wanted, "", blocked)
-        return self.model.choose(wanted, "", blocked, self.model.router.conversation(texts, blocked).route)
 
     def missing(self, chosen: Selection) -> list[Path]:
         """The nodes whose blocks are wanted and still on the hub."""
@@ -115,6 +125,8 @@ class MemoryBatch:
 
         Raises HierMemError where the prompt is empty, or does not fit the model's context with its reply.
         """
+        if not self.room:
+            raise HierMemError(f"the batch has its {self.max_sequences} sequences", "Wait until one has ended.")
         self._check(tokens, sampling)
         start = time.perf_counter()
         fetch = self.model.fetch(chosen)
@@ -131,10 +143,11 @@ class MemoryBatch:
             max_tokens=[sampling.max_tokens],
             caches=[[*cache, _Rows(mx.array([row]))]],
             all_tokens=[list(prefix)],
-            samplers=[_sampler(sampling)],
+            samplers=[sampling.draw()],
+            logits_processors=[sampling.processors()],
         )[0]
         self._sequences[uid] = _Sequence(key, sampling, len(prefix))
-        return uid, attached(chosen, fetch, (fetched - start) * 1e3, (done - fetched) * 1e3)
+        return uid, chosen.attached(fetch, (fetched - start) * 1e3, (done - fetched) * 1e3)
 
     def cached_tokens(self, uid: int) -> int:
         """Tokens of a sequence's prompt that were not computed again."""
@@ -146,6 +159,33 @@ class MemoryBatch:
             return []
         _, responses = self._generator.next()
         return [self._token(response) for response in responses]
+
+    def replies(
+        self, prompts: Sequence[list[int]], chosen: Sequence[Selection], sampling: Sampling
+    ) -> list[Response]:
+        """The whole replies to several prompts, in their order. The batch is closed then."""
+        for tokens in prompts:
+            self._check(tokens, self._fitted(tokens, sampling))
+        waiting = iter(enumerate(zip(prompts, chosen, strict=True)))
+        growing, found = dict[int, _Growing](), dict[int, Response]()
+        try:
+            while len(found) < len(prompts):
+                while self.room and (following := next(waiting, None)) is not None:
+                    number, (tokens, memory) = following
+                    uid, selection = self.add(tokens, memory, self._fitted(tokens, sampling))
+                    growing[uid] = _Growing(number, len(tokens), selection, sampling, self.model.tokenizer)
+                for token in self.step():
+                    if (response := growing[token.uid].add(token)) is not None:
+                        self.remove(token.uid)
+                        found[growing.pop(token.uid).number] = response
+        finally:
+            self.close()
+        return [found[number] for number in range(len(prompts))]
+
+    def _fitted(self, tokens: list[int], sampling: Sampling) -> Sampling:
+        """The sampling with a reply no longer than the model's context leaves room for; one token at least."""
+        room = self.model.context - len(tokens) if self.model.context else sampling.max_tokens
+        return replace(sampling, max_tokens=max(min(sampling.max_tokens, room), 1))
 
     def remove(self, uid: int) -> None:
         """Takes a sequence out, finished or not."""
@@ -159,8 +199,6 @@ class MemoryBatch:
         self._generator.close()
 
     def _check(self, tokens: list[int], sampling: Sampling) -> None:
-        if not self.room:
-            raise HierMemError(f"the batch has its {self.max_sequences} sequences", "Wait until one has ended.")
         if not tokens:
             raise HierMemError("the prompt is empty")
         context = self.model.context
@@ -193,22 +231,6 @@ class MemoryBatch:
         sequence = self._sequences.pop(uid)
         if self.table is not None:
             self.table.drop(sequence.key)
-
-
-def _sampler(sampling: Sampling) -> Callable[[mx.array], mx.array] | None:
-    """None is the generator's own, the likeliest token: one call for all sequences that have it."""
-    if sampling.temperature == 0:
-        return None
-    key = mx.random.key(secrets.randbits(63) if sampling.seed is None else sampling.seed)
-
-    def sample(logprobs: mx.array) -> mx.array:
-        nonlocal key
-        key, now = mx.random.split(key)
-        if sampling.top_p < 1:
-            logprobs = apply_top_p(logprobs, sampling.top_p)
-        return mx.random.categorical(logprobs / sampling.temperature, key=now)
-
-    return sample
 
 
 class _Batched:

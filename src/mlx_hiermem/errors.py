@@ -23,6 +23,10 @@ class FileError(HierMemError):
     """A file cannot be read: it is missing, damaged, or has a line that is not what it should be."""
 
 
+class ArgumentError(HierMemError):
+    """An argument of a function is of the wrong type, or out of its bounds."""
+
+
 class CheckpointError(HierMemError):
     """A source checkpoint is missing, damaged, of an unknown kind, or has keys left over or missing."""
 

@@ -1,7 +1,7 @@
 """MemoryModel: an anchor, a bank and a router that together answer.
 
     model = load("my-model")
-    model.generate("The atomic number of neon is")                   # routed, fetched, attached
+    print(model.generate("The atomic number of neon is"))            # routed, fetched, attached
     for piece in model.stream("…", memory="none"): ...
 
 For each prompt the router picks a path, the cache brings its blocks, and the attachment fills the slots.
@@ -11,19 +11,22 @@ from __future__ import annotations
 
 import pathlib
 import time
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Unpack
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_hiermem.anchor import identify, load_anchor
 from mlx_hiermem.bank.bank import MemoryBank
+from mlx_hiermem.batch import MemoryBatch
 from mlx_hiermem.cache import BlockCache, Fetch
 from mlx_hiermem.config import MemoryChoice, Path
-from mlx_hiermem.errors import AnchorError, BankError
+from mlx_hiermem.errors import AnchorError, ArgumentError, BankError
 from mlx_hiermem.memory.attach import Attachment, attach
+from mlx_hiermem.response import GrowingText, Response
+from mlx_hiermem.sampling import LogitsProcessor, Options, Sampling
+from mlx_hiermem.selection import Selection
 from mlx_hiermem.share.resolve import resolve
 from mlx_hiermem.tokenizer import encode_chat, encode_text
 from mlx_hiermem.tree import Route
@@ -34,43 +37,9 @@ if TYPE_CHECKING:
     from mlx_hiermem.router import Router
 
 Wanted = Path | str  # what callers may write for a MemoryChoice
-UNROUTED = Route()
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which memory a text gets: what was wanted, where the text went, and, once its blocks are attached, these."""
-
-    memory: MemoryChoice = MemoryChoice.NONE
-    route: Route = UNROUTED
-    labels: tuple[str, ...] = ()  # of the path's nodes
-    blocks: tuple[str, ...] = ()  # what is attached: equal blocks mean equal weights
-    memory_bytes: int = 0
-    bytes_read: int = 0  # from disk
-    fetch_ms: float = 0.0
-    attach_ms: float = 0.0
-
-    @property
-    def path(self) -> Path:
-        return self.route.path
-
-    def to_json(self) -> dict[str, Any]:
-        route = self.route
-        return {
-            "memory": self.memory,
-            "path": str(route.path),
-            "labels": list(self.labels),
-            "distances": list(route.distances),
-            "avoided": [str(node) for node in route.avoided],
-            "stayed": route.stayed,
-            "far": route.far,
-            "blocks": list(self.blocks),
-            "memory_bytes": self.memory_bytes,
-            "bytes_read": self.bytes_read,
-            "route_ms": route.milliseconds,
-            "fetch_ms": self.fetch_ms,
-            "attach_ms": self.attach_ms,
-        }
+Message = Mapping[str, str]  # of a conversation: role and content
+Prompt = str | Sequence[Message]
+Text = str | Sequence[str]  # what is routed: a text, or a conversation's questions
 
 
 class MemoryModel:
@@ -84,13 +53,20 @@ class MemoryModel:
         bank: MemoryBank | None = None,
         router: Router | None = None,
         cache_bytes: int = 512 << 20,
+        name: str = "",
     ) -> None:
+        self.name = name or (bank.manifest.anchor.name if bank else str(config.get("model_type", "")))
         self.anchor, self.tokenizer, self.config, self.bank = anchor, tokenizer, config, bank
         self.cache = BlockCache(bank, cache_bytes) if bank else None
         self._router = router
         self.attachment: Attachment | None = attach(anchor, bank.config) if bank else None
         self.selection = Selection()
-        self.last: GenerationResponse | None = None  # figures of the last piece generated
+        self.response: Response | None = None  # the last reply of `stream` or `generate`
+
+    def __repr__(self) -> str:
+        memory = f"{len(self.bank.manifest.blocks)} blocks of memory" if self.bank else "no memory"
+        context = f"{self.context} tokens of context" if self.context else "unknown context"
+        return f"<MemoryModel {self.name}: {memory}, {context}>"
 
     @property
     def router(self) -> Router:
@@ -115,13 +91,14 @@ class MemoryModel:
         return MemoryChoice.FETCHED if self.bank else MemoryChoice.NONE
 
     def choose(
-        self, memory: Wanted, text: str, blocked: Collection[Path] = (), route: Route | None = None
+        self, memory: Wanted, text: Text, blocked: Collection[Path] = (), route: Route | None = None
     ) -> Selection:
         """Which memory: `none`, `generic`, `fetched` (routed by `text`), or a path such as `10.7`. Fetches nothing.
 
-        `blocked` nodes are closed beside those of the bank's policy. With `route`, fetched is what the caller has
-        found already. Raises HierMemError for a memory there is not, BankError for a path that the tree does not
-        have, or that leads through a blocked node.
+        `text` may be the questions of a conversation, of which the last is routed. `blocked` nodes are closed
+        beside those of the bank's policy. With `route`, fetched is what the caller has found already. Raises
+        HierMemError for a memory there is not, BankError for a path that the tree does not have, or that leads
+        through a blocked node.
         """
         wanted = MemoryChoice.parse(memory)
         if wanted == MemoryChoice.NONE:
@@ -129,11 +106,18 @@ class MemoryModel:
         if self.bank is None:
             raise BankError("this model has no bank", "Use memory none, or convert or learn a bank for it.")
         if wanted == MemoryChoice.FETCHED:
-            route = route or self.router.route(text, blocked)
+            route = route or self._route(text, blocked)
         else:
             self._check_open(wanted.path, blocked)
             route = Route(wanted.path)
         return Selection(wanted, route, tuple(self.bank.manifest.label(node) for node in route.path.prefixes()))
+
+    def _route(self, text: Text, blocked: Collection[Path]) -> Route:
+        if isinstance(text, str):
+            return self.router.route(text, blocked)
+        if not text:
+            raise ArgumentError("memory fetched is routed by the user's messages, and there are none")
+        return self.router.conversation(text, blocked).route
 
     def _check_open(self, path: Path, blocked: Collection[Path]) -> None:
         """Raises BankError for a path that the tree does not have, or that is closed."""
@@ -152,7 +136,7 @@ class MemoryModel:
         return self.cache.fetch_generic() if generic else self.cache.fetch(chosen.path)
 
     def select(
-        self, memory: Wanted, text: str, blocked: Collection[Path] = (), route: Route | None = None
+        self, memory: Wanted, text: Text, blocked: Collection[Path] = (), route: Route | None = None
     ) -> Selection:
         """Chooses a memory (see `choose`), fetches it and attaches it."""
         chosen = self.choose(memory, text, blocked, route)
@@ -162,32 +146,104 @@ class MemoryModel:
         if self.attachment is not None:
             self.attachment.set(fetch.memory if fetch else None)
         done = time.perf_counter()
-        self.selection = attached(chosen, fetch, (fetched - start) * 1e3, (done - fetched) * 1e3)
+        self.selection = chosen.attached(fetch, (fetched - start) * 1e3, (done - fetched) * 1e3)
         return self.selection
 
     def stream(
         self,
-        prompt: str,
+        prompt: Prompt,
         *,
         memory: Wanted | None = None,
         chat: bool = False,
-        max_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
+        **options: Unpack[Options],
     ) -> Iterator[str]:
-        """Yields the continuation's text piece by piece; `self.selection` and `self.last` have the figures.
+        """Yields the reply to a text, or to a conversation's messages, piece by piece; `response` then tells of it.
 
-        `memory` defaults to fetched where the model has a bank. `chat` wraps the prompt in the chat template;
-        the route is computed from the prompt alone either way.
+        A text is continued; with `chat` it is asked as a question, in the chat template. `memory` defaults to
+        fetched where the model has a bank, and is routed by what the user said alone. `Options` lists the other
+        options. Raises ArgumentError for what is no prompt, or no option.
         """
-        self.select(memory or self.default_memory, prompt)
-        tokens = self.chat_tokens([{"role": "user", "content": prompt}]) if chat else self.tokens(prompt)
-        for response in self.responses(tokens, max_tokens, temperature, top_p):
-            yield response.text
+        sampling, (tokens, questions) = Sampling.of(options), self._asked(prompt, chat)
+        wanted = MemoryChoice.parse(self.default_memory if memory is None else memory)
+        return self._reply(tokens, questions, wanted, sampling)
 
-    def generate(self, prompt: str, **options: Any) -> str:
-        """The whole continuation; options as for `stream`."""
-        return "".join(self.stream(prompt, **options))
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        memory: Wanted | None = None,
+        chat: bool = False,
+        **options: Unpack[Options],
+    ) -> Response:
+        """The whole reply; as `stream`."""
+        for _ in self.stream(prompt, memory=memory, chat=chat, **options):
+            pass
+        assert self.response is not None  # the reply has come to its end
+        return self.response
+
+    def chat(self, prompt: Prompt, *, memory: Wanted | None = None, **options: Unpack[Options]) -> Response:
+        """The reply to a question, or to a conversation's messages. A `Session` remembers what was said."""
+        return self.generate(prompt, memory=memory, chat=True, **options)
+
+    def batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        memory: Wanted | Sequence[Wanted] | None = None,
+        chat: bool = False,
+        max_sequences: int = 8,
+        **options: Unpack[Options],
+    ) -> list[Response]:
+        """The replies to several prompts, `max_sequences` at a time in one step, each with a memory of its own.
+
+        `memory` is one for all, or one for each. All prompts are looked at before any is answered.
+        """
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+            raise ArgumentError(f"{prompts!r} is not a list of prompts", "`generate` answers a single one.")
+        if memory is None or isinstance(memory, Path | str):
+            memories: list[Wanted] = [memory or self.default_memory] * len(prompts)
+        else:
+            memories = list(memory)
+        if len(memories) != len(prompts):
+            raise ArgumentError(f"there are {len(memories)} memories for {len(prompts)} prompts")
+        sampling, asked = Sampling.of(options), [self._asked(prompt, chat) for prompt in prompts]
+        chosen = [self.choose(one, questions) for one, (_, questions) in zip(memories, asked, strict=True)]
+        try:
+            return MemoryBatch(self, max_sequences).replies([tokens for tokens, _ in asked], chosen, sampling)
+        finally:
+            self.selection = Selection()
+            if self.attachment:
+                self.attachment.clear()
+
+    def _reply(
+        self, tokens: list[int], questions: Sequence[str], memory: MemoryChoice, sampling: Sampling
+    ) -> Iterator[str]:
+        self.response, text, last = None, GrowingText(tuple(sampling.stop)), None
+        selection = self.select(memory, questions)
+        try:
+            for last in self.responses(tokens, sampling):
+                yield text.add(last.text, last=last.finish_reason is not None)
+                if text.stopped:
+                    break
+        finally:  # whoever has read enough is told of it too
+            if last is not None:
+                self.response = Response(
+                    text=text.text,
+                    finish_reason="stop" if text.stopped else last.finish_reason or "",
+                    selection=selection,
+                    prompt_tokens=last.prompt_tokens,
+                    generation_tokens=last.generation_tokens,
+                    tokens_per_second=last.generation_tps,
+                )
+
+    def _asked(self, prompt: Prompt, chat: bool) -> tuple[list[int], list[str]]:
+        """Token ids of a prompt, and the user's words in it. Raises ArgumentError for what is none."""
+        if not prompt:
+            raise ArgumentError("the prompt is empty", "Give a text, or a list of messages.")
+        if isinstance(prompt, str) and not chat:
+            return self.tokens(prompt), [prompt]
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else check_messages(prompt)
+        return self.chat_tokens(messages), [one["content"] for one in messages if one["role"] == "user"]
 
     def tokens(self, text: str) -> list[int]:
         """Token ids of a plain prompt, with the tokenizer's beginning; no text in it is a control token."""
@@ -202,54 +258,48 @@ class MemoryModel:
         return encode_chat(self.tokenizer, messages)
 
     def responses(
-        self,
-        tokens: list[int],
-        max_tokens: int,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        prompt_cache: list[Any] | None = None,
+        self, tokens: list[int], sampling: Sampling, prompt_cache: list[Any] | None = None
     ) -> Iterator[GenerationResponse]:
         """mlx-lm's generation with whatever memory is attached."""
         from mlx_lm.generate import stream_generate
-        from mlx_lm.sample_utils import make_sampler
 
-        for response in stream_generate(
+        yield from stream_generate(
             self.anchor,
             self.tokenizer,
             tokens,
-            max_tokens=max_tokens,
-            sampler=make_sampler(temperature, top_p),
-            logits_processors=self._logits_processors(),
+            max_tokens=sampling.max_tokens,
+            sampler=sampling.draw(),
+            logits_processors=[*self._real_tokens(), *sampling.processors()],
             prompt_cache=prompt_cache,
-        ):
-            self.last = response
-            yield response
+        )
 
-    def _logits_processors(self) -> list[Callable[[mx.array, mx.array], mx.array]] | None:
+    def _real_tokens(self) -> list[LogitsProcessor]:
         """Keeps a padded vocabulary's unused ids from being sampled."""
         real = self.config.get("effective_vocab_size")
         if not real:
-            return None
+            return []
         return [lambda _, logits: mx.where(mx.arange(logits.shape[-1]) < real, logits, -mx.inf)]
 
 
-def attached(chosen: Selection, fetch: Fetch | None, fetch_ms: float, attach_ms: float) -> Selection:
-    """What was chosen, now that it is fetched and attached."""
-    return replace(
-        chosen,
-        blocks=fetch.blocks if fetch else (),
-        memory_bytes=fetch.memory.nbytes if fetch and fetch.memory else 0,
-        bytes_read=fetch.bytes_read if fetch else 0,
-        fetch_ms=fetch_ms,
-        attach_ms=attach_ms,
-    )
+def check_messages(messages: Any) -> list[dict[str, str]]:
+    """The messages of a conversation; ArgumentError for what are none."""
+    if not isinstance(messages, Sequence):
+        raise ArgumentError(f"{messages!r} is no prompt", "Give a text, or a list of messages.")
+    for message in messages:
+        texts = [message.get(key) for key in ("role", "content")] if isinstance(message, Mapping) else [None]
+        if not all(isinstance(text, str) for text in texts):
+            raise ArgumentError(f"{message!r} is no message", 'Write {"role": "user", "content": "…"}.')
+    return [dict(message) for message in messages]
 
 
 def load(folder: str | pathlib.Path, *, cache_bytes: int = 512 << 20) -> MemoryModel:
     """Opens a memory model (`anchor/` and `bank/`), or a plain mlx-lm folder without memory, by folder or hub id.
 
-    Raises AnchorError, BankError, or AnchorMismatchError where the bank was made for another anchor.
+    Raises AnchorError, BankError, HubError, or AnchorMismatchError where the bank was made for another anchor.
     """
+    if not isinstance(folder, str | pathlib.Path):
+        raise ArgumentError(f"{folder!r} is no model", "Give a folder, or org/name on the hub.")
+    name = str(folder) if isinstance(folder, str) and not pathlib.Path(folder).is_dir() else ""
     folder = resolve(folder)
     anchor_folder = folder / "anchor" if (folder / "anchor").is_dir() else folder
     bank = MemoryBank.open(folder / "bank") if (folder / "bank").is_dir() else None
@@ -259,4 +309,4 @@ def load(folder: str | pathlib.Path, *, cache_bytes: int = 512 << 20) -> MemoryM
     if bank:
         bank.manifest.check_anchor(identify(anchor_folder))
     anchor, tokenizer, config = load_anchor(anchor_folder)
-    return MemoryModel(anchor, tokenizer, config, bank, cache_bytes=cache_bytes)
+    return MemoryModel(anchor, tokenizer, config, bank, cache_bytes=cache_bytes, name=name or folder.resolve().name)

@@ -27,7 +27,7 @@ Call = Callable[..., mx.array]  # a layer: states, mask, cache -> states
 Replacement = Callable[..., mx.array]  # the same, after the layer's own call
 
 
-class Documents:
+class DocumentMask:
     """Stands in for a layer's KV cache: every position sees those before it that are of the same document."""
 
     offset = 0
@@ -40,14 +40,16 @@ class Documents:
         self._same = documents[:, None, :, None] == documents[:, None, None, :]  # [B, 1, T, T]
 
     def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
+        """bool [B, 1, T, T]: which key (last) each query sees."""
         visible = self._same & (self._distance >= 0)
         return visible & (self._distance < window_size) if window_size else visible
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """The keys and values as they are: nothing is kept."""
         return keys, values
 
 
-class Anchor:
+class PartialAnchor:
     """An mlx-lm model that can be entered at any layer. Memories attached to it take part."""
 
     def __init__(self, model: nn.Module, vocabulary: int | None = None) -> None:
@@ -114,7 +116,7 @@ class Anchor:
 
     def _run(self, tokens: mx.array, documents: mx.array | None, cache: Sequence[Any] | None = None) -> mx.array:
         if documents is not None:
-            cache = [Documents(documents)] * len(self.layers)
+            cache = [DocumentMask(documents)] * len(self.layers)
         logits = self.model(tokens, cache=cache)
         return logits[..., : self.vocabulary] if self.vocabulary else logits
 
@@ -137,7 +139,7 @@ class Anchor:
             )
 
 
-def read_once(model: nn.Module, tokens: Sequence[int]) -> list[KVCache] | None:
+def prefill(model: nn.Module, tokens: Sequence[int]) -> list[KVCache] | None:
     """The KV caches of a text that others begin with; None for layers of other kinds, by windows or states."""
     cache = make_prompt_cache(model)
     if not all(type(layer) is KVCache for layer in cache):
@@ -147,7 +149,7 @@ def read_once(model: nn.Module, tokens: Sequence[int]) -> list[KVCache] | None:
     return cache
 
 
-def spread(cache: Sequence[KVCache], rows: int) -> list[KVCache]:
+def repeat_cache(cache: Sequence[KVCache], rows: int) -> list[KVCache]:
     """KV caches of one text, for so many continuations of it."""
     found = []
     for layer in cache:

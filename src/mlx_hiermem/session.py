@@ -10,14 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Generator
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Unpack
 
 from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
 from mlx_hiermem.config import MemoryChoice, Path
-from mlx_hiermem.errors import AnchorError, BankError, HierMemError
-from mlx_hiermem.model import MemoryModel, Selection, Wanted
+from mlx_hiermem.errors import AnchorError, ArgumentError, BankError, HierMemError
+from mlx_hiermem.model import MemoryModel, Wanted
+from mlx_hiermem.response import GrowingText
 from mlx_hiermem.router import Topic, Turn
+from mlx_hiermem.sampling import Options, Sampling
+from mlx_hiermem.selection import Selection
 
 if TYPE_CHECKING:
     from mlx_lm.generate import GenerationResponse
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
 Message = dict[str, str]
 
 FORMAT, VERSION = "mlx-hiermem-chat", 1
+REPLY = 512  # tokens of a reply at most, where nothing else is said
 EARLIER, EARLIER_BYTES = 8, 256 << 20  # KV caches of earlier paths that are kept at most
 KEPT = 0.75  # of the prompt's room is filled after turns were dropped, so that not every turn drops another
 
@@ -38,18 +43,20 @@ class Session:
         memory: Wanted | None = None,
         *,
         system: str = "",
-        max_tokens: int = 512,
-        temperature: float = 0.0,
         blocked: Collection[Path] = (),
         earlier: int = EARLIER,
+        **options: Unpack[Options],
     ) -> None:
         """`memory` is fetched by default, where the model has a bank. `blocked` nodes are closed to this talk.
 
-        `earlier` is how many KV caches of earlier paths are kept at most.
+        `earlier` is how many KV caches of earlier paths are kept at most. The options are those of `generate`; a
+        reply has at most 512 tokens where they do not say.
         """
+        if not isinstance(model, MemoryModel):
+            raise ArgumentError(f"{model!r} is no model", "`load` opens one.")
         self.model, self.memory = model, MemoryChoice.parse(memory or model.default_memory)
-        self.system, self.max_tokens, self.temperature = system, max_tokens, temperature
-        self.blocked = blocked
+        self.system, self.blocked = system, blocked
+        self.sampling = Sampling.of(options, max_tokens=REPLY)
         self.messages: list[Message] = []  # the user's and the assistant's
         self.topic: Topic | None = None
         self.turn: Turn | None = None  # how the last question was routed, where it was
@@ -64,6 +71,11 @@ class Session:
         self._earlier = LRUPromptCache(earlier, EARLIER_BYTES)  # by the blocks and the tokens
         self._drafted: tuple[Any, Turn] | None = None  # where the text goes that is being typed
         self._ahead: Future[None] | None = None
+
+    def __repr__(self) -> str:
+        turns = sum(message["role"] == "user" for message in self.messages)
+        tokens = f"{self.kv_tokens} of {self.context or 'any number of'} tokens"
+        return f"<Session with {self.model.name}: memory {self.memory}, {turns} turns, {tokens}>"
 
     @property
     def context(self) -> int | None:
@@ -89,27 +101,33 @@ class Session:
             self.selection = Selection(wanted)
         self.memory, self.topic, self.turn = wanted, None, None
 
-    def ask(self, text: str) -> Generator[str, None, None]:
+    def ask(self, question: str) -> Generator[str, None, None]:
         """Streams the reply. A reply that is broken off keeps what was said so far; nothing said, nothing asked.
 
         Raises HierMemError where the question alone is too long for the model.
         """
-        self.messages.append({"role": "user", "content": text})
+        if not isinstance(question, str):
+            raise ArgumentError(f"{question!r} is no question", "It is a text; the session remembers the others.")
+        self.messages.append({"role": "user", "content": question})
         self.last, reply, generated, complete = None, "", list[int](), False
+        text = GrowingText(tuple(self.sampling.stop))
         try:
-            tokens = self._prepare(text)
+            tokens = self._prepare(question)
             rest = self._reuse(tokens)
         except BaseException:
             self.messages.pop()
             self._check_cache()
             raise
         try:
-            room = self._room(len(tokens))
-            for response in self.model.responses(rest, room, self.temperature, prompt_cache=self._cache):
+            sampling = replace(self.sampling, max_tokens=self._room(len(tokens)))
+            for response in self.model.responses(rest, sampling, prompt_cache=self._cache):
                 self.last = response
                 generated.append(response.token)
-                reply += response.text
-                yield response.text
+                piece = text.add(response.text, last=response.finish_reason is not None)
+                reply += piece
+                yield piece
+                if text.stopped:
+                    break
             complete = True
         finally:
             self._cached = tokens + generated
@@ -193,11 +211,11 @@ class Session:
     @property
     def _reserve(self) -> int:
         """Tokens kept free for the reply: what was asked for, but not more than half of the context."""
-        return min(self.max_tokens, self.context // 2) if self.context else self.max_tokens
+        return min(self.sampling.max_tokens, self.context // 2) if self.context else self.sampling.max_tokens
 
     def _room(self, prompt: int) -> int:
         """The longest possible reply to a prompt of so many tokens."""
-        return min(self.max_tokens, self.context - prompt) if self.context else self.max_tokens
+        return min(self.sampling.max_tokens, self.context - prompt) if self.context else self.sampling.max_tokens
 
     def _reuse(self, tokens: list[int]) -> list[int]:
         """Makes the cache a prefix of `tokens`, as long as it can be; returns the tokens still to compute."""

@@ -35,6 +35,10 @@ class MemoryBank:
             raise BankError(f"there is no bank at {root}")
         return cls(root, BankManifest.read(root / MANIFEST))
 
+    def __repr__(self) -> str:
+        blocks = f"{len(self.manifest.blocks)} blocks ({self.config.kind}, {self.config.precision})"
+        return f"<MemoryBank {self.root}: {blocks} for {self.manifest.anchor.name}>"
+
     @property
     def config(self) -> MemoryConfig:
         return self.manifest.memory

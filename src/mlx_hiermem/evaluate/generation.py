@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from mlx_hiermem.batch import MemoryBatch, Sampling
-from mlx_hiermem.model import MemoryModel, Selection
+from mlx_hiermem.batch import MemoryBatch
+from mlx_hiermem.model import MemoryModel
+from mlx_hiermem.sampling import Sampling
+from mlx_hiermem.selection import Selection
 
 SEQUENCES = 64  # in a decode step: one takes hardly longer than for a few
 REFILL = 0.5  # of them are left when others join: prompts that are computed together cost less

@@ -21,7 +21,8 @@ from mlx_hiermem.config import MemoryChoice, Path
 from mlx_hiermem.errors import BankError, HierMemError, TaskError
 from mlx_hiermem.evaluate.examples import Example
 from mlx_hiermem.evaluate.results import MEMORIES
-from mlx_hiermem.model import MemoryModel, Selection
+from mlx_hiermem.model import MemoryModel
+from mlx_hiermem.selection import Selection
 from mlx_hiermem.tree import Route
 
 

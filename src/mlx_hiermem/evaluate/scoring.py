@@ -17,7 +17,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_hiermem.evaluate.examples import shared_beginning
 from mlx_hiermem.model import MemoryModel
-from mlx_hiermem.partial import Anchor
+from mlx_hiermem.partial import PartialAnchor
 
 Pair = tuple[list[int], list[int]]  # context (a token or more), continuation
 BATCH_TOKENS = 1024  # computed in one pass, padding included
@@ -57,7 +57,7 @@ class Scorer:
 
     def __init__(self, model: MemoryModel, batch_tokens: int = BATCH_TOKENS) -> None:
         self.model, self.batch_tokens = model, batch_tokens
-        self.anchor = Anchor(model.anchor, model.config.get("effective_vocab_size"))
+        self.anchor = PartialAnchor(model.anchor, model.config.get("effective_vocab_size"))
         self.computed = 0
 
     def score(self, examples: Sequence[Sequence[Pair]]) -> Iterator[list[tuple[int, list[Score]]]]:

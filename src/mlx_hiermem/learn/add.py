@@ -41,8 +41,8 @@ from mlx_hiermem.learn.stages import StagedRun
 from mlx_hiermem.learn.train.blocks import Tensors
 from mlx_hiermem.learn.train.dataset import TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.train.encoding import EXAMPLES, TOGETHER, make_examples
-from mlx_hiermem.learn.train.jobs import carriers
-from mlx_hiermem.learn.train.training import Training
+from mlx_hiermem.learn.train.jobs import Trainer
+from mlx_hiermem.learn.train.schedule import nodes_with_block
 from mlx_hiermem.learn.tree.build import CorpusTree, place_in_tree
 from mlx_hiermem.learn.tree.labels import SOURCES, describe_nodes
 from mlx_hiermem.learn.tree.routing import descend
@@ -133,13 +133,13 @@ class _Adding(StagedRun):
             joined = TrainingSet.open(self.work.path(JOINED))
             self.listener.end(self._texts_line(len(new), len(joined) - len(new)))
         with self.stage("training"), self.work.writing():
-            training = self._train(model, config, joined, blocks)
+            trainer = self._train(model, config, joined, blocks)
         with self.stage("bank"):
             self.work.stage(
                 "rows", [self.digest, sorted(map(str, blocks))], [digest], lambda: self._note_rows(blocks, nodes)
             )
             reach = built.agreement["reach"]
-            self._write(dict(training.blocks()), built.tree if new_leaf else None, reach)
+            self._write(dict(trainer.blocks()), built.tree if new_leaf else None, reach)
             self.listener.end(f"{len(blocks)} blocks have learnt, the others are what they were")
         return Added(
             corpus.documents,
@@ -182,7 +182,7 @@ class _Adding(StagedRun):
 
     def _target(self, leaf: Path) -> Path:
         """The node whose block learns what is learnt in a leaf: the finest on its path."""
-        found = carriers(self.bank.config, leaf)
+        found = nodes_with_block(self.bank.config, leaf)
         if not found:
             raise BankError(f"no block is on the path {leaf}", "This bank has no memory for these documents.")
         return found[-1]
@@ -209,8 +209,8 @@ class _Adding(StagedRun):
                 joined.add(example, leaves)
                 everything.add(replace(example, window=windows + example.window), leaves)
 
-    def _train(self, model: nn.Module, config: dict[str, Any], joined: TrainingSet, blocks: set[Path]) -> Training:
-        training = Training(
+    def _train(self, model: nn.Module, config: dict[str, Any], joined: TrainingSet, blocks: set[Path]) -> Trainer:
+        trainer = Trainer(
             self.work.path(TRAINING),
             model,
             replace(self.bank.config, quantization=()),
@@ -222,9 +222,9 @@ class _Adding(StagedRun):
             start=self._start,
             learns=blocks.__contains__,
         )
-        perplexity = training.run(self.listener.training)
+        perplexity = trainer.run(self.listener.training)
         self.listener.end(report.perplexity_line(perplexity, "these texts"))
-        return training
+        return trainer
 
     def _start(self, node: Path) -> Tensors | None:
         """A block's weights as the bank has them; None for a new leaf's."""

@@ -31,7 +31,7 @@ from mlx_hiermem.files import replace_folder, restore_folder
 from mlx_hiermem.learn.train.blocks import Tensors
 from mlx_hiermem.learn.train.dataset import TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.train.encoding import EXAMPLES
-from mlx_hiermem.learn.train.training import Training
+from mlx_hiermem.learn.train.jobs import Trainer
 from mlx_hiermem.tree import ClusterTree
 
 ANCHOR, BANK, LEARNING = "anchor", "bank", "learning"  # folders of a model
@@ -49,12 +49,12 @@ class About:
     licence: str = ""
 
 
-def write_bank(folder: pathlib.Path, training: Training, tree: ClusterTree, about: About) -> BankManifest:
+def write_bank(folder: pathlib.Path, trainer: Trainer, tree: ClusterTree, about: About) -> BankManifest:
     """Writes the trained blocks as the bank `folder`. Raises OutputError where the disk is full."""
-    config, blocks, generic = training.config, dict[Path, BlockEntry](), None
+    config, blocks, generic = trainer.config, dict[Path, BlockEntry](), None
     made_of = json.dumps([config.to_json(), about.recipe, about.anchor.to_json()], sort_keys=True)
     with BankWriter(folder, hashlib.sha256(made_of.encode()).hexdigest()) as writer:
-        for node, weights in training.blocks():
+        for node, weights in trainer.blocks():
             file = writer.write(block_name(node), stored(weights, config, str(node) or "generic"), config.dtype)
             if node != GENERIC_NODE:
                 blocks[node] = entry(node, file, about.nodes)

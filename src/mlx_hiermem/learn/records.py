@@ -51,7 +51,7 @@ class Prompt:
     """A prompt that the user gives, and what is to follow it.
 
     `document` is a title or a source. A `chat` is learnt in the anchor's chat template; a `framed` prompt is put as
-    a question.
+    a question. One without a prompt is a text to learn as it stands.
     """
 
     document: str

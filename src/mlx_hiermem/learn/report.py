@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from mlx_hiermem.config import MemoryConfig
 from mlx_hiermem.learn.corpus.corpus import Corpus
-from mlx_hiermem.learn.train.progress import Progress
+from mlx_hiermem.learn.train.log import TrainingProgress
 from mlx_hiermem.learn.work import read_rows
 
 NAMED = 3  # of the skipped documents; skipped.jsonl has all
@@ -26,7 +26,7 @@ class Listener(Protocol):
     def end(self, line: str) -> None:
         """The stage is done, and this came out of it."""
 
-    def training(self, progress: Progress) -> None:
+    def training(self, progress: TrainingProgress) -> None:
         """How far the training is."""
 
 
@@ -42,7 +42,7 @@ class Silent:
     def end(self, line: str) -> None:
         pass
 
-    def training(self, progress: Progress) -> None:
+    def training(self, progress: TrainingProgress) -> None:
         pass
 
 

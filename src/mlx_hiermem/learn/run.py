@@ -34,7 +34,7 @@ from mlx_hiermem.learn.settings import (
 )
 from mlx_hiermem.learn.stages import StagedRun
 from mlx_hiermem.learn.train.encoding import EXAMPLES, make_examples, open_examples
-from mlx_hiermem.learn.train.training import LOG, PLOT, Training
+from mlx_hiermem.learn.train.jobs import LOG, PLOT, Trainer
 from mlx_hiermem.learn.tree.build import build_tree, given_agreement
 from mlx_hiermem.learn.tree.kmeans import check_size
 from mlx_hiermem.learn.tree.labels import describe_nodes
@@ -51,7 +51,7 @@ from mlx_hiermem.learn.work import (
 )
 from mlx_hiermem.memory.attach import attach
 from mlx_hiermem.memory.design import memory_config, usual_sizes
-from mlx_hiermem.partial import Anchor
+from mlx_hiermem.partial import PartialAnchor
 from mlx_hiermem.tree import ClusterTree
 
 BASE, MODEL = "base", "model"  # folders in the work folder: the anchor as it was given, and what becomes OUT
@@ -129,7 +129,7 @@ DEFAULT, SILENT = LearnSettings(), report.Silent()
 
 def learn(
     sources: Sequence[str],
-    out: pathlib.Path,
+    out: str | pathlib.Path,
     anchor: Callable[[], AnchorSource] | pathlib.Path | str,
     settings: LearnSettings = DEFAULT,
     listener: report.Listener = SILENT,
@@ -142,6 +142,7 @@ def learn(
     Raises CorpusError, AnchorError and OutputError, each for what is wrong with what was given. What is done stays
     in `work_folder(out)`, and the same call goes on from there.
     """
+    out = pathlib.Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise OutputError(f"{out} exists already", "Choose another folder, or remove it first.")
     ranks = Ranks(work_folder(out))
@@ -211,7 +212,7 @@ class _Run(StagedRun):
             self.listener.end(f"{len(learnt):,} texts, {int(learnt.lengths.sum()):,} tokens")
         return Prepared(corpus.documents, corpus.count, skipped, built.agreement, given, nodes, embedder.identity)
 
-    def train(self) -> tuple[Training, dict[str, float]]:
+    def train(self) -> tuple[Trainer, dict[str, float]]:
         """Trains this rank's share; returns the perplexities too."""
         model, _, config = self.loaded
         examples, heldout = open_examples(self.work)
@@ -223,7 +224,7 @@ class _Run(StagedRun):
         )
         settings = replace(settings, epochs=settings.epochs or epochs_for(tokens))
         with self.stage("training"), self.work.writing():
-            training = Training(
+            trainer = Trainer(
                 self.work.path(TRAINING),
                 model,
                 memory,
@@ -235,18 +236,18 @@ class _Run(StagedRun):
             )
             self.listener.end(f"{report.memory_line(memory)}, {settings.epochs} epochs")
             self.listener.begin("training")
-            perplexity = training.run(self.listener.training)
+            perplexity = trainer.run(self.listener.training)
             self.listener.end(report.perplexity_line(perplexity, self._measured))
-        return training, perplexity
+        return trainer, perplexity
 
-    def write(self, name: str, prepared: Prepared, training: Training, perplexity: dict[str, float]) -> Learnt:
+    def write(self, name: str, prepared: Prepared, trainer: Trainer, perplexity: dict[str, float]) -> Learnt:
         """Puts the model folder together in the work folder."""
         model, settings = self.work.path(MODEL), self.settings
         shutil.rmtree(model, ignore_errors=True)
         with self.stage("bank"), self.work.writing():
             link(self.work.path(BASE), model)
             recipe = {"name": "learn", "by": f"mlx-hiermem {__version__}", "documents": prepared.documents}
-            training_settings = {"training": training.settings.to_json()}
+            training_settings = {"training": trainer.settings.to_json()}
             recipe |= {
                 "windows": prepared.windows,
                 "prompts": len(settings.prompts),
@@ -255,7 +256,7 @@ class _Run(StagedRun):
             about = About(
                 identify(model / ANCHOR, name), prepared.embedder, prepared.nodes, recipe, settings.licence
             )
-            manifest = write_bank(model / BANK, training, ClusterTree.load(self.work.path(TREE)), about)
+            manifest = write_bank(model / BANK, trainer, ClusterTree.load(self.work.path(TREE)), about)
             BankPolicy(reach=prepared.agreement["reach"]).write(model / BANK / POLICY)
             for file in (SKIPPED, AGREEMENT, EXAMPLES):
                 link(self.work.path(file), model / LEARNING / file)
@@ -289,7 +290,7 @@ class _Run(StagedRun):
             raise AnchorError("this anchor has no tokenizer", "Convert it again with --tokenizer.")
         memory = self.settings.memory
         attach(model, _memory_for(memory, model, 2, max(1, len(memory.sizes)))).detach()
-        Anchor(model).check()
+        PartialAnchor(model).check()
 
     @property
     def _measured(self) -> str:

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import pathlib
+import statistics
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -104,7 +105,7 @@ def read_corpus(
             first = next((f": {row['what']} is skipped, {row['why']}" for row in read_rows(work.path(SKIPPED))), "")
             raise CorpusError(
                 f"there is nothing to learn in {', '.join(sources)}{first}",
-                "Readable are .txt .md .html .pdf .jsonl files, folders of them, and data sets of the hub.",
+                "Readable: .txt .md .html .pdf .docx .pptx .epub .csv .jsonl files, folders of them, data sets.",
             )
 
         if not settings.any_language:
@@ -114,8 +115,10 @@ def read_corpus(
 
 
 def _check_language(work: Work, tokenizer: Tokenizer) -> None:
-    windows = itertools.islice(read_rows(work.path(WINDOWS)), LOOKED_AT)
-    share = splintered(" ".join(row["text"] for row in windows), tokenizer)
+    texts: dict[int, list[str]] = {}  # by document, each of which counts alike: one long table decides nothing
+    for row in itertools.islice(read_rows(work.path(WINDOWS)), LOOKED_AT):
+        texts.setdefault(row["document"], []).append(row["text"])
+    share = statistics.median(splintered(" ".join(parts), tokenizer) for parts in texts.values())
     if share > FOREIGN:
         raise CorpusError(
             f"the corpus does not seem to be in English, the sentence embedder's language: {share:.0%} of its "

@@ -1,12 +1,15 @@
 """Prompts that the user gives: what is to be said, and in which words, is known better than self-study can guess.
 
-A line of the file names a document and has one of three forms, the first two as mlx-lm's trainer takes them:
+A line of the file names a document and has one of four forms, the first two as mlx-lm's trainer takes them:
 
     {"document": "Gold", "prompt": "The symbol of gold is", "completion": " Au."}
     {"document": "Gold", "messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
     {"document": "Gold", "question": "Which symbol does gold have?", "answer": "Au"}
+    {"document": "Gold", "text": "Gold, whose symbol is Au, is a metal that does not rust."}
 
-They join the rows of self-study, where there are any, in the window of the document that has most of their words:
+A question is learnt twice, as `Question: … Answer:` and in the chat template: people ask in a chat, and what was
+learnt in one form is known less well in the other. They join the rows of self-study, where there are any, in the
+window of the document that has most of their words:
 
     prompts.jsonl   what study.jsonl has, and {"window", "prompt", "answer", "chat", "given": true, ...}
 """
@@ -31,7 +34,7 @@ from mlx_hiermem.learn.work import PROMPTS, STUDY, Row, Work, read_rows, write_r
 
 FORMS = (
     'A line has a "document", its title or file, and "prompt" and "completion", or "question" and "answer", '
-    'or "messages" of a user and an assistant.'
+    'or "messages" of a user and an assistant, or a "text".'
 )
 
 
@@ -56,9 +59,11 @@ def parse(line: str) -> Prompt:
             found = Prompt(document, prompt, answer)
         case {"document": str(document), "question": str(question), "answer": str(answer)}:
             found = Prompt(document, question, answer, framed=True)
+        case {"document": str(document), "text": str(text)}:
+            found = Prompt(document, "", text)
         case _:
             raise ValueError("it has none of the forms")
-    if not (found.prompt.strip() and found.answer.strip()):
+    if not found.answer.strip() or not (found.prompt.strip() or "text" in row):
         raise ValueError("a part of it is empty")
     return found
 
@@ -83,7 +88,7 @@ def about_windows(corpus: Corpus, given: Sequence[Prompt]) -> list[Row]:
     for one, (common, _, _) in zip(given, best, strict=True):
         if common < 0:
             raise not_there(one.document, "a prompt")
-    rows = [_row(one, window, subject) for one, (_, window, subject) in zip(given, best, strict=True)]
+    rows = [row for one, (_, window, of) in zip(given, best, strict=True) for row in _rows(one, window, of)]
     return sorted(rows, key=_window)
 
 
@@ -110,13 +115,16 @@ def _words(text: str) -> set[str]:
     return set(re.findall(r"\w+", text.lower()))
 
 
-def _row(one: Prompt, window: int, subject: str) -> Row:
-    row: dict[str, Any] = {"window": window, "prompt": one.prompt, "answer": one.answer, "chat": one.chat}
-    if one.framed:
-        row |= {"question": one.prompt, "prompt": FRAME.format(one.prompt)}
+def _rows(one: Prompt, window: int, subject: str) -> list[Row]:
+    row: dict[str, Any] = {"window": window, "answer": one.answer, "given": True}
+    if not one.prompt:
+        return [row]  # a text is learnt as it stands
+    row |= {"prompt": one.prompt, "chat": one.chat}
     if names(one.answer, subject) and not names(one.prompt, subject):
         row |= {"reversed": True}
-    return row | {"given": True}
+    if not one.framed:
+        return [row]
+    return [row | {"question": one.prompt, "prompt": FRAME.format(one.prompt)}, row | {"chat": True}]
 
 
 def not_there(document: str, what: str) -> CorpusError:

@@ -22,7 +22,7 @@ from mlx_lm.sample_utils import make_sampler
 
 from mlx_hiermem.cpu import report_slow_blas
 from mlx_hiermem.errors import AnchorError
-from mlx_hiermem.partial import read_once, spread
+from mlx_hiermem.partial import prefill, repeat_cache
 from mlx_hiermem.progress import FractionDone, unheard_fraction
 from mlx_hiermem.tokenizer import encode_text
 
@@ -99,7 +99,7 @@ class Teacher:
         `others` that began the same way is likelier.
         """
         read = encode_text(self.tokenizer, beginning)
-        cache = read_once(self.model, read)
+        cache = prefill(self.model, read)
         before = [] if cache else read
         rivals = [self._encode(f" {other}") for other in others]
         rows = [(before + self._encode(prompt), self._encode(f" {answer}")) for prompt, answer in asked]
@@ -118,7 +118,7 @@ class Teacher:
         tokens = np.zeros((len(rows), length), np.int32)
         for row, (prompt, answer) in zip(tokens, rows, strict=True):
             row[: len(prompt) + len(answer) - 1] = prompt + answer[:-1]
-        logits = self.model(mx.array(tokens), cache=None if cache is None else spread(cache, len(rows)))
+        logits = self.model(mx.array(tokens), cache=None if cache is None else repeat_cache(cache, len(rows)))
         return [
             np.array(nn.log_softmax(own[len(prompt) - 1 : len(prompt) + len(answer) - 1].astype(mx.float32)))
             for own, (prompt, answer) in zip(logits, rows, strict=True)

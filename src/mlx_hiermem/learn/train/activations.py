@@ -12,26 +12,31 @@ import itertools
 import os
 import pathlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_hiermem.config import GENERIC_NODE
+from mlx_hiermem.learn.train.batches import Batch, collate
 from mlx_hiermem.learn.train.dataset import Example, TrainingSet
-from mlx_hiermem.partial import Anchor, read_once, spread
+from mlx_hiermem.learn.train.schedule import Job
+from mlx_hiermem.learn.train.step import Inputs, MemoryLoss
+from mlx_hiermem.partial import PartialAnchor, prefill, repeat_cache
+from mlx_hiermem.progress import Progress, unheard
 
 BATCH_TOKENS = 1024
+WORTH_KEEPING = 1.5  # uses of an example's states from which on they are kept
 BATCH_PROMPTS, ALIKE = 32, 16  # of one window; tokens by which it is told that prompts have a beginning in common
-Tick = Callable[[int, int], None]  # tokens done, tokens in all
 
 
-class States:
+class HiddenStates:
     """States [n, d] of a job's examples in one file, the shortest example first."""
 
     def __init__(
         self,
         file: pathlib.Path,
-        anchor: Anchor,
+        anchor: PartialAnchor,
         examples: TrainingSet,
         numbers: np.ndarray,
         budget: int,
@@ -41,29 +46,29 @@ class States:
         self.file, self.anchor, self.examples, self.layer = file, anchor, examples, layer
         costs = self._costs(numbers)
         order = self._order(numbers)
-        self.numbers, self._cost = numbers[order], costs[order]
-        self.rows = self._rows(self.numbers)
+        self.numbers, self._cost = numbers[order], costs[order]  # [n] each
+        self.counts = self._counts(self.numbers)
         probe = anchor.states(mx.zeros((1, 1), mx.int32), layer)
         self.width, self.dtype = probe.shape[-1], probe.dtype
-        self.ends = np.cumsum(self.rows) * self.width * self.dtype.size  # bytes
+        self.ends = np.cumsum(self.counts) * self.width * self.dtype.size  # bytes
         kept = int(np.searchsorted(self.ends, budget, side="right"))
-        self.numbers, self.rows, self.ends = self.numbers[:kept], self.rows[:kept], self.ends[:kept]
+        self.numbers, self.counts, self.ends = self.numbers[:kept], self.counts[:kept], self.ends[:kept]
         self._by_number = np.argsort(self.numbers)
 
-    def _rows(self, numbers: np.ndarray) -> np.ndarray:
-        """States that each example has."""
+    def _counts(self, numbers: np.ndarray) -> np.ndarray:
+        """[n] states that each example has."""
         return self.examples.lengths[numbers] - 1
 
     def _costs(self, numbers: np.ndarray) -> np.ndarray:
-        """Tokens that are run for them."""
-        return self._rows(numbers)
+        """[n] tokens that are run for them."""
+        return self._counts(numbers)
 
     def _order(self, numbers: np.ndarray) -> np.ndarray:
-        """In which order they are computed and kept."""
+        """[n] in which order they are computed and kept."""
         return np.lexsort((numbers, self._costs(numbers)))
 
-    def complete(self, tick: Tick | None = None) -> None:
-        """Computes what is not in the file yet."""
+    def complete(self, progress: Progress = unheard) -> None:
+        """Computes what is not in the file yet. `progress` counts states."""
         done = self.file.stat().st_size if self.file.is_file() else 0
         with self.file.open("ab") as out:
             for start, end in self._batches():
@@ -73,8 +78,7 @@ class States:
                 out.truncate(first)  # a killed run may have left a part of a batch
                 for states in self._compute([self.examples.read(int(n)) for n in self.numbers[start:end]]):
                     out.write(_bytes(states))
-                if tick:
-                    tick(int(self.rows[:end].sum()), int(self.rows.sum()))
+                progress(int(self.counts[:end].sum()), int(self.counts.sum()))
             out.flush()
             os.fsync(out.fileno())
 
@@ -94,7 +98,7 @@ class States:
         """[n, d] of the example at a place; bfloat16 as its 16 bits."""
         raw = np.uint16 if self.dtype == mx.bfloat16 else np.dtype(str(self.dtype).removeprefix("mlx.core."))
         start = int(self.ends[place - 1]) if place else 0
-        shape = (int(self.rows[place]), self.width)
+        shape = (int(self.counts[place]), self.width)
         return np.fromfile(self.file, raw, shape[0] * shape[1], offset=start).reshape(shape)
 
     def array(self, values: np.ndarray) -> mx.array:
@@ -118,13 +122,13 @@ class States:
             yield states[row, :length]
 
 
-class TeacherStates(States):
+class TeacherStates(HiddenStates):
     """What leaves the teacher's last layer, at the positions that predict what is learnt.
 
     The prompts about a window begin with it: they are computed together, and it is read once.
     """
 
-    def _rows(self, numbers: np.ndarray) -> np.ndarray:
+    def _counts(self, numbers: np.ndarray) -> np.ndarray:
         return self.examples.learnts[numbers]
 
     def _costs(self, numbers: np.ndarray) -> np.ndarray:
@@ -171,11 +175,75 @@ class TeacherStates(States):
             for example, teacher in zip(examples, teachers, strict=True)
         ]
         shared = _shared(teachers, min(int(positions[0]) for positions in wanted)) if len(teachers) > 1 else 0
-        cache = read_once(self.anchor.model, teachers[0][:shared].tolist()) if shared else None
+        cache = prefill(self.anchor.model, teachers[0][:shared].tolist()) if shared else None
         shared = shared if cache else 0
         tokens, _ = _in_rows([teacher[shared:] for teacher in teachers])
-        states = self.anchor.states(tokens, self.layer, cache=spread(cache, len(teachers)) if cache else None)
+        states = self.anchor.states(tokens, self.layer, cache=repeat_cache(cache, len(teachers)) if cache else None)
         return [states[row, mx.array(positions - shared)] for row, positions in enumerate(wanted)]
+
+
+class JobStates:
+    """The states that are kept for one job, and what the anchor takes for a group of its texts."""
+
+    def __init__(self, folder: pathlib.Path, examples: TrainingSet, loss: MemoryLoss, distil: bool) -> None:
+        """`distil`: whether teachers' states are needed too. Nothing is computed until `prepare`."""
+        self.folder, self.examples, self.loss, self.distil = folder, examples, loss, distil
+        self._first: HiddenStates | None = None
+        self._teachers: TeacherStates | None = None
+
+    def prepare(self, job: Job, tokens: int, budget: int, progress: Progress) -> None:
+        """Computes the states that are worth keeping.
+
+        `tokens` are the job's over all epochs, `budget` bytes on disk. Raises OSError where the disk is full.
+        """
+        leaves = [self.examples.ids(leaf) for leaf in job.leaves if leaf != GENERIC_NODE]
+        numbers = np.unique(np.concatenate(leaves)) if leaves else np.empty(0, np.int64)
+        uses = tokens / max(1, int(self.examples.lengths[numbers].sum()))
+        # The generic block meets other texts in each epoch.
+        left = 0 if GENERIC_NODE in job.leaves or uses < WORTH_KEEPING else budget
+        anchor, layer = self.loss.anchor, self.loss.first_layer
+        if left and layer:
+            self._first = HiddenStates(self.folder / "first.states", anchor, self.examples, numbers, left, layer)
+            left -= self._first.nbytes
+            self._first.complete(progress)
+        if self.distil:
+            if GENERIC_NODE in job.leaves:  # whatever it meets: to read a window for all its prompts is cheaper
+                left, numbers = budget, np.unique(self.examples.assigned)
+            taught = numbers[self.examples.teachers[numbers] > 0]
+            file, last = self.folder / "teacher.states", len(anchor.layers)
+            self._teachers = TeacherStates(file, anchor, self.examples, taught, left, last)
+            self._teachers.complete(progress)
+
+    def inputs(self, examples: Sequence[Example], numbers: np.ndarray) -> Inputs:
+        """A group's batch, with the states that are kept for it; `numbers` [n] are the examples'."""
+        batch = collate(examples)
+        states = self._states(batch, numbers)
+        if not self.distil or all(example.teacher is None for example in examples):
+            return Inputs(batch, states)
+        assert self._teachers
+        parts = self._teachers.of(numbers, examples)
+        taught = [
+            np.full(len(part), example.teacher is not None) for part, example in zip(parts, examples, strict=True)
+        ]
+        spare = len(batch.positions) - sum(map(len, parts))
+        teacher = mx.pad(mx.concatenate(parts), [(0, spare), (0, 0)])  # [M, d]
+        return Inputs(batch, states, teacher, mx.array(np.concatenate([*taught, np.zeros(spare, bool)])))
+
+    def _states(self, batch: Batch, numbers: np.ndarray) -> mx.array | None:
+        """[B, T, d] that enter the first memory layer; None unless those of all examples are kept."""
+        kept = [self._first.find(int(n)) for n in numbers] if self._first else [None]
+        if not self._first or None in kept:
+            return None
+        found = [self._first.read(place) for place in kept if place is not None]
+        joined = np.zeros((*batch.tokens.shape, self._first.width), found[0].dtype)
+        for (row, start), values in zip(batch.places, found, strict=True):
+            joined[row, start : start + len(values)] = values
+        return self._first.array(joined)
+
+    def remove(self) -> None:
+        """Deletes the states from the disk: only this job needed them."""
+        for file in self.folder.glob("*.states"):
+            file.unlink()
 
 
 def _shared(texts: Sequence[np.ndarray], most: int) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pathlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ import mlx.core as mx
 
 from mlx_hiermem.config import GENERIC_NODE, MemoryConfig, Path
 from mlx_hiermem.errors import HierMemError, OutputError
+from mlx_hiermem.files import reason, write_json
 
 LIST = "blocks.json"
 Tensors = dict[str, mx.array]
@@ -110,12 +110,7 @@ class TrainedBlocks:
         self.progress = dict(progress)
         files = {_name(node): file for node, file in self._files.items()}
         content = {"version": self._version, "progress": self.progress, "files": files}
-        beside = self.folder / (LIST + ".partial")
-        try:
-            beside.write_text(json.dumps(content), encoding="utf-8")
-            os.replace(beside, self.folder / LIST)
-        except OSError as error:
-            raise _failed(self.folder, error) from error
+        write_json(self.folder / LIST, content, None, GO_ON)
         self._version += 1
         self._drop_strays()
 
@@ -198,5 +193,4 @@ def _node(name: str) -> Path:
 
 
 def _failed(folder: pathlib.Path, error: Exception) -> OutputError:
-    reason = getattr(error, "strerror", "") or str(error)
-    return OutputError(f"cannot write {folder}: {reason}", GO_ON)
+    return OutputError(f"cannot write {folder}: {reason(error)}", GO_ON)

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_hiermem.config import GENERIC_NODE, Path
+from mlx_hiermem.config import GENERIC_NODE, MemoryConfig, Path
+from mlx_hiermem.learn.train.batches import collate, group_by_length
+from mlx_hiermem.learn.train.blocks import TrainedBlocks
 from mlx_hiermem.learn.train.dataset import Example, TrainingSet
-from mlx_hiermem.learn.train.jobs import carriers
-from mlx_hiermem.learn.train.learner import Inputs
-from mlx_hiermem.learn.train.packing import batch, cut
-from mlx_hiermem.learn.train.trainer import Trainer
+from mlx_hiermem.learn.train.schedule import Job, nodes_with_block
+from mlx_hiermem.learn.train.step import Inputs, MemoryLoss
 
 EXAMPLES = 256  # of all held-out texts, at most; the same ones for every memory
 GROUP_TOKENS = 1024
@@ -37,8 +37,18 @@ class _Group:
 class HeldOut:
     """A job's held-out texts. What training does not change is computed once, the first time they are measured."""
 
-    def __init__(self, trainer: Trainer, texts: TrainingSet) -> None:
-        self.trainer, self.texts = trainer, texts
+    def __init__(
+        self,
+        texts: TrainingSet,
+        job: Job,
+        blocks: TrainedBlocks,
+        loss: MemoryLoss,
+        leaves: Sequence[Path],
+        seed: int = 0,
+    ) -> None:
+        """`blocks` are the job's. `leaves` are all that any job learns; `seed` decides which texts are measured."""
+        self.texts, self.job, self.blocks, self.loss = texts, job, blocks, loss
+        self._known, self._seed = _subtrees(leaves), seed
         self._groups: list[_Group] | None = None
 
     def measure(self) -> Sums:
@@ -51,63 +61,64 @@ class HeldOut:
             self._groups = list(self._read())
         found: Sums = {}
         for group in self._groups:
-            self.trainer.use({node for nodes in group.memories.values() for node in nodes})
+            self.blocks.use(frozenset(node for nodes in group.memories.values() for node in nodes))
             _add(found, {name: (self._loss(group, n), group.learnt) for name, n in group.memories.items()})
         return found
 
     def _loss(self, group: _Group, nodes: list[Path]) -> float:
         if not nodes and group.alone is not None:
             return group.alone
-        loss = float(self.trainer.losses(nodes, group.inputs).sum())
+        loss = float(self.loss.per_token([self.blocks[node].weights for node in nodes], group.inputs).sum())
         if not nodes:
             group.alone = loss
         return loss
 
     def _read(self) -> Iterator[_Group]:
-        own, known = _tops(self.trainer.job.leaves), _tops(self.trainer.examples.leaves)
-        for leaf, numbers in _texts(self.trainer, self.texts):
+        own = _subtrees(self.job.leaves)
+        for leaf, numbers in self._sample():
             memories = dict[str, list[Path]]()
-            if GENERIC_NODE in self.trainer.job.leaves:
+            if GENERIC_NODE in self.job.leaves:
                 memories["generic"] = [GENERIC_NODE]
-            if leaf[:1] in own or leaf[:1] not in known:
-                memories |= _levels(self.trainer, leaf)
-            for group in cut(numbers, self.texts.lengths[numbers], GROUP_TOKENS, np.random.default_rng(0)):
+            if leaf[:1] in own or leaf[:1] not in self._known:
+                memories |= _levels(self.loss.config, leaf)
+            for group in group_by_length(
+                numbers, self.texts.lengths[numbers], GROUP_TOKENS, np.random.default_rng(0)
+            ):
                 texts = [self.texts.read(int(number)) for number in group]
-                yield _Group(memories, _inputs(self.trainer, texts), int(self.texts.learnts[group].sum()))
+                yield _Group(memories, _inputs(self.loss, texts), int(self.texts.learnts[group].sum()))
+
+    def _sample(self) -> Iterator[tuple[Path, np.ndarray]]:
+        """Leaves and a sample of their texts: those below the job's top, or all for the generic block."""
+        everything, own = GENERIC_NODE in self.job.leaves, _subtrees(self.job.leaves)
+        rng = np.random.default_rng(self._seed)
+        chosen = rng.random(len(self.texts)) < EXAMPLES / max(1, len(self.texts))  # bool [N]
+        for leaf in self.texts.leaves:
+            numbers = self.texts.ids(leaf)
+            numbers = numbers[chosen[numbers]]
+            if len(numbers) and (everything or leaf[:1] in own):
+                yield leaf, numbers
 
 
-def _inputs(trainer: Trainer, texts: Sequence[Example]) -> Inputs:
+def _inputs(loss: MemoryLoss, texts: Sequence[Example]) -> Inputs:
     """Texts as a batch, with the states that enter the first memory layer."""
-    packed, layer = batch(texts), trainer.learner.first_layer
+    batch, layer = collate(texts), loss.first_layer
     if not layer:
-        return Inputs(packed)
-    documents = mx.array(packed.documents) if packed.packed else None
-    states = trainer.learner.anchor.states(mx.array(packed.tokens), layer, documents)
+        return Inputs(batch)
+    documents = mx.array(batch.documents) if batch.packed else None
+    states = loss.anchor.states(mx.array(batch.tokens), layer, documents)
     mx.eval(states)
-    return Inputs(packed, states)
+    return Inputs(batch, states)
 
 
-def _levels(trainer: Trainer, leaf: Path) -> dict[str, list[Path]]:
+def _levels(config: MemoryConfig, leaf: Path) -> dict[str, list[Path]]:
     """Name -> the nodes whose blocks are attached: none, those down to each level, all on the path."""
-    path = carriers(trainer.learner.config, leaf)  # a block that nothing was learnt in changes nothing
-    cut_off = {
-        f"level {n}": [node for node in path if len(node) <= n] for n in range(1, trainer.learner.config.depth)
-    }
+    path = nodes_with_block(config, leaf)  # a block that nothing was learnt in changes nothing
+    cut_off = {f"level {n}": [node for node in path if len(node) <= n] for n in range(1, config.depth)}
     return {"none": []} | cut_off | {"fetched": path}
 
 
-def _texts(trainer: Trainer, heldout: TrainingSet) -> Iterator[tuple[Path, np.ndarray]]:
-    """Leaves and a sample of their texts: those below the job's top, or all for the generic block."""
-    everything, own = GENERIC_NODE in trainer.job.leaves, _tops(trainer.job.leaves)
-    sample = np.random.default_rng(trainer.settings.seed).random(len(heldout)) < EXAMPLES / max(1, len(heldout))
-    for leaf in heldout.leaves:
-        numbers = heldout.ids(leaf)
-        chosen = numbers[sample[numbers]]
-        if len(chosen) and (everything or leaf[:1] in own):
-            yield leaf, chosen
-
-
-def _tops(leaves: Iterable[Path]) -> set[tuple[int, ...]]:
+def _subtrees(leaves: Iterable[Path]) -> set[tuple[int, ...]]:
+    """The nodes of level 1 above these leaves."""
     return {leaf[:1] for leaf in leaves}
 
 

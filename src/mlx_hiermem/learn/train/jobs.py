@@ -1,165 +1,307 @@
-"""In which order everything is learnt: jobs, epochs, windows, steps. The same for the same seed, whoever asks.
+"""All jobs of a bank, on one machine or on several: each rank trains whole subtrees, and none waits for another.
 
-The anchor is frozen, so the subtrees of level 1 share nothing: each is a job of its own (the 16 asynchronous jobs
-of arXiv:2510.02375, §3), and so is the generic block. A rank takes whole jobs; what a job learns does not depend on
-who runs it or when.
+    trainer = Trainer(work, model, memory_config(model, "ffn", 4, (24, 8)), examples, settings, heldout)
+    trainer.run(listener)                     # this rank's jobs, from where a killed run stopped
+    for node, weights in trainer.blocks(): ...
 
-Within a job a coarse block is shared by many leaves. Each epoch goes through the subtree's leaves in a random
-depth-first order, cut into windows whose blocks fit in memory together; within a window the groups of all its
-leaves are shuffled, and a step takes several. So a coarse block's step sums gradients from several leaves, and a
-fine block is read from disk and written back once an epoch, however large the bank.
+`mlx.launch -n 16 ... hiermem learn` gives the ranks a work folder that they share. They exchange nothing but the
+news that they are done, and their blocks are, bit for bit, what one rank alone would have made.
 """
 
 from __future__ import annotations
 
-import itertools
+import contextlib
+import json
+import os
+import pathlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
-from mlx_hiermem.config import GENERIC_NODE, MemoryConfig, Path
+from mlx_hiermem.config import DTYPES, GENERIC_NODE, MemoryConfig, Path
+from mlx_hiermem.errors import HierMemError, MissingDependencyError, OutputError
+from mlx_hiermem.files import write_text
 from mlx_hiermem.learn.settings import TrainingSettings
+from mlx_hiermem.learn.train.activations import JobStates
+from mlx_hiermem.learn.train.blocks import GO_ON, Tensors, TrainedBlocks, new_block
 from mlx_hiermem.learn.train.dataset import TrainingSet
-from mlx_hiermem.learn.train.packing import cut
+from mlx_hiermem.learn.train.heldout import HeldOut, perplexities
+from mlx_hiermem.learn.train.log import Listener, Log, ProgressMeter, merge_logs, plot, read_log
+from mlx_hiermem.learn.train.schedule import Group, Job, Schedule, jobs_of_rank, list_jobs, nodes_with_block
+from mlx_hiermem.learn.train.step import MemoryLoss, rate_factor, update
+from mlx_hiermem.progress import Progress
 
-FEW = 1 << 15  # ways to share jobs that are all tried
-
-
-@dataclass(frozen=True)
-class Group:
-    """Examples that share one memory for one step."""
-
-    leaf: Path
-    examples: np.ndarray  # numbers
-
-
-@dataclass(frozen=True)
-class Job:
-    """Leaves that are trained together, one of them perhaps GENERIC_NODE."""
-
-    name: str
-    leaves: tuple[Path, ...]
-
-    @property
-    def key(self) -> int:
-        """What sets a job's random numbers apart from another's."""
-        return int(self.name) if self.name.isdigit() else 1 << 20
+LOG, PLOT = "log.jsonl", "loss.png"
+COMMIT_SECONDS = 60.0  # between commits, at least
+COMMIT_FACTOR = 20.0  # and at least so many times what the last one took
+LOG_STEPS = 10
+STATE_BYTES = 3 * DTYPES["float32"]  # of a parameter in training: weight and two moments
 
 
-def carriers(config: MemoryConfig, leaf: Path) -> list[Path]:
-    """The nodes on a path that have a block, level 1 first; of GENERIC_NODE, itself."""
-    if leaf == GENERIC_NODE:
-        return [GENERIC_NODE]
-    return [node for node in leaf.prefixes() if config.block_sizes[len(node) - 1]]
-
-
-def jobs(examples: TrainingSet, config: MemoryConfig, settings: TrainingSettings) -> list[Job]:
-    """All jobs: those of level 1 in order, then the generic block's. A leaf on whose path is no block is out."""
-    leaves = [leaf for leaf in examples.leaves if carriers(config, leaf)]
-    generic = (GENERIC_NODE,) if settings.generic and leaves else ()
-    tops = sorted({leaf[0] for leaf in leaves})
-    found = [Job(str(top), tuple(leaf for leaf in leaves if leaf[0] == top)) for top in tops]
-    return [*found, Job("generic", generic)] if generic else found
-
-
-def share(all_jobs: Sequence[Job], work: Callable[[Job], float], rank: int, ranks: int) -> list[Job]:
-    """The jobs of one rank, in their order. The rank with most to do has least: of all ways to share them where
-    these are few, else the largest goes first, each to whom has least to do."""
-    works = [work(job) for job in all_jobs]
-
-    def loads(takers: Sequence[int]) -> list[float]:
-        return sorted(sum(w for w, taker in zip(works, takers, strict=True) if taker == r) for r in range(ranks))
-
-    if ranks ** len(all_jobs) <= FEW:
-        takers = min(itertools.product(range(ranks), repeat=len(all_jobs)), key=lambda takers: loads(takers)[::-1])
-        return [job for job, taker in zip(all_jobs, takers, strict=True) if taker == rank]
-    todo, mine = [0.0] * ranks, set()
-    for load, job in sorted(zip(works, all_jobs, strict=True), key=lambda pair: (-pair[0], pair[1].name)):
-        taker = todo.index(min(todo))
-        todo[taker] += load
-        if taker == rank:
-            mine.add(job)
-    return [job for job in all_jobs if job in mine]
-
-
-class Schedule:
-    """One job's steps, epoch by epoch."""
+class Trainer:
+    """Everything that is trained from one set of examples, in the folder `work`."""
 
     def __init__(
         self,
-        job: Job,
-        examples: TrainingSet,
+        work: pathlib.Path,
+        model: nn.Module,
         config: MemoryConfig,
+        examples: TrainingSet,
         settings: TrainingSettings,
-        nbytes: Callable[[Path], int],
+        heldout: TrainingSet | None = None,
+        *,
+        identity: str = "",
+        vocabulary: int | None = None,
+        start: Callable[[Path], Tensors | None] = lambda node: None,
+        learns: Callable[[Path], bool] = lambda node: True,
     ) -> None:
-        """`nbytes`: what a node's block takes in memory while it is trained."""
-        self.job, self.examples, self.config, self.settings = job, examples, config, settings
-        self._nbytes, self._lengths = nbytes, examples.lengths
+        """`identity` is the anchor's weights digest, `vocabulary` its real token ids where it pads them.
 
-    def steps(self, epoch: int) -> list[list[Group]]:
-        """The steps of one epoch."""
-        rng = np.random.default_rng((self.settings.seed, self.job.key, epoch))
-        windows = list(self._windows(rng))
-        generic = list(self._groups(GENERIC_NODE, rng)) if GENERIC_NODE in self.job.leaves else []
-        found: list[list[Group]] = []
-        for number, window in enumerate(windows):
-            groups = [group for leaf in window for group in self._groups(leaf, rng)]
-            groups += generic[number :: len(windows)]
-            order = rng.permutation(len(groups))
-            size = self.settings.groups
-            found += [[groups[i] for i in order[s : s + size]] for s in range(0, len(groups), size)]
-        return found
+        `start` gives weights [L, r, width] that a node's block has already (None: a new one), `learns` says which
+        nodes change: so new documents are learnt in an old bank. Raises AnchorError where the anchor cannot carry
+        the memory, and HierMemError where `work` is of other settings or another corpus.
+        """
+        self.work, self.config, self.settings, self.heldout = work, config, settings, heldout
+        self.learns, self._start = learns, start
+        self.group = mx.distributed.init()
+        self.loss = MemoryLoss(model, config, vocabulary)
+        work.mkdir(parents=True, exist_ok=True)
+        decides = {name: value for name, value in settings.to_json().items() if name != "states_bytes"}
+        self._claim({"settings": decides, "memory": config.to_json(), "of": examples.digest, "in": identity})
+        self.examples = examples
+        self.jobs = list_jobs(examples, config, settings)
+        if not self.jobs:
+            raise HierMemError("there is nothing to learn", "No example is in a leaf whose path has a block.")
+        self.mine = jobs_of_rank(self.jobs, self._cost, self.group.rank(), self.group.size())
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of one epoch; of the generic block's, about."""
-        total = sum(int(self._lengths[self.examples.ids(leaf)].sum()) for leaf in self.job.leaves)
-        if GENERIC_NODE in self.job.leaves:
-            every = sum(int(self._lengths[self.examples.ids(leaf)].sum()) for leaf in self.examples.leaves)
-            total += every // self.config.branching
-        return total
+    def run(self, listener: Listener = lambda progress: None) -> dict[str, float]:
+        """Trains this rank's jobs and waits for the others'; returns held-out perplexities by memory.
 
-    def numbers(self, leaf: Path, rng: np.random.Generator) -> np.ndarray:
-        """The examples of a leaf in an epoch; the generic block's are one of every k that the leaves have."""
-        if leaf != GENERIC_NODE:
-            return self.examples.ids(leaf)
-        k, assigned = self.config.branching, self.examples.assigned
-        strata = np.arange(0, max(1, len(assigned) - k + 1), k)
-        return assigned[strata + rng.integers(min(k, len(assigned)), size=len(strata))]
+        Rank 0 then joins the logs in `log.jsonl`, and draws `loss.png` if it can. Raises OutputError where the disk
+        is full: what was committed stays, and the next call goes on from there.
+        """
+        meter = ProgressMeter(listener, sum(self._tokens(job) * self.settings.epochs for job in self.mine))
+        try:
+            for job in self.mine:
+                self._train(job, meter)
+        except OSError as error:
+            raise OutputError(f"cannot write {error.filename or self.work}: {error.strerror}", GO_ON) from error
+        mx.eval(mx.distributed.all_sum(mx.array(1.0)))  # all ranks are done
+        if missing := [job.name for job in self.jobs if not self._is_done(job)]:
+            raise OutputError(
+                f"subtree {missing[0]} of another rank is not in {self.work}",
+                "The ranks must share their work folder.",
+            )
+        if self.group.rank() == 0:
+            merge_logs([self._folder(job) / LOG for job in self.jobs], self.work / LOG)
+            with contextlib.suppress(MissingDependencyError):  # a picture is not worth what was learnt
+                plot(self.work / LOG, self.work / PLOT)
+        return self.perplexities()
 
-    def _groups(self, leaf: Path, rng: np.random.Generator) -> Iterator[Group]:
-        numbers = self.numbers(leaf, rng)
-        for part in cut(numbers, self._lengths[numbers], self.settings.group_tokens, rng):
-            yield Group(leaf, part)
+    def perplexities(self) -> dict[str, float]:
+        """Of the held-out texts at the end: none, generic, fetched, and fetched down to each level."""
+        last: dict[str, Any] = {}
+        for job in self.jobs:
+            for row in read_log(self._folder(job) / LOG):
+                if "heldout" in row:
+                    last[job.name] = row["heldout"]
+        return perplexities(last.values())
 
-    def _windows(self, rng: np.random.Generator) -> Iterator[list[Path]]:
-        """Runs of leaves, neighbours in the tree, whose blocks fit in memory together."""
-        window: list[Path] = []
-        nodes: set[Path] = set()
-        size = first = self._nbytes(GENERIC_NODE) if GENERIC_NODE in self.job.leaves else 0
-        for leaf in _shuffled([leaf for leaf in self.job.leaves if leaf != GENERIC_NODE], rng):
-            more = [node for node in carriers(self.config, leaf) if node not in nodes]
-            if window and size + sum(map(self._nbytes, more)) > self.settings.blocks_bytes:
-                yield window
-                window, nodes, size, more = [], set(), first, carriers(self.config, leaf)
-            window.append(leaf)
-            nodes.update(more)
-            size += sum(map(self._nbytes, more))
-        yield window
+    def blocks(self) -> Iterator[tuple[Path, Tensors]]:
+        """Node and float32 weights of every trained block; the empty path is the generic one. After `run`."""
+        for job in self.jobs:
+            trained = self._blocks(job)
+            for node in trained.nodes:
+                if self.learns(node):
+                    yield node, trained.read(node).weights
 
+    def job_trainer(self, job: Job) -> JobTrainer:
+        """What trains a job, from its last commit on."""
+        return JobTrainer(self._folder(job), job, self.examples, self.loss, self.settings, self._first, self.learns)
 
-def _shuffled(leaves: Sequence[Path], rng: np.random.Generator) -> Iterator[Path]:
-    """A random depth-first order: siblings are shuffled at every node and their leaves stay together."""
+    def _train(self, job: Job, meter: ProgressMeter) -> None:
+        trainer = self.job_trainer(job)
+        meter.begin(job.name, trainer.tokens)
+        heldout = None
+        if self.heldout is not None:
+            leaves, seed = self.examples.leaves, self.settings.seed
+            heldout = HeldOut(self.heldout, job, trainer.blocks, self.loss, leaves, seed)
 
-    def visit(inside: list[Path], depth: int) -> Iterator[Path]:
-        ends = [leaf for leaf in inside if len(leaf) == depth]
-        yield from ends
-        children = sorted({leaf[depth] for leaf in inside if len(leaf) > depth})
-        for i in rng.permutation(len(children)):
-            yield from visit(
-                [leaf for leaf in inside if len(leaf) > depth and leaf[depth] == children[i]], depth + 1
+        def evaluate() -> None:
+            if heldout and (sums := heldout.measure()):
+                trainer.note({"heldout": sums})
+                meter.measured({name: loss / tokens for name, (loss, tokens) in sums.items()})
+
+        trainer.run(meter, evaluate)
+
+    def _first(self, node: Path) -> Tensors:
+        """The weights that a block begins with, in float32."""
+        given = self._start(node)
+        if given is None:
+            return new_block(self.config, node, self.settings.seed)
+        return {name: value.astype(mx.float32) for name, value in given.items()}
+
+    def _tokens(self, job: Job) -> int:
+        return Schedule(job, self.examples, self.config, self.settings, lambda node: 0).tokens
+
+    def _cost(self, job: Job) -> float:
+        """Layers that are run for a job's tokens, those that learn three times for the way back; the layers below
+        are run once for all epochs where their states are kept, which for the generic block's they are not."""
+        below, layers = self.loss.first_layer, len(self.loss.anchor.layers)
+        often = 1.0 if GENERIC_NODE in job.leaves else 1 / self.settings.epochs
+        return self._tokens(job) * (3 * (layers - below) + often * below)
+
+    def _folder(self, job: Job) -> pathlib.Path:
+        folder = self.work / f"subtree-{job.name}"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def _blocks(self, job: Job) -> TrainedBlocks:
+        return TrainedBlocks(self._folder(job) / "blocks", self.settings.blocks_bytes, self._first)
+
+    def _is_done(self, job: Job) -> bool:
+        return bool(self._blocks(job).progress.get("done"))
+
+    def _claim(self, made_of: dict[str, Any]) -> None:
+        """Writes what this work folder is for, or checks it."""
+        text, file = json.dumps(made_of, sort_keys=True), self.work / "training.json"
+        if not file.is_file():
+            own = file.with_name(f"{file.name}.{self.group.rank()}")  # ranks may write it at one time
+            write_text(own, text)
+            os.replace(own, file)
+        elif file.read_text(encoding="utf-8") != text:
+            raise HierMemError(
+                f"{self.work} holds training of another corpus, anchor or other settings",
+                "Remove that folder to start afresh, or go on with the same.",
             )
 
-    yield from visit(list(leaves), 0)
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step was."""
+
+    loss: float  # summed over the tokens learnt
+    learnt: int
+    tokens: int
+    norm: float  # of the gradient, before it was clipped
+    rate: float
+
+
+class JobTrainer:
+    """Trains one job to its end, from its last commit on; `blocks` has the result."""
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        job: Job,
+        examples: TrainingSet,
+        loss: MemoryLoss,
+        settings: TrainingSettings,
+        start: Callable[[Path], Tensors],
+        learns: Callable[[Path], bool] = lambda node: True,
+    ) -> None:
+        """`start` gives the weights that a node's block begins with, `learns` says whether they change."""
+        self.folder, self.job, self.examples, self.loss, self.settings = folder, job, examples, loss, settings
+        self.learns = learns
+        self.blocks = TrainedBlocks(folder / "blocks", settings.blocks_bytes, start)
+        self.schedule = Schedule(job, examples, loss.config, settings, self._nbytes)
+        self.total = self.schedule.tokens * settings.epochs
+        progress = self.blocks.progress
+        self.epoch, self.step, self.tokens = (progress.get(name, 0) for name in ("epoch", "step", "tokens"))
+        self.seconds: float = progress.get("seconds", 0.0)
+        self.done: bool = progress.get("done", False)
+        self.log = Log(folder / "log.jsonl", progress.get("log", 0))
+        self.states = JobStates(folder, examples, loss, settings.objective == "distillation")
+
+    def run(self, meter: ProgressMeter, at_epoch: Callable[[], None] = lambda: None) -> None:
+        """Trains what is left; `at_epoch` is called before the first epoch and after each, for an evaluation.
+
+        Raises OutputError where the disk is full; what was committed stays.
+        """
+        if self.done:
+            return
+        self._begun = self._committed = time.perf_counter()
+        self.prepare(meter.states)
+        if (self.epoch, self.step) == (0, 0):
+            at_epoch()
+        self._commit_took, recent = 0.0, list[StepResult]()
+        while self.epoch < self.settings.epochs:
+            steps = self.schedule.steps(self.epoch)
+            while self.step < len(steps):
+                recent.append(done := self.take(steps[self.step]))
+                self.step, self.tokens = self.step + 1, self.tokens + done.tokens
+                if self.step % LOG_STEPS == 0 or self.step == len(steps):
+                    mean = sum(one.loss for one in recent) / sum(one.learnt for one in recent)
+                    self.note({"loss": mean, "norm": done.norm, "rate": done.rate})
+                    recent.clear()
+                meter.learnt(done.tokens, done.loss / done.learnt)
+                self._commit_now_and_then()
+            self.epoch, self.step = self.epoch + 1, 0
+            at_epoch()
+        self.done = True
+        self._commit()
+        self.states.remove()
+
+    def prepare(self, progress: Progress) -> None:
+        """Computes the hidden states that are worth keeping."""
+        self.states.prepare(self.job, self.total, self.settings.states_bytes, progress)
+
+    def take(self, step: Sequence[Group]) -> StepResult:
+        """One step: the groups' gradients, summed block by block, and an update of the blocks they fetched."""
+        numbers = np.concatenate([group.examples for group in step])
+        learnt = int(self.examples.learnts[numbers].sum())
+        self.blocks.use(
+            frozenset(node for group in step for node in nodes_with_block(self.loss.config, group.leaf))
+        )
+        sums: dict[Path, Tensors] = {}
+        loss = sum(self._add_gradients(group, 1 / learnt, sums) for group in step)
+        rate = self.settings.rate * rate_factor(self.tokens / self.total, self.settings)
+        moving = [node for node in sums if self.learns(node)]
+        blocks, gradients = [self.blocks[node] for node in moving], [sums[node] for node in moving]
+        norm = update(blocks, gradients, rate, self.settings.weight_decay, self.settings.clip)
+        for node in moving:
+            self.blocks.touch(node)
+        tokens = int(self.examples.lengths[numbers].sum())
+        return StepResult(loss, learnt, tokens, norm, rate)
+
+    def _add_gradients(self, group: Group, scale: float, sums: dict[Path, Tensors]) -> float:
+        """Adds one group's gradients to those of its nodes; returns its summed loss."""
+        examples = [self.examples.read(int(number)) for number in group.examples]
+        path = nodes_with_block(self.loss.config, group.leaf)
+        weights = [self.blocks[node].weights for node in path]
+        loss, found = self.loss.gradients(weights, self.states.inputs(examples, group.examples), scale)
+        for node, gradient in zip(path, found, strict=True):
+            before = sums.get(node)
+            sums[node] = {name: before[name] + g for name, g in gradient.items()} if before else gradient
+        return loss
+
+    def _nbytes(self, node: Path) -> int:
+        config = self.loss.config
+        units = config.block_sizes[len(node) - 1] if node else config.fetched_size
+        return config.parameters(units) * STATE_BYTES
+
+    def note(self, row: dict[str, object]) -> None:
+        """Adds a line to the job's log."""
+        where = {"job": self.job.name, "epoch": self.epoch, "step": self.step, "tokens": self.tokens}
+        self.log.add(where | {"seconds": round(self._elapsed(), 3)} | row)
+
+    def _elapsed(self) -> float:
+        return self.seconds + time.perf_counter() - self._begun
+
+    def _commit_now_and_then(self) -> None:
+        if time.perf_counter() - self._committed > max(COMMIT_SECONDS, COMMIT_FACTOR * self._commit_took):
+            self._commit()
+
+    def _commit(self) -> None:
+        start = time.perf_counter()
+        names = ("epoch", "step", "tokens", "done")
+        self.blocks.commit(
+            {name: getattr(self, name) for name in names} | {"seconds": self._elapsed(), "log": self.log.size}
+        )
+        self._committed = time.perf_counter()
+        self._commit_took = self._committed - start

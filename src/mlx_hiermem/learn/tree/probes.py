@@ -142,7 +142,7 @@ def _parted(studied: Sequence[Row], turned: bool) -> tuple[list[Row], list[str]]
     """Of the rows that are reversed, or those that are not: self-study's, and the texts of the given ones."""
     rows = [row for row in studied if bool(row.get("reversed")) == turned]
     given = [row for row in rows if row.get("given")]
-    texts = [text for row in given for text in (row.get("question"), row["prompt"]) if text]
+    texts = [text for row in given for text in (row.get("question"), row.get("prompt")) if text]
     return [row for row in rows if not row.get("given")], texts
 
 

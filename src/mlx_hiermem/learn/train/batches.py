@@ -13,7 +13,7 @@ import numpy as np
 
 from mlx_hiermem.learn.train.dataset import Example
 
-JITTER = 16  # tokens by which lengths are blurred, so that each epoch's groups are others
+JITTER = 16  # tokens by which lengths are blurred, so that each epoch has other groups
 ROW = 128  # tokens that a row may have for the sake of being filled better
 PREDICTED = 32  # the number of predicted positions in a batch is a multiple of this
 
@@ -35,8 +35,13 @@ class Batch:
         return len(self.places) > len(self.tokens)
 
 
-def cut(numbers: np.ndarray, lengths: np.ndarray, tokens: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Splits a leaf's examples, at random, into groups of like length and at most `tokens` tokens (or one text)."""
+def group_by_length(
+    numbers: np.ndarray, lengths: np.ndarray, tokens: int, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Splits a leaf's examples, at random, into groups of like length and at most `tokens` tokens (or one text).
+
+    `numbers` [n] of the examples and `lengths` [n] in tokens -> the numbers of each group.
+    """
     order = np.argsort(lengths + rng.integers(JITTER, size=len(lengths)) + rng.random(len(lengths)))
     groups, start, total = [], 0, 0
     for end, length in enumerate(lengths[order].tolist()):
@@ -60,13 +65,13 @@ def pack(lengths: Sequence[int]) -> tuple[int, list[tuple[int, int]]]:
     """
     shortest = row_length(max(lengths))
     candidates = dict.fromkeys(row_length(tokens) for tokens in range(shortest, max(ROW, shortest) + 1, 16))
-    packed = {row: fill(lengths, row) for row in candidates}
+    packed = {row: first_fit_decreasing(lengths, row) for row in candidates}
     row = min(candidates, key=lambda row: (row * (1 + max(r for r, _ in packed[row])), row))
     return row, packed[row]
 
 
-def fill(lengths: Sequence[int], row: int) -> list[tuple[int, int]]:
-    """(row, start) of each text; the longest first, each in the first row with room (first-fit decreasing)."""
+def first_fit_decreasing(lengths: Sequence[int], row: int) -> list[tuple[int, int]]:
+    """(row, start) of each text: bin packing that takes the longest first, each into the first row with room."""
     room: list[int] = []
     places = [(0, 0)] * len(lengths)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -78,8 +83,8 @@ def fill(lengths: Sequence[int], row: int) -> list[tuple[int, int]]:
     return places
 
 
-def batch(examples: Sequence[Example]) -> Batch:
-    """Packs a group's examples."""
+def collate(examples: Sequence[Example]) -> Batch:
+    """Packs a group's examples into one batch."""
     inputs = [len(example.tokens) - 1 for example in examples]
     T, places = pack(inputs)
     shape = (1 + max(r for r, _ in places), T)

@@ -1,19 +1,20 @@
-"""How training goes: a line now and then in a log that survives a kill, figures for a progress bar, a plot."""
+"""How training goes: figures for a progress bar, a line now and then in a log that survives a kill, a plot."""
 
 from __future__ import annotations
 
 import json
-import os
 import pathlib
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mlx_hiermem.errors import MissingDependencyError
+from mlx_hiermem.files import write_json_lines
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingProgress:
     """Where a rank's training is. `doing` is `hidden states` (of one job), `learning` or `measured`."""
 
     doing: str
@@ -28,6 +29,42 @@ class Progress:
     def seconds_left(self) -> float | None:
         """None while the speed is not known."""
         return (self.total - self.tokens) / self.tokens_per_second if self.tokens_per_second else None
+
+
+Listener = Callable[[TrainingProgress], None]
+
+
+class ProgressMeter:
+    """Adds up what a rank's jobs report, and tells it as `TrainingProgress`."""
+
+    def __init__(self, listener: Listener, total: int) -> None:
+        """`total`: tokens of all the rank's jobs, over all epochs."""
+        self._listener, self._total, self._tokens, self._job, self._loss = listener, total, 0, "", 0.0
+        self._learnt, self._seconds, self._last = 0, 0.0, time.perf_counter()
+
+    def begin(self, job: str, tokens: int) -> None:
+        """A job starts, which has these tokens behind it."""
+        self._job, self._loss, self._last = job, 0.0, time.perf_counter()
+        self._tokens += tokens
+
+    def measured(self, losses: dict[str, float]) -> None:
+        """Mean losses on held-out texts, by memory."""
+        self._last = time.perf_counter()
+        self._listener(TrainingProgress("measured", self._job, self._tokens, self._total, 0.0, losses=losses))
+
+    def states(self, done: int, total: int) -> None:
+        """Of the job's tokens `done` have their hidden states."""
+        self._last = time.perf_counter()
+        self._listener(TrainingProgress("hidden states", self._job, done, total, 0.0))
+
+    def learnt(self, tokens: int, loss: float) -> None:
+        """A step has learnt these tokens, at this mean loss."""
+        now = time.perf_counter()
+        self._learnt, self._seconds, self._last = self._learnt + tokens, self._seconds + now - self._last, now
+        self._tokens += tokens
+        self._loss = 0.9 * self._loss + 0.1 * loss if self._loss else loss
+        speed = self._learnt / self._seconds
+        self._listener(TrainingProgress("learning", self._job, self._tokens, self._total, speed, self._loss))
 
 
 class Log:
@@ -46,18 +83,15 @@ class Log:
 
 
 def read_log(file: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """The rows of a log; none where there is no file."""
     if file.is_file():
         with file.open(encoding="utf-8") as lines:
             yield from map(json.loads, lines)
 
 
 def merge_logs(files: Sequence[pathlib.Path], out: pathlib.Path) -> None:
-    """One log of several, in the order given."""
-    beside = out.with_name(out.name + ".partial")
-    with beside.open("w", encoding="utf-8") as stream:
-        for file in files:
-            stream.writelines(json.dumps(row) + "\n" for row in read_log(file))
-    os.replace(beside, out)
+    """One log of several, in the order given. Raises OutputError where it cannot be written."""
+    write_json_lines(out, (row for file in files for row in read_log(file)))
 
 
 def plot(log: pathlib.Path, image: pathlib.Path) -> None:

@@ -1,0 +1,53 @@
+"""A reply: its text while it grows, and what is known of it in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mlx_hiermem.selection import Selection
+
+
+@dataclass(frozen=True)
+class Response:
+    """A reply. Printing it prints its text."""
+
+    text: str
+    finish_reason: str  # stop (the text's end), length (max_tokens), or empty: it was not read to its end
+    selection: Selection  # the memory that it came with
+    prompt_tokens: int
+    generation_tokens: int
+    tokens_per_second: float  # of the generation
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class GrowingText:
+    """The text so far, up to the first stop string; `add` says what of it can be shown."""
+
+    def __init__(self, stops: Sequence[str] = ()) -> None:
+        self.stops, self.text = stops, ""
+        self.stopped = False  # at a stop string, which is not part of the text
+        self._shown = 0
+
+    def add(self, piece: str, last: bool = False) -> str:
+        """What can be shown now: nothing that may turn out to be a stop string, unless it is the `last` piece."""
+        self.text += piece
+        found = [at for stop in self.stops if (at := self.text.find(stop, self._shown)) >= 0]
+        if found:
+            self.text, self.stopped = self.text[: min(found)], True
+        held = 0 if found or last else held_back(self.text[self._shown :], self.stops)
+        start, self._shown = self._shown, len(self.text) - held
+        return self.text[start : self._shown]
+
+
+def held_back(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest end of a text that is the beginning of a stop string."""
+    ends = [
+        length
+        for stop in stops
+        for length in range(1, min(len(stop) - 1, len(text)) + 1)
+        if text.endswith(stop[:length])
+    ]
+    return max(ends, default=0)

@@ -1,0 +1,113 @@
+"""How a text continues: how its tokens are drawn, how many there are at most, and which strings end it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import mlx.core as mx
+from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_repetition_penalty
+
+from mlx_hiermem.errors import ArgumentError
+
+BOUNDS: dict[str, tuple[Any, float, float]] = {
+    "max_tokens": (int, 1, math.inf),
+    "temperature": (int | float, 0, math.inf),
+    "top_p": (int | float, 0, 1),
+    "top_k": (int, 0, math.inf),
+    "min_p": (int | float, 0, 1),
+    "repetition_penalty": (int | float, 0, math.inf),
+    "seed": (int, 0, 2**64 - 1),
+}
+
+Sampler = Callable[[mx.array], mx.array]  # logprobs [B, V] -> tokens [B]
+LogitsProcessor = Callable[[mx.array, mx.array], mx.array]  # tokens so far, logits [1, V] -> logits
+
+
+class Options(TypedDict, total=False):
+    """The keyword options of everything that generates. They mean what they mean in mlx-lm."""
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    seed: int | None
+    stop: str | Sequence[str]
+    sampler: Sampler | None
+    logits_processors: Sequence[LogitsProcessor]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one sequence continues. Raises ArgumentError for what cannot be."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0  # 0 takes the likeliest token
+    top_p: float = 1.0  # 0 or 1: any token
+    top_k: int = 0  # 0: any token
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # 1: none
+    seed: int | None = None  # the same seed gives the same text, whoever else is in the batch
+    stop: str | Sequence[str] = ()  # strings that end the text, and are not part of it
+    sampler: Sampler | None = None  # in place of temperature, top_p, top_k, min_p and seed
+    logits_processors: Sequence[LogitsProcessor] = ()
+    logprobs: bool = False
+    top_logprobs: int = 0  # how many of the likeliest tokens each Token reports
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "logits_processors", tuple(self.logits_processors))
+        for name, (kind, least, most) in BOUNDS.items():
+            value = getattr(self, name)
+            number = isinstance(value, kind) and not isinstance(value, bool)
+            if not (number and least <= value <= most) and not (name == "seed" and value is None):
+                bounds = f"between {least} and {most}" if most < math.inf else f"{least} or more"
+                what = "a whole number" if kind is int else "a number"
+                raise ArgumentError(f"{name} is {value!r}", f"It is {what}, {bounds}.")
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise ArgumentError(f"stop is {self.stop!r}", "It is a text or several, none of them empty.")
+        for function in (self.sampler, *self.logits_processors):
+            if function is not None and not callable(function):
+                raise ArgumentError(f"{function!r} is not a function", "mlx_lm.sample_utils makes such functions.")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], **defaults: Any) -> Sampling:
+        """Of a caller's keyword options. Raises ArgumentError for one that there is not."""
+        unknown = options.keys() - Options.__annotations__.keys()
+        if unknown:
+            known = ", ".join(Options.__annotations__)
+            raise ArgumentError(f"there is no option {min(unknown)}", f"There are {known}.")
+        try:
+            return cls(**{**defaults, **options})
+        except TypeError as error:  # what has no items where several are wanted
+            raise ArgumentError(f"an option is of the wrong type: {error}") from error
+
+    def draw(self) -> Sampler | None:
+        """Draws tokens; None takes the likeliest, which one call does for all sequences of a batch."""
+        if self.sampler is not None or self.temperature == 0:
+            return self.sampler
+        key = None if self.seed is None else mx.random.key(self.seed)
+
+        def sample(logprobs: mx.array) -> mx.array:
+            nonlocal key
+            now = None  # MLX's own state, see mx.random.seed
+            if key is not None:
+                key, now = mx.random.split(key)
+            if 0 < self.top_p < 1:
+                logprobs = apply_top_p(logprobs, self.top_p)
+            if self.min_p > 0:
+                logprobs = apply_min_p(logprobs, self.min_p)
+            if 0 < self.top_k < logprobs.shape[-1]:
+                logprobs = apply_top_k(logprobs, self.top_k)
+            return mx.random.categorical(logprobs / self.temperature, key=now)
+
+        return sample
+
+    def processors(self) -> list[LogitsProcessor]:
+        """What changes the logits before a token is drawn."""
+        repeated = self.repetition_penalty not in (0, 1)
+        return [*([make_repetition_penalty(self.repetition_penalty)] if repeated else []), *self.logits_processors]
