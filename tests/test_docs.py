@@ -88,7 +88,7 @@ def test_commands_that_do_not_exist_are_found() -> None:
 $ hiermem chat m --loud -n 3
 $ KEY=x hiermem serve --lan 2>/dev/null
 $ echo hi | hiermem chat m > file
-$ hiermem bank add m f \\
+$ hiermem bank add-block m f \\
     --path 1 --colour=red  # --not-an-option
 ```
 """

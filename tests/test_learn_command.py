@@ -123,7 +123,7 @@ def test_it_has_learnt(whole: pathlib.Path, run: Run) -> None:
     assert (whole / "learning" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
     def selection(text: str) -> dict[str, Any]:
-        return json.loads(run("generate", whole, text, "-n", "4", "--json").out)["selection"]
+        return json.loads(run("ask", "--plain", "-m", whole, text, "-n", "4", "--json").out)["selection"]
 
     about = selection(f"The village of {VILLAGES[0]} makes")
     assert (about["memory"], about["far"], len(about["blocks"])) == ("fetched", False, 2)

@@ -88,7 +88,7 @@ def test_a_data_set_of_the_hub(anchor: pathlib.Path, tmp_path: pathlib.Path) -> 
 
 def test_another_memory_distilled_with_windows_held_out(anchor: pathlib.Path, tmp_path: pathlib.Path) -> None:
     out = tmp_path / "model"
-    options = ("--objective", "distillation", "--memory", "kv", "--layers", "uniform", "--sizes", "6,3")
+    options = ("--objective", "distillation", "--kind", "kv", "--layers", "uniform", "--sizes", "6,3")
     report = learn(write_library(tmp_path / "books"), out, anchor, *options, "--heldout", "0.3", "--rate", "0.02")
     assert report["perplexity_of"] == "held-out texts"
     assert {"none", "generic", "level 1", "fetched"} == report["perplexity"].keys()
