@@ -162,7 +162,7 @@ def ask(model: pathlib.Path, questions: pathlib.Path) -> dict[str, dict[str, flo
     """Share of right answers by memory, and by relation and wording."""
     command = [*HIERMEM, "eval", str(model), "--tasks", str(questions), "--json", "--out", f"{model}.eval"]
     for memory in MEMORIES:
-        command += ["--memory", memory]
+        command += ["--kind", memory]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     found: dict[str, dict[str, float]] = {}
     for run in json.loads(done.stdout)["runs"]:

@@ -70,7 +70,7 @@ TARGETS: list[tuple[str, str, Spread, float, bool]] = [
     ("convert: copy", "convert_memory", convert, 0.8, True),
     ("MiniLM, documents: PyTorch", "minilm", ratio("documents", "wall", "speed_ratio"), 1, True),
     ("MiniLM, questions: PyTorch", "minilm", ratio("questions", "wall", "speed_ratio"), 1, True),
-    ("start: mlx_lm.generate", "start", ratio("sides", "hiermem generate", "wall_ratio"), 1.25, False),
+    ("start: mlx_lm.generate", "start", ratio("sides", "hiermem ask --plain", "wall_ratio"), 1.25, False),
     ("open 69 904 blocks: 340", "growth", lambda found: found["rows"][-1]["open"]["wall_ratio"], 1.5, False),
     ("learn, all layers: mlx_lm lora", "train_speed", learning("uniform"), 1, True),
     ("learn, late layers: mlx_lm lora", "train_speed", learning("late, kept states"), 2.5, True),

@@ -1,4 +1,4 @@
-"""From the command to the first token: `hiermem generate` and `ask` against `mlx_lm.generate` on the same anchor.
+"""From the command to the first token: `hiermem ask` against `mlx_lm.generate` on the same anchor.
 
     python benchmarks/start.py        # the demo's model; five minutes
 
@@ -30,12 +30,12 @@ RULE = b"==========\n"  # mlx_lm's, before the answer
 def commands(model: pathlib.Path) -> dict[str, list[str]]:
     """Name -> arguments of Python."""
     peer = ["--model", str(model / "anchor"), "--prompt", PROMPT, "--max-tokens", "1", "--ignore-chat-template"]
-    ours = ["generate", str(model), PROMPT, "--max-tokens", "1"]
+    ours = ["ask", "--plain", "-m", str(model), PROMPT, "--max-tokens", "1"]
     return {
         "mlx_lm.generate": ["-c", PEER, *peer],
         BASE: ["-c", f"from mlx_hiermem import cpu; cpu.enable(); {PEER}", *peer],
-        "hiermem generate": ["-c", OURS, *ours],
-        "hiermem generate --memory none": ["-c", OURS, *ours, "--memory", "none"],
+        "hiermem ask --plain": ["-c", OURS, *ours],
+        "hiermem ask --plain --memory none": ["-c", OURS, *ours, "--memory", "none"],
         "hiermem ask": ["-c", OURS, "ask", f"What is {PROMPT[:-3]}?", "--model", str(model), "--max-tokens", "1"],
     }
 
@@ -65,7 +65,7 @@ def main() -> None:
     model = tour.prepare(lambda line: print(line, file=sys.stderr))
     sides = commands(model)
     if asked.quick:
-        sides = {name: sides[name] for name in (BASE, "hiermem generate")}
+        sides = {name: sides[name] for name in (BASE, "hiermem ask --plain")}
     times: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in sides}
     for run in range(asked.quick, asked.runs + 1):  # run 0 warms up; a quick measurement does without
         for name in sides if run % 2 else reversed(sides):

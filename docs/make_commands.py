@@ -48,22 +48,28 @@ def page() -> str:
 def _sections(command: Any, name: str) -> Iterator[str]:
     """A section for a command, or one for each of a group's commands (a click.Group has `commands`)."""
     if children := getattr(command, "commands", None):
-        for child in children.values():
+        for child in (child for child in children.values() if not child.hidden):
             yield from _sections(child, f"{name} {child.name}")
         return
-    usage = [name]
-    for param in command.params:
-        if param.param_type_name == "argument":
-            word = param.name.upper() + "..." * (param.nargs == -1)
-            usage.append(word if param.required else f"[{word}]")
-    rows = "".join(f"| {_spelling(param)} | {_meaning(param)} |\n" for param in command.params)
+    shown = [param for param in command.params if not getattr(param, "hidden", False)]
+    usage = [name, *(_usage(param) for param in shown if param.param_type_name == "argument")]
+    rows = "".join(f"| {_spelling(param)} | {_meaning(param)} |\n" for param in shown)
     yield SECTION.format(name=name, help=command.help.strip(), usage=" ".join(usage), rows=rows)
+
+
+def _usage(argument: Any) -> str:
+    """`MODEL`, `[MODEL]`, `DOCS...`, or what the command has set."""
+    word = argument.metavar or argument.name.upper()
+    if "[" in word:
+        return word
+    word = word.removesuffix("...") + "..." * (argument.nargs == -1)
+    return word if argument.required else f"[{word}]"
 
 
 def _spelling(param: Any) -> str:
     """`--max-tokens`, `-n` MAX_TOKENS"""
     if param.param_type_name == "argument":
-        return f"`{param.name.upper()}`"
+        return f"`{param.metavar or param.name.upper()}`"
     names = ", ".join(f"`{name}`" for name in (*param.opts, *param.secondary_opts))
     return names if param.is_flag else f"{names} {(param.metavar or param.name).upper()}"
 

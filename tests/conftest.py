@@ -2,19 +2,58 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
+import sys
 import tempfile
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from mlx_hiermem import cpu
 
 if TYPE_CHECKING:
+    from mlx_hiermem.embedder import Embedder
     from mlx_hiermem.learn.study.teacher import Teacher
 
 cpu.enable()
+
+
+# The lane of a test follows from the fixtures that it uses, also through other fixtures. Where none tells, the test
+# is marked itself (`@pytest.mark.slow`); what has no mark is `unit`. CONTRIBUTING.md says how to run a lane.
+REAL = ("smollm2-135m-instruct-gguf", "all-minilm-l6-v2")  # the assets
+LANES = {
+    "real": {"smollm2_gguf", "minilm"},
+    "browser": {"browser"},
+    "ranks": {"two_ranks"},
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        for lane, its in LANES.items():
+            if fixtures & its:
+                item.add_marker(lane)
+        if not any(item.get_closest_marker(lane) for lane in (*LANES, "slow")):
+            item.add_marker("unit")
+
+
+@pytest.fixture(autouse=True)
+def real_weights_are_marked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that loads the embedder without saying so would make `make test-fast` need the weights."""
+    if request.node.get_closest_marker("unit"):
+        from mlx_hiermem import assets
+
+        fetch = assets.fetch
+
+        def refuse(name: str, *arguments: Any) -> pathlib.Path:
+            if name in REAL and os.environ.get("HIERMEM_CACHE") == str(request.getfixturevalue("cache_folder")):
+                pytest.fail(f"it loads {name}: use the fixture, or mark the test `real`", pytrace=False)
+            return fetch(name, *arguments)
+
+        monkeypatch.setattr(assets, "fetch", refuse)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -39,6 +78,14 @@ def smollm2_gguf() -> pathlib.Path:
     from mlx_hiermem import assets
 
     return assets.fetch("smollm2-135m-instruct-gguf")
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Embedder:
+    """The real sentence embedder, all-MiniLM-L6-v2."""
+    from mlx_hiermem.embedder import Embedder
+
+    return Embedder.load()
 
 
 @pytest.fixture(scope="session")
@@ -75,3 +122,10 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
     from mlx_hiermem.learn.study.teacher import Teacher
 
     return Teacher(*load_anchor(make_anchor(tmp_path_factory.mktemp("teacher") / "anchor"))[:2])
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> list[str]:
+    """The beginning of a command line that runs a module's arguments as two processes (`mlx.launch`)."""
+    launch = pathlib.Path(sys.executable).with_name("mlx.launch")
+    return [str(launch), "-n", "2", "--backend", "ring", "--python", sys.executable]

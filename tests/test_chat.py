@@ -18,7 +18,7 @@ from prompt_toolkit.output import DummyOutput
 from tiny import Aimed, make_model
 
 from mlx_hiermem import load
-from mlx_hiermem.apps.cli import chat, reader, recent, slash
+from mlx_hiermem.apps.cli import chat, keyboard, models, slash
 from mlx_hiermem.apps.cli.display import console
 from mlx_hiermem.apps.cli.main import main
 from mlx_hiermem.bank.policy import BankPolicy
@@ -76,7 +76,7 @@ def talk(session: Session, lines: list[str], monkeypatch: pytest.MonkeyPatch) ->
             raise KeyboardInterrupt
         return line
 
-    monkeypatch.setattr(reader, "reader", lambda *_: one)
+    monkeypatch.setattr(keyboard, "reader", lambda *_: one)
     return chat.talk(session)
 
 
@@ -317,10 +317,10 @@ def typed(keys: str, monkeypatch: pytest.MonkeyPatch, cache: pathlib.Path) -> li
     lines = []
     with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
         pipe.send_text(keys)
-        session = reader.terminal(lambda: "status", slash.names())
+        session = keyboard.terminal(lambda: "status", slash.names())
         while True:
             try:
-                lines.append(session.prompt(reader.PROMPT))
+                lines.append(session.prompt(keyboard.PROMPT))
             except EOFError:
                 return lines
             except KeyboardInterrupt:
@@ -341,7 +341,7 @@ def test_typing(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None
 
 def test_pauses_are_told_with_what_is_typed(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     monkeypatch.setenv("HIERMEM_CACHE", str(tmp_path))
-    monkeypatch.setattr(reader, "PAUSE", 0.05)
+    monkeypatch.setattr(keyboard, "PAUSE", 0.05)
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     told: list[str] = []
@@ -351,7 +351,7 @@ def test_pauses_are_told_with_what_is_typed(monkeypatch: pytest.MonkeyPatch, tmp
             told.append(text)
             pipe.send_text({"": "about ne", "about ne": "on", "about neon": "\r"}[text])
 
-        assert reader.reader(lambda: "", [], paused)() == "about neon"
+        assert keyboard.reader(lambda: "", [], paused)() == "about neon"
     assert told == ["", "about ne", "about neon"]
 
 
@@ -410,7 +410,7 @@ def test_what_cannot_be_is_said_before_the_first_question(
 
 def test_bytes_that_are_no_text_are_refused(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = b"caf\xe9 ?".decode(errors="surrogateescape")  # as Python hands them over
-    for arguments in (["ask", wrong, "--model", folder], ["generate", folder, wrong], ["route", folder, wrong]):
+    for arguments in (["ask", wrong, "--model", folder], ["route", wrong, "-m", folder]):
         code, out, err = run(capsys, *arguments)
         assert (code, out, err) == (1, "", "hiermem: the text is not valid UTF-8. Convert it: iconv -t utf-8.\n")
     code, out, err = run(capsys, "chat", folder, "--memory", "none", "-n", "1", stdin=f"{wrong}\nhello\n")
@@ -442,17 +442,17 @@ def test_which_model_is_meant(tmp_path: pathlib.Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("HIERMEM_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("HIERMEM_MODEL", raising=False)
     with pytest.raises(AnchorError, match=r"none was used before.*hiermem demo"):
-        recent.preferred()
-    (tmp_path / "model").mkdir()
+        models.preferred()
+    (tmp_path / "model" / "anchor").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    recent.remember("model")
-    assert recent.preferred() == str(tmp_path / "model")
-    (tmp_path / "model").rmdir()
+    models.remember("model")
+    assert models.preferred() == str(tmp_path / "model")
+    shutil.rmtree(tmp_path / "model")
     with pytest.raises(AnchorError):
-        recent.preferred()
-    recent.remember("me/elements")
-    assert recent.preferred() == "me/elements"
+        models.preferred()
+    models.remember("me/elements")
+    assert models.preferred() == "me/elements"
     monkeypatch.setenv("HIERMEM_MODEL", "other")
-    assert recent.preferred() == "other"
+    assert models.preferred() == "other"
     monkeypatch.setenv("HIERMEM_CACHE", "/dev/null/cache")
-    recent.remember("model")  # nowhere to note it is no reason to fail
+    models.remember("model")  # nowhere to note it is no reason to fail

@@ -22,7 +22,7 @@ from mlx_hiermem.config import Path
 from mlx_hiermem.errors import HierMemError
 from mlx_hiermem.evaluate.questions import read_questions
 
-COMMANDS = ("ls", "show", "verify", "path", "block", "unblock", "remove", "add", "merge", "quantize")
+COMMANDS = ("ls", "show", "verify", "block", "unblock", "remove", "add", "add-block", "merge", "quantize")
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def test_show_as_a_picture(run: Run, model: pathlib.Path, tmp_path: pathlib.Path
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.html", "a.png", "model"]
 
 
-def test_path_is_route_and_keeps_to_the_policy(run: Run, model: pathlib.Path) -> None:
+def test_the_earlier_name_of_route_and_the_policy(run: Run, model: pathlib.Path) -> None:
     routed = json.loads(run("path", model, "some text", "--json").out)
     assert routed["avoided"] == []
     run("block", model, routed["path"])
@@ -232,7 +232,7 @@ def test_remove_asks_in_a_terminal(run: Run, model: pathlib.Path, monkeypatch: p
 def test_add_by_example_and_by_centroid(run: Run, model: pathlib.Path, original: pathlib.Path) -> None:
     run("remove", model, "1")
     block = original / "bank/blocks/1.safetensors"
-    result = run("add", model, block, "--path", "1", "--label", "[new] gases", "--example", "some text")
+    result = run("add-block", model, block, "--path", "1", "--label", "[new] gases", "--example", "some text")
     assert result.out == "added    1 [new] gases · 3.3 kB\n"
     assert json.loads(run("path", model, "some text", "--json").out)["nodes"][0] == {
         "node": "1",
@@ -243,7 +243,7 @@ def test_add_by_example_and_by_centroid(run: Run, model: pathlib.Path, original:
     }
     np.save(model / "centroid.npy", np.ones(384, np.float32))
     child = original / "bank/blocks/1/0.safetensors"
-    result = run("add", model, child, "--path", "1.0", "--centroid", model / "centroid.npy")
+    result = run("add-block", model, child, "--path", "1.0", "--centroid", model / "centroid.npy")
     assert result.out == "added    1.0 topic 1.0 · 1.7 kB\n"
     assert run("verify", model).code == 0
 
@@ -293,26 +293,25 @@ def test_quantize(run: Run, model: pathlib.Path, tmp_path: pathlib.Path) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("ls", "nowhere"), "there is no bank in nowhere"),
+        (("ls", "nowhere"), "there is no model at nowhere"),
         (("ls", "MODEL", "7"), "no node 7"),
         (("ls", "MODEL", "chemistry"), "'chemistry' is not a path"),
-        (("show", "nowhere", "--html", "x.html"), "there is no bank in nowhere"),
+        (("show", "nowhere", "--html", "x.html"), "there is no model at nowhere"),
         (("show", "MODEL", "--html", "/dev/null/x.html"), "cannot write /dev/null/x.html: Not a directory"),
-        (("verify", "nowhere"), "there is no bank in nowhere"),
-        (("path", "nowhere", "text"), "there is no bank in nowhere"),
+        (("verify", "nowhere"), "there is no model at nowhere"),
         (("block", "MODEL", "7"), "no node 7"),
         (("unblock", "MODEL", "1"), "1 is not blocked"),
         (("remove", "MODEL", "1", "7"), "no node 7"),
         (("remove", "MODEL", "1", "--probe", "nowhere.jsonl"), "cannot read nowhere.jsonl"),
-        (("add", "MODEL", "nowhere", "--path", "1", "--replace"), "there is no block file nowhere"),
-        (("add", "MODEL", "MODEL/bank/bank.json", "--path", "1", "--replace"), "cannot read the block"),
+        (("add-block", "MODEL", "nowhere", "--path", "1", "--replace"), "there is no block file nowhere"),
+        (("add-block", "MODEL", "MODEL/bank/bank.json", "--path", "1", "--replace"), "cannot read the block"),
         (
-            ("add", "MODEL", "MODEL/bank/generic.safetensors", "--path", "2.0", "--centroid", "no.npy"),
+            ("add-block", "MODEL", "MODEL/bank/generic.safetensors", "--path", "2.0", "--centroid", "no.npy"),
             "no centroid",
         ),
-        (("merge", "MODEL", "nowhere", "out"), "there is no bank in nowhere"),
+        (("merge", "MODEL", "nowhere", "out"), "there is no model at nowhere"),
         (("merge", "MODEL", "MODEL", "MODEL/bank"), "exists already"),
-        (("quantize", "nowhere", "out", "--bits", "8"), "there is no bank in nowhere"),
+        (("quantize", "nowhere", "out", "--bits", "8"), "there is no model at nowhere"),
         (("quantize", "MODEL", "MODEL/bank", "--bits", "8"), "exists already"),
         (("quantize", "MODEL", "out", "--bits", "8", "--group-size", "64"), "gate is 32 wide"),
     ],

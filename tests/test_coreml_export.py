@@ -265,7 +265,7 @@ def test_an_output_that_exists_is_left_alone(model: pathlib.Path, tmp_path: path
 
 def test_options_that_do_not_exist() -> None:
     for wrong, message in (
-        ({"memory": "none"}, "--memory is 'none'"),
+        ({"memory": "none"}, "--attach is 'none'"),
         ({"weights": "int2"}, "unknown weight format 'int2'"),
         ({"blocks": "some"}, "--blocks is 'some'"),
     ):

@@ -63,13 +63,13 @@ def test_bundled_bank_is_whole_and_small() -> None:
     assert all(bank.manifest.label(node) for node in bank.manifest.blocks)
 
 
-def test_every_question_reaches_its_elements_leaf() -> None:
+def test_every_question_reaches_its_elements_leaf(minilm: Embedder) -> None:
     """The bank's tree was made without the held-out wordings, and routes them all the same."""
     bank = MemoryBank.open(tour.BANK)
     leaf = _leaves(bank)
     rows = [row for row in _rows("elements_qa.jsonl") if row["relation"] != "element_of_number"]
     asked = [(row["doc"], text) for row in rows for text in (row["prompt"], *row["heldout_prompts"])]
-    routes = bank.tree.route(Embedder.load().embed([text for _, text in asked]))
+    routes = bank.tree.route(minilm.embed([text for _, text in asked]))
     missed = [text for (doc, text), route in zip(asked, routes, strict=True) if route.path not in leaf[doc]]
     assert len(missed) <= 0.01 * len(asked), missed
 

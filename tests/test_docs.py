@@ -88,8 +88,19 @@ def test_commands_that_do_not_exist_are_found() -> None:
 $ hiermem chat m --loud -n 3
 $ KEY=x hiermem serve --lan 2>/dev/null
 $ echo hi | hiermem chat m > file
-$ hiermem bank add m f \\
+$ hiermem bank add-block m f \\
     --path 1 --colour=red  # --not-an-option
 ```
 """
     assert [unknown(call) for call in calls_in(page)] == [{"--loud"}, {"--lan"}, set(), {"--colour"}, {"vanish"}]
+
+
+def test_the_walk_through_the_code_leads_through_code() -> None:
+    page = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+    walk = re.findall(r"^\| \d\. [^|]*\| `([\w/.]+)` \| (.*) \|$", page, re.MULTILINE)
+    assert 0 < len(walk) <= 8
+    for file, functions in walk:
+        source = (ROOT / "src" / "mlx_hiermem" / file).read_text(encoding="utf-8")
+        names = [name.rpartition(".")[2] for name in re.findall(r"`([\w.]+)`", functions)]
+        assert names
+        assert [name for name in names if f"def {name}(" not in source] == []

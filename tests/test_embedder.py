@@ -20,11 +20,6 @@ ODD = ["", " \n\t", "naïve Ångström 日本語のテキスト 🎉", "x" * 500
 
 
 @pytest.fixture(scope="module")
-def embedder() -> Embedder:
-    return Embedder.load()
-
-
-@pytest.fixture(scope="module")
 def texts() -> list[str]:
     """Prompts, sentences, documents, texts far beyond 256 tokens, and odd ones."""
     rows = [json.loads(line) for line in ELEMENTS.read_text(encoding="utf-8").splitlines()]
@@ -35,13 +30,13 @@ def texts() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def vectors(embedder: Embedder, texts: list[str]) -> np.ndarray:
-    return embedder.embed(texts)
+def vectors(minilm: Embedder, texts: list[str]) -> np.ndarray:
+    return minilm.embed(texts)
 
 
-def test_equals_the_original(embedder: Embedder, texts: list[str], vectors: np.ndarray) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(embedder.folder)
-    model = BertModel.from_pretrained(embedder.folder).eval()
+def test_equals_the_original(minilm: Embedder, texts: list[str], vectors: np.ndarray) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(minilm.folder)
+    model = BertModel.from_pretrained(minilm.folder).eval()
     lengths = []
     for text, vector in zip(texts, vectors, strict=True):
         inputs = tokenizer([text], truncation=True, max_length=256, return_tensors="pt")
@@ -55,51 +50,49 @@ def test_equals_the_original(embedder: Embedder, texts: list[str], vectors: np.n
     assert len(set(lengths)) > 10
 
 
-def test_vectors_are_unit_float32(embedder: Embedder, vectors: np.ndarray, texts: list[str]) -> None:
-    assert vectors.shape == (len(texts), embedder.dim) == (len(texts), 384)
+def test_vectors_are_unit_float32(minilm: Embedder, vectors: np.ndarray, texts: list[str]) -> None:
+    assert vectors.shape == (len(texts), minilm.dim) == (len(texts), 384)
     assert vectors.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
 
 
-def test_order_and_batches_change_nothing(embedder: Embedder, texts: list[str], vectors: np.ndarray) -> None:
+def test_order_and_batches_change_nothing(minilm: Embedder, texts: list[str], vectors: np.ndarray) -> None:
     few = list(range(0, len(texts), 4))
-    backwards = embedder.embed([texts[i] for i in reversed(few)], batch_size=3)
+    backwards = minilm.embed([texts[i] for i in reversed(few)], batch_size=3)
     np.testing.assert_allclose(backwards[::-1], vectors[few], atol=2e-6)
-    np.testing.assert_allclose(embedder.embed([texts[0]])[0], vectors[0], atol=2e-6)
-    assert embedder.embed([]).shape == (0, 384)
+    np.testing.assert_allclose(minilm.embed([texts[0]])[0], vectors[0], atol=2e-6)
+    assert minilm.embed([]).shape == (0, 384)
 
 
-def test_reads_the_first_256_tokens(embedder: Embedder) -> None:
+def test_reads_the_first_256_tokens(minilm: Embedder) -> None:
     words = ["neon"] * 254  # and two special tokens
-    full, longer, shorter = embedder.embed(
-        [" ".join(words), " ".join([*words, "gold", "gold"]), " ".join(words[1:])]
-    )
+    full, longer, shorter = minilm.embed([" ".join(words), " ".join([*words, "gold", "gold"]), " ".join(words[1:])])
     np.testing.assert_allclose(full, longer, atol=2e-6)
     assert np.abs(full - shorter).max() > 1e-4
 
 
-def test_identity(embedder: Embedder) -> None:
-    weights = (embedder.folder / "model.safetensors").read_bytes()
-    assert embedder.identity.to_json() == {
+def test_identity(minilm: Embedder) -> None:
+    weights = (minilm.folder / "model.safetensors").read_bytes()
+    assert minilm.identity.to_json() == {
         "name": "all-minilm-l6-v2",
         "digest": hashlib.sha256(weights).hexdigest(),
         "max_tokens": 256,
     }
-    assert Embedder.load(embedder.folder).identity == embedder.identity
+    assert Embedder.load(minilm.folder).identity == minilm.identity
 
 
-def test_unusable_folders(embedder: Embedder, tmp_path: pathlib.Path) -> None:
+def test_unusable_folders(minilm: Embedder, tmp_path: pathlib.Path) -> None:
     with pytest.raises(AssetError, match=r"cannot read the sentence embedder.*config\.json"):
         Embedder.load(tmp_path)
     for name in ("tokenizer.json", "sentence_bert_config.json"):
-        shutil.copy(embedder.folder / name, tmp_path)
-    config = json.loads((embedder.folder / "config.json").read_text())
+        shutil.copy(minilm.folder / name, tmp_path)
+    config = json.loads((minilm.folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with (embedder.folder / "model.safetensors").open("rb") as stream:
+    with (minilm.folder / "model.safetensors").open("rb") as stream:
         (tmp_path / "model.safetensors").write_bytes(stream.read(1 << 20))
     with pytest.raises(AssetError, match="cannot read the sentence embedder"):
         Embedder.load(tmp_path)
-    shutil.copy(embedder.folder / "model.safetensors", tmp_path)
+    shutil.copy(minilm.folder / "model.safetensors", tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "distilbert"}))
     with pytest.raises(AssetError, match="distilbert"):
         Embedder.load(tmp_path)

@@ -654,7 +654,7 @@ def test_commands(
     assert origin.disk_budget_bytes == 2_000_000
     text = hiermem(capsys, "bank", "pull", REPO, out, "--lazy")[1]
     assert "remote   6 blocks, 10.5 kB: fetched when first needed" in text
-    text = hiermem(capsys, "generate", REPO, "abc", "--memory", "0.1", "-n", "3", "--json")[1]
+    text = hiermem(capsys, "ask", "--plain", "-m", REPO, "abc", "--memory", "0.1", "-n", "3", "--json")[1]
     assert json.loads(text)["selection"]["blocks"] == ["0", "0.1"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import pathlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -144,6 +145,12 @@ def test_the_files_are_found() -> None:
     assert "mlx_hiermem.apps.cli.main" in FILES
     assert {part_of(module) for module in FILES} - {""} <= set(ORDER), "a new part needs a place in ORDER"
     assert len(OWN) > 50
+
+
+def test_the_map_of_the_house_names_every_part() -> None:
+    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Where a thing is")[1].split("\n## ")[0]
+    named = {name.removeprefix("src/mlx_hiermem/").strip("/") for name in re.findall(r"`([\w/]+)`", table)}
+    assert set(ORDER) - named == set(), "CONTRIBUTING.md says where a thing is; these parts are missing there"
 
 
 def test_imports_go_one_way() -> None:

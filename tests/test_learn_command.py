@@ -110,9 +110,10 @@ def test_the_model_is_whole(whole: pathlib.Path, run: Run) -> None:
     assert {source for leaf in leaves for source in leaf.sources} == {f"{name}.txt" for name in VILLAGES[:COUNT]}
     assert bank.manifest.recipe["settings"]["training"]["epochs"] == 6
     why = {row["what"]: row["why"] for row in read_rows(whole / "learning" / "skipped.jsonl")}
-    assert why == {"picture.txt": "binary, not text", "table.csv": "no reader for .csv"}
+    assert why == {"picture.txt": "binary, not text", "table.xls": "no reader for .xls"}
 
 
+@pytest.mark.real
 def test_it_has_learnt(whole: pathlib.Path, run: Run) -> None:
     report = json.loads((whole / "learning" / "report.json").read_text())
     figures = report["perplexity"]
@@ -122,7 +123,7 @@ def test_it_has_learnt(whole: pathlib.Path, run: Run) -> None:
     assert (whole / "learning" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
     def selection(text: str) -> dict[str, Any]:
-        return json.loads(run("generate", whole, text, "-n", "4", "--json").out)["selection"]
+        return json.loads(run("ask", "--plain", "-m", whole, text, "-n", "4", "--json").out)["selection"]
 
     about = selection(f"The village of {VILLAGES[0]} makes")
     assert (about["memory"], about["far"], len(about["blocks"])) == ("fetched", False, 2)
@@ -151,11 +152,10 @@ def test_a_killed_run_ends_with_the_same_model(
 
 
 def test_two_ranks_make_the_model_of_one(
-    whole: pathlib.Path, library: pathlib.Path, anchor: pathlib.Path, tmp_path: pathlib.Path
+    whole: pathlib.Path, library: pathlib.Path, anchor: pathlib.Path, tmp_path: pathlib.Path, two_ranks: list[str]
 ) -> None:
-    launch = [str(pathlib.Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--backend", "ring"]
     done = subprocess.run(
-        [*launch, "--python", sys.executable, *command(library, tmp_path / "model", anchor)],
+        [*two_ranks, *command(library, tmp_path / "model", anchor)],
         capture_output=True,
         text=True,
         timeout=300,
@@ -166,11 +166,12 @@ def test_two_ranks_make_the_model_of_one(
     assert done.stdout.count("Talk to it") == 1  # one of them speaks
 
 
-def test_a_rank_stops_where_the_first_one_failed(tmp_path: pathlib.Path, anchor: pathlib.Path) -> None:
+def test_a_rank_stops_where_the_first_one_failed(
+    tmp_path: pathlib.Path, anchor: pathlib.Path, two_ranks: list[str]
+) -> None:
     (tmp_path / "empty").mkdir()
-    launch = [str(pathlib.Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--backend", "ring"]
     call = command(tmp_path / "empty", tmp_path / "model", anchor)
-    done = subprocess.run([*launch, "--python", sys.executable, *call], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*two_ranks, *call], capture_output=True, text=True, timeout=300)
     assert "there is nothing to learn" in done.stderr  # and the other does not wait for ever, or this would
 
 
@@ -230,6 +231,7 @@ def inputs(tmp_path: pathlib.Path) -> Iterator[tuple[pathlib.Path, tuple[str, ..
     yield tmp_path / "nowhere", ("there is no file or folder",)
 
 
+@pytest.mark.real
 def test_bad_documents_get_one_line(tmp_path: pathlib.Path, anchor: pathlib.Path, run: Run) -> None:
     for folder, said in inputs(tmp_path):
         one_line(run("learn", folder, tmp_path / "out", "--anchor", anchor, *QUICK), *said)
@@ -257,6 +259,7 @@ def test_bad_questions_get_one_line(tmp_path: pathlib.Path, anchor: pathlib.Path
     one_line(result, "asked.jsonl: line 1 has no 'document'")
 
 
+@pytest.mark.real
 def test_a_full_disk_gets_one_line_and_loses_nothing(
     whole: pathlib.Path, library: pathlib.Path, anchor: pathlib.Path, tmp_path: pathlib.Path, run: Run
 ) -> None:

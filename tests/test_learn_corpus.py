@@ -29,8 +29,8 @@ which is a salinity of 3.5 per cent.</p></article><footer>Imprint</footer></body
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return untruncated(Embedder.load().tokenizer)
+def tokenizer(minilm: Embedder) -> Tokenizer:
+    return untruncated(minilm.tokenizer)
 
 
 @pytest.fixture
@@ -207,8 +207,8 @@ def test_likeness_is_estimated_well(tmp_path: pathlib.Path) -> None:
         assert (a == b).mean() == pytest.approx(596 / 1012, abs=0.15)  # runs in common, of all
 
 
-def test_a_corpus_in_files(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    tokenizer = Embedder.load().tokenizer  # reads 256 tokens of a text, and the text is longer
+def test_a_corpus_in_files(folder: pathlib.Path, tmp_path: pathlib.Path, minilm: Embedder) -> None:
+    tokenizer = minilm.tokenizer  # reads 256 tokens of a text, and the text is longer
     (folder / "a.txt").write_text(STORY)
     (folder / "b.txt").write_text(STORY)
     (folder / "c.bin").write_bytes(b"\0")

@@ -33,18 +33,13 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
 
 
 @pytest.fixture(scope="module")
-def embedder() -> Embedder:
-    return Embedder.load()
-
-
-@pytest.fixture(scope="module")
-def studied(tmp_path_factory: pytest.TempPathFactory, embedder: Embedder) -> CorpusTree:
+def studied(tmp_path_factory: pytest.TempPathFactory, minilm: Embedder) -> CorpusTree:
     """The library with self-study, in its tree."""
     folder = tmp_path_factory.mktemp("studied")
     work = Work(folder / "work")
-    corpus = read_corpus(work, [str(write_library(folder / "books"))], embedder.tokenizer)
+    corpus = read_corpus(work, [str(write_library(folder / "books"))], minilm.tokenizer)
     write_study(work.path(STUDY))
-    return build_tree(work, corpus, embedder, TreeSettings(branching=2, depth=2))
+    return build_tree(work, corpus, minilm, TreeSettings(branching=2, depth=2))
 
 
 def by_window(examples: TrainingSet) -> dict[int, list[Example]]:
@@ -62,9 +57,9 @@ def parts(encoder: Encoder, example: Example) -> tuple[str, str]:
     return encoder.tokenizer.decode(tokens[:first]), encoder.tokenizer.decode(tokens[first:])
 
 
-def test_prompts_are_given_and_answers_learnt(studied: CorpusTree, embedder: Embedder, encoder: Encoder) -> None:
+def test_prompts_are_given_and_answers_learnt(studied: CorpusTree, minilm: Embedder, encoder: Encoder) -> None:
     work = studied.corpus.work
-    make_examples(work, studied, embedder, encoder.tokenizer)
+    make_examples(work, studied, minilm, encoder.tokenizer)
     learnt, held = open_examples(work)
     assert held is not None
     found, kept = by_window(learnt), by_window(held)
@@ -84,10 +79,10 @@ def test_prompts_are_given_and_answers_learnt(studied: CorpusTree, embedder: Emb
 
 
 def test_an_answer_is_learnt_where_its_question_goes(
-    studied: CorpusTree, embedder: Embedder, encoder: Encoder
+    studied: CorpusTree, minilm: Embedder, encoder: Encoder
 ) -> None:
     work = studied.corpus.work
-    make_examples(work, studied, embedder, encoder.tokenizer)
+    make_examples(work, studied, minilm, encoder.tokenizer)
     learnt, held = open_examples(work)
     assert held is not None
     own = {placed.window: placed.leaves for placed in studied.placed()}
@@ -99,7 +94,7 @@ def test_an_answer_is_learnt_where_its_question_goes(
                 assert set(leaves) == set(own[example.window])
                 continue
             asked = given.removeprefix("<user>").removesuffix("\n<assistant>")
-            reached = studied.tree.route(embedder.embed([asked]))[0].path
+            reached = studied.tree.route(minilm.embed([asked]))[0].path
             assert reached in leaves
             assert set(leaves) <= {reached, *own[example.window]}
             assert examples is learnt or leaves == [reached]
@@ -115,9 +110,9 @@ def test_the_end_of_an_answer_is_learnt(encoder: Encoder) -> None:
     assert said("Which number?", "It is 34.", True, True) == "It is 34.<eos>"
 
 
-def test_a_teacher_reads_the_window_first(studied: CorpusTree, embedder: Embedder, encoder: Encoder) -> None:
+def test_a_teacher_reads_the_window_first(studied: CorpusTree, minilm: Embedder, encoder: Encoder) -> None:
     work = studied.corpus.work
-    make_examples(work, studied, embedder, encoder.tokenizer, ExampleSettings(teachers=True))
+    make_examples(work, studied, minilm, encoder.tokenizer, ExampleSettings(teachers=True))
     learnt, _ = open_examples(work)
     for window, examples in by_window(learnt).items():
         for example in examples:
@@ -131,9 +126,9 @@ def test_a_teacher_reads_the_window_first(studied: CorpusTree, embedder: Embedde
                 assert example.teacher is None
 
 
-def test_windows_are_held_out(studied: CorpusTree, embedder: Embedder, encoder: Encoder) -> None:
+def test_windows_are_held_out(studied: CorpusTree, minilm: Embedder, encoder: Encoder) -> None:
     work = studied.corpus.work
-    make_examples(work, studied, embedder, encoder.tokenizer, ExampleSettings(heldout=0.3))
+    make_examples(work, studied, minilm, encoder.tokenizer, ExampleSettings(heldout=0.3))
     learnt, held = open_examples(work)
     out = {window.id for window in studied.corpus.windows() if window_is_held_out(window, 0.3)}
     assert 0 < len(out) < COUNT / 2
@@ -143,13 +138,13 @@ def test_windows_are_held_out(studied: CorpusTree, embedder: Embedder, encoder: 
 
 
 def test_rows_that_do_not_go_window_by_window_are_refused(
-    studied: CorpusTree, embedder: Embedder, encoder: Encoder, tmp_path: pathlib.Path
+    studied: CorpusTree, minilm: Embedder, encoder: Encoder, tmp_path: pathlib.Path
 ) -> None:
     work = Work(tmp_path / "work")
-    corpus = read_corpus(work, [str(write_library(tmp_path / "books"))], embedder.tokenizer)
+    corpus = read_corpus(work, [str(write_library(tmp_path / "books"))], minilm.tokenizer)
     write_rows(work.path(STUDY), [{"window": n, "question": "Why?", "answer": "So."} for n in (1, 0)])
     with pytest.raises(CorpusError, match="does not go window by window"):
-        build_tree(work, corpus, embedder)
+        build_tree(work, corpus, minilm)
 
 
 def test_a_small_corpus_is_learnt_more_often() -> None:

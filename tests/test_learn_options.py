@@ -58,7 +58,7 @@ def test_self_study_by_the_command_and_killed_in_the_middle(anchor: pathlib.Path
     notes = tmp_path / "other.learn" / "study.parts"
     with subprocess.Popen(command(library, other, anchor), stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
-            if any(file.stat().st_size for file in notes.glob("*.notes")):
+            if any(file.stat().st_size for file in notes.glob("*.replies")):
                 process.send_signal(signal.SIGKILL)
                 break
     assert process.returncode == -signal.SIGKILL
@@ -88,7 +88,7 @@ def test_a_data_set_of_the_hub(anchor: pathlib.Path, tmp_path: pathlib.Path) -> 
 
 def test_another_memory_distilled_with_windows_held_out(anchor: pathlib.Path, tmp_path: pathlib.Path) -> None:
     out = tmp_path / "model"
-    options = ("--objective", "distillation", "--memory", "kv", "--layers", "uniform", "--sizes", "6,3")
+    options = ("--objective", "distillation", "--kind", "kv", "--layers", "uniform", "--sizes", "6,3")
     report = learn(write_library(tmp_path / "books"), out, anchor, *options, "--heldout", "0.3", "--rate", "0.02")
     assert report["perplexity_of"] == "held-out texts"
     assert {"none", "generic", "level 1", "fetched"} == report["perplexity"].keys()
@@ -105,7 +105,7 @@ def test_prompts_of_ones_own(anchor: pathlib.Path, tmp_path: pathlib.Path) -> No
     learn(library, out, anchor, "--no-self-study", "--prompts", str(file))
     assert MemoryBank.open(out / "bank").manifest.recipe["prompts"] == COUNT
     learnt = len(TrainingSet.open(out / "learning" / "examples"))
-    assert learnt == 2 * COUNT  # and each document
+    assert learnt == 3 * COUNT  # each question framed and in chat, and each document
     more = write_library(tmp_path / "more", 2, first=COUNT)
     file.write_text(json.dumps({"document": VILLAGES[COUNT], "prompt": "The mayor is", "completion": " Ann."}))
     script = command(library, out, anchor)[0]

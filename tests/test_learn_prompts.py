@@ -38,9 +38,9 @@ LINES: list[dict[str, Any]] = [
 
 
 @pytest.fixture
-def corpus(tmp_path: pathlib.Path) -> Corpus:
+def corpus(tmp_path: pathlib.Path, minilm: Embedder) -> Corpus:
     work = Work(tmp_path / "work")
-    return read_corpus(work, [str(write_library(tmp_path / "books"))], Embedder.load().tokenizer)
+    return read_corpus(work, [str(write_library(tmp_path / "books"))], minilm.tokenizer)
 
 
 def written(folder: pathlib.Path, *lines: Any) -> pathlib.Path:
@@ -105,12 +105,14 @@ def test_they_join_those_of_self_study_in_their_windows(corpus: Corpus, tmp_path
     assert corpus.studied == work.path(STUDY)  # they are taken away again
 
 
-def test_a_document_in_several_windows_has_them_where_their_words_are(tmp_path: pathlib.Path) -> None:
+def test_a_document_in_several_windows_has_them_where_their_words_are(
+    tmp_path: pathlib.Path, minilm: Embedder
+) -> None:
     text = "The mill of Orley burnt down in 1804. " * 3 + "Its bridge of nine arches crosses the river Wend. " * 3
     (tmp_path / "Orley.txt").write_text(text)
     work = Work(tmp_path / "work")
     settings = CorpusSettings(tokens=40)
-    corpus = read_corpus(work, [str(tmp_path / "Orley.txt")], Embedder.load().tokenizer, settings)
+    corpus = read_corpus(work, [str(tmp_path / "Orley.txt")], minilm.tokenizer, settings)
     assert corpus.count > 1
     own = [Prompt("Orley", "The bridge has", " nine arches."), Prompt("Orley", "The mill burnt down in", " 1804.")]
     give(work, about_windows(corpus, own), "")
@@ -124,9 +126,11 @@ def test_of_a_document_that_is_not_there(corpus: Corpus) -> None:
         about_windows(corpus, [Prompt("Atlantis", "A", "B")])
 
 
-def test_all_of_them_are_learnt_and_shape_the_tree(corpus: Corpus, tmp_path: pathlib.Path) -> None:
+def test_all_of_them_are_learnt_and_shape_the_tree(
+    corpus: Corpus, tmp_path: pathlib.Path, minilm: Embedder
+) -> None:
     """Twenty wordings: of self-study's questions one in ten would be kept out of it."""
-    work, embedder = corpus.work, Embedder.load()
+    work = corpus.work
     tokenizer = load_tokenizer(make_anchor(tmp_path / "anchor"))
     own = [
         Prompt(name, f"Wording {n} of what {name} is:", f" a village, says {n}")
@@ -134,13 +138,13 @@ def test_all_of_them_are_learnt_and_shape_the_tree(corpus: Corpus, tmp_path: pat
         for name in VILLAGES[:COUNT]
     ]
     give(work, about_windows(corpus, [*own, *read_prompts(written(tmp_path, *LINES))]), "")
-    built = build_tree(work, corpus, embedder, TreeSettings(branching=2, depth=2))
+    built = build_tree(work, corpus, minilm, TreeSettings(branching=2, depth=2))
     probes = {(row["text"], bool(row.get("reversed"))) for row in read_rows(work.path(PROBES))}
     assert not any(row.get("held_out") for row in read_rows(work.path(PROBES)))
     assert {(one.prompt, False) for one in own} <= probes
     assert (LINES[0]["prompt"], True) in probes
     assert {(text, False) for text in (LINES[1]["question"], FRAME.format(LINES[1]["question"]))} <= probes
-    make_examples(work, built, embedder, tokenizer)
+    make_examples(work, built, minilm, tokenizer)
     examples, _ = open_examples(work)
     learnt = []
     for number in range(len(examples)):

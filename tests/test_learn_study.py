@@ -8,7 +8,6 @@ import pathlib
 
 import pytest
 from books import COUNT, VILLAGES, fact, write_library
-from tokenizers import Tokenizer
 
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.learn.corpus.corpus import Corpus, read_corpus
@@ -193,13 +192,9 @@ class TestInTurns:
 
 
 @pytest.fixture
-def corpus(tmp_path: pathlib.Path) -> Corpus:
+def corpus(tmp_path: pathlib.Path, minilm: Embedder) -> Corpus:
     work = Work(tmp_path / "work")
-    return read_corpus(work, [str(write_library(tmp_path / "books"))], _tokenizer())
-
-
-def _tokenizer() -> Tokenizer:
-    return Embedder.load().tokenizer
+    return read_corpus(work, [str(write_library(tmp_path / "books"))], minilm.tokenizer)
 
 
 class TestStudy:

@@ -454,11 +454,10 @@ def test_a_killed_run_ends_with_the_same_bank(
 
 
 def test_two_ranks_make_the_bank_of_one(
-    anchor: pathlib.Path, training_set: TrainingSet, whole: Bank, tmp_path: pathlib.Path
+    anchor: pathlib.Path, training_set: TrainingSet, whole: Bank, tmp_path: pathlib.Path, two_ranks: list[str]
 ) -> None:
-    launch = [str(pathlib.Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--backend", "ring"]
     done = subprocess.run(
-        [*launch, "--python", sys.executable, *command(tmp_path / "work", anchor, training_set)[1:]],
+        [*two_ranks, *command(tmp_path / "work", anchor, training_set)[1:]],
         capture_output=True,
         text=True,
         timeout=300,

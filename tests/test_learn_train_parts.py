@@ -94,7 +94,7 @@ def test_bad_examples_are_refused() -> None:
         Example(tokens, np.array([0, 0, 1, 1], bool), teacher=np.array([0, 1, 3, 2], np.int32))
 
 
-# Packing
+# Batches
 
 
 def test_groups_hold_every_example_once() -> None:

@@ -156,7 +156,7 @@ def test_office_formats(tmp_path: pathlib.Path) -> None:
     assert skipped["d.docx"].startswith("cannot be read")
 
 
-def test_a_blob_is_no_language(tmp_path: pathlib.Path) -> None:
+def test_a_blob_is_no_language(tmp_path: pathlib.Path, minilm: Embedder) -> None:
     """Base64 in a text is left out, and one odd document does not make a corpus foreign."""
     root = tmp_path / "docs"
     root.mkdir()
@@ -167,5 +167,5 @@ def test_a_blob_is_no_language(tmp_path: pathlib.Path) -> None:
     (root / "blob.txt").write_text(f"A picture follows.\n\n{blob}\n\nIt showed a ship.")
     (root / "words.txt").write_text(" ".join(f"qzx{n}vrk wprt{n} zzgh" for n in range(900)))
     assert not any(blob[:300] in text for text in texts(root))
-    corpus = read_corpus(Work(tmp_path / "work"), [str(root)], Embedder.load().tokenizer, CorpusSettings())
+    corpus = read_corpus(Work(tmp_path / "work"), [str(root)], minilm.tokenizer, CorpusSettings())
     assert corpus.count > 7

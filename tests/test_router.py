@@ -51,12 +51,11 @@ def test_a_batch_is_its_texts_one_by_one(tree: ClusterTree) -> None:
     assert router.route_batch([]) == []
 
 
-def test_questions_find_their_topic() -> None:
-    embedder = Embedder.load()
-    centroids = embedder.embed(TOPICS)[None]
-    router = Router(ClusterTree([centroids], [np.ones((1, 3), bool)]), embedder)
+def test_questions_find_their_topic(minilm: Embedder) -> None:
+    centroids = minilm.embed(TOPICS)[None]
+    router = Router(ClusterTree([centroids], [np.ones((1, 3), bool)]), minilm)
     routed = router.route_batch(QUESTIONS)
     assert [r.path for r in routed] == [(0,), (1,), (2,)]
-    similarity = (embedder.embed(QUESTIONS) * centroids[0]).sum(1)
+    similarity = (minilm.embed(QUESTIONS) * centroids[0]).sum(1)
     # of unit vectors: |a - b|^2 = 2 - 2 a.b
     assert [r.distances[0] for r in routed] == pytest.approx(np.sqrt(2 - 2 * similarity), abs=1e-5)

@@ -15,6 +15,7 @@ from tiny import Aimed, make_model
 from mlx_hiermem import cache, load
 from mlx_hiermem.bank.policy import BankPolicy
 from mlx_hiermem.config import Path
+from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import BankError, HierMemError
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.router import HYSTERESIS, Router, Topic, decidedness, follow
@@ -110,14 +111,13 @@ def test_a_blocked_topic_is_left(model: MemoryModel) -> None:
     assert session.selection.path[0] != 2
 
 
-def test_real_conversations_on_the_real_tree() -> None:
+def test_real_conversations_on_the_real_tree(minilm: Embedder) -> None:
     """The conversations that were written after the rule was found; benchmarks/turns.py measures all of them."""
     from mlx_hiermem.apps.demo.tour import BANK
     from mlx_hiermem.bank.bank import MemoryBank
-    from mlx_hiermem.embedder import Embedder
 
     bank = MemoryBank.open(BANK)
-    router = Router(bank.tree, Embedder.load())
+    router = Router(bank.tree, minilm)
     elements = (BANK.parent / "elements.jsonl").read_text(encoding="utf-8").splitlines()
     ids = {json.loads(line)["name"]: f"elements.jsonl:{number}" for number, line in enumerate(elements, 1)}
     talks = [json.loads(line) for line in CONVERSATIONS.read_text(encoding="utf-8").splitlines()]

@@ -1,50 +1,181 @@
-"""`hiermem ask`, in short `hiermem "question"`: one answer from the model that was used last."""
+"""`hiermem ask`, in short `hiermem "question"`, and `hiermem route`: one answer, and the path that a text takes."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from mlx_hiermem.apps.cli.display import console, describe, notes, utf8, write
+from mlx_hiermem.apps.cli import models
+from mlx_hiermem.apps.cli.display import (
+    FAR,
+    blocked_note,
+    console,
+    describe,
+    notes,
+    renamed,
+    size,
+    utf8,
+    write,
+)
+
+if TYPE_CHECKING:
+    from mlx_hiermem.bank.bank import MemoryBank
+    from mlx_hiermem.model import MemoryModel
+    from mlx_hiermem.tree import Route
 
 
 def ask(
     question: list[str] = typer.Argument(
-        ..., help="The question; `hiermem ask` may be left out before one in quotes."
+        ..., help="The question; `hiermem ask` may be left out before one in quotes. `-` reads standard input."
     ),
-    model: str = typer.Option(
-        "", "--model", help="Folder or hub id. Default: $HIERMEM_MODEL, else the last model used, else the demo's."
-    ),
-    memory: str = typer.Option(
-        "", help="none, generic, fetched, or a path. Default: fetched where there is a bank."
-    ),
+    model: str = models.MODEL,
+    memory: str = models.MEMORY,
+    plain: bool = typer.Option(False, "--plain", help="Continue the text as it stands, without a chat template."),
     max_tokens: int = typer.Option(256, "--max-tokens", "-n", min=1, help="Longest answer, in tokens."),
+    temperature: float = typer.Option(0.0, "--temperature", "-t", min=0.0, help="0 takes the likeliest token."),
+    seed: int = typer.Option(0, help="Seed of the sampler."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of text."),
 ) -> None:
     """Answer one question and exit.
 
     Example: `hiermem "What is the atomic number of neon?"`
-    """
-    from mlx_hiermem.apps.cli import recent
-    from mlx_hiermem.session import Session
 
-    name, asked = model or recent.preferred(), utf8(" ".join(question))
-    loaded = recent.open_model(name)
-    reply: Iterator[str]
-    if loaded.tokenizer is not None and loaded.tokenizer.chat_template is not None:
-        reply = Session(loaded, memory, max_tokens=max_tokens).ask(asked)
-    else:
-        reply = loaded.stream(asked, memory=memory or None, max_tokens=max_tokens)
+    Example: `hiermem ask --plain -m my-model "The atomic number of neon is" -n 8`
+    """
+    import mlx.core as mx
+
+    text = _text(question)
+    name = model or models.preferred()
+    loaded = models.open_model(name)
+    mx.random.seed(seed)
+    if not as_json:
+        models.show_which(name, loaded)
     pieces = []
-    for piece in reply:
+    for piece in _reply(loaded, text, memory, plain, max_tokens, temperature):
         pieces.append(piece)
         if not as_json:
             write(piece)
+    last = loaded.response
+    speed = round(last.tokens_per_second, 1) if last else 0.0
     if as_json:
-        result = {"text": "".join(pieces), "model": name, "selection": loaded.selection.to_json()}
+        result = {
+            "text": "".join(pieces),
+            "model": name,
+            "selection": loaded.selection.to_json(),
+            "prompt_tokens": last.prompt_tokens if last else 0,
+            "generated_tokens": last.generation_tokens if last else 0,
+            "tokens_per_second": speed,
+        }
         console.print_json(json.dumps(result, ensure_ascii=False))
         return
     console.print()
-    notes.print(describe(loaded.selection), style="dim", markup=False, soft_wrap=True)
+    line = f"{describe(loaded.selection)} · {speed} tokens/s"
+    notes.print(line, style="dim", markup=False, soft_wrap=True)
+
+
+def _text(words: list[str]) -> str:
+    return utf8(sys.stdin.read() if words == ["-"] else " ".join(words))
+
+
+def _reply(
+    model: MemoryModel, text: str, memory: str, plain: bool, max_tokens: int, temperature: float
+) -> Iterator[str]:
+    """The answer in pieces. Where the anchor has no chat template the text is continued as it stands."""
+    from mlx_hiermem.session import Session
+
+    if plain or model.tokenizer is None or model.tokenizer.chat_template is None:
+        return model.stream(text, memory=memory or None, max_tokens=max_tokens, temperature=temperature)
+    return Session(model, memory, max_tokens=max_tokens, temperature=temperature).ask(text)
+
+
+def generate(
+    model: str = typer.Argument(..., help=models.HELP),
+    prompt: str = typer.Argument(..., help="The text to continue; `-` reads it from standard input."),
+    memory: str = models.MEMORY,
+    chat: bool = typer.Option(False, "--chat", help="Ask in the anchor's chat template."),
+    max_tokens: int = typer.Option(128, "--max-tokens", "-n", min=1),
+    temperature: float = typer.Option(0.0, "--temperature", "-t", min=0.0),
+    seed: int = typer.Option(0),
+    as_json: bool = typer.Option(False, "--json"),
+) -> None:
+    """The earlier name of `hiermem ask --plain`."""
+    renamed("hiermem generate MODEL PROMPT", "hiermem ask --plain -m MODEL PROMPT")
+    ask([prompt], model, memory, not chat, max_tokens, temperature, seed, as_json)
+
+
+WORDS = typer.Argument(..., metavar="TEXT", help="The text to route; `-` reads standard input.")
+
+
+def route(
+    words: list[str] = WORDS,
+    model: str = models.MODEL,
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of a table."),
+) -> None:
+    """Show the path a text takes: distances, labels, blocks and bytes. The anchor is not loaded.
+
+    Example: `hiermem route -m my-model "Which gas glows red in signs?"`
+    """
+    from mlx_hiermem.router import Router
+
+    name, rest = models.split(words, model, lambda word: len(words) > 1 and models.is_model_folder(word))
+    text, bank = _text(rest), models.open_bank(name)
+    taken = Router.of_bank(bank).route(text)
+    rows = _nodes(bank, taken)
+    if as_json:
+        result: dict[str, Any] = {
+            "path": str(taken.path),
+            "milliseconds": round(taken.milliseconds, 2),
+            "nodes": rows,
+            "avoided": [str(node) for node in taken.avoided],
+            "far": taken.far,
+        }
+        console.print_json(json.dumps(result, ensure_ascii=False))
+        return
+    if taken.far:
+        console.print(f"{FAR} (`hiermem bank reach` shows how far it reaches)", markup=False)
+        return
+    _print_nodes(rows)
+    for node in taken.avoided:
+        console.print(blocked_note(bank, node), style="dim", markup=False)
+    total = sum(row["bytes"] for row in rows)
+    console.print(f"path {taken.path} · {size(total)} to fetch · {taken.milliseconds:.1f} ms", style="dim")
+
+
+def bank_path(
+    words: list[str] = WORDS, model: str = models.MODEL, as_json: bool = typer.Option(False, "--json")
+) -> None:
+    """The earlier name of `hiermem route`."""
+    renamed("hiermem bank path", "hiermem route")
+    route(words, model, as_json)
+
+
+def _nodes(bank: MemoryBank, taken: Route) -> list[dict[str, Any]]:
+    """What there is to say of each node on a path."""
+    rows = []
+    for node, distance in zip(taken.path.prefixes(), taken.distances, strict=True):
+        entry = bank.manifest.blocks.get(node)
+        rows.append(
+            {
+                "node": str(node),
+                "label": bank.manifest.label(node),
+                "distance": round(distance, 4),
+                "bytes": entry.bytes if entry else 0,
+                "documents": entry.documents if entry else 0,
+            }
+        )
+    return rows
+
+
+def _print_nodes(rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("node", "distance", "label", "documents", "block", box=None, header_style="dim")
+    for row in rows:
+        block = size(row["bytes"]) if row["bytes"] else "none"
+        table.add_row(row["node"], f"{row['distance']:.3f}", Text(row["label"]), str(row["documents"]), block)
+    console.print(table)

@@ -1,5 +1,4 @@
-"""`hiermem bank`: look at a bank, check it, draw it. What changes it is in `bank_edit`, what makes it smaller in
-`bank_quantize`."""
+"""`hiermem bank`: look at a bank, check it, draw it. Its commands that change a bank are in files of their own."""
 
 from __future__ import annotations
 
@@ -9,9 +8,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mlx_hiermem.apps.cli import bank_edit, bank_quantize, share, use
+from mlx_hiermem.apps.cli import ask, bank_add, bank_copy, bank_hub, bank_policy, bank_remove, models
 from mlx_hiermem.apps.cli.display import console, progress_bar, several, size
-from mlx_hiermem.apps.cli.use import BANK, open_bank
 from mlx_hiermem.files import new_file
 
 if TYPE_CHECKING:
@@ -25,8 +23,10 @@ STYLES = {"blocked": "red", "missing": "yellow", "remote": "dim", "on disk": ""}
 
 
 def ls(
-    model: pathlib.Path = BANK,
-    path: str = typer.Argument("", help="Only this node and what is below it, such as 10 or 10.7."),
+    words: list[str] = typer.Argument(
+        None, metavar="[MODEL] [PATH]", help="PATH: only this node and what is below it, such as 10 or 10.7."
+    ),
+    model: str = models.MODEL,
     as_json: bool = typer.Option(False, "--json", help="Print a JSON list instead of a table."),
 ) -> None:
     """List the blocks: path, label, bytes, documents, and whether each is blocked or missing on disk.
@@ -35,8 +35,11 @@ def ls(
     """
     from mlx_hiermem.config import ROOT, Path
 
-    bank = open_bank(model)
-    top = Path.parse(path) if path else ROOT
+    name, paths = models.split(words, model, models.is_no_number)
+    if len(paths) > 1:
+        raise typer.BadParameter("give one", param_hint="PATH")
+    bank = models.open_bank(name)
+    top = Path.parse(paths[0]) if paths else ROOT
     if top:
         bank.tree.check([top])
     blocks = [(node, entry) for node, entry in bank.manifest.blocks.items() if node[: len(top)] == top]
@@ -65,7 +68,8 @@ def ls(
 
 
 def show(
-    model: pathlib.Path = BANK,
+    first_word: str = models.FIRST_WORD,
+    model: str = models.MODEL,
     depth: int = typer.Option(0, min=0, help="Only so many levels. 0: all."),
     png: pathlib.Path | None = typer.Option(None, help="Draw it into this PNG file (needs the extra `plots`)."),
     html: pathlib.Path | None = typer.Option(None, help="Draw it into this HTML file, which needs nothing else."),
@@ -74,14 +78,15 @@ def show(
 
     Example: `hiermem bank show my-model --html bank.html`
     """
-    bank = open_bank(model)
+    name = models.chosen(first_word, model)
+    bank = models.open_bank(name)
     if not (png or html):
         console.print(_tree(bank, depth))
         console.print(_totals(bank, list(bank.manifest.blocks)), style="dim", markup=False)
         return
     from mlx_hiermem.apps.picture.icicle import icicle
 
-    picture = icicle(bank, model.resolve().name, depth)
+    picture = icicle(bank, models.folder_of(name).resolve().name, depth)
     if png:
         from mlx_hiermem.apps.picture.png import png as draw
 
@@ -93,7 +98,8 @@ def show(
 
 
 def verify(
-    model: pathlib.Path = BANK,
+    first_word: str = models.FIRST_WORD,
+    model: str = models.MODEL,
     as_json: bool = typer.Option(False, "--json", help="Print a JSON object instead of text."),
 ) -> None:
     """Check the size and digest of every file that is here, the policy, and that no change was interrupted.
@@ -106,7 +112,7 @@ def verify(
     from mlx_hiermem.bank.commit import interrupted
     from mlx_hiermem.errors import BankError
 
-    bank = open_bank(model)
+    bank = models.open_bank(models.chosen(first_word, model))
     with progress_bar("checking", show=not as_json) as progress:
         problems = list(check(bank, progress))
     here = [(bank.root / name).is_file() for name, _, _ in bank.files()]
@@ -183,8 +189,7 @@ def _save(file: pathlib.Path, data: bytes) -> None:
 
 
 app = typer.Typer(
-    help="Look at a bank, manage it (block, remove, add, merge, quantize), and share it.",
-    no_args_is_help=True,
+    help="Look at a bank, change it (block, remove, add, merge, quantize), and share it.",
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
 )
@@ -192,19 +197,16 @@ for command in (
     ls,
     show,
     verify,
-    bank_edit.block,
-    bank_edit.unblock,
-    bank_edit.reach,
-    bank_edit.remove,
-    bank_edit.add,
-    bank_edit.merge,
-    bank_quantize.quantize,
-    share.push,
-    share.pull,
+    bank_policy.block,
+    bank_policy.unblock,
+    bank_policy.reach,
+    bank_remove.remove,
+    bank_add.add,
+    bank_add.add_block,
+    bank_copy.merge,
+    bank_copy.quantize,
+    bank_hub.push,
+    bank_hub.pull,
 ):
     app.command()(command)
-PATH_HELP = """Show the path a text takes, as `hiermem route` does.
-
-Example: `hiermem bank path my-model "Which gas glows red in signs?"`
-"""
-app.command("path", help=PATH_HELP)(use.route)
+app.command("path", hidden=True)(ask.bank_path)

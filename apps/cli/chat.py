@@ -9,21 +9,31 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mlx_hiermem.apps.cli.display import FAR, console, describe, notes, several, size, utf8, waiting, write
-from mlx_hiermem.apps.cli.share import parse_size
+from mlx_hiermem.apps.cli import models
+from mlx_hiermem.apps.cli.display import (
+    FAR,
+    console,
+    describe,
+    notes,
+    parse_size,
+    several,
+    size,
+    utf8,
+    waiting,
+    write,
+)
 
 if TYPE_CHECKING:
-    from mlx_hiermem.apps.cli.reader import Paused, Reader
+    from mlx_hiermem.apps.cli.keyboard import Paused, ReadLine
     from mlx_hiermem.session import Session
 
 WELCOME = "Ask something. /help lists commands, Ctrl-C stops a reply, Ctrl-D leaves."
 
 
 def chat(
-    model: str = typer.Argument("", help="Folder or hub id of a model. Default: the one that was used last."),
-    memory: str = typer.Option(
-        "", help="none, generic, fetched, or a path. Default: fetched where there is a bank."
-    ),
+    first_word: str = models.FIRST_WORD,
+    model: str = models.MODEL,
+    memory: str = models.MEMORY,
     system: str = typer.Option("", help="A system message."),
     max_tokens: int = typer.Option(512, "--max-tokens", "-n", min=1, help="Longest reply, in tokens."),
     temperature: float = typer.Option(0.0, "--temperature", "-t", min=0.0, help="0 takes the likeliest token."),
@@ -36,28 +46,29 @@ def chat(
 
     Example: `hiermem chat my-model`
     """
-    from mlx_hiermem.apps.cli import recent
     from mlx_hiermem.session import Session
 
     cache_bytes = parse_size(cache, "--cache")
-    loaded = recent.open_model(model or recent.preferred(), cache_bytes)
+    name = models.chosen(first_word, model)
+    loaded = models.open_model(name, cache_bytes)
     session = Session(loaded, system=system, max_tokens=max_tokens, temperature=temperature)
     if memory:
         session.use(memory)
-    well = talk(session)
+    well = talk(session, models.introduce(name, loaded))
     if not well and not sys.stdin.isatty():
         raise typer.Exit(1)
 
 
-def talk(session: Session) -> bool:
+def talk(session: Session, header: str = "") -> bool:
     """Reads questions and commands until the end of input, /quit or Ctrl-D; whether all went well."""
-    from mlx_hiermem.apps.cli import slash
-    from mlx_hiermem.apps.cli.reader import reader
+    from mlx_hiermem.apps.cli import keyboard, slash
     from mlx_hiermem.errors import HierMemError
 
-    read, well = reader(lambda: status_line(session, console.width), slash.names(), _draft(session)), True
+    read = keyboard.reader(lambda: status_line(session, console.width), slash.names(), _draft(session))
+    well = True
     if sys.stdin.isatty():
-        (console if console.is_terminal else notes).print(WELCOME, style="dim")
+        for line in filter(None, (header, WELCOME)):
+            (console if console.is_terminal else notes).print(line, style="dim", markup=False, soft_wrap=True)
     while (text := _next(read)) is not None:
         try:
             if not text.startswith("/"):
@@ -87,7 +98,7 @@ def _draft(session: Session) -> Paused:
     return paused
 
 
-def _next(read: Reader) -> str | None:
+def _next(read: ReadLine) -> str | None:
     """The next input that is not blank; None at the end. Ctrl-C clears what was typed."""
     while True:
         try:
@@ -100,7 +111,7 @@ def _next(read: Reader) -> str | None:
 
 
 def status_line(session: Session, width: int) -> str:
-    """`Noble gases › Helium, Neon · 4 blocks, 3.3 MB of 536.9 MB · 61.3 tokens/s`, in so many columns."""
+    """`Noble gases › Helium, Neon · 4 blocks, 3.3 MB of 536.9 MB · 61.3 tokens/s`, in `width` columns."""
     selection, figures = session.selection, list[str]()
     if cache := session.model.cache:
         figures.append(f"{several(cache.blocks, 'block')}, {size(cache.bytes)} of {size(cache.budget)}")
@@ -119,7 +130,7 @@ def status_line(session: Session, width: int) -> str:
 
 
 def _fitted(labels: list[str], room: int) -> str:
-    """Labels in so many columns: where all do not fit the outer ones go first."""
+    """Labels in `room` columns: where all do not fit the outer ones go first."""
     for first in range(len(labels)):
         text = " › ".join(["…"] * bool(first) + labels[first:])
         if len(text) <= room:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import typer
 from rich.console import Console
 
 from mlx_hiermem.errors import HierMemError
@@ -32,6 +34,20 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
+
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def parse_size(text: str, option: str) -> int:
+    """`500M`, `2 GB`, `1500000` -> bytes; a usage error of that option for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    if not found:
+        raise typer.BadParameter(f"'{text}' is no size; write 500M or 2G", param_hint=option)
+    count = int(float(found[1]) * UNITS[found[2].upper()])
+    if 0 < count < 1000:
+        raise typer.BadParameter(f"'{text}' is a size of {count} bytes; write 500M or 2G", param_hint=option)
+    return count
 
 
 def several(count: int, noun: str) -> str:
@@ -79,6 +95,11 @@ def write(piece: str) -> None:
     """A piece of a reply, as it is but for control characters."""
     console.file.write(piece.translate(UNSAFE))  # Rich would turn tabs into spaces
     console.file.flush()
+
+
+def renamed(old: str, new: str) -> None:
+    """Tells about an earlier name that was used; it still works."""
+    notes.print(f"note: `{old}` is now `{new}`", style="yellow", markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from mlx_hiermem.apps.cli import models
 from mlx_hiermem.apps.cli.display import console, notes, progress_bar, several, size, waiting
 from mlx_hiermem.errors import MissingDependencyError, TaskError
 
@@ -21,11 +22,10 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    models: list[str] = typer.Argument(
-        None,
-        metavar="MODEL...",
-        help="Folder or hub id; with --compare also folders of results. Default: the last one used.",
+    first_words: list[str] = typer.Argument(
+        None, metavar="MODEL...", help="Models; with --compare several, also folders of results."
     ),
+    model: str = models.MODEL,
     tasks: list[str] = typer.Option(
         None, "--tasks", help="Tasks, names with commas between or files; may be given several times. Default: all."
     ),
@@ -35,7 +35,7 @@ def evaluate(
         help="none, generic, fetched, oracle or blocked; may be given several times. Default: none and fetched; of "
         "several models fetched.",
     ),
-    limit: int | None = typer.Option(None, min=1, help="Ask so many examples of each task, drawn at random."),
+    limit: int | None = typer.Option(None, min=1, help="Most examples of each task; they are drawn at random."),
     shots: int | None = typer.Option(None, min=0, help="Few-shot examples, instead of what each task has."),
     out: pathlib.Path | None = typer.Option(None, help="Folder of results. Default: MODEL.eval, in this folder."),
     compare: bool = typer.Option(False, "--compare", help="Compare several models, or results, with the first."),
@@ -53,14 +53,15 @@ def evaluate(
 
     Example: `hiermem eval my-model --tasks questions.jsonl --memory none --memory fetched`
     """
-    from mlx_hiermem.apps.cli import recent
     from mlx_hiermem.evaluate.compare import columns, draw
     from mlx_hiermem.evaluate.compare import compare as compare_columns
     from mlx_hiermem.evaluate.results import is_results, read_runs
 
-    places = list(models or [recent.preferred()])
+    if model and first_words:
+        raise typer.BadParameter("goes without other models", param_hint="--model")
+    places = list(first_words or [model or models.preferred()])
     if len(places) > 1 and not compare:
-        raise typer.BadParameter("several models are for --compare", param_hint="MODEL")
+        raise typer.BadParameter("several are for --compare", param_hint="MODEL")
     if len(places) > 1 and out:
         raise typer.BadParameter("several models have a folder each", param_hint="--out")
     names = [name for text in tasks or ["all"] for name in _split(text)]
@@ -74,6 +75,7 @@ def evaluate(
             found = [run for run in read_runs(path) if not memory or run.memory in memory]
         else:
             found, of_harness = _evaluate(place, wanted, out or pathlib.Path(f"{path.name}.eval"))
+            models.remember(place)
             harness |= {f"{path.name}, {name}": each for name, each in of_harness.items()}
         alike = [pathlib.Path(other).name for other in places].count(path.name) > 1
         runs += [(place if alike else path.name.removesuffix(".eval"), run) for run in found]

@@ -7,10 +7,10 @@ import pathlib
 
 import typer
 
-from mlx_hiermem.apps.cli.display import console, notes, progress_bar, size
-from mlx_hiermem.apps.cli.use import MODEL
+from mlx_hiermem.apps.cli import models
+from mlx_hiermem.apps.cli.display import console, notes, progress_bar, renamed, size
 
-app = typer.Typer(help="Export a model for where no Python runs.", no_args_is_help=True)
+app = typer.Typer(help="Export a model for where no Python runs.")
 
 
 @app.callback()
@@ -20,11 +20,14 @@ def export() -> None:
 
 @app.command()
 def coreml(
-    model: pathlib.Path = MODEL,
-    out: pathlib.Path = typer.Argument(..., help="Folder to make, for an app to bundle."),
-    memory: str = typer.Option(
+    words: list[str] = typer.Argument(
+        ..., metavar="[MODEL] OUT", help="OUT: folder to make, for an app to bundle."
+    ),
+    model: str = models.MODEL,
+    attach: str = typer.Option(
         "state", help="How the app gives a memory: state (written once) or input (each call)."
     ),
+    memory: str = typer.Option("", "--memory", hidden=True),
     context: int | None = typer.Option(None, min=1, help="Most tokens of a conversation. Default: 1024."),
     weights: str = typer.Option(
         "int8", help="fp16, int8, int8_channel, int4 or lut4; 4 bits only where --bound allows it."
@@ -46,9 +49,13 @@ def coreml(
     from mlx_hiermem.convert.coreml.export import Options
     from mlx_hiermem.convert.coreml.export import export as run
 
-    options = Options(context, memory, weights, bound, blocks, tuple(only or ()), url)
+    if memory:
+        renamed("--memory", "--attach")
+    name, target = models.last_word(words, model, "OUT")
+    folder, out = models.folder_of(name), pathlib.Path(target)
+    options = Options(context, memory or attach, weights, bound, blocks, tuple(only or ()), url)
     with progress_bar("exporting", unit="steps", show=not as_json) as progress:
-        report = run(model, out, options, progress)
+        report = run(folder, out, options, progress)
     if as_json:
         console.print_json(json.dumps(report.to_json(), ensure_ascii=False))
         return
@@ -58,7 +65,7 @@ def coreml(
         console.print(line, markup=False, soft_wrap=True)
     console.print(f"written  {out}", markup=False, soft_wrap=True)
     console.print(
-        f"check    hiermem verify {out} --coreml --against {model}", style="dim", markup=False, soft_wrap=True
+        f"check    hiermem verify {out} --coreml --against {folder}", style="dim", markup=False, soft_wrap=True
     )
 
 

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mlx_hiermem.apps.cli.display import console, notes, several, size
+from mlx_hiermem.apps.cli.display import console, notes, parse_size, renamed, several, size
 from mlx_hiermem.apps.cli.learn_screen import duration, screen_for
 
 if TYPE_CHECKING:
     from mlx_hiermem.learn.run import AnchorSource, Learnt
-    from mlx_hiermem.learn.settings import AddSettings
 
 GO_ON = "What was learnt is kept: the same command goes on from there."
 DEFAULTS = "Chosen by the corpus' size."
@@ -33,7 +32,8 @@ def learn(
     branching: int = typer.Option(0, min=0, help=f"Children of a node. {DEFAULTS}"),
     depth: int = typer.Option(0, min=0, help=f"Levels of the tree. {DEFAULTS}"),
     leaves: int = typer.Option(2, min=1, help="Leaves in which one window is learnt, at most."),
-    memory: str = typer.Option("ffn", help="Kind: ffn, lora-qk, lora-vo, lora-ffn or kv."),
+    kind: str = typer.Option("ffn", help="Kind of memory: ffn, lora-qk, lora-vo, lora-ffn or kv."),
+    memory: str = typer.Option("", "--memory", hidden=True),
     sizes: str = typer.Option(
         "", help="Units of a block at each level, such as 24,8. Default: 8, threefold upwards."
     ),
@@ -54,8 +54,8 @@ def learn(
     prompts: pathlib.Path | None = typer.Option(
         None, help="Prompts of your own to learn: a JSON line each, with document, prompt and completion."
     ),
-    cache: float = typer.Option(
-        20.0, min=0.0, help="GiB of disk for what the anchor computes again and again. Less is slower."
+    cache: str = typer.Option(
+        "20G", help="Disk for what the anchor computes again and again: 500M, 20G. Less is slower."
     ),
     licence: str = typer.Option("", help="Of the documents, for the bank's manifest."),
     seed: int = typer.Option(0, help="Of everything that is drawn at random."),
@@ -78,12 +78,14 @@ def learn(
     )
     from mlx_hiermem.learn.study.prompts import read_prompts
 
+    if memory:
+        renamed("--memory KIND", "--kind KIND")
     units = _numbers(sizes, "--sizes") if sizes else ()
     asked = read_questions(questions, documents=True) if questions else []
     settings = LearnSettings(
         CorpusSettings(field, title, tokens, any_language),
         TreeSettings(branching, depth or len(units), leaves, seed=seed),
-        MemorySettings(memory, units, _layers(layers)),
+        MemorySettings(memory or kind, units, _layers(layers)),
         self_study=self_study,
         teacher=teacher,
         heldout=heldout,
@@ -92,7 +94,7 @@ def learn(
             rate=rate,
             objective=objective,
             seed=seed,
-            states_bytes=int(cache * 2**30),
+            states_bytes=parse_size(cache, "--cache"),
         ),
         questions=tuple((one.prompt, one.document) for one in asked),
         prompts=read_prompts(prompts) if prompts else (),
@@ -108,22 +110,6 @@ def learn(
         console.print_json(json.dumps(learnt.to_json()))
     elif learnt:
         _print(out, learnt)
-
-
-def add_documents(model: pathlib.Path, docs: list[str], settings: AddSettings) -> None:
-    """`hiermem bank add MODEL DOCS`."""
-    from mlx_hiermem.errors import HierMemError
-    from mlx_hiermem.learn import add as adding
-
-    try:
-        with screen_for(True) as screen:
-            added = adding.add(model, docs, settings, screen)
-    except KeyboardInterrupt as error:
-        raise HierMemError("stopped", GO_ON) from error
-    blocks = ", ".join(added.blocks[:8]) + ", …" * (len(added.blocks) > 8)
-    new = f"; {added.new_leaf} is new" if added.new_leaf else ""
-    documents = several(added.documents, "document")
-    console.print(f"{'added':<10}{documents} to {several(len(added.blocks), 'block')}: {blocks}{new}", markup=False)
 
 
 def find_anchor(name: str) -> AnchorSource:

@@ -1,46 +1,72 @@
 """The `hiermem` command: its commands, and how errors reach the user.
 
 Thin: each command imports what it needs when it runs, so that `hiermem --help` loads neither MLX nor
-transformers. Errors that the project raises on purpose print as one line and exit with 1.
+transformers. Every error is one line. What the project raises on purpose exits with 1, a command that was not
+understood with 2; `--debug` shows the traceback.
 """
 
 from __future__ import annotations
 
+import difflib
 import os
+import shlex
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
 from mlx_hiermem import cpu
-from mlx_hiermem.apps.cli import ask, bank, chat, convert, demo, evaluate, export, learn, plan, serve, use
+from mlx_hiermem.apps.cli import ask, bank, chat, convert, demo, evaluate, export, learn, plan, serve
 from mlx_hiermem.errors import HierMemError
+
+START = """\
+A small language model with a large memory on disk.
+
+  hiermem "What is the atomic number of gold?"
+
+  hiermem demo       see it at work on a small real model
+  hiermem chat       talk with a model
+  hiermem ask        answer one question, as the line above does
+  hiermem serve      OpenAI's API, and a page that shows the memory at work
+  hiermem route      show the path that a text takes through the memory
+
+  hiermem learn      make a model of your documents
+  hiermem convert    make one of a checkpoint that was trained elsewhere
+  hiermem verify     check a model, also against what it was made of
+  hiermem eval       test a model with and without its memory
+  hiermem plan       say what fits on a device
+
+  hiermem bank       look at a memory, change it, share it
+  hiermem export     write a model for an iOS app
+
+Name a model with -m; without it, the last one used answers, else the demo's.
+`hiermem COMMAND --help` says more.
+"""
 
 app = typer.Typer(
     name="hiermem",
     help="Language models with hierarchical memories: a small anchor, a large bank of facts on disk.",
     epilog="Start with: hiermem demo",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
 )
 for command in (
     demo.demo,
-    convert.convert,
-    convert.verify,
-    learn.learn,
     chat.chat,
     ask.ask,
     serve.serve,
-    use.generate,
-    use.route,
-    plan.plan,
+    ask.route,
+    learn.learn,
+    convert.convert,
+    convert.verify,
 ):
     app.command()(command)
 app.command("eval")(evaluate.evaluate)
+app.command()(plan.plan)
 app.add_typer(bank.app, name="bank")
 app.add_typer(export.app, name="export")
+app.command(hidden=True)(ask.generate)
 
 
 def _version(wanted: bool) -> None:
@@ -59,32 +85,62 @@ def options(
     pass
 
 
-def _ask_where_no_command(arguments: list[str]) -> list[str]:
-    """`hiermem "What is …?"` is short for `hiermem ask "What is …?"`."""
-    first = arguments[0] if arguments else ""
-    question = not first.startswith("-") and any(mark in first.strip() for mark in " ?\n")
-    return ["ask", *arguments] if question else arguments
-
-
 def main() -> None:
     """Entry point of the console script."""
     debug = "--debug" in sys.argv
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are for programmers
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    if not arguments:
+        print(START, end="")
+        sys.exit(0)
     cpu.enable(lambda line: print(f"hiermem: {line}", file=sys.stderr))
     try:
-        app(args=_ask_where_no_command(arguments))
+        sys.exit(app(args=_understood(arguments), prog_name="hiermem", standalone_mode=False) or 0)
     except HierMemError as error:
         if debug:
             raise
         _fail(str(error))
+    except typer.Abort:
+        _fail("stopped")
     except (Exception, KeyboardInterrupt) as error:  # the last line of defence: no traceback unless asked for
         if debug:
             raise
+        if hasattr(error, "format_message"):  # a command that was not understood, of click or of Typer's copy of it
+            _fail(_usage(error), status=2)
         _fail(f"unexpected {type(error).__name__}: {error}. Run again with --debug, and report it.")
 
 
-def _fail(message: str) -> NoReturn:
+def _understood(arguments: list[str]) -> list[str]:
+    """The arguments with what may be left out: `hiermem "What is …?"` asks, `hiermem bank` shows its commands."""
+    commands: Any = getattr(typer.main.get_command(app), "commands", {})
+    first = arguments[0]
+    if first in commands:
+        group = hasattr(commands[first], "commands")
+        return [*arguments, "--help"] if group and len(arguments) == 1 else arguments
+    if first.startswith("-"):
+        return arguments
+    if any(mark in first.strip() for mark in " ?\n"):
+        return ["ask", *arguments]
+    words = [word for word in arguments if not word.startswith("-")]
+    if len(words) > 2 or (len(words) > 1 and not difflib.get_close_matches(first, commands)):
+        _fail(f"there is no command {first}; put a question in quotes: hiermem {_quoted(words)}", status=2)
+    return arguments
+
+
+def _quoted(words: list[str]) -> str:
+    text = " ".join(words)
+    return shlex.quote(text) if any(mark in text for mark in '"\\$`!') else f'"{text}"'
+
+
+def _usage(error: Any) -> str:
+    """What was wrong with a command, and where its help is."""
+    context = getattr(error, "ctx", None)
+    where = f" `{context.command_path} --help` says more." if context else ""
+    message = error.format_message()
+    return message + "." * (message[-1:] not in ".?") + where
+
+
+def _fail(message: str, status: int = 1) -> NoReturn:
     line = " ".join(message.split())
     print(f"hiermem: {line}", file=sys.stderr)
-    sys.exit(1)
+    sys.exit(status)

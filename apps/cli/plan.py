@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from mlx_hiermem.apps.cli import models
 from mlx_hiermem.apps.cli.display import console, size
 
 if TYPE_CHECKING:
@@ -24,9 +25,8 @@ FIGURES = {
 
 
 def plan(
-    model: str = typer.Argument(
-        "", help="Folder or hub id (nothing large is downloaded). Default: the last one used."
-    ),
+    first_word: str = typer.Argument("", metavar="MODEL", help="The model; nothing large is downloaded for it."),
+    model: str = models.MODEL,
     device: str = typer.Option("", help="One device of --list. Default: a line for each."),
     disk: str = typer.Option("", help="An external disk of --list, where the bank lies."),
     context: list[int] | None = typer.Option(
@@ -40,13 +40,12 @@ def plan(
     Example: `hiermem plan my-model --device iphone-15`
     """
     from mlx_hiermem import plan as plans
-    from mlx_hiermem.apps.cli import recent
 
     if show_list:
         _show_devices([*plans.devices().values(), *plans.disks().values()], as_json)
         return
     wanted = [plans.device(name, disk) for name in ([device] if device else plans.devices())]
-    measured = plans.measure(model or recent.preferred())
+    measured = plans.measure(models.chosen(first_word, model))
     results = [plans.plan(measured, one, context or plans.CONTEXTS) for one in wanted]
     if as_json:
         data = [result.to_json() for result in results]

@@ -8,12 +8,13 @@ import pathlib
 
 import typer
 
-from mlx_hiermem.apps.cli.display import console
-from mlx_hiermem.apps.cli.share import parse_size
+from mlx_hiermem.apps.cli import models
+from mlx_hiermem.apps.cli.display import console, parse_size
 
 
 def serve(
-    model: str = typer.Argument("", help="Folder or hub id of a model. Default: the one that was used last."),
+    first_word: str = models.FIRST_WORD,
+    model: str = models.MODEL,
     host: str = typer.Option("127.0.0.1", help="Address to listen on; other machines need an API key."),
     port: int = typer.Option(8080, "--port", "-p", min=0, max=65535, help="0 takes one that is free."),
     api_key: str = typer.Option(
@@ -32,11 +33,10 @@ def serve(
 
     Example: `hiermem serve my-model`
     """
-    from mlx_hiermem.apps.cli import recent
     from mlx_hiermem.apps.server.address import address, bind
 
     _check_installed()
-    name, cache_bytes = model or recent.preferred(), parse_size(cache, "--cache")
+    name, cache_bytes = models.chosen(first_word, model), parse_size(cache, "--cache")
     with bind(host, port, api_key) as listening, contextlib.suppress(KeyboardInterrupt):
         with console.status(f"loading {name}"):
             from mlx_hiermem.apps.server import listen
@@ -46,7 +46,7 @@ def serve(
 
             engine = Engine(lambda: load(name, cache_bytes=cache_bytes), max_batch, max_queue)
             engine.start()
-        recent.remember(name)
+        models.remember(name)
         settings = Settings(model_id(name), api_key, max_request_bytes, timeout)
         listen.serve(engine, settings, listening, lambda: announce(settings.model, address(listening)))
 

@@ -242,7 +242,7 @@ COMMANDS = {
         Command("/route [TEXT]", "the path of a text, or of the last question", _route),
         Command(
             "/memory fetched|none|generic|PATH",
-            "each turn's own memory, none, the generic one, a path's",
+            "which memory answers: each turn's own, none, the generic one, or a path's",
             _memory,
         ),
         Command("/pin [PATH]", "stay on a path, or on the present one, until /pin off", _pin),

@@ -48,7 +48,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.memory not in MODES:
-            raise HierMemError(f"--memory is '{self.memory}'", f"Choose {' or '.join(MODES)}.")
+            raise HierMemError(f"--attach is '{self.memory}'", f"Choose {' or '.join(MODES)}.")
         if self.weights not in FORMATS:
             raise HierMemError(f"unknown weight format '{self.weights}'", f"Known: {', '.join(FORMATS)}.")
         if self.blocks not in bundle.BLOCKS:

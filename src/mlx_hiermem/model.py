@@ -254,7 +254,7 @@ class MemoryModel:
     def chat_tokens(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of a conversation in the anchor's chat template, ready for the assistant's reply."""
         if self.tokenizer is None or self.tokenizer.chat_template is None:
-            raise AnchorError("this anchor has no chat template", "Use `hiermem generate` with a plain prompt.")
+            raise AnchorError("this anchor has no chat template", "`hiermem ask --plain` continues a text.")
         return encode_chat(self.tokenizer, messages)
 
     def responses(

@@ -40,10 +40,12 @@ class DocumentMask:
         self._same = documents[:, None, :, None] == documents[:, None, None, :]  # [B, 1, T, T]
 
     def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
+        """bool [B, 1, T, T]: which key (last) each query sees."""
         visible = self._same & (self._distance >= 0)
         return visible & (self._distance < window_size) if window_size else visible
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """The keys and values as they are: nothing is kept."""
         return keys, values
 
 

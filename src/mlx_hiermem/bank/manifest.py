@@ -1,20 +1,32 @@
 """bank.json, the manifest: which anchor, which memory design, which blocks, where they came from.
 
 Format version 1. A reader refuses another version, and a bank whose anchor is not the one at hand.
+
+The table of blocks comes last, one row a line, sorted by level and path, and is read where it is asked: `bisect`
+finds a row in the mapped file, so opening a bank of 70 000 blocks costs what 300 cost. A manifest laid out
+otherwise is read whole: slower, with the same result. What was opened stays mapped: a file that replaces it does
+not change it. Why no index is kept beside it: docs/decisions/2026-11-29-manifest-index.md.
 """
 
 from __future__ import annotations
 
+import bisect
 import json
+import mmap
 import pathlib
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
-from mlx_hiermem.bank.table import BlockEntry, Blocks, incomplete, order, split
 from mlx_hiermem.config import AnchorIdentity, EmbedderIdentity, MemoryConfig, Path
-from mlx_hiermem.errors import AnchorMismatchError, BankError
+from mlx_hiermem.errors import AnchorMismatchError, BankError, HierMemError
 
 FORMAT, VERSION = "mlx-hiermem-bank", 1
+START, END = b',\n "blocks": [\n', b"\n ]\n}\n"  # no string in JSON has a line break
+STEP = 4096  # bytes between the places that the search looks at: some twenty rows
+ROW = re.compile(rb'  \{"path": "([0-9.]+)"')
 
 
 @dataclass(frozen=True)
@@ -23,6 +35,102 @@ class FileEntry:
 
     bytes: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class BlockEntry:
+    """One row of the block table."""
+
+    path: Path
+    bytes: int
+    sha256: str
+    label: str = ""
+    documents: int = 0
+    tokens: int = 0
+    sources: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"path": str(self.path), "sources": list(self.sources)}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> BlockEntry:
+        path, sources = Path.parse(row["path"]), tuple(row.get("sources", ()))
+        return cls(**{**row, "path": path, "sources": sources})
+
+
+def order(path: Path) -> tuple[int, Path]:
+    """What the table is sorted by: level, then path."""
+    return len(path), path
+
+
+class BlockTable(Mapping[Path, BlockEntry]):
+    """Path -> row, from the lines of an open manifest. Errors in a row are found when it is read (BankError)."""
+
+    def __init__(self, file: pathlib.Path, text: mmap.mmap, start: int, end: int) -> None:
+        self._file, self._text, self._start, self._end = file, text, start, end
+        self._found: dict[Path, BlockEntry] = {}
+        self._orders: dict[int, tuple[int, Path]] = {}
+
+    def __getitem__(self, path: Path) -> BlockEntry:
+        if path not in self._found:
+            row = self._search(path)
+            # Of a table that is out of order the search misses rows; reading it all does not.
+            self._found[path] = self._entry(row) if row else self._all[path]
+        return self._found[path]
+
+    def __contains__(self, path: object) -> bool:
+        try:
+            return isinstance(path, Path) and bool(self[path])
+        except KeyError:
+            return False
+
+    def __iter__(self) -> Iterator[Path]:
+        return iter(self._all)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __or__(self, other: Mapping[Path, BlockEntry]) -> dict[Path, BlockEntry]:
+        return {**self, **other}
+
+    def _search(self, path: Path) -> bytes:
+        """The line of a path, if the table is sorted: it ends in the first place whose row is not before it."""
+        places = range(self._start, self._end, STEP)
+        number = bisect.bisect_left(places, order(path), key=self._order_at)
+        begins = b'\n  {"path": "%s"' % str(path).encode()
+        low = places[number - 1] if number else self._start
+        high = places[number] if number < len(places) else self._end
+        at = self._text[low - 1 : high + len(begins)].find(begins)
+        return self._line(low + at) if at >= 0 else b""
+
+    def _order_at(self, place: int) -> tuple[int, Path]:
+        """What the line that a place lies in is sorted by; kept, as all searches begin at the same places."""
+        if place not in self._orders:
+            self._orders[place] = order(self._path(self._line(place)))
+        return self._orders[place]
+
+    def _line(self, place: int) -> bytes:
+        """The line that a byte lies in."""
+        end = self._text.find(b"\n", place, self._end)
+        return self._text[self._text.rfind(b"\n", 0, place) + 1 : end if end >= 0 else self._end]
+
+    def _path(self, line: bytes) -> Path:
+        match = ROW.match(line)
+        return Path.parse(match[1].decode()) if match else self._entry(line).path
+
+    def _entry(self, line: bytes) -> BlockEntry:
+        try:
+            return BlockEntry.from_json(json.loads(line.removesuffix(b",")))
+        except (ValueError, KeyError, TypeError, AttributeError, HierMemError) as error:
+            raise _incomplete(self._file, error) from error
+
+    @cached_property
+    def _all(self) -> dict[Path, BlockEntry]:
+        lines = self._text[self._start : self._end].split(b"\n")
+        return {entry.path: entry for entry in map(self._entry, filter(None, lines))}
+
+
+Blocks = BlockTable | dict[Path, BlockEntry]
 
 
 @dataclass(frozen=True)
@@ -83,7 +191,7 @@ class BankManifest:
         }
 
     def write(self, file: pathlib.Path) -> None:
-        """One block a line: the table stays readable, its diffs small, and a row is found quickly (see `table`)."""
+        """One block a line: the table stays readable, its diffs small, and a row is found quickly."""
         data = self.to_json()
         rows = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in data.pop("blocks"))
         head = json.dumps(data, indent=1, ensure_ascii=False)[:-2]
@@ -93,7 +201,7 @@ class BankManifest:
     def read(cls, file: pathlib.Path) -> BankManifest:
         """Raises BankError where the file is missing, damaged or of another version."""
         try:
-            parts = split(file)
+            parts = _split(file)
             data = json.loads(parts[0] if parts else file.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise BankError(f"no bank.json in {file.parent}", "Is this the bank/ folder of a model?") from error
@@ -119,4 +227,20 @@ class BankManifest:
                 licence=data.get("licence", ""),
             )
         except (KeyError, TypeError, AttributeError) as error:
-            raise incomplete(file, error) from error
+            raise _incomplete(file, error) from error
+
+
+def _split(file: pathlib.Path) -> tuple[bytes, BlockTable] | None:
+    """The manifest's JSON without its table, and the table; None where the file is laid out otherwise."""
+    with file.open("rb") as stream:
+        text = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    found, end = text.find(START), len(text) - len(END)
+    start = found + len(START)
+    if found < 0 or start > end or text[end:] != END:
+        return None
+    return text[:found] + b"}", BlockTable(file, text, start, end)
+
+
+def _incomplete(file: object, error: Exception) -> BankError:
+    """What a manifest that lacks something is refused with."""
+    return BankError(f"{file} is incomplete: {error!r}", "Convert or pull the bank again.")

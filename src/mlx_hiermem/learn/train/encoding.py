@@ -56,6 +56,7 @@ class Encoder:
         self.tokenizer = tokenizer
 
     def text(self, text: str) -> list[int]:
+        """A text that is learnt as it stands, with the special tokens that begin one."""
         return encode_text(self.tokenizer, text)
 
     def prompt(self, prompt: str, chat: bool) -> list[int]:
@@ -153,7 +154,7 @@ def _reached(drafts: Sequence[Draft], tree: ClusterTree, embedder: TextEmbedder)
 
 
 def _drafts(built: CorpusTree, encoder: Encoder, settings: ExampleSettings) -> Iterator[Draft]:
-    # Without anything held out, every so manieth window.
+    # Where nothing is held out, one window in `every` is measured.
     nothing_held_out = not (settings.heldout or built.agreement["questions"])
     every = max(1, built.corpus.count // MEASURED) if nothing_held_out else 0
     subjects = with_subjects(built.corpus.windows())
@@ -169,9 +170,9 @@ def _drafts(built: CorpusTree, encoder: Encoder, settings: ExampleSettings) -> I
             yield from _of_row(row, window, place.leaves, encoder, settings.teachers)
 
 
-def window_is_held_out(window: Window, share: float) -> bool:
-    """By the window's number alone, and spread evenly."""
-    return zlib.crc32(f"window {window.id}".encode()) < share * 2**32
+def window_is_held_out(window: Window, fraction: float) -> bool:
+    """Whether a window is one of the fraction that is not learnt: by its number alone, and spread evenly."""
+    return zlib.crc32(f"window {window.id}".encode()) < fraction * 2**32
 
 
 def _of_row(

@@ -63,6 +63,7 @@ class Clustering:
     row: np.ndarray  # [n] int64
 
     def leaf(self, window: int) -> Path:
+        """The leaf that a window was assigned to."""
         return Path.of_row(int(self.row[window]), int(self.level[window]), self.tree.branching)
 
 

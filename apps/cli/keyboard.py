@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from prompt_toolkit.history import History
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
-Reader = Callable[[], str]  # raises EOFError at the end of input, KeyboardInterrupt at Ctrl-C
+ReadLine = Callable[[], str]  # raises EOFError at the end of input, KeyboardInterrupt at Ctrl-C
 Paused = Callable[[str], None]  # told of what is typed so far
 
 PROMPT, CONTINUED = "› ", "  "
 PAUSE = 0.25  # seconds without a key
 
 
-def reader(status: Callable[[], str], commands: Sequence[str], paused: Paused = lambda text: None) -> Reader:
+def reader(status: Callable[[], str], commands: Sequence[str], paused: Paused = lambda text: None) -> ReadLine:
     """A terminal reader where there is a terminal, else one that reads lines from standard input.
 
     In a terminal `paused` is called before anything is typed, with "", and whenever typing pauses.

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import json
 import pathlib
-import re
 
 import typer
 
-from mlx_hiermem.apps.cli.display import console, progress_bar, several, size
-
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+from mlx_hiermem.apps.cli import models
+from mlx_hiermem.apps.cli.display import console, parse_size, progress_bar, several, size
 
 
 def push(
-    model: pathlib.Path = typer.Argument(..., help="Folder of a memory model (anchor/ and bank/)."),
-    repo: str = typer.Argument(..., help="Repository on the hub: organisation/name. Made where it is missing."),
+    words: list[str] = typer.Argument(
+        ..., metavar="[MODEL] REPO", help="REPO: organisation/name on the hub. Made where it is missing."
+    ),
+    model: str = models.MODEL,
     branch: str = typer.Option(
         "main", "--branch", "--revision", help="Branch to push to. Made where it is missing."
     ),
     private: bool = typer.Option(
         False, "--private", help="Only for people with access; refuses a public repository."
     ),
-    message: str = typer.Option("", "--message", "-m", help="The commit's message."),
+    message: str = typer.Option("", help="The commit's message."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of text."),
 ) -> None:
     """Upload a model to the hub, with a model card. Digests are checked first; the commit is printed.
@@ -31,8 +31,11 @@ def push(
     """
     from mlx_hiermem.share.push import push as run
 
+    name, repo = models.last_word(words, model, "REPO")
     with progress_bar("checking", show=not as_json) as progress:
-        pushed = run(model, repo, branch=branch, private=private, message=message, progress=progress)
+        pushed = run(
+            models.folder_of(name), repo, branch=branch, private=private, message=message, progress=progress
+        )
     if as_json:
         console.print_json(json.dumps(pushed.to_json()))
         return
@@ -64,7 +67,7 @@ def pull(
 
     if tree_only and (only or lazy):
         raise typer.BadParameter("goes without --only and --lazy", param_hint="--tree-only")
-    budget = parse_size(disk_budget) if disk_budget else None
+    budget = parse_size(disk_budget, "--disk-budget") if disk_budget else None
     with progress_bar("pulling", show=not as_json) as progress:
         pulled = run(
             repo,
@@ -86,11 +89,3 @@ def pull(
         console.print(f"remote   {left}: fetched when first needed", markup=False)
     console.print(f"commit   {pulled.revision}", markup=False)
     console.print(f"written  {out}", markup=False)
-
-
-def parse_size(text: str, option: str = "--disk-budget") -> int:
-    """`500M`, `2 GB`, `1500000` -> bytes; a usage error of that option for anything else."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
-    if not found:
-        raise typer.BadParameter(f"'{text}' is no size; write 500M or 2G", param_hint=option)
-    return int(float(found[1]) * UNITS[found[2].upper()])

@@ -1,4 +1,4 @@
-"""`hiermem bank quantize`: a bank in fewer bits, and what that costs level by level."""
+"""The commands of `hiermem bank` that write another bank: two made one, and one in fewer bits."""
 
 from __future__ import annotations
 
@@ -8,16 +8,45 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mlx_hiermem.apps.cli.display import console, progress_bar, size
-from mlx_hiermem.apps.cli.use import BANK, open_bank
+from mlx_hiermem.apps.cli import models
+from mlx_hiermem.apps.cli.display import console, progress_bar, several, size
 
 if TYPE_CHECKING:
     from mlx_hiermem.bank.quantize import LevelReport
 
 
+def merge(
+    first: str = typer.Argument(..., help="A model, or a bank's folder."),
+    second: str = typer.Argument(..., help="Another, of the same anchor and tree."),
+    out: pathlib.Path = typer.Argument(..., help="The bank's folder to make."),
+    prefer: str = typer.Option("", help="first or second: whose blocks count where both have one."),
+    resume: bool = typer.Option(False, "--resume", help="Go on after an interruption."),
+) -> None:
+    """Make one bank of two that were trained for the same anchor, on different parts of the same tree.
+
+    Example: `hiermem bank merge model-a model-b merged-bank`
+    """
+    from mlx_hiermem.bank import merge as merging
+
+    if prefer not in ("", "first", "second"):
+        raise typer.BadParameter("choose first or second", param_hint="--prefer")
+    banks = models.open_bank(first), models.open_bank(second)
+    with progress_bar("merging") as progress:
+        merged = merging.merge(*banks, out, prefer, resume, progress)
+    totals = merged.manifest.totals()
+    console.print(
+        f"written  {out}: {several(totals['blocks'], 'block')}, {size(totals['bytes'])}",
+        markup=False,
+        soft_wrap=True,
+    )
+    console.print("To use it, make it the bank/ beside that anchor.", style="dim")
+
+
 def quantize(
-    model: pathlib.Path = BANK,
-    out: pathlib.Path = typer.Argument(..., help="Folder to make: a model where MODEL is one, else a bank."),
+    words: list[str] = typer.Argument(
+        ..., metavar="[MODEL] OUT", help="OUT: folder to make, a model where MODEL is one, else a bank."
+    ),
+    model: str = models.MODEL,
     bits: str = typer.Option(
         ..., help="8 or 4 for all levels, or level by level: 8,4 is level 1 in 8 bits and all below in 4. 16 keeps."
     ),
@@ -37,11 +66,12 @@ def quantize(
 
     if group_size not in (None, *GROUP_SIZES):
         raise typer.BadParameter("choose 32, 64 or 128", param_hint="--group-size")
-    bank = open_bank(model)
+    name, target = models.last_word(words, model, "OUT")
+    folder, bank, out = models.folder_of(name), models.open_bank(name), pathlib.Path(target)
     config = quantizing.design(bank.config, _parse(bits), group_size)
     with progress_bar("quantising", show=not as_json) as progress:
-        if (model / "anchor").is_dir():
-            reports = quantize_model(model, out, config, resume, progress)
+        if (folder / "anchor").is_dir():
+            reports = quantize_model(folder, out, config, resume, progress)
         else:
             reports = quantizing.quantize(bank, out, config, resume, progress)
     if as_json:

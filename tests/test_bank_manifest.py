@@ -10,9 +10,8 @@ from dataclasses import replace
 
 import pytest
 
-from mlx_hiermem.bank import table
-from mlx_hiermem.bank.manifest import BankManifest, FileEntry
-from mlx_hiermem.bank.table import BlockEntry, BlockTable
+from mlx_hiermem.bank import manifest as manifest_module
+from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, BlockTable, FileEntry
 from mlx_hiermem.config import AnchorIdentity, EmbedderIdentity, MemoryConfig, Path
 from mlx_hiermem.errors import BankError
 
@@ -27,10 +26,10 @@ def row(path: Path) -> BlockEntry:
 PATHS = [Path((a,)) for a in range(12)] + [Path((a, b)) for a in range(12) for b in range(a, 12)]
 
 
-@pytest.fixture(autouse=True, params=[1, 100, table.STEP])
+@pytest.fixture(autouse=True, params=[1, 100, manifest_module.STEP])
 def step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that are longer than the distance between two places of the search, and shorter ones."""
-    monkeypatch.setattr(table, "STEP", request.param)
+    monkeypatch.setattr(manifest_module, "STEP", request.param)
 
 
 @pytest.fixture
