@@ -19,7 +19,7 @@ from tiny import Aimed, make_model
 
 from mlx_hiermem import load
 from mlx_hiermem.apps.cli import chat, keyboard, models, slash
-from mlx_hiermem.apps.cli.display import console
+from mlx_hiermem.apps.cli.display import console, notes
 from mlx_hiermem.apps.cli.main import main
 from mlx_hiermem.bank.policy import BankPolicy
 from mlx_hiermem.config import MemoryChoice, Path
@@ -425,6 +425,8 @@ def test_a_question_needs_no_command(folder: pathlib.Path, capsys: pytest.Captur
     answer = json.loads(again[1])
     assert answer["text"] + "\n" == text
     assert (answer["model"], answer["selection"]["blocks"]) == (str(folder), ["0", "0.1"])
+    assert answer["prompt_tokens"] > 0
+    assert 1 <= answer["generated_tokens"] <= 4
 
 
 def test_a_question_that_is_too_long_is_refused(
@@ -456,3 +458,17 @@ def test_which_model_is_meant(tmp_path: pathlib.Path, monkeypatch: pytest.Monkey
     assert models.preferred() == "other"
     monkeypatch.setenv("HIERMEM_CACHE", "/dev/null/cache")
     models.remember("model")  # nowhere to note it is no reason to fail
+
+
+def test_a_model_is_introduced_on_one_line(
+    model: MemoryModel, folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert model.bank
+    name = model.bank.manifest.anchor.name
+    monkeypatch.setattr(notes, "_width", 500)
+    assert models.introduce(str(folder), model) == f"{name}, 12 blocks · {folder}"
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert models.introduce(str(folder), model) == f"{name}, 12 blocks · ~/model"
+    monkeypatch.setenv("HOME", "/nowhere")
+    monkeypatch.setattr(notes, "_width", 30)
+    assert models.introduce(str(folder), model) == f"{name}, 12 blocks · …/model"

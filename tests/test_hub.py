@@ -638,7 +638,7 @@ def test_commands(
     hub: HubServer, model: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = copy(model, tmp_path / "source"), tmp_path / "out"
-    code, text, errors = hiermem(capsys, "bank", "push", source, REPO, "--private", "-m", "first")
+    code, text, errors = hiermem(capsys, "bank", "push", source, REPO, "--private", "--message", "first")
     assert (code, errors) == (0, "")
     commit = hub.repo(REPO).branches["main"]
     assert f"commit   {commit}" in text

@@ -25,6 +25,7 @@ from mlx_hiermem.apps.cli.display import (
 if TYPE_CHECKING:
     from mlx_hiermem.bank.bank import MemoryBank
     from mlx_hiermem.model import MemoryModel
+    from mlx_hiermem.session import Session
     from mlx_hiermem.tree import Route
 
 
@@ -48,32 +49,33 @@ def ask(
     """
     import mlx.core as mx
 
+    from mlx_hiermem.session import Session
+
     text = _text(question)
     name = model or models.preferred()
     loaded = models.open_model(name)
     mx.random.seed(seed)
     if not as_json:
         models.show_which(name, loaded)
+    reply: Iterator[str]
+    session = None  # where the anchor has no chat template the text is continued as it stands
+    if not plain and loaded.tokenizer is not None and loaded.tokenizer.chat_template is not None:
+        session = Session(loaded, memory, max_tokens=max_tokens, temperature=temperature)
+        reply = session.ask(text)
+    else:
+        reply = loaded.stream(text, memory=memory or None, max_tokens=max_tokens, temperature=temperature)
     pieces = []
-    for piece in _reply(loaded, text, memory, plain, max_tokens, temperature):
+    for piece in reply:
         pieces.append(piece)
         if not as_json:
             write(piece)
-    last = loaded.response
-    speed = round(last.tokens_per_second, 1) if last else 0.0
+    figures = _figures(loaded, session)
     if as_json:
-        result = {
-            "text": "".join(pieces),
-            "model": name,
-            "selection": loaded.selection.to_json(),
-            "prompt_tokens": last.prompt_tokens if last else 0,
-            "generated_tokens": last.generation_tokens if last else 0,
-            "tokens_per_second": speed,
-        }
+        result = {"text": "".join(pieces), "model": name, "selection": loaded.selection.to_json(), **figures}
         console.print_json(json.dumps(result, ensure_ascii=False))
         return
     console.print()
-    line = f"{describe(loaded.selection)} · {speed} tokens/s"
+    line = f"{describe(loaded.selection)} · {figures['tokens_per_second']} tokens/s"
     notes.print(line, style="dim", markup=False, soft_wrap=True)
 
 
@@ -81,15 +83,16 @@ def _text(words: list[str]) -> str:
     return utf8(sys.stdin.read() if words == ["-"] else " ".join(words))
 
 
-def _reply(
-    model: MemoryModel, text: str, memory: str, plain: bool, max_tokens: int, temperature: float
-) -> Iterator[str]:
-    """The answer in pieces. Where the anchor has no chat template the text is continued as it stands."""
-    from mlx_hiermem.session import Session
-
-    if plain or model.tokenizer is None or model.tokenizer.chat_template is None:
-        return model.stream(text, memory=memory or None, max_tokens=max_tokens, temperature=temperature)
-    return Session(model, memory, max_tokens=max_tokens, temperature=temperature).ask(text)
+def _figures(model: MemoryModel, session: Session | None) -> dict[str, float]:
+    """Of the last answer; a session has them of its own."""
+    if session is not None:
+        last = session.last
+        count, speed = (last.generation_tokens, last.generation_tps) if last else (0, 0.0)
+    else:
+        last = model.response
+        count, speed = (last.generation_tokens, last.tokens_per_second) if last else (0, 0.0)
+    prompt = last.prompt_tokens if last else 0
+    return {"prompt_tokens": prompt, "generated_tokens": count, "tokens_per_second": round(speed, 1)}
 
 
 def generate(

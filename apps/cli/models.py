@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mlx_hiermem.apps.cli.display import notes, waiting
+from mlx_hiermem.apps.cli.display import notes, several, waiting
 from mlx_hiermem.errors import AnchorError, BankError, OutputError
 from mlx_hiermem.files import write_text
 
@@ -106,11 +106,12 @@ def introduce(name: str, model: MemoryModel) -> str:
     from mlx_hiermem.share.resolve import home
 
     folder = pathlib.Path(name)
-    where = str(folder.resolve() if folder.is_dir() else home(name))
-    where = re.sub(rf"^{re.escape(str(pathlib.Path.home()))}(?=/)", "~", where)
-    if model.bank is None:
-        return f"{folder.resolve().name if folder.is_dir() else name}, no memory · {where}"
-    return f"{model.bank.manifest.anchor.name}, {len(model.bank.manifest.blocks)} blocks · {where}"
+    where = folder.resolve() if folder.is_dir() else home(name)
+    who = f"{where.name}, no memory"
+    if model.bank is not None:
+        who = f"{model.bank.manifest.anchor.name}, {several(len(model.bank.manifest.blocks), 'block')}"
+    line = f"{who} · {where}".replace(f" {pathlib.Path.home()}/", " ~/")
+    return line if len(line) <= notes.width else f"{who} · …/{where.name}"
 
 
 def show_which(name: str, model: MemoryModel) -> None:
