@@ -27,7 +27,7 @@ def write_library(folder: pathlib.Path, count: int = COUNT, first: int = 0) -> p
     for number in range(first, first + count):
         (folder / f"{VILLAGES[number]}.txt").write_text(text(number) + "\n", encoding="utf-8")
     (folder / "picture.txt").write_bytes(b"\x00\x01\x02 binary")
-    (folder / "table.csv").write_text("a,b\n")
+    (folder / "table.xls").write_text("a,b\n")
     return folder
 
 

@@ -110,9 +110,10 @@ def test_the_model_is_whole(whole: pathlib.Path, run: Run) -> None:
     assert {source for leaf in leaves for source in leaf.sources} == {f"{name}.txt" for name in VILLAGES[:COUNT]}
     assert bank.manifest.recipe["settings"]["training"]["epochs"] == 6
     why = {row["what"]: row["why"] for row in read_rows(whole / "learning" / "skipped.jsonl")}
-    assert why == {"picture.txt": "binary, not text", "table.csv": "no reader for .csv"}
+    assert why == {"picture.txt": "binary, not text", "table.xls": "no reader for .xls"}
 
 
+@pytest.mark.real
 def test_it_has_learnt(whole: pathlib.Path, run: Run) -> None:
     report = json.loads((whole / "learning" / "report.json").read_text())
     figures = report["perplexity"]
@@ -230,6 +231,7 @@ def inputs(tmp_path: pathlib.Path) -> Iterator[tuple[pathlib.Path, tuple[str, ..
     yield tmp_path / "nowhere", ("there is no file or folder",)
 
 
+@pytest.mark.real
 def test_bad_documents_get_one_line(tmp_path: pathlib.Path, anchor: pathlib.Path, run: Run) -> None:
     for folder, said in inputs(tmp_path):
         one_line(run("learn", folder, tmp_path / "out", "--anchor", anchor, *QUICK), *said)
@@ -257,6 +259,7 @@ def test_bad_questions_get_one_line(tmp_path: pathlib.Path, anchor: pathlib.Path
     one_line(result, "asked.jsonl: line 1 has no 'document'")
 
 
+@pytest.mark.real
 def test_a_full_disk_gets_one_line_and_loses_nothing(
     whole: pathlib.Path, library: pathlib.Path, anchor: pathlib.Path, tmp_path: pathlib.Path, run: Run
 ) -> None:
