@@ -105,7 +105,7 @@ def test_prompts_of_ones_own(anchor: pathlib.Path, tmp_path: pathlib.Path) -> No
     learn(library, out, anchor, "--no-self-study", "--prompts", str(file))
     assert MemoryBank.open(out / "bank").manifest.recipe["prompts"] == COUNT
     learnt = len(TrainingSet.open(out / "learning" / "examples"))
-    assert learnt == 2 * COUNT  # and each document
+    assert learnt == 3 * COUNT  # each question framed and in chat, and each document
     more = write_library(tmp_path / "more", 2, first=COUNT)
     file.write_text(json.dumps({"document": VILLAGES[COUNT], "prompt": "The mayor is", "completion": " Ann."}))
     script = command(library, out, anchor)[0]
