@@ -20,8 +20,8 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 .NOTPARALLEL:
 SWIFT = apps/ios/swift.sh
 CHAT = apps/ios/HierMemChat/Sources
-# What is no measurement, or is given its corpus or model.
-OTHER = common banks learn_corpora editing evaluation_equality plot reach
+# What is no measurement, is given its corpus or model, or is for Linux alone.
+OTHER = common banks cpu_tricks learn_corpora editing evaluation_equality plot reach
 # What has a small form that takes seconds; the rest of benchmarks/ takes minutes however little is asked for.
 QUICK = fetch growth hidden_fetch swap decode minilm start
 

@@ -125,7 +125,7 @@ class Memory:
         layers, hidden = memory_layers(placement, len(self.model.layers)), self.model.args.hidden_size
         units = round(parameters / (3 * hidden * len(layers)))
         config = memory_config(self.model, "ffn", 4, (units - units // 4, units // 4), placement)
-        settings = TrainingSettings(generic=False)
+        settings = TrainingSettings(generic=False, epochs=3)
         trainer = Trainer(work, self.model, config, examples, settings)
         self.trainer, self.parameters = trainer.job_trainer(trainer.jobs[0]), config.fetched_parameters
         start = time.perf_counter(), time.process_time()

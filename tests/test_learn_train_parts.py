@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Callable
 
 import mlx.core as mx
 import numpy as np
@@ -13,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lessons import LEAVES, QUICK, full_disk, make_set
-from mlx_lm.models.activations import swiglu
 from sources import KINDS as ARCHITECTURES
 from sources import make_hf
 from tiny import make_anchor, make_tokenizer
@@ -31,7 +29,6 @@ from mlx_hiermem.learn.train.activations import HiddenStates
 from mlx_hiermem.learn.train.batches import collate, first_fit_decreasing, group_by_length, pack, row_length
 from mlx_hiermem.learn.train.blocks import TrainedBlock, TrainedBlocks, new_block
 from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter
-from mlx_hiermem.learn.train.gating import gated, quicken, sigmoid
 from mlx_hiermem.learn.train.schedule import Job, Schedule, jobs_of_rank, list_jobs, nodes_with_block
 from mlx_hiermem.learn.train.step import divergence, next_token, rate_factor, update
 from mlx_hiermem.memory.design import memory_layers
@@ -416,38 +413,3 @@ def test_states_come_back_to_the_bit(dtype: mx.Dtype, training_set: TrainingSet,
     assert kept.find(1) is None
     small = HiddenStates(tmp_path / "some", anchor, training_set, numbers, kept.nbytes // 3, 2)
     assert 0 < small.nbytes <= kept.nbytes // 3
-
-
-# The anchor's SwiGLU on a CPU
-
-
-def test_the_rational_sigmoid_is_one() -> None:
-    x = np.concatenate([np.linspace(-30, 30, 600_001), [-1e4, 1e4, -np.inf, np.inf]]).astype(np.float32)
-    with np.errstate(over="ignore"):
-        expected = 1 / (1 + np.exp(-x.astype(np.float64)))
-    assert np.abs(np.array(sigmoid(mx.array(x))) - expected).max() < 5e-7
-
-
-def test_gated_and_its_gradients_are_those_of_swiglu() -> None:
-    rng = np.random.default_rng(0)
-    gate, x, weights = (mx.array(rng.normal(scale=4, size=(3, 50)).astype(np.float32)) for _ in range(3))
-
-    def all_of(function: Callable[..., mx.array]) -> list[mx.array]:
-        gradients = mx.grad(lambda gate, x: (function(gate, x) * weights).sum(), (0, 1))
-        return [function(gate, x), *gradients(gate, x)]
-
-    for ours, theirs in zip(all_of(gated), all_of(swiglu), strict=True):
-        assert np.allclose(np.array(ours), np.array(theirs), rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.parametrize(("architecture", "quickened"), [("llama", True), ("qwen3", True), ("gemma3_text", False)])
-def test_only_a_swiglu_is_quickened(tmp_path: pathlib.Path, architecture: str, quickened: bool) -> None:
-    convert_huggingface(make_hf(tmp_path / "source", architecture), tmp_path / "anchor")
-    model = load_anchor(tmp_path / "anchor", mx.float32)[0]
-    before, expected = [type(layer.mlp) for layer in model.layers], np.array(model(mx.arange(12)[None]))
-    quicken(model.layers)
-    after = [type(layer.mlp) for layer in model.layers]
-    assert (after != before) == quickened
-    quicken(model.layers)  # twice is once
-    assert after == [type(layer.mlp) for layer in model.layers]
-    assert np.allclose(np.array(model(mx.arange(12)[None])), expected, rtol=1e-4, atol=1e-4)

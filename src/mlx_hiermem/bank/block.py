@@ -61,7 +61,7 @@ class FetchedMemory:
                 parts = [block.values(name) for block in blocks]
                 if name.endswith(".b"):
                     parts = [part * (config.alpha / part.shape[1]) for part in parts]
-                joined[name] = _concatenate(parts) if len(parts) > 1 else parts[0]
+                joined[name] = mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
         return cls(config, joined)
 
     def by_layer(self, name: str) -> list[mx.array]:
@@ -76,15 +76,6 @@ class FetchedMemory:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
-
-
-def _concatenate(parts: list[mx.array]) -> mx.array:
-    """Along axis 1. MLX copies value by value on a CPU, and takes half as long if two halves look like one."""
-    dtype = parts[0].dtype
-    pairs = dtype.size == 2 and all(part.dtype == dtype and part.shape[-1] % 2 == 0 for part in parts)
-    if not pairs or mx.default_device().type != mx.DeviceType.cpu:
-        return mx.concatenate(parts, axis=1)
-    return mx.concatenate([part.view(mx.uint32) for part in parts], axis=1).view(dtype)
 
 
 def block_name(path: Path) -> str:

@@ -18,11 +18,9 @@ from mlx.optimizers import AdamW, clip_grad_norm
 
 from mlx_hiermem.bank.block import FetchedMemory, MemoryBlock
 from mlx_hiermem.config import MemoryConfig
-from mlx_hiermem.cpu.compiling import compiled
 from mlx_hiermem.learn.settings import TrainingSettings
 from mlx_hiermem.learn.train.batches import Batch
 from mlx_hiermem.learn.train.blocks import Tensors, TrainedBlock
-from mlx_hiermem.learn.train.gating import quicken
 from mlx_hiermem.memory.attach import attach
 from mlx_hiermem.partial import PartialAnchor
 
@@ -55,10 +53,9 @@ class MemoryLoss:
         """Raises AnchorError where the architecture cannot carry this memory, or cannot be run by parts."""
         self.config, self.anchor = config, PartialAnchor(model, vocabulary)
         self.anchor.check()
-        quicken(self.anchor.layers)
         self.attachment = attach(model, config)
         self.first_layer = min(config.layers)
-        self._gradients = compiled(self._compute_gradients)
+        self._gradients = _compiled(self._compute_gradients)
 
     def gradients(self, blocks: Sequence[Tensors], inputs: Inputs, scale: float) -> tuple[float, list[Tensors]]:
         """The loss summed over what is learnt, and each block's gradients of `scale` times it."""
@@ -140,13 +137,8 @@ def _(primals: Any, cotangents: Any, outputs: Any) -> mx.array:
 def _softmax_parts(logits: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """(maximum [M, 1], exp(logits - maximum) [M, V], its sum [M, 1])."""
     top = logits.max(-1, keepdims=True)
-    exponentials = _exp(logits - top)
+    exponentials = mx.exp(logits - top)
     return top, exponentials, exponentials.sum(-1, keepdims=True)
-
-
-def _exp(x: mx.array) -> mx.array:
-    """On a CPU MLX's exp takes 21 ns a value, its power 9; a vocabulary of them is most of what a loss takes."""
-    return mx.exp(x) if mx.default_device().type == mx.DeviceType.gpu else mx.power(mx.array(math.e, x.dtype), x)
 
 
 # The optimiser
@@ -178,7 +170,7 @@ def update(
         block.updates += 1
         setting = mx.array([block.updates, rate, weight_decay], mx.float32)
         for name, weight in block.weights.items():
-            moved, moments = _compiled()(weight, own[name], block.moments[name], setting)
+            moved, moments = _compiled_move()(weight, own[name], block.moments[name], setting)
             block.weights[name], block.moments[name] = moved, moments
     mx.eval(norm, [block.arrays for block in blocks])
     return float(norm)
@@ -193,5 +185,10 @@ def _move(weight: mx.array, gradient: mx.array, moments: Tensors, setting: mx.ar
 
 
 @cache
-def _compiled() -> Callable[..., Any]:
-    return compiled(_move)
+def _compiled_move() -> Callable[..., Any]:
+    return _compiled(_move)
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled on a GPU. On a CPU that would earn nothing, and need a C++ compiler."""
+    return mx.compile(function) if mx.default_device().type == mx.DeviceType.gpu else function
