@@ -57,8 +57,8 @@ lint: setup  ## check style, format, types, and the page of commands
 elements: setup  ## learn the bundled elements bank again from its corpus (an hour or more, resumes)
 	mkdir -p build
 	$(BIN)/python -m mlx_hiermem.apps.demo.wordings > build/prompts.jsonl
-	$(BIN)/hiermem learn apps/demo/elements.jsonl build/elements --field facts_text --no-self-study \
-		--prompts build/prompts.jsonl --branching 4 --sizes 24,8 --leaves 1 --seed 166 --epochs 9
+	$(BIN)/hiermem learn apps/demo/elements.jsonl build/elements --config apps/demo/elements.toml \
+		--prompts build/prompts.jsonl
 
 bench: .venv/bench.stamp  ## measure everything (hours; results in benchmarks/results/)
 	@for file in $(filter-out $(OTHER:%=benchmarks/%.py),$(wildcard benchmarks/*.py)); do \

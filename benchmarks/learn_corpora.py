@@ -1,15 +1,15 @@
 """What `hiermem learn` makes of a corpus: accuracy and perplexity with and without memory, sizes, times.
 
-    python benchmarks/learn_corpora.py elements.jsonl --questions elements_qa.jsonl -- --branching 4 --sizes 24,8
+    python benchmarks/learn_corpora.py elements.jsonl --questions elements_qa.jsonl --config elements.toml
     python benchmarks/learn_corpora.py countries.jsonl --questions countries --documents 8 --ways study plain both
     python benchmarks/learn_corpora.py wordnet_topics.jsonl --questions wordnet_isa_qa.jsonl --documents 60 --asked
 
 A corpus is a JSONL file with an `id` a line; `--documents` takes so many of them, spread evenly. Questions are a
 file in the form that `hiermem eval` reads, those about other documents left out; `countries` asks for capitals,
-years of independence, and the country of a capital, as the countries' fields and texts have them. What follows `--`
-is for `hiermem learn`. Ways: `study` is the default; `plain` has no self-study; `both` also distils the anchor that
-has the window before it. A later way gets the training time of the first, by the number of its epochs: one epoch of
-it is timed before.
+years of independence, and the country of a capital, as the countries' fields and texts have them.
+`--config` is for `hiermem learn`, and so is what follows `--`. Ways: `study` is the default; `plain` has no
+self-study; `both` also distils the anchor that has the window before it. A later way gets the training time of the
+first, by the number of its epochs: one epoch of it is timed before.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import common  # noqa: F401  # before MLX, for which it picks the BLAS
@@ -29,13 +29,14 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_hiermem import load
+from mlx_hiermem.learn.settings import LearnSettings, read_settings, write_settings
 from mlx_hiermem.learn.train.dataset import TrainingSet
 
 import mlx.nn as nn  # isort: skip
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 HIERMEM = [sys.executable, "-c", "from mlx_hiermem.apps.cli.main import main; main()"]
-WAYS: dict[str, list[str]] = {"study": [], "plain": ["--no-self-study"], "both": ["--objective", "distillation"]}
+WAYS = ("study", "plain", "both")
 MEMORIES = ("none", "generic", "fetched")
 INDEPENDENCE = re.compile(r"Independence: [^()]*?\b(\d{4})\b")
 COUNTRIES = {  # what is asked of a country: (the prompt, held-out wordings)
@@ -141,6 +142,17 @@ def learn(corpus: pathlib.Path, out: pathlib.Path, options: list[str]) -> dict[s
     return json.loads((out / "learning" / "report.json").read_text(encoding="utf-8"))
 
 
+def settings_of(way: str, config: pathlib.Path | None, work: pathlib.Path) -> pathlib.Path:
+    """Writes the settings of a way."""
+    settings = read_settings(config) if config else LearnSettings()
+    if way == "plain":
+        settings = replace(settings, self_study=False)
+    if way == "both":
+        settings = replace(settings, training=replace(settings.training, objective="distillation"))
+    write_settings(work / f"{way}.toml", settings)
+    return work / f"{way}.toml"
+
+
 def of_windows(model: pathlib.Path) -> dict[str, float]:
     """Perplexity by memory, of the held-out windows alone; fetched is that of the leaf which its text reaches."""
     held, opened = TrainingSet.open(model.with_name(f"{model.name}.learn") / "heldout"), load(model)
@@ -162,7 +174,7 @@ def ask(model: pathlib.Path, questions: pathlib.Path) -> dict[str, dict[str, flo
     """Share of right answers by memory, and by relation and wording."""
     command = [*HIERMEM, "eval", str(model), "--tasks", str(questions), "--json", "--out", f"{model}.eval"]
     for memory in MEMORIES:
-        command += ["--kind", memory]
+        command += ["--memory", memory]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     found: dict[str, dict[str, float]] = {}
     for run in json.loads(done.stdout)["runs"]:
@@ -181,6 +193,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=0, help="how many; default: all")
     parser.add_argument("--asked", action="store_true", help="take only documents that questions are about")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["study"])
+    parser.add_argument("--config", type=pathlib.Path, help="settings of hiermem learn")
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("build/learn"))
     parser.add_argument("--epochs", type=int, default=0, help="default: as hiermem learn chooses")
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
@@ -204,7 +217,11 @@ def main() -> None:
     result: dict[str, Any] = {"corpus": options.corpus.stem, "documents": count, "ways": {}}
     time = 0.0
     for way in options.ways:
-        out, epochs, command = work / way, options.epochs, [*of_learn, *WAYS[way]]
+        out, epochs, command = (
+            work / way,
+            options.epochs,
+            [*of_learn, "--config", str(settings_of(way, options.config, work))],
+        )
         if way == "both":
             like(work / "study", work / "both-once")
         if time:

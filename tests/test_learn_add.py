@@ -25,6 +25,7 @@ from mlx_hiermem.config import Path
 from mlx_hiermem.errors import BankError, HierMemError
 from mlx_hiermem.files import replace_folder
 from mlx_hiermem.learn.publish import kept_texts
+from mlx_hiermem.learn.settings import LearnSettings, TrainingSettings, TreeSettings, write_settings
 from mlx_hiermem.learn.train.dataset import TrainingSet
 from mlx_hiermem.model import MemoryModel, load
 
@@ -44,7 +45,11 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A model that has learnt the library. Do not write into it."""
     folder = tmp_path_factory.mktemp("original")
     make_anchor(folder / "tiny" / "anchor")
-    options = ["--anchor", folder / "tiny", "--leaves", "1", *QUICK]
+    settings = LearnSettings(
+        tree=TreeSettings(leaves=1), self_study=False, training=TrainingSettings(epochs=6, rate=0.02)
+    )
+    write_settings(folder / "learn.toml", settings)
+    options = ["--anchor", folder / "tiny", "--config", folder / "learn.toml"]
     call("learn", write_library(folder / "books"), folder / "model", *options)
     return folder / "model"
 

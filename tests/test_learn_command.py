@@ -27,7 +27,7 @@ from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.errors import OutputError
 from mlx_hiermem.learn.work import Ranks, read_rows
 
-QUICK = ("--epochs", "6", "--rate", "0.02", "--no-self-study", "--json")
+QUICK = ("--config", str(pathlib.Path(__file__).with_name("quick.toml")), "--json")
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,9 @@ def test_bad_anchors_get_one_line(
     out = tmp_path / "out"
     one_line(run("learn", library, out, "--anchor", tmp_path / "gone", *QUICK), "gone")
     one_line(run("learn", library, out, "--anchor", poor_anchor, *QUICK), "mamba", "cannot carry")
-    one_line(run("learn", library, out, "--anchor", anchor, "--layers", "9", *QUICK), "layer 9", "4 layers")
+    (tmp_path / "layers.toml").write_text("[memory]\nplacement = [9]\n")
+    layers = ("--config", tmp_path / "layers.toml")
+    one_line(run("learn", library, out, "--anchor", anchor, *layers), "layer 9", "4 layers")
     one_line(run("learn", library, anchor, "--anchor", anchor, *QUICK), "exists already")
     assert not out.exists()
     assert not out.with_name("out.learn").exists()

@@ -88,8 +88,14 @@ def test_a_data_set_of_the_hub(anchor: pathlib.Path, tmp_path: pathlib.Path) -> 
 
 def test_another_memory_distilled_with_windows_held_out(anchor: pathlib.Path, tmp_path: pathlib.Path) -> None:
     out = tmp_path / "model"
-    options = ("--objective", "distillation", "--kind", "kv", "--layers", "uniform", "--sizes", "6,3")
-    report = learn(write_library(tmp_path / "books"), out, anchor, *options, "--heldout", "0.3", "--rate", "0.02")
+    config = tmp_path / "learn.toml"
+    config.write_text(
+        "heldout = 0.3\n"
+        '[memory]\nkind = "lora-qk"\nplacement = "uniform"\nsizes = [6, 3]\n'
+        '[training]\nrate = 0.02\nobjective = "distillation"\n'
+    )
+    library = write_library(tmp_path / "books")
+    report = learn(library, out, anchor, "--config", str(config), "--kind", "kv")  # the line comes before the file
     assert report["perplexity_of"] == "held-out texts"
     assert {"none", "generic", "level 1", "fetched"} == report["perplexity"].keys()
     bank = MemoryBank.open(out / "bank")

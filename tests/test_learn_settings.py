@@ -6,8 +6,11 @@ import pathlib
 import tomllib
 
 import pytest
+from typer.testing import CliRunner
 
-from mlx_hiermem.errors import SettingsError
+from mlx_hiermem.apps import demo
+from mlx_hiermem.apps.cli.main import app
+from mlx_hiermem.errors import OutputError, SettingsError
 from mlx_hiermem.learn.records import Prompt
 from mlx_hiermem.learn.settings import (
     CorpusSettings,
@@ -77,3 +80,29 @@ def test_what_is_wrong_is_named(text: str, says: str, tmp_path: pathlib.Path) ->
 def test_a_missing_file_is_named(tmp_path: pathlib.Path) -> None:
     with pytest.raises(SettingsError, match=r"none\.toml"):
         read_settings(tmp_path / "none.toml")
+
+
+def test_each_setting_in_a_file_says_what_it_means(tmp_path: pathlib.Path) -> None:
+    write_settings(tmp_path / "learn.toml", LearnSettings())
+    lines = (tmp_path / "learn.toml").read_text().splitlines()
+    assert "# How documents are read and cut into windows." in lines
+    assert all(" # " in line for line in lines if " = " in line)
+
+
+def test_the_command_writes_the_settings_in_force(tmp_path: pathlib.Path) -> None:
+    """Options on the line come before the file, the file before the defaults."""
+    (tmp_path / "mine.toml").write_text("[training]\nepochs = 4\nrate = 0.001\n")
+    line = ["learn", "--config", "mine.toml", "--epochs", "9", "--no-self-study", "--cache", "2G", "--kind", "kv"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        done = CliRunner().invoke(app, [*line, "--write-config", "all.toml"])
+        assert done.exit_code == 0, done.output
+        assert isinstance(CliRunner().invoke(app, [*line, "--write-config", "all.toml"]).exception, OutputError)
+    training = TrainingSettings(epochs=9, rate=0.001, states_bytes=2_000_000_000)
+    wanted = LearnSettings(self_study=False, memory=MemorySettings("kv"), training=training)
+    assert read_settings(tmp_path / "all.toml") == wanted
+
+
+def test_the_demo_s_settings_are_settings() -> None:
+    file = pathlib.Path(demo.__file__).with_name("elements.toml")
+    assert read_settings(file).tree == TreeSettings(branching=4, leaves=1, seed=166)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import pathlib
 import re
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
@@ -13,93 +14,95 @@ from mlx_hiermem.apps.cli.display import console, notes, parse_size, renamed, se
 from mlx_hiermem.apps.cli.learn_screen import duration, screen_for
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from mlx_hiermem.learn.run import AnchorSource, Learnt
+    from mlx_hiermem.learn.settings import LearnSettings
+
+Settings = TypeVar("Settings", bound="DataclassInstance")
 
 GO_ON = "What was learnt is kept: the same command goes on from there."
-DEFAULTS = "Chosen by the corpus' size."
 
 
 def learn(
-    docs: list[str] = typer.Argument(
-        ..., help="Folders and files (.txt .md .html .pdf .jsonl), or hf://owner/name."
+    words: list[str] = typer.Argument(
+        None,
+        metavar="DOCS... OUT",
+        help="DOCS: folders, files (.txt .md .html .pdf .jsonl) hf://owner/name. OUT: the model's folder to make.",
     ),
-    out: pathlib.Path = typer.Argument(..., help="Folder of the model to make."),
     anchor: str = typer.Option("SmolLM2", "--anchor", "-a", help="Model folder or hub id, or what convert takes."),
-    field: str = typer.Option("text", help="Field of a .jsonl line that holds the text."),
-    title: str = typer.Option("", help="Field that holds its title. Default: title, name, heading or subject."),
-    tokens: int = typer.Option(192, min=16, max=240, help="Length of the windows that documents are cut into."),
-    any_language: bool = typer.Option(False, "--any-language", help="Learn a corpus that is not in English, too."),
-    branching: int = typer.Option(0, min=0, help=f"Children of a node. {DEFAULTS}"),
-    depth: int = typer.Option(0, min=0, help=f"Levels of the tree. {DEFAULTS}"),
-    leaves: int = typer.Option(2, min=1, help="Leaves in which one window is learnt, at most."),
-    kind: str = typer.Option("ffn", help="Kind of memory: ffn, lora-qk, lora-vo, lora-ffn or kv."),
-    memory: str = typer.Option("", "--memory", hidden=True),
-    sizes: str = typer.Option(
-        "", help="Units of a block at each level, such as 24,8. Default: 8, threefold upwards."
+    field: str | None = typer.Option(None, help="Field of a .jsonl line that holds the text. Default: text."),
+    any_language: bool = typer.Option(False, "--any-language", help="Learn what is not in English, too."),
+    kind: str | None = typer.Option(
+        None, help="Kind of memory: ffn, lora-qk, lora-vo, lora-ffn or kv. Default: ffn."
     ),
-    layers: str = typer.Option("late", help="Layers with memory: uniform, early, middle, late, or such as 20-29."),
-    objective: str = typer.Option("next-token", help="next-token or distillation (of answers from self-study)."),
-    epochs: int = typer.Option(0, min=0, help=f"How often each text is learnt. {DEFAULTS}"),
-    rate: float = typer.Option(6e-3, min=0.0, help="Learning rate at its highest."),
-    teacher: str = typer.Option(
-        "", help="Who writes the questions of self-study: a model of mlx-lm. Default: the anchor."
+    memory: str | None = typer.Option(None, "--memory", hidden=True),
+    epochs: int | None = typer.Option(
+        None, min=0, help="How often each text is learnt. Default: by the number of documents."
     ),
-    self_study: bool = typer.Option(
-        True, "--self-study/--no-self-study", help="Have questions and answers written about the documents, too."
+    self_study: bool | None = typer.Option(
+        None,
+        "--self-study/--no-self-study",
+        help="Have questions and answers written about the documents, and learn them too. Default: yes.",
     ),
-    heldout: float = typer.Option(0.0, min=0.0, max=0.5, help="Share of the windows that only measure."),
-    questions: pathlib.Path | None = typer.Option(
-        None, help="Questions to measure the routing by: a JSON line each, with question and document."
+    teacher: str | None = typer.Option(
+        None, help="Who writes them: a model that mlx-lm loads. Default: the anchor."
     ),
     prompts: pathlib.Path | None = typer.Option(
         None, help="Prompts of your own to learn: a JSON line each, with document, prompt and completion."
     ),
-    cache: str = typer.Option(
-        "20G", help="Disk for what the anchor computes again and again: 500M, 20G. Less is slower."
+    questions: pathlib.Path | None = typer.Option(
+        None, help="Questions to measure the routing by: a JSON line each, with question and document."
     ),
-    licence: str = typer.Option("", help="Of the documents, for the bank's manifest."),
-    seed: int = typer.Option(0, help="Of everything that is drawn at random."),
+    cache: str | None = typer.Option(
+        None, help="Disk for what the anchor computes once and uses often: 500M, 20G. Less is slower. Default: 20G."
+    ),
     keep: bool = typer.Option(False, "--keep", help="Keep the work folder OUT.learn."),
+    config: pathlib.Path | None = typer.Option(
+        None, help="TOML file with any settings; options on the line come before it."
+    ),
+    write_config: pathlib.Path | None = typer.Option(
+        None, help="Write all settings that would be used into this TOML file, and learn nothing."
+    ),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object in the end instead of text."),
 ) -> None:
     """Learn documents: a tree of their topics, and a block of memory for each. Run again, it goes on.
 
     Example: `hiermem learn ./docs my-model --anchor SmolLM2`
+
+    Example: `hiermem learn --write-config learn.toml`, then `hiermem learn ./docs my-model --config learn.toml`
     """
     from mlx_hiermem.errors import HierMemError
     from mlx_hiermem.evaluate.questions import read_questions
     from mlx_hiermem.learn import run
-    from mlx_hiermem.learn.settings import (
-        CorpusSettings,
-        LearnSettings,
-        MemorySettings,
-        TrainingSettings,
-        TreeSettings,
-    )
+    from mlx_hiermem.learn.settings import LearnSettings, read_settings
     from mlx_hiermem.learn.study.prompts import read_prompts
 
     if memory:
         renamed("--memory KIND", "--kind KIND")
-    units = _numbers(sizes, "--sizes") if sizes else ()
-    asked = read_questions(questions, documents=True) if questions else []
-    settings = LearnSettings(
-        CorpusSettings(field, title, tokens, any_language),
-        TreeSettings(branching, depth or len(units), leaves, seed=seed),
-        MemorySettings(memory or kind, units, _layers(layers)),
+    settings = read_settings(config) if config else LearnSettings()
+    settings = _changed(
+        settings,
+        corpus=_changed(settings.corpus, field=field, any_language=any_language or None),
+        memory=_changed(settings.memory, kind=kind or memory),
+        training=_changed(
+            settings.training, epochs=epochs, states_bytes=parse_size(cache, "--cache") if cache else None
+        ),
         self_study=self_study,
         teacher=teacher,
-        heldout=heldout,
-        training=TrainingSettings(
-            epochs=epochs,
-            rate=rate,
-            objective=objective,
-            seed=seed,
-            states_bytes=parse_size(cache, "--cache"),
-        ),
+        keep=keep or None,
+    )
+    if write_config:
+        _write(write_config, settings)
+        return
+    if len(words or ()) < 2:
+        raise typer.BadParameter("name documents, and the folder to make", param_hint="DOCS... OUT")
+    *docs, target = words
+    out, asked = pathlib.Path(target), read_questions(questions, documents=True) if questions else []
+    settings = _changed(
+        settings,
         questions=tuple((one.prompt, one.document) for one in asked),
         prompts=read_prompts(prompts) if prompts else (),
-        licence=licence,
-        keep=keep,
     )
     try:
         with screen_for(not as_json and _is_first()) as screen:
@@ -144,18 +147,19 @@ def _say(line: str) -> None:
     notes.print(line, style="dim", markup=False)
 
 
-def _numbers(text: str, option: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise typer.BadParameter("write numbers with commas between: 24,8", param_hint=option)
-    return tuple(map(int, text.split(",")))
+def _changed(settings: Settings, **given: Any) -> Settings:
+    """Settings with what was given; None was not."""
+    return replace(settings, **{name: value for name, value in given.items() if value is not None})
 
 
-def _layers(text: str) -> str | tuple[int, ...]:
-    """`late`, or `0,3,20-29`."""
-    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
-        return text
-    ends = [tuple(map(int, part.split("-"))) for part in text.split(",")]
-    return tuple(layer for part in ends for layer in range(part[0], part[-1] + 1))
+def _write(file: pathlib.Path, settings: LearnSettings) -> None:
+    from mlx_hiermem.errors import OutputError
+    from mlx_hiermem.learn.settings import write_settings
+
+    if file.exists():
+        raise OutputError(f"{file} exists already", "Take another name, or remove it.")
+    write_settings(file, settings)
+    console.print(f"written  {file}", markup=False, soft_wrap=True)
 
 
 def _print(out: pathlib.Path, learnt: Learnt) -> None:

@@ -106,7 +106,8 @@ def stored(weights: Tensors, config: MemoryConfig, name: str) -> dict[str, tuple
         value = weights[part].astype(getattr(mx, config.dtype))
         if not mx.isfinite(value).all().item():
             raise HierMemError(
-                f"block {name} has values that {config.dtype} cannot hold", "Learn with a lower --rate."
+                f"block {name} has values that {config.dtype} cannot hold",
+                "Learn with a lower training.rate.",
             )
         raw = np.array(value.view(mx.uint16) if value.dtype == mx.bfloat16 else value)
         found[part] = (tuple(weights[part].shape), raw)

@@ -200,7 +200,9 @@ class _Run(StagedRun):
         digest = identify(self.folder).weights_digest
         self.study(corpus, self.settings, self.settings.study, self.loaded[:2], digest)
         with self.stage("tree"):
-            built = build_tree(self.work, corpus, embedder, self.settings.tree, self.progress("texts embedded"))
+            tree = self.settings.tree
+            tree = replace(tree, depth=tree.depth or len(self.settings.memory.sizes))  # a size for each level
+            built = build_tree(self.work, corpus, embedder, tree, self.progress("texts embedded"))
             asked = self.settings.questions
             given = given_agreement(built, embedder, asked) if asked else None
             self.listener.end(report.tree_line(built.agreement, given))

@@ -9,8 +9,10 @@ A TOML file may leave out what it does not change. Questions and prompts are not
 
 from __future__ import annotations
 
+import inspect
 import json
 import pathlib
+import re
 import tomllib
 import typing
 from collections.abc import Mapping
@@ -181,12 +183,16 @@ def read_settings(file: pathlib.Path) -> LearnSettings:
 
 
 def write_settings(file: pathlib.Path, settings: LearnSettings) -> None:
-    """Writes all settings as a TOML file that `read_settings` reads. Raises OutputError."""
-    data = settings_to_dict(settings)
-    tables = [name for name, value in data.items() if isinstance(value, dict)]
-    lines = [_line(name, value) for name, value in data.items() if name not in tables]
-    for name in tables:
-        lines += ["", f"[{name}]", *(_line(key, value) for key, value in data[name].items())]
+    """Writes all settings, each with what it means, as a TOML file for `read_settings`. Raises OutputError."""
+    groups = {one.name: getattr(settings, one.name) for one in fields(settings)}
+    groups = {name: value for name, value in groups.items() if is_dataclass(value)}
+    data, said = settings_to_dict(settings), _comments(LearnSettings)
+    lines = ["# Settings of `hiermem learn`. What is left out has its default; options on the line come first.", ""]
+    lines += [_line(name, value, said) for name, value in data.items() if name not in groups]
+    for name, group in groups.items():
+        said = _comments(type(group))
+        lines += ["", f"# {(inspect.getdoc(group) or name).splitlines()[0]}", f"[{name}]"]
+        lines += [_line(key, value, said) for key, value in data[name].items()]
     write_text(file, "\n".join(lines) + "\n")
 
 
@@ -200,9 +206,14 @@ def settings_from_dict(data: Mapping[str, Any]) -> LearnSettings:
     return _parsed(LearnSettings, data, "")
 
 
-def _line(key: str, value: Any) -> str:
-    """A key and its value, which TOML writes as JSON does."""
-    return f"{key} = {json.dumps(value, ensure_ascii=False)}"
+def _line(key: str, value: Any, comments: Mapping[str, str]) -> str:
+    """A key and its value, which TOML writes as JSON does, and its comment."""
+    return f"{key} = {json.dumps(value, ensure_ascii=False)}  # {comments[key]}"
+
+
+def _comments(kind: type) -> dict[str, str]:
+    """What each setting means: the comment behind it in the class above, so that it is written once."""
+    return dict(re.findall(r"^    (\w+): [^#\n]*# (.*)$", inspect.getsource(kind), re.MULTILINE))
 
 
 def _parsed(kind: type[T], data: Mapping[str, Any], where: str) -> T:
