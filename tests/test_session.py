@@ -152,6 +152,20 @@ def test_the_cache_goes_on_where_the_path_stays_and_not_where_it_changes(model: 
     assert same > 100  # back on iron
 
 
+def test_the_model_has_the_last_reply_with_its_figures(model: MemoryModel) -> None:
+    session = Session(model, max_tokens=5)
+    said = say(session, "neon")
+    first = model.response
+    assert first is not None
+    assert first.text == said
+    assert first.selection == session.selection
+    assert 0 < first.generation_tokens <= 5
+    assert first.tokens_per_second > 0
+    say(session, "more")
+    assert model.response is not None
+    assert model.response.prompt_tokens > first.prompt_tokens > 0
+
+
 def test_earlier_caches_keep_to_their_budget(model: MemoryModel, monkeypatch: pytest.MonkeyPatch) -> None:
     session = Session(model, max_tokens=6)
     session._earlier.max_bytes = 1

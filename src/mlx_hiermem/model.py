@@ -61,7 +61,7 @@ class MemoryModel:
         self._router = router
         self.attachment: Attachment | None = attach(anchor, bank.config) if bank else None
         self.selection = Selection()
-        self.response: Response | None = None  # the last reply of `stream` or `generate`
+        self.response: Response | None = None  # the last reply, a session's too
 
     def __repr__(self) -> str:
         memory = f"{len(self.bank.manifest.blocks)} blocks of memory" if self.bank else "no memory"
@@ -227,14 +227,7 @@ class MemoryModel:
                     break
         finally:  # whoever has read enough is told of it too
             if last is not None:
-                self.response = Response(
-                    text=text.text,
-                    finish_reason="stop" if text.stopped else last.finish_reason or "",
-                    selection=selection,
-                    prompt_tokens=last.prompt_tokens,
-                    generation_tokens=last.generation_tokens,
-                    tokens_per_second=last.generation_tps,
-                )
+                self.response = Response.of(text, last, selection)
 
     def _asked(self, prompt: Prompt, chat: bool) -> tuple[list[int], list[str]]:
         """Token ids of a prompt, and the user's words in it. Raises ArgumentError for what is none."""

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mlx_hiermem.selection import Selection
+
+if TYPE_CHECKING:
+    from mlx_lm.generate import GenerationResponse
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,20 @@ class Response:
     prompt_tokens: int
     generation_tokens: int
     tokens_per_second: float  # of the generation
+
+    @classmethod
+    def of(
+        cls, text: GrowingText, last: GenerationResponse, selection: Selection, prompt_tokens: int | None = None
+    ) -> Response:
+        """From the last piece that mlx-lm gave. `prompt_tokens`: where a part of the prompt was in the cache."""
+        return cls(
+            text=text.text,
+            finish_reason="stop" if text.stopped else last.finish_reason or "",
+            selection=selection,
+            prompt_tokens=last.prompt_tokens if prompt_tokens is None else prompt_tokens,
+            generation_tokens=last.generation_tokens,
+            tokens_per_second=last.generation_tps,
+        )
 
     def __str__(self) -> str:
         return self.text

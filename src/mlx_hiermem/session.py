@@ -18,7 +18,7 @@ from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, make_prom
 from mlx_hiermem.config import MemoryChoice, Path
 from mlx_hiermem.errors import AnchorError, ArgumentError, BankError, HierMemError
 from mlx_hiermem.model import MemoryModel, Wanted
-from mlx_hiermem.response import GrowingText
+from mlx_hiermem.response import GrowingText, Response
 from mlx_hiermem.router import Topic, Turn
 from mlx_hiermem.sampling import Options, Sampling
 from mlx_hiermem.selection import Selection
@@ -109,7 +109,8 @@ class Session:
         if not isinstance(question, str):
             raise ArgumentError(f"{question!r} is no question", "It is a text; the session remembers the others.")
         self.messages.append({"role": "user", "content": question})
-        self.last, reply, generated, complete = None, "", list[int](), False
+        self.last, self.model.response = None, None
+        reply, generated, complete = "", list[int](), False
         text = GrowingText(tuple(self.sampling.stop))
         try:
             tokens = self._prepare(question)
@@ -132,6 +133,8 @@ class Session:
         finally:
             self._cached = tokens + generated
             self._check_cache()
+            if self.last is not None:
+                self.model.response = Response.of(text, self.last, self.selection, len(tokens))
             if reply or complete:
                 self.messages.append({"role": "assistant", "content": reply})
             else:
