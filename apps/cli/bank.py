@@ -70,7 +70,7 @@ def ls(
 def show(
     first_word: str = models.FIRST_WORD,
     model: str = models.MODEL,
-    depth: int = typer.Option(0, min=0, help="Only so many levels. 0: all."),
+    depth: int = typer.Option(0, min=0, help="Show this many levels. 0: all."),
     png: pathlib.Path | None = typer.Option(None, help="Draw it into this PNG file (needs the extra `plots`)."),
     html: pathlib.Path | None = typer.Option(None, help="Draw it into this HTML file, which needs nothing else."),
 ) -> None:
