@@ -113,6 +113,7 @@ def test_wheel_where_the_hub_has_other_bytes(tmp_path: pathlib.Path, hub: HubSer
     assert content_of(tmp_path / "cache" / "toy") == FILES
 
 
+@pytest.mark.slow
 def test_wheel_where_the_hub_is_out_of_reach_or_forbidden(
     tmp_path: pathlib.Path, hub: HubServer, wheels: pathlib.Path
 ) -> None:

@@ -73,6 +73,7 @@ def assert_works(root: pathlib.Path) -> MemoryBank:
     return bank
 
 
+@pytest.mark.slow
 def test_remove_takes_all_that_is_the_subtrees_own(root: pathlib.Path, whole: pathlib.Path) -> None:
     removed = edit.remove(root, paths("1", "2.1"))
     assert sorted(map(str, removed.nodes)) == ["1", "1.0", "1.1", "1.2", "2.1"]
@@ -170,6 +171,7 @@ def die_at(step: int, action: Callable[[], object]) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.slow
 def test_a_crash_at_any_step_of_a_removal(whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
     start = pathlib.Path(shutil.copytree(whole, tmp_path / "start"))
     edit.block(start, paths("1.1", "0.2"))

@@ -267,6 +267,7 @@ def test_padding_is_never_sampled(ffn: MemoryModel) -> None:
     assert all(token.token < 10 for uid in uids for token in found[uid])
 
 
+@pytest.mark.slow
 def test_sliding_windows(tmp_path: pathlib.Path) -> None:
     """Gemma 3's caches rotate; the window of 6 is shorter than these prompts."""
     from sources import make_hf

@@ -47,6 +47,7 @@ def test_version() -> None:
     assert run("--version").stdout.strip() == f"hiermem {__version__}"
 
 
+@pytest.mark.slow
 def test_ask_continues_a_text(model: pathlib.Path) -> None:
     result = run("ask", "--plain", "abc", "-m", model, "--memory", "1.2", "-n", "5")
     assert result.returncode == 0
@@ -60,6 +61,7 @@ def test_ask_continues_a_text(model: pathlib.Path) -> None:
     assert earlier.stderr == "note: `hiermem generate MODEL PROMPT` is now `hiermem ask --plain -m MODEL PROMPT`\n"
 
 
+@pytest.mark.real
 def test_route(model: pathlib.Path) -> None:
     from mlx_hiermem import load
 
@@ -81,6 +83,7 @@ def test_route(model: pathlib.Path) -> None:
         (("convert", "nowhere", "out"), "nowhere"),
     ],
 )
+@pytest.mark.slow
 def test_errors_are_one_line(arguments: tuple[str, ...], message: str, tmp_path: pathlib.Path) -> None:
     result = run(*arguments)
     assert result.returncode == 1
@@ -90,6 +93,7 @@ def test_errors_are_one_line(arguments: tuple[str, ...], message: str, tmp_path:
     assert not pathlib.Path("out").exists()
 
 
+@pytest.mark.slow
 def test_bad_memory_and_foreign_bank(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
     result = run("ask", "-m", model, "abc", "--memory", "lots")
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)
@@ -101,10 +105,12 @@ def test_bad_memory_and_foreign_bank(model: pathlib.Path, tmp_path: pathlib.Path
     assert "was made for the anchor" in result.stderr
 
 
+@pytest.mark.slow
 def test_debug_shows_the_traceback() -> None:
     assert "Traceback" in run("ask", "-m", "nowhere", "abc", "--debug").stderr
 
 
+@pytest.mark.slow
 def test_bad_usage_exits_with_2() -> None:
     for arguments, message in (
         (("ask",), "hiermem: Missing argument 'question'. `hiermem ask --help` says more."),

@@ -229,6 +229,7 @@ def test_remove_asks_in_a_terminal(run: Run, model: pathlib.Path, monkeypatch: p
     assert run("remove", model, "0.0", "--yes").out.startswith("removed  1 block, 1.7 kB")
 
 
+@pytest.mark.real
 def test_add_by_example_and_by_centroid(run: Run, model: pathlib.Path, original: pathlib.Path) -> None:
     run("remove", model, "1")
     block = original / "bank/blocks/1.safetensors"

@@ -102,6 +102,7 @@ def check(model: torch.nn.Module, anchor: pathlib.Path, folder: pathlib.Path) ->
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_huggingface(kind: str, tmp_path: pathlib.Path) -> None:
     model = halves(hf_model(kind))
     convert_huggingface(save_hf(model, tmp_path / "source"), tmp_path / "anchor")
@@ -116,6 +117,7 @@ def test_openlm(norm: str, position: str, tmp_path: pathlib.Path) -> None:
     check(model, tmp_path / "anchor", tmp_path)
 
 
+@pytest.mark.slow
 def test_memory_as_an_input(tmp_path: pathlib.Path) -> None:
     """The same values by the other way in."""
     convert_huggingface(save_hf(hf_model("qwen3"), tmp_path / "source"), tmp_path / "anchor")

@@ -67,6 +67,7 @@ def test_what_may_be_compressed(reference: Reference) -> None:
 
 
 @pytest.mark.parametrize("form", ["int8_channel", "int4", "lut4"])
+@pytest.mark.slow
 def test_a_package_computes_with_what_the_format_leaves(
     form: str, reference: Reference, tmp_path: pathlib.Path
 ) -> None:

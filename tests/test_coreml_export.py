@@ -66,6 +66,7 @@ def read(file: pathlib.Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_the_folder(folder: pathlib.Path) -> None:
     """All that an app needs, with digests; nothing beside it."""
     manifest = read(folder / "manifest.json")
@@ -112,6 +113,7 @@ def test_the_same_logits_as_in_mlx(folder: pathlib.Path, model: pathlib.Path) ->
     assert np.abs(found[0] - found[1]).max() > 0.2 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_memory_as_an_input_and_a_part_of_the_bank(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
     options = dataclasses.replace(QUICK, memory="input", only=("topic 1.2",), url="https://example.org/bank")
     steps: list[tuple[int, int]] = []

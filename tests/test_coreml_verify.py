@@ -22,6 +22,8 @@ from mlx_hiermem.convert.coreml.references import open_reference
 from mlx_hiermem.errors import CoreMLError, HierMemError
 from mlx_hiermem.files import file_digest
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = "anchor.mlpackage/Data/com.apple.CoreML/weights/weight.bin"
 PROGRAM = "anchor.mlpackage/Data/com.apple.CoreML/model.mlmodel"
 

@@ -13,6 +13,8 @@ from tiny import make_model
 from mlx_hiermem import cpu
 from mlx_hiermem.cpu import blas
 
+pytestmark = pytest.mark.slow
+
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="for Linux")
 COMMAND = "from mlx_hiermem.apps.cli.main import main; main()"
 MISSING = "from mlx_hiermem.cpu import blas; blas.NAMES = ('libnone.so',); "

@@ -56,6 +56,7 @@ def hugging_face(model: pathlib.Path) -> object:
 
 
 @pytest.mark.parametrize("name", ["cloze", "choice", "schema", "wiki"])
+@pytest.mark.slow
 def test_scores_are_those_of_transformers(tested: Evaluation, tasks: Tasks, model: pathlib.Path, name: str) -> None:
     import torch
 

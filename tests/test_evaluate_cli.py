@@ -70,6 +70,7 @@ def call(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["eval", *map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_tables_files_and_comparison(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
     tasks, out = task_files(tmp_path), tmp_path / "out"
     arguments = [model, "--tasks", tasks, "--out", out, "--limit", "6"]

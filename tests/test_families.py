@@ -74,6 +74,7 @@ def source(folder: pathlib.Path, config: Any, changes: dict[str, Any]) -> pathli
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_equals_transformers(family: str, tmp_path: pathlib.Path) -> None:
     config, changes, bound = FAMILIES[family]
     folder = source(tmp_path / "source", config, changes)

@@ -41,6 +41,7 @@ def error(anchor: pathlib.Path, model: torch.nn.Module) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_equals_the_original_and_transformers(tmp_path: pathlib.Path, kind: str) -> None:
     """The file was written from `model` here; transformers reads it by code that is not ours."""
     model = hf_model(kind)

@@ -80,6 +80,7 @@ def remote_name(node: str) -> str:
 # --- push
 
 
+@pytest.mark.slow
 def test_pushed_and_pulled_is_the_same_model(hub: HubServer, model: pathlib.Path, tmp_path: pathlib.Path) -> None:
     steps: list[tuple[int, int]] = []
     source = copy(model, tmp_path / "source")

@@ -248,6 +248,7 @@ def hub(good: pathlib.Path) -> Iterator[str]:
     server.shutdown()
 
 
+@pytest.mark.slow
 def test_hub_id(hub: str, good: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """In a process of its own: the hub's client reads its settings when it is imported."""
     code = """if True:

@@ -29,6 +29,8 @@ from mlx_hiermem.learn.settings import LearnSettings, TrainingSettings, TreeSett
 from mlx_hiermem.learn.train.dataset import TrainingSet
 from mlx_hiermem.model import MemoryModel, load
 
+pytestmark = pytest.mark.slow
+
 QUICK = ["--epochs", "6", "--rate", "0.02", "--no-self-study"]
 NEW = 2  # villages
 

@@ -27,6 +27,8 @@ from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.errors import OutputError
 from mlx_hiermem.learn.work import Ranks, read_rows
 
+pytestmark = pytest.mark.real  # the sentence embedder
+
 QUICK = ("--config", str(pathlib.Path(__file__).with_name("quick.toml")), "--json")
 
 

@@ -340,6 +340,7 @@ def test_labels_are_what_sets_a_node_apart() -> None:
     json.dumps(nodes)
 
 
+@pytest.mark.slow
 def test_memory_for_labels_does_not_grow_with_the_terms_of_leaves() -> None:
     from mlx_hiermem.config import Path
     from mlx_hiermem.learn.records import Placed, Window

@@ -100,6 +100,7 @@ def test_an_answer_is_learnt_where_its_question_goes(
             assert examples is learnt or leaves == [reached]
 
 
+@pytest.mark.slow
 def test_the_end_of_an_answer_is_learnt(encoder: Encoder) -> None:
     def said(prompt: str, answer: str, chat: bool, question: bool) -> str:
         return encoder.tokenizer.decode(encoder.answer(prompt, answer, chat, question))

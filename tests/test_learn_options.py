@@ -20,6 +20,8 @@ from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.learn.train.dataset import TrainingSet
 from mlx_hiermem.learn.work import read_rows
 
+pytestmark = pytest.mark.real  # the sentence embedder
+
 
 @pytest.fixture(scope="module")
 def anchor(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:

@@ -176,6 +176,7 @@ def test_kept_states_equal_the_whole_model(
         assert_close([block], [summed], 1e-4)
 
 
+@pytest.mark.slow
 def test_states_that_exceed_the_budget_are_computed_each_time(
     anchor: pathlib.Path, training_set: TrainingSet, whole: Bank, tmp_path: pathlib.Path
 ) -> None:
@@ -425,6 +426,7 @@ def blocks_in(work: pathlib.Path, anchor: pathlib.Path, examples: TrainingSet) -
     return {node: {n: np.array(w) for n, w in block.items()} for node, block in trainer.blocks()}
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bank(
     anchor: pathlib.Path, training_set: TrainingSet, whole: Bank, tmp_path: pathlib.Path
 ) -> None:

@@ -484,6 +484,7 @@ convert(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), progress=slowly)
 """
 
 
+@pytest.mark.slow
 def test_resume_after_a_kill(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = design(k=8, sizes=(2, 2))
     tensors = make_tensors(config)
@@ -540,6 +541,7 @@ print(status("VmHWM") - before)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has /proc/self/status")
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.slow
 def test_memory_stays_bounded(tmp_path: pathlib.Path, suffix: str) -> None:
     config = MemoryConfig("ffn", 5, (64, 64, 64), tuple(range(10)), 512, "bfloat16")
     file = tmp_path / "m.safetensors"

@@ -54,6 +54,7 @@ def failure(
     return error
 
 
+@pytest.mark.slow
 def test_it_serves_until_ctrl_c(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
     with started(model, "--port", "0", HIERMEM_API_KEY="secret") as process:
         assert process.stdout
