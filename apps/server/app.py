@@ -27,7 +27,8 @@ from mlx_hiermem.apps.server.schema import ChatRequest, CompletionRequest, Route
 from mlx_hiermem.config import MemoryChoice
 from mlx_hiermem.errors import HierMemError
 
-PAGE = pathlib.Path(__file__).parent / "page"
+# Resolved, because an editable install links each file, and StaticFiles follows no links.
+PAGE = pathlib.Path(__file__).resolve().parent / "page"
 
 
 @dataclass(frozen=True)
