@@ -128,15 +128,20 @@ class TinyModel(MemoryModel):
             logits = self.anchor.logits(tokens, prompt_cache[0])  # type: ignore[attr-defined]
             tokens = [int(logits.argmax())]
             if tokens[0] == EOS:
-                yield SimpleNamespace(token=EOS, text=said_rest(self.tokenizer, given, said), finish_reason="stop")
+                yield piece_of(token=EOS, text=said_rest(self.tokenizer, given, said), finish_reason="stop")
                 return
             given += tokens
             text = self.tokenizer.decode(given)
             piece = "" if text.endswith("�") else text[len(said) :]
             said += piece
-            yield SimpleNamespace(token=tokens[0], text=piece, finish_reason=None)
+            yield piece_of(token=tokens[0], text=piece, finish_reason=None)
         if rest := said_rest(self.tokenizer, given, said):
-            yield SimpleNamespace(token=tokens[0], text=rest, finish_reason="length")
+            yield piece_of(token=tokens[0], text=rest, finish_reason="length")
+
+
+def piece_of(**told: Any) -> SimpleNamespace:
+    """One piece as mlx-lm gives it; nothing here counts tokens."""
+    return SimpleNamespace(prompt_tokens=0, generation_tokens=0, generation_tps=0.0, **told)
 
 
 def said_rest(tokenizer: Tokenizer, given: list[int], said: str) -> str:
