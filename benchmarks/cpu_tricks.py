@@ -3,13 +3,12 @@
     python benchmarks/cpu_tricks.py                   # on Linux without a GPU; half an hour
     python benchmarks/cpu_tricks.py --only step       # one operation; the others' results stay
 
-Each side is a process of its own, and the sides take turns. What is slower without it earns its place from 1.1 on:
-by CPU time, as other work may run; `lanes` by wall clock, since it uses the other cores.
+Each side is a process of its own, and the sides take turns. A part earns its place where the CPU time without it is
+1.1 times or more. Parts that were dropped stay in the results until their operation is measured again.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pathlib
@@ -27,8 +26,8 @@ LATE, PARAMETERS = "late", 32 * 3 * 576 * 10  # blocks of 24 and 8 units in the 
 # Operation -> the parts that take part in it.
 OPERATIONS = {
     "question": ("OpenBLAS", "malloc", "GELU", "attention"),
-    "documents": ("OpenBLAS", "malloc", "GELU", "attention", "small batches"),
-    "swap": ("malloc", "lanes"),
+    "documents": ("OpenBLAS", "malloc", "GELU", "attention"),
+    "swap": ("malloc",),
     "step": ("OpenBLAS", "malloc", "kept exponentials"),
 }
 
@@ -48,9 +47,7 @@ def replace(part: str) -> None:
     import mlx.nn as nn
 
     from mlx_hiermem import embedder
-    from mlx_hiermem.bank import block
     from mlx_hiermem.learn.train import step
-    from mlx_hiermem.memory import slot
 
     def attention(q: mx.array, k: mx.array, v: mx.array, lengths: Sequence[int]) -> mx.array:
         mask = (mx.arange(q.shape[2]) < mx.array(lengths)[:, None])[:, None, None, :]
@@ -59,8 +56,6 @@ def replace(part: str) -> None:
     plain: dict[str, list[tuple[Any, str, Any]]] = {
         "GELU": [(embedder, "gelu", nn.gelu)],
         "attention": [(embedder, "attention", attention)],
-        "small batches": [(embedder, "CPU_TOKENS", 1 << 20)],
-        "lanes": [(module, "lane", lambda number: contextlib.nullcontext()) for module in (block, slot)],
         "kept exponentials": [(step, "logsumexp", lambda logits: mx.logsumexp(logits, -1))],
     }
     for module, name, value in plain.get(part, []):
@@ -68,7 +63,7 @@ def replace(part: str) -> None:
         setattr(module, name, value)
 
 
-def embed(kind: str, folder: pathlib.Path) -> Callable[[], Any]:
+def embed(kind: str) -> Callable[[], Any]:
     import minilm
 
     from mlx_hiermem.embedder import Embedder
@@ -115,7 +110,7 @@ def child(operation: str, part: str) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         made = {"swap": swap, "step": step}.get(operation)
-        do = made(folder) if made else embed({"question": "questions"}.get(operation, operation), folder)
+        do = made(folder) if made else embed({"question": "questions"}.get(operation, operation))
         slow = part == "OpenBLAS"  # without it
         for _ in range(1 if slow else 2):
             do()
@@ -153,7 +148,7 @@ def main() -> None:
     asked, before = common.parsed(parser), os.getloadavg()[0]
     file = common.RESULTS / "cpu_tricks.json"
     result = json.loads(file.read_text(encoding="utf-8"))["operations"] if file.exists() else {}
-    rows = []
+    rows: list[list[str]] = []
     for operation in [asked.only] if asked.only else OPERATIONS:
         result[operation] = measure(operation, asked.runs)
         for part, row in result[operation].items():

@@ -25,7 +25,6 @@ from mlx_hiermem.errors import AssetError
 from mlx_hiermem.files import file_digest
 
 ASSET, WEIGHTS = "all-minilm-l6-v2", "model.safetensors"
-CPU_TOKENS = 2048  # in a batch on a CPU, at most, so that its activations stay in the cache
 # What this encoder implements; a folder that says otherwise is another model.
 EXPECTED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
 
@@ -83,12 +82,10 @@ class Embedder:
         encodings = self.tokenizer.encode_batch(list(texts))
         vectors = np.empty((len(encodings), self.dim), dtype=np.float32)
         # Texts of like length share a batch, so that little of it is padding; the longest come first.
-        order, start = np.argsort([-len(encoding) for encoding in encodings], kind="stable"), 0
-        while start < len(order):
-            most = max(1, CPU_TOKENS // len(encodings[order[start]])) if _on_cpu() else batch_size
-            batch = order[start : start + min(batch_size, most)]
+        order = np.argsort([-len(encoding) for encoding in encodings], kind="stable")
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
             vectors[batch] = self._embed_batch([encodings[i].ids for i in batch])
-            start += len(batch)
         return vectors
 
     def _embed_batch(self, ids: list[list[int]]) -> np.ndarray:

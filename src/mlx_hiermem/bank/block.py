@@ -17,7 +17,6 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_hiermem.config import BIASES, GENERIC_LEVEL, GENERIC_NODE, SCALES, MemoryConfig, Path, Quantization
-from mlx_hiermem.cpu.lanes import lane
 from mlx_hiermem.errors import BankError
 
 GENERIC_FILE = "generic.safetensors"
@@ -56,12 +55,11 @@ class FetchedMemory:
     def join(cls, config: MemoryConfig, blocks: Sequence[MemoryBlock]) -> FetchedMemory:
         """Concatenates blocks along axis 1 (arXiv:2510.02375, Eq. 2.2)."""
         joined = {}
-        for number, name in enumerate(config.widths):
-            with lane(number):
-                parts = [block.values(name) for block in blocks]
-                if name.endswith(".b"):
-                    parts = [part * (config.alpha / part.shape[1]) for part in parts]
-                joined[name] = mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+        for name in config.widths:
+            parts = [block.values(name) for block in blocks]
+            if name.endswith(".b"):
+                parts = [part * (config.alpha / part.shape[1]) for part in parts]
+            joined[name] = mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
         return cls(config, joined)
 
     def by_layer(self, name: str) -> list[mx.array]:

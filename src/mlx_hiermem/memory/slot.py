@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_hiermem.cpu.lanes import lane
 from mlx_hiermem.errors import AnchorError
 
 
@@ -31,11 +30,7 @@ class Slot:
 
     def fill(self, tensors: Sequence[mx.array]) -> None:
         """One layer's tensors, each [R, width], cast to what the carrier computes in."""
-        cast = []
-        for number, tensor in enumerate(tensors):
-            with lane(number):
-                cast.append(tensor.astype(self.dtype))
-        self.tensors, self.rows = tuple(cast), None
+        self.tensors, self.rows = tuple(tensor.astype(self.dtype) for tensor in tensors), None
 
     def clear(self) -> None:
         self.tensors, self.rows = (), None
