@@ -39,7 +39,7 @@ test: setup  ## run all tests, on tiny random models and on the real weights
 	$(BIN)/python -c 'from mlx_hiermem.assets import ASSETS, fetch; [fetch(name, print) for name in ASSETS]'
 	$(BIN)/python -m pytest -rs
 
-test-fast: setup  ## run the tests that need no real weights, no browser and little time (two minutes)
+test-fast: setup  ## run the tests that need no real weights, no browser and little time (two to three minutes)
 	$(BIN)/python -m pytest -m unit
 
 test-swift: setup  ## build and test the Swift package; on Debian, .ci/swift-root makes a root with Swift
