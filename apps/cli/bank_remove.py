@@ -12,7 +12,8 @@ import typer
 
 from mlx_hiermem.apps.cli import models
 from mlx_hiermem.apps.cli.bank_policy import NODES, nodes_named, parse_paths
-from mlx_hiermem.apps.cli.display import UNSAFE, console, progress_bar, several, size
+from mlx_hiermem.apps.cli.display import console, progress_bar, several, size
+from mlx_hiermem.printable import printable
 
 if TYPE_CHECKING:
     from mlx_hiermem.bank.manifest import BankManifest
@@ -97,7 +98,7 @@ def _ask(model: pathlib.Path, questions: list[Question], max_tokens: int, when: 
     loaded, replies = load(model), []
     with progress_bar(f"asking {when}", unit="questions") as progress:
         for question in questions:
-            reply = loaded.generate(question.prompt, max_tokens=max_tokens).text.translate(UNSAFE)
+            reply = printable(loaded.generate(question.prompt, max_tokens=max_tokens).text)
             replies.append(" ".join(reply.split()))
             if progress:
                 progress(len(replies), len(questions))
