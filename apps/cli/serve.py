@@ -44,6 +44,7 @@ def serve(
             from mlx_hiermem.apps.server.engine import Engine
             from mlx_hiermem.model import load
 
+            models.finish_removal(models.folder_of(name) / "bank")
             engine = Engine(lambda: load(name, cache_bytes=cache_bytes), max_batch, max_queue)
             engine.start()
         models.remember(name)
