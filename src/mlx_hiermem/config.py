@@ -256,6 +256,11 @@ class AnchorIdentity:
     hidden: int
     layers: int
 
+    def is_same(self, other: AnchorIdentity) -> bool:
+        """Whether both are one anchor, whatever they are called."""
+        mine, theirs = ((i.config_digest, i.weights_digest, i.hidden, i.layers) for i in (self, other))
+        return mine == theirs
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
