@@ -74,6 +74,8 @@ def serve(
             from mlx_hiermem.apps.server.app import Settings
             from mlx_hiermem.apps.server.engine import Engine
 
+            for name in names:
+                models.finish_removal(models.folder_of(name) / "bank")
             engine = Engine(lambda: load_all(names, cache_bytes), max_batch, max_queue)
             engine.start()
         models.remember(names[0])

@@ -32,7 +32,9 @@ from mlx_hiermem.files import fsync, locked, parse_json, reason
 
 STAGING = f"{EDIT}.partial"
 GONE = "gone.json"  # in the edit's folder: the nodes that are removed, each with all below it
-LAST = (TREE, POLICY, MANIFEST)  # after the blocks, in this order
+LEARNING = "learning"  # the folder beside the bank where `hiermem learn` keeps the texts that the bank has learnt
+FORGET = "forget.json"  # in the bank: nodes were removed, and their texts are still in learning/
+LAST = (TREE, POLICY, MANIFEST, FORGET)  # after the blocks, in this order
 
 
 class Edit:
