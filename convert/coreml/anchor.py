@@ -17,9 +17,8 @@ import numpy as np
 
 from mlx_hiermem.convert.coreml import mil
 from mlx_hiermem.convert.coreml.architecture import Architecture, Layer, Linear
-from mlx_hiermem.convert.coreml.attention import Cache, Positions, attention, linear, take
+from mlx_hiermem.convert.coreml.layers import Cache, Positions, attention, linear, norm, take
 from mlx_hiermem.convert.coreml.mil import Var, Weights, half, mb
-from mlx_hiermem.convert.coreml.norm import norm
 
 DECODE, PREFILL, LOAD = "decode", "prefill", "load_block"
 PREFILL_TOKENS = 32  # the Neural Engine takes updates of a slice only of more than one token
