@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mlx_hiermem.convert.coreml import anchor, layers, mil, package
-from mlx_hiermem.convert.coreml.anchor import PART, Export, build, matrices
+from mlx_hiermem.convert.coreml.anchor import build
 from mlx_hiermem.convert.coreml.architecture import Norm
 from mlx_hiermem.convert.coreml.compress import rounded
 from mlx_hiermem.convert.coreml.exported import Runner
@@ -20,6 +20,7 @@ from mlx_hiermem.convert.coreml.limits import Overflow
 from mlx_hiermem.convert.coreml.measure import Distance, Float32Anchor
 from mlx_hiermem.convert.coreml.mil import Var, Weights, half, mb
 from mlx_hiermem.convert.coreml.mixed_precision import uniform
+from mlx_hiermem.convert.coreml.shape import PART, Export, matrices
 from mlx_hiermem.errors import CoreMLError
 
 CONTEXT, TEXTS = 192, 5

@@ -116,7 +116,9 @@ class MemoryModel:
             if bank.manifest.embedder != self.bank.manifest.embedder:
                 raise BankError(f"the bank {bank.root} has another embedder now", "Load the model again.")
             self._router = type(self._router)(bank.tree, self._router.embedder, bank.policy)
-        self.bank, self.cache = bank, BlockCache(bank, self.cache.budget, stats=self.cache.stats)
+        cache = BlockCache(bank, self.cache.budget, stats=self.cache.stats)
+        cache.take_over(self.cache)
+        self.bank, self.cache = bank, cache
         return True
 
     @property
@@ -124,6 +126,12 @@ class MemoryModel:
         """Tokens that the anchor was made for, question and answer together; None where it does not say."""
         nested = self.config.get("text_config", {})
         return self.config.get("max_position_embeddings") or nested.get("max_position_embeddings")
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids that the anchor has rows for, without those that only pad."""
+        config = {**self.config.get("text_config", {}), **self.config}
+        return int(config.get("effective_vocab_size") or config.get("vocab_size") or len(self.tokenizer))
 
     @property
     def default_memory(self) -> MemoryChoice:
@@ -178,7 +186,9 @@ class MemoryModel:
     def select(
         self, memory: Wanted, text: Text, blocked: Collection[Path] = (), route: Route | None = None
     ) -> Selection:
-        """Chooses a memory (see `choose`), fetches it and attaches it."""
+        """Chooses a memory (see `choose`), fetches it and attaches it. An edit of the bank is taken up first."""
+        if route is None:
+            self.refresh()
         chosen = self.choose(memory, text, blocked, route)
         start = time.perf_counter()
         fetch = self.fetch(chosen)
@@ -247,6 +257,7 @@ class MemoryModel:
         if len(memories) != len(prompts):
             raise ArgumentError(f"there are {len(memories)} memories for {len(prompts)} prompts")
         sampling, asked = Sampling.of(options), [self._asked(prompt, chat) for prompt in prompts]
+        self.refresh()
         chosen = [self.choose(one, questions) for one, (_, questions) in zip(memories, asked, strict=True)]
         try:
             return MemoryBatch(self, max_sequences).replies([tokens for tokens, _ in asked], chosen, sampling)
@@ -284,11 +295,14 @@ class MemoryModel:
             raise AnchorError("this anchor has no tokenizer", "Convert it again with --tokenizer.")
         return encode_text(self.tokenizer, text)
 
-    def chat_tokens(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation in the anchor's chat template, ready for the assistant's reply."""
+    def chat_tokens(self, messages: list[dict[str, Any]], **template: Any) -> list[int]:
+        """Token ids of a conversation in the anchor's chat template, ready for the assistant's reply.
+
+        `template` are variables of the template, such as `enable_thinking`.
+        """
         if self.tokenizer is None or self.tokenizer.chat_template is None:
             raise AnchorError("this anchor has no chat template", "`hiermem ask --plain` continues a text.")
-        return encode_chat(self.tokenizer, messages)
+        return encode_chat(self.tokenizer, messages, **template)
 
     def responses(
         self, tokens: list[int], sampling: Sampling, prompt_cache: list[Any] | None = None
@@ -296,6 +310,7 @@ class MemoryModel:
         """mlx-lm's generation with whatever memory is attached."""
         from mlx_lm.generate import stream_generate
 
+        sampling.check_tokens(self.vocabulary)
         yield from stream_generate(
             self.anchor,
             self.tokenizer,
