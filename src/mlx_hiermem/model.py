@@ -109,7 +109,7 @@ class MemoryModel:
         """
         if self.bank is None or self.cache is None or not self.bank.is_edited:
             return False
-        bank = MemoryBank.open(self.bank.root)
+        bank = MemoryBank.open(self.bank.root, self.bank.verify)
         bank.manifest.check_anchor(self.bank.manifest.anchor)
         _ = bank.policy  # and with it the tree: a damaged one shows now
         if self.attachment and not self.attachment.takes(bank.config):
@@ -348,11 +348,16 @@ def check_messages(messages: Any) -> list[dict[str, str]]:
 
 
 def load(
-    folder: str | pathlib.Path, *, cache_bytes: int = 512 << 20, beside: Iterable[MemoryModel] = ()
+    folder: str | pathlib.Path,
+    *,
+    cache_bytes: int = 512 << 20,
+    beside: Iterable[MemoryModel] = (),
+    verify: bool | None = None,
 ) -> MemoryModel:
     """Opens a memory model (`anchor/` and `bank/`), or a plain mlx-lm folder without memory, by folder or hub id.
 
     Where one of the models `beside` has the same anchor in memory, that is used; `folder` may then be a bank alone.
+    `verify` has each file of the bank checked when it is first read; by default so, unless HIERMEM_VERIFY is 0.
     Raises AnchorError, BankError, HubError, or AnchorMismatchError where the bank was made for another anchor.
     """
     if not isinstance(folder, str | pathlib.Path):
@@ -361,8 +366,8 @@ def load(
     folder = resolve(folder)
     anchor_folder = folder / "anchor" if (folder / "anchor").is_dir() else folder
     if (folder / MANIFEST).is_file():
-        return _bank_alone(MemoryBank.open(folder), name or folder.resolve().name, cache_bytes, beside)
-    bank = MemoryBank.open(folder / "bank") if (folder / "bank").is_dir() else None
+        return _bank_alone(MemoryBank.open(folder, verify), name or folder.resolve().name, cache_bytes, beside)
+    bank = MemoryBank.open(folder / "bank", verify) if (folder / "bank").is_dir() else None
     if bank and bank.remote and anchor_folder == folder:
         bring = f"hiermem bank pull {bank.remote.origin.repo} {folder} --lazy"
         raise AnchorError(f"{folder} was pulled without its anchor", f"`{bring}` brings it.")
