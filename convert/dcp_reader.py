@@ -61,7 +61,7 @@ class Chunk:
     length: int
 
 
-class DCPReader:
+class DCPFile:
     """One distributed checkpoint, by its `.metadata`. `extras` are the plain values beside the tensors."""
 
     def __init__(self, file: pathlib.Path) -> None:

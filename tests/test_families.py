@@ -5,6 +5,7 @@ docs/families.md holds the table that is made here.
 
 from __future__ import annotations
 
+import copy
 import pathlib
 import re
 from typing import Any
@@ -41,6 +42,8 @@ QWEN_TOWER = {
     "depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64, "patch_size": 4,
     "num_position_embeddings": 16,
 }  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}
+LONG = YARN | {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.0 + i for i in range(8)]}
 # model_type: (a config of transformers, its changes, the bound on the relative difference of the logits)
 FAMILIES: dict[str, tuple[Any, dict[str, Any], float]] = {
     "cohere": (hf.CohereConfig, {}, EXACT),
@@ -84,6 +87,17 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "granite with another activation": (hf.GraniteConfig, {"hidden_act": "gelu"}, "ignores hidden_act gelu"),
     "nemotron": (hf.NemotronConfig, {}, "no gate"),
     "olmo2 with another activation": (hf.Olmo2Config, {"hidden_act": "gelu"}, "ignores hidden_act gelu"),
+    "llama with longrope": (
+        hf.LlamaConfig,
+        {"rope_parameters": LONG},
+        "ignores rope_scaling longrope's short_factor",
+    ),
+    "llama with an attention factor": (
+        hf.LlamaConfig,
+        {"rope_parameters": YARN | {"attention_factor": 1.3}},
+        "ignores rope_scaling yarn's attention_factor 1.3",
+    ),
+    "stablelm with yarn": (hf.StableLmConfig, {"rope_parameters": YARN}, "ignores rope_scaling yarn"),
     "starcoder2": (hf.Starcoder2Config, {}, "no gate"),
 }
 IDS = parity.prompt(40, 260)
@@ -97,7 +111,7 @@ def source(folder: pathlib.Path, config: Any, changes: dict[str, Any]) -> pathli
     if "vision" in changes:
         kind = hf.AutoModelForImageTextToText
         settings = {"text_config": {**BASE, **changes["text"]}, "vision_config": changes["vision"]}
-    model = kind.from_config(config(**settings), attn_implementation="eager")
+    model = kind.from_config(config(**copy.deepcopy(settings)), attn_implementation="eager")
     with torch.no_grad():
         for name, value in model.named_parameters():
             value.copy_((value if "norm" in name else 0) + 0.1 * torch.randn_like(value))
@@ -156,6 +170,15 @@ def test_gemma2_ends_where_its_window_does(tmp_path: pathlib.Path) -> None:
     convert_huggingface(folder, tmp_path / "anchor")
     assert read_config(folder)["max_position_embeddings"] == 256
     assert read_config(tmp_path / "anchor")["max_position_embeddings"] == 48
+
+
+@pytest.mark.parametrize(
+    "rope", [YARN, {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}], ids=["yarn", "linear"]
+)
+def test_scaled_positions(tmp_path: pathlib.Path, rope: dict[str, Any]) -> None:
+    folder = source(tmp_path / "source", hf.LlamaConfig, {"rope_parameters": rope})
+    convert(folder, tmp_path / "model")
+    assert verify(tmp_path / "model", str(folder)).passed
 
 
 def test_dynamic_positions_beyond_the_length(tmp_path: pathlib.Path) -> None:

@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten
 
 from mlx_hiermem.anchor import model_classes, read_config
 from mlx_hiermem.convert.anchors.adapters import MLX_FILE, PeftAdapter, adapter_files, merge_mlx
-from mlx_hiermem.convert.anchors.hf_config import check_activation, normalise, reject_foreign
+from mlx_hiermem.convert.anchors.hf_config import check_activation, check_positions, normalise, reject_foreign
 from mlx_hiermem.convert.anchors.shards import is_begun, save_weights, staging_folder, write_shards
 from mlx_hiermem.convert.anchors.text_part import is_other, left_out, text_config, text_name
 from mlx_hiermem.convert.checkpoint import RawTensor, TensorSource, open_checkpoint
@@ -126,6 +126,7 @@ def write_anchor(
         check_finite(tree_flatten(model.parameters()), progress)
     check_dense(model)
     check_activation(config, model)
+    check_positions(config, model)
     if quantize is not None:
         model, config = quantized(model, config, quantize)
     out.mkdir(exist_ok=True)
