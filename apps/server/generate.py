@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from mlx_hiermem.apps.server.answers import Answer, ChatAnswer, CompletionAnswer, usage_json
+from mlx_hiermem.apps.server.answers import Answer, ChatAnswer, CompletionAnswer, sources_json, usage_json
 from mlx_hiermem.apps.server.catalogue import Catalogue, Named, has
 from mlx_hiermem.apps.server.engine import Engine
 from mlx_hiermem.apps.server.follow import Usage, follow, until_first_piece
@@ -31,10 +32,12 @@ from mlx_hiermem.apps.server.schema import (
     paths,
 )
 from mlx_hiermem.apps.server.text import Piece, ReplyText
+from mlx_hiermem.bank.sources import SourceWindow
 from mlx_hiermem.config import MemoryChoice, Path
 from mlx_hiermem.errors import AnchorError
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.sampling import Sampling
+from mlx_hiermem.sources import PASSAGE_TOKENS, messages_with, text_with
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,11 @@ class Service:
 
     async def chat(self, asked: ChatRequest, request: Request) -> Response:
         named = self.catalogue.find(asked.model)
-        tokens = await run_in_threadpool(_chat_tokens, named.model, asked)
+        encode = partial(_chat_tokens, named.model, asked)
+        tokens = await run_in_threadpool(encode)
         top = asked.top_logprobs if asked.logprobs else None
-        length = _reply_length(named.model, asked, tokens)
-        job = _job(named, asked, tokens, asked.questions, length, top, asyncio.Queue())
+        length = _reply_length(named, asked, tokens)
+        job = _job(named, asked, tokens, asked.questions, length, top, asyncio.Queue(), encode)
         answer = ChatAnswer(named.name, named.model.tokenizer, top)
         return await self._answer(asked, request, answer, [job])
 
@@ -63,7 +67,19 @@ class Service:
         named = self.catalogue.find(asked.model)
         prompts = await run_in_threadpool(lambda: [_prompt(named.model, prompt) for prompt in asked.prompt])
         length, events = asked.max_tokens or COMPLETION, asyncio.Queue[Any]()
-        jobs = [_job(named, asked, tokens, [text], length, asked.logprobs, events) for tokens, text in prompts]
+        jobs = [
+            _job(
+                named,
+                asked,
+                tokens,
+                [text],
+                length,
+                asked.logprobs,
+                events,
+                partial(_text_tokens, named.model, text),
+            )
+            for tokens, text in prompts
+        ]
         answer = CompletionAnswer(named.name, named.model.tokenizer, asked.logprobs)
         return await self._answer(asked, request, answer, jobs)
 
@@ -82,15 +98,20 @@ class Service:
         return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
 
-def _chat_tokens(model: MemoryModel, asked: ChatRequest) -> list[int]:
+def _chat_tokens(model: MemoryModel, asked: ChatRequest, passage: SourceWindow | None = None) -> list[int]:
     from jinja2 import TemplateError
 
+    messages = messages_with([message.to_template() for message in asked.messages], passage)
     try:
-        return model.chat_tokens([message.to_template() for message in asked.messages])
+        return model.chat_tokens(messages)
     except TemplateError as error:
         raise ApiError(400, f"the model's chat template refuses the messages: {error}", "messages") from error
     except AnchorError as error:
         raise ApiError(400, f"{error.what}; use /v1/completions", "messages") from error
+
+
+def _text_tokens(model: MemoryModel, text: str, passage: SourceWindow) -> list[int]:
+    return model.tokens(text_with(text, passage))
 
 
 def _prompt(model: MemoryModel, prompt: str | list[int]) -> tuple[list[int], str]:
@@ -102,14 +123,23 @@ def _prompt(model: MemoryModel, prompt: str | list[int]) -> tuple[list[int], str
     return prompt, model.tokenizer.decode(prompt)
 
 
-def _reply_length(model: MemoryModel, asked: ChatRequest, tokens: list[int]) -> int:
+def _reply_length(named: Named, asked: ChatRequest, tokens: list[int]) -> int:
     """As many tokens as were asked for; else what the context leaves, within bounds."""
-    room = max(model.context - len(tokens), 1) if model.context else REPLY
+    context, (memory, _) = named.model.context, _memory(named, asked.memory)
+    taken = len(tokens) + (PASSAGE_TOKENS if memory.has_passage else 0)
+    room = max(context - taken, 1) if context else REPLY
     return asked.wanted_tokens or min(REPLY, room)
 
 
 def _job(
-    named: Named, asked: Generation, tokens: list[int], texts: list[str], length: int, top: int | None, events: Any
+    named: Named,
+    asked: Generation,
+    tokens: list[int],
+    texts: list[str],
+    length: int,
+    top: int | None,
+    events: Any,
+    encode: Callable[[SourceWindow], list[int]],
 ) -> Job:
     model, context = named.model, named.model.context
     if context and len(tokens) + length > context:
@@ -120,8 +150,8 @@ def _job(
             "context_length_exceeded",
         )
     memory, blocked = _memory(named, asked.memory)
-    if memory == MemoryChoice.FETCHED and not texts:
-        raise ApiError(400, "memory fetched is routed by the user's messages, and there are none", "memory")
+    if memory.is_routed and not texts:
+        raise ApiError(400, f"memory {memory} is routed by the user's messages, and there are none", "memory")
     sampling = Sampling(
         max_tokens=length,
         temperature=asked.temperature if asked.top_p else 0.0,  # no mass but the likeliest token's
@@ -131,7 +161,7 @@ def _job(
         top_logprobs=top or 0,
     )
     reply = ReplyText(model.tokenizer, tokens, asked.stop)
-    return Job(model, tokens, memory, texts, blocked, sampling, reply, events)
+    return Job(model, tokens, memory, texts, blocked, sampling, reply, events, encode)
 
 
 def _memory(named: Named, wish: Wish) -> tuple[MemoryChoice, frozenset[Path]]:
@@ -145,6 +175,8 @@ def _memory(named: Named, wish: Wish) -> tuple[MemoryChoice, frozenset[Path]]:
         memory = named.memory
     if memory == MemoryChoice.GENERIC and not has(named.model, memory):
         raise ApiError(400, "this model has no generic memory", "memory")
+    if memory.has_passage and not has(named.model, memory):
+        raise ApiError(400, "this model's bank keeps no sources", "memory")
     for node in blocked:
         if bank is None or not bank.tree.has(node):
             raise ApiError(400, f"the memory has no node {node}", "memory")
@@ -173,7 +205,10 @@ async def _stream(
     usage: Usage,
     include_usage: bool,
 ) -> AsyncIterator[str]:
-    """A choice's first and last chunk carry its memory. An error ends the stream, as an event of its own."""
+    """A choice's first and last chunk carry its memory, the last one its sources too.
+
+    An error ends the stream, as an event of its own.
+    """
     indices = {job: index for index, job in enumerate(jobs)}
     memories: dict[Job, dict[str, Any]] = {}
     none = {"usage": None} if include_usage else {}
@@ -182,7 +217,9 @@ async def _stream(
         if isinstance(event, Started):
             memories[job] = event.memory
             return answer.chunk([answer.opening(indices[job])], **none, memory=event.memory)
-        last = {"memory": memories[job]} if event.finish_reason else {}
+        last: dict[str, Any] = {}
+        if event.finish_reason:
+            last = {"memory": memories[job], "sources": sources_json(event.sources)}
         return answer.chunk([answer.delta(indices[job], event)], **none, **last)
 
     async with aclosing(events):

@@ -14,6 +14,7 @@ from mlx_hiermem.bank.block import GENERIC_FILE, MemoryBlock, block_name, read_b
 from mlx_hiermem.bank.manifest import BankManifest
 from mlx_hiermem.bank.policy import POLICY, BankPolicy
 from mlx_hiermem.bank.remote import Origin, RemoteTier
+from mlx_hiermem.bank.sources import INDEX, TEXTS, BankSources
 from mlx_hiermem.config import GENERIC_NODE, MemoryConfig, Path
 from mlx_hiermem.errors import BankError
 from mlx_hiermem.files import file_digest
@@ -82,6 +83,13 @@ class MemoryBank:
             )
         return replace(policy, blocked=policy.blocked - unknown)
 
+    @cached_property
+    def sources(self) -> BankSources | None:
+        """The windows that were learnt; None where the bank was made or shared without them."""
+        if self.manifest.sources is None or (self.remote and not (self.root / INDEX).is_file()):
+            return None
+        return BankSources(self.root)
+
     def state(self, node: Path) -> str:
         """Of a node's block: `blocked` (itself or above), `on disk`, `remote` (on the hub), or `missing`."""
         if self.policy.blocker(node):
@@ -121,6 +129,9 @@ class MemoryBank:
         yield TREE, self.manifest.tree.bytes, self.manifest.tree.sha256
         if self.manifest.generic:
             yield GENERIC_FILE, self.manifest.generic.bytes, self.manifest.generic.sha256
+        if sources := self.manifest.sources:
+            yield TEXTS, sources.texts.bytes, sources.texts.sha256
+            yield INDEX, sources.index.bytes, sources.index.sha256
         for path, entry in self.manifest.blocks.items():
             yield block_name(path), entry.bytes, entry.sha256
 

@@ -20,7 +20,7 @@ from mlx_hiermem.config import BIASES, GENERIC_LEVEL, GENERIC_NODE, SCALES, Memo
 from mlx_hiermem.errors import BankError
 
 GENERIC_FILE = "generic.safetensors"
-SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32"}
+SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32", "int64": "I64"}
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ class Skipped:
 class Window:
     """A piece of a document that is learnt as a whole: full sentences, up to a number of tokens.
 
-    `id` counts the windows of a corpus from 0, `document` its documents.
+    `id` counts the windows of a corpus from 0, `document` its documents. `place` says where in the file it begins,
+    `page 3` or `line 12`, where that is known.
     """
 
     id: int
@@ -36,6 +37,7 @@ class Window:
     source: str
     title: str
     text: str
+    place: str = ""
 
 
 @dataclass(frozen=True)
