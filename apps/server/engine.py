@@ -241,6 +241,7 @@ class Engine:
         """Takes up an edit of the bank. One that cannot be taken up is logged; the bank as it was goes on."""
         try:
             if model.refresh():
+                self._batch_of(model).forget()
                 log.info("took up the edited bank %s", model.bank)
         except HierMemError as error:
             log.warning("goes on with the bank as it was: %s", error)

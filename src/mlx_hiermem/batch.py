@@ -211,6 +211,12 @@ class MemoryBatch:
             self._generator.remove([uid])
             self._forget(uid)
 
+    def forget(self) -> None:
+        """Lets go of what is kept for prompts to come: of a bank that was edited, some may not be used any more."""
+        self.prefixes.trim_to(n_sequences=0)
+        if self.table is not None:
+            self.table.forget()
+
     def close(self) -> None:
         for uid in list(self._sequences):
             self.remove(uid)

@@ -119,7 +119,9 @@ class MemoryModel:
             if bank.manifest.embedder != self.bank.manifest.embedder:
                 raise BankError(f"the bank {bank.root} has another embedder now", "Load the model again.")
             self._router = type(self._router)(bank.tree, self._router.embedder, bank.policy)
-        self.bank, self.cache = bank, BlockCache(bank, self.cache.budget, stats=self.cache.stats)
+        cache = BlockCache(bank, self.cache.budget, stats=self.cache.stats)
+        cache.take_over(self.cache)
+        self.bank, self.cache = bank, cache
         return True
 
     @property
@@ -212,7 +214,9 @@ class MemoryModel:
     def select(
         self, memory: Wanted, text: Text, blocked: Collection[Path] = (), route: Route | None = None
     ) -> Selection:
-        """Chooses a memory (see `choose`), fetches it and attaches it."""
+        """Chooses a memory (see `choose`), fetches it and attaches it. An edit of the bank is taken up first."""
+        if route is None:
+            self.refresh()
         return self.use(self.choose(memory, text, blocked, route))
 
     def use(self, chosen: Selection) -> Selection:
@@ -284,6 +288,7 @@ class MemoryModel:
         if len(memories) != len(prompts):
             raise ArgumentError(f"there are {len(memories)} memories for {len(prompts)} prompts")
         sampling, asked = Sampling.of(options), [self._asked(prompt, chat) for prompt in prompts]
+        self.refresh()
         chosen = [self.choose(one, each.questions) for one, each in zip(memories, asked, strict=True)]
         tokens = [each.tokens(memory.passage) for each, memory in zip(asked, chosen, strict=True)]
         try:

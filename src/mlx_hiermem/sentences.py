@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 # A sentence ends with its mark, closing quotes and brackets included, before something that can begin one: a small
 # letter can where the mark follows a word too long for an abbreviation. It also ends with a blank line, and scripts
@@ -26,10 +27,14 @@ PLAIN_WORDS = frozenset(PLAIN.split())  # function words, in small letters
 
 def sentences(text: str) -> list[str]:
     """The sentences of a text, white space between them dropped and made single within them."""
-    pieces, start = [], 0
-    for mark in BETWEEN.finditer(text):
-        # What closes the sentence belongs to it.
-        pieces.append(text[start : mark.end()])
-        start = mark.end()
-    pieces.append(text[start:])
-    return [sentence for piece in pieces if (sentence := " ".join(piece.split()))]
+    return [sentence for _, sentence in placed(text)]
+
+
+def placed(text: str) -> Iterator[tuple[int, str]]:
+    """(where in the text it begins, sentence)."""
+    start = 0
+    for end in (*(mark.end() for mark in BETWEEN.finditer(text)), len(text)):
+        piece = text[start:end]  # what closes the sentence belongs to it
+        if sentence := " ".join(piece.split()):
+            yield start + len(piece) - len(piece.lstrip()), sentence
+        start = end

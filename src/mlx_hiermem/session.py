@@ -71,6 +71,7 @@ class Session:
         self._cache: list[Any] = []
         self._cached: list[int] = []  # the tokens whose keys and values are in the cache, as far as known
         self._key: tuple[str, ...] = ()  # of the memory that they were computed under
+        self._bank = model.bank  # as it was when it was last looked at; see `_look_again`
         self._earlier = LRUPromptCache(earlier, EARLIER_BYTES)  # by that key and the tokens
         self._drafted: tuple[Any, Turn] | None = None  # where the text goes that is being typed
         self._ahead: Future[None] | None = None
@@ -95,6 +96,7 @@ class Session:
 
         Raises BankError or HierMemError where there is no such memory, and changes nothing.
         """
+        self._look_again()
         wanted = MemoryChoice.parse(memory)
         if wanted.is_routed:
             self.model.bank_for(wanted)
@@ -145,6 +147,7 @@ class Session:
 
     def route(self, text: str) -> Turn:
         """Where a question would go now. Raises BankError where there is no bank."""
+        self._look_again()
         if self._drafted and self._drafted[0] == self._routed_by(text):
             return self._drafted[1]
         return self.model.router.turn(text, self.topic, self.blocked)
@@ -177,10 +180,23 @@ class Session:
 
     def _routed_by(self, text: str) -> tuple[Any, ...]:
         """All that a route depends on."""
-        return text, self.topic, frozenset(self.blocked), self.model.router.policy
+        return text, self.topic, frozenset(self.blocked), self.model.router.policy, self.model.bank
+
+    def _look_again(self) -> None:
+        """Takes up an edit of the bank; keys and values that were computed under blocks of before go."""
+        self.model.refresh()
+        bank = self.model.bank
+        if bank is self._bank:
+            return
+        self._bank, self._drafted = bank, None
+        self._cache, self._cached, self._key = [], [], ()
+        self._earlier.trim_to(n_sequences=0)
+        if self.topic and bank and not bank.tree.has(self.topic.path):
+            self.topic = None
 
     def _prepare(self, text: str) -> list[int]:
         """Routes the question, attaches its memory and returns the prompt's tokens."""
+        self._look_again()
         turn = self.route(text) if self.memory.is_routed else None
         chosen = self.model.choose(self.memory, self.questions, self.blocked, turn.route if turn else None)
         first, dropped, tokens = self._fit(chosen.passage)

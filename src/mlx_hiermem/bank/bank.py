@@ -104,6 +104,12 @@ class MemoryBank:
         origin = Origin.read(self.root)
         return RemoteTier(self.root, origin) if origin else None
 
+    def digest(self, node: Path) -> str:
+        """What the manifest says of a node's block, or of the generic block; empty where it has none."""
+        if node == GENERIC_NODE:
+            return self.manifest.generic.sha256 if self.manifest.generic else ""
+        return self.manifest.blocks[node].sha256 if self.manifest.has_block(node) else ""
+
     def nodes_on(self, path: Path) -> list[Path]:
         """The nodes of a path that have a block, level 1 first. A path may lead below them, or be ragged."""
         return [node for node in path.prefixes() if self.manifest.has_block(node)]

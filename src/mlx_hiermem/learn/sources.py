@@ -9,9 +9,8 @@ import numpy as np
 from mlx_hiermem.bank.manifest import order
 from mlx_hiermem.bank.sources import BankSources, LeafSources, SourceWindow
 from mlx_hiermem.config import Path
-from mlx_hiermem.learn.records import Window
-from mlx_hiermem.learn.tree.build import CorpusTree
-from mlx_hiermem.learn.tree.routing import descend
+from mlx_hiermem.learn.corpus.windows import Window
+from mlx_hiermem.learn.tree.build import CorpusTree, descend
 from mlx_hiermem.learn.work import PROBE_VECTORS, PROBES, read_rows
 from mlx_hiermem.tree import ClusterTree
 
