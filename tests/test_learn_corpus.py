@@ -148,6 +148,28 @@ def test_long_text_comes_in_pieces(folder: pathlib.Path, monkeypatch: pytest.Mon
     assert "".join(d.text for d in read(folder)[0]) == "x" * 1000
 
 
+def test_windows_know_their_place(tmp_path: pathlib.Path, tokenizer: Tokenizer) -> None:
+    def places(name: str) -> list[tuple[str, str]]:
+        work = Work(tmp_path / f"work-{name}")
+        corpus = read_corpus(work, [str(tmp_path / name)], tokenizer, CorpusSettings(tokens=8))
+        return [(window.place, window.text) for window in corpus.windows()]
+
+    (tmp_path / "a.txt").write_text("Copper conducts heat very well.\nIt is red.\n\n  Gold does not rust at all.\n")
+    assert places("a.txt") == [
+        ("line 1", "Copper conducts heat very well."),
+        ("line 2", "It is red."),
+        ("line 4", "Gold does not rust at all."),
+    ]
+    (tmp_path / "b.md").write_text(
+        "---\ntitle: Metals\n---\n\n# Copper\n\nIt conducts heat very well.\n\n# Gold\nIt is soft.\n"
+    )
+    assert [place for place, _ in places("b.md")] == ["line 7", "line 10"]
+    (tmp_path / "c.jsonl").write_text('{"text": "Copper conducts heat."}\n')
+    assert places("c.jsonl") == [("", "Copper conducts heat.")]
+    pages = Document("d.pdf", "", "Page one.\n\nPage two.\n\n", pages=(0, 11))
+    assert [pages.place(at) for at in (0, 8, 11, 15)] == ["page 1", "page 1", "page 2", "page 2"]
+
+
 def test_sentences() -> None:
     assert sentences('He said "Go." Then\n he left (soon). It cost 3.5 e.g. once! Why?  “So.”') == [
         'He said "Go."',

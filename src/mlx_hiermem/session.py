@@ -57,7 +57,7 @@ class Session:
         """
         if not isinstance(model, MemoryModel):
             raise ArgumentError(f"{model!r} is no model", "`load` opens one.")
-        self.model, self.memory = model, MemoryChoice.parse(memory or model.default_memory)
+        self.model, self._memory = model, MemoryChoice.parse(memory or model.default_memory)
         self.system, self.blocked = system, blocked
         self.sampling = Sampling.of(options, max_tokens=REPLY)
         self.messages: list[Message] = []  # the user's and the assistant's
@@ -82,6 +82,15 @@ class Session:
         return f"<Session with {self.model.name}: memory {self.memory}, {turns} turns, {tokens}>"
 
     @property
+    def memory(self) -> MemoryChoice:
+        """The memory of the turns to come. `use` changes it too, and looks whether there is such a memory."""
+        return self._memory
+
+    @memory.setter
+    def memory(self, wanted: Wanted) -> None:
+        self._memory = MemoryChoice.parse(wanted)
+
+    @property
     def context(self) -> int | None:
         """See `MemoryModel.context`."""
         return self.model.context
@@ -103,7 +112,7 @@ class Session:
             self.selection = Selection(wanted)
         else:
             self.selection = self.model.select(wanted, "", self.blocked)
-        self.memory, self.topic, self.turn = wanted, None, None
+        self._memory, self.topic, self.turn = wanted, None, None
 
     def ask(self, question: str) -> Generator[str, None, None]:
         """Streams the reply. A reply that is broken off keeps what was said so far; nothing said, nothing asked.

@@ -267,7 +267,7 @@ def _read_pdf(path: pathlib.Path, source: str) -> Found:
     if reader.is_encrypted and not reader.decrypt(""):
         return Skipped(source, "it needs a password")
     texts = [page.extract_text() + "\n\n" for page in reader.pages]
-    text, pages = "".join(texts), tuple(itertools.accumulate(map(len, texts[:-1]), initial=0))
+    text, pages = "".join(texts)[:-2], tuple(itertools.accumulate(map(len, texts[:-1]), initial=0))
     if not text.strip():
         return Skipped(source, f"no text in its {len(reader.pages)} pages (scanned?)")
     return Document(source, (reader.metadata and reader.metadata.title) or _title_of(path), text, pages=pages)
