@@ -10,12 +10,13 @@ import pytest
 from tiny import make_anchor
 
 from mlx_hiermem.convert.coreml import mil, package
-from mlx_hiermem.convert.coreml.anchor import Export, build, matrices
+from mlx_hiermem.convert.coreml.anchor import build
 from mlx_hiermem.convert.coreml.compress import encode, group_of, rounded, size
 from mlx_hiermem.convert.coreml.interpreter import Program
 from mlx_hiermem.convert.coreml.measure import Distance, Reference
 from mlx_hiermem.convert.coreml.runner import Runner
 from mlx_hiermem.convert.coreml.search import find_plan
+from mlx_hiermem.convert.coreml.shape import Export, matrices
 from mlx_hiermem.errors import CoreMLError, HierMemError
 
 BITS = {"int8": 8, "int8_channel": 8, "int4": 4, "lut4": 4}

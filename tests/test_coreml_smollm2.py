@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mlx_hiermem.convert.coreml import anchor, attention, mil, package
-from mlx_hiermem.convert.coreml.anchor import PART, Export, build, matrices
+from mlx_hiermem.convert.coreml.anchor import build
 from mlx_hiermem.convert.coreml.architecture import Norm
 from mlx_hiermem.convert.coreml.compress import rounded
 from mlx_hiermem.convert.coreml.interpreter import Program
@@ -20,6 +20,7 @@ from mlx_hiermem.convert.coreml.mil import Var, Weights, half, mb
 from mlx_hiermem.convert.coreml.overflow import Overflow
 from mlx_hiermem.convert.coreml.runner import Runner
 from mlx_hiermem.convert.coreml.search import uniform
+from mlx_hiermem.convert.coreml.shape import PART, Export, matrices
 from mlx_hiermem.errors import CoreMLError
 
 CONTEXT, TEXTS = 192, 5

@@ -20,6 +20,7 @@ class Answer:
     """What all answers and chunks of one request have in common."""
 
     prefix = kind = chunk_kind = ""
+    one_prompt = False  # whether all choices are replies to one
 
     def __init__(self, model: str, tokenizer: Any, top: int | None) -> None:
         """`top` is how many of the likeliest tokens are reported beside each; None: no logprobs at all."""
@@ -27,8 +28,8 @@ class Answer:
         self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
 
     def whole(self, pieces: Sequence[Sequence[Piece]], memories: Sequence[dict[str, Any]], usage: Usage) -> Any:
-        """One choice for each sequence, from its pieces. Several sequences have lists of memories and sources."""
-        memory = memories[0] if len(memories) == 1 else list(memories)
+        """One choice for each sequence, from its pieces. Several have a list of memories and of sources."""
+        memory = memories[0] if len(memories) == 1 or self.one_prompt else list(memories)
         choices = [self.choice(index, _joined(each)) for index, each in enumerate(pieces)]
         found = [sources_json(each[-1].sources) for each in pieces]
         sources = found[0] if len(found) == 1 else found
@@ -61,6 +62,7 @@ class Answer:
 
 class ChatAnswer(Answer):
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    one_prompt = True
 
     def choice(self, index: int, piece: Piece) -> dict[str, Any]:
         message = {"role": "assistant", "content": piece.text, "refusal": None}

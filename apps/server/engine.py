@@ -104,7 +104,7 @@ class Engine:
         self._check_alive()
         if len(jobs) > self.max_batch + self.max_queue:
             most = self.max_batch + self.max_queue
-            raise ApiError(400, f"{len(jobs)} prompts are more than the server takes at once ({most})", "prompt")
+            raise ApiError(400, f"{len(jobs)} replies are more than the server gives at once ({most})", "n")
         if len(self._open) + len(jobs) > self.max_batch + self.max_queue:
             raise ApiError(503, "the queue is full; try again in a moment", code="queue_full")
         self._open.update(jobs)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -34,10 +34,20 @@ from mlx_hiermem.apps.server.schema import (
 from mlx_hiermem.apps.server.text import Piece, ReplyText
 from mlx_hiermem.bank.sources import SourceWindow
 from mlx_hiermem.config import MemoryChoice, Path
-from mlx_hiermem.errors import AnchorError
+from mlx_hiermem.errors import AnchorError, ArgumentError
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.sampling import Sampling
 from mlx_hiermem.sources import PASSAGE_TOKENS, messages_with, text_with
+
+Asked = TypeVar("Asked", ChatRequest, CompletionRequest)
+
+
+class Prompt(NamedTuple):
+    """A prompt's tokens, the user's texts in it, and what makes its tokens with a passage in it."""
+
+    tokens: list[int]
+    texts: list[str]
+    encode: Callable[[SourceWindow], list[int]]
 
 
 @dataclass(frozen=True)
@@ -48,40 +58,37 @@ class Service:
     metrics: Metrics
     any_model: bool
     timeout: float  # seconds
+    defaults: Mapping[str, Any]  # of requests' fields, where a request does not say
 
     @property
     def catalogue(self) -> Catalogue:
         return Catalogue(self.engine.models, self.any_model)
 
     async def chat(self, asked: ChatRequest, request: Request) -> Response:
-        named = self.catalogue.find(asked.model)
+        named, asked = self.catalogue.find(asked.model), self._filled(asked)
         encode = partial(_chat_tokens, named.model, asked)
-        tokens = await run_in_threadpool(encode)
+        prompt = Prompt(await run_in_threadpool(encode), asked.questions, encode)
         top = asked.top_logprobs if asked.logprobs else None
-        length = _reply_length(named, asked, tokens)
-        job = _job(named, asked, tokens, asked.questions, length, top, asyncio.Queue(), encode)
+        length = _reply_length(named, asked, prompt.tokens)
+        jobs = _jobs(named, asked, [prompt], length, top)
         answer = ChatAnswer(named.name, named.model.tokenizer, top)
-        return await self._answer(asked, request, answer, [job])
+        return await self._answer(asked, request, answer, jobs)
 
     async def complete(self, asked: CompletionRequest, request: Request) -> Response:
-        named = self.catalogue.find(asked.model)
+        named, asked = self.catalogue.find(asked.model), self._filled(asked)
         prompts = await run_in_threadpool(lambda: [_prompt(named.model, prompt) for prompt in asked.prompt])
-        length, events = asked.max_tokens or COMPLETION, asyncio.Queue[Any]()
-        jobs = [
-            _job(
-                named,
-                asked,
-                tokens,
-                [text],
-                length,
-                asked.logprobs,
-                events,
-                partial(_text_tokens, named.model, text),
-            )
-            for tokens, text in prompts
-        ]
+        jobs = _jobs(named, asked, prompts, asked.max_tokens or COMPLETION, asked.logprobs)
         answer = CompletionAnswer(named.name, named.model.tokenizer, asked.logprobs)
         return await self._answer(asked, request, answer, jobs)
+
+    def _filled(self, asked: Asked) -> Asked:
+        """The request with the server's defaults where it does not say."""
+        given = set(asked.model_fields_set)
+        if isinstance(asked, ChatRequest) and asked.max_completion_tokens:
+            given.add("max_tokens")
+        known = type(asked).model_fields
+        more = {name: value for name, value in self.defaults.items() if name in known and name not in given}
+        return asked.model_copy(update=more)
 
     async def _answer(self, asked: Generation, request: Request, answer: Answer, jobs: Sequence[Job]) -> Response:
         usage = Usage()
@@ -103,24 +110,21 @@ def _chat_tokens(model: MemoryModel, asked: ChatRequest, passage: SourceWindow |
 
     messages = messages_with([message.to_template() for message in asked.messages], passage)
     try:
-        return model.chat_tokens(messages)
-    except TemplateError as error:
+        return model.chat_tokens(messages, **asked.chat_template_kwargs)
+    except (TemplateError, TypeError, ValueError) as error:
         raise ApiError(400, f"the model's chat template refuses the messages: {error}", "messages") from error
     except AnchorError as error:
         raise ApiError(400, f"{error.what}; use /v1/completions", "messages") from error
 
 
-def _text_tokens(model: MemoryModel, text: str, passage: SourceWindow) -> list[int]:
-    return model.tokens(text_with(text, passage))
-
-
-def _prompt(model: MemoryModel, prompt: str | list[int]) -> tuple[list[int], str]:
-    """Token ids and text of a plain prompt."""
+def _prompt(model: MemoryModel, prompt: str | list[int]) -> Prompt:
+    """A plain prompt, given as its text or as its token ids."""
     if isinstance(prompt, str):
-        return model.tokens(prompt), prompt
-    if max(prompt) >= vocabulary(model):
-        raise ApiError(400, f"there is no token {max(prompt)}; they end at {vocabulary(model) - 1}", "prompt")
-    return prompt, model.tokenizer.decode(prompt)
+        return Prompt(model.tokens(prompt), [prompt], lambda passage: model.tokens(text_with(prompt, passage)))
+    if max(prompt) >= model.vocabulary:
+        raise ApiError(400, f"there is no token {max(prompt)}; they end at {model.vocabulary - 1}", "prompt")
+    text = model.tokenizer.decode(prompt)
+    return Prompt(prompt, [text], lambda passage: model.tokens(text_with(text, passage)))
 
 
 def _reply_length(named: Named, asked: ChatRequest, tokens: list[int]) -> int:
@@ -131,17 +135,21 @@ def _reply_length(named: Named, asked: ChatRequest, tokens: list[int]) -> int:
     return asked.wanted_tokens or min(REPLY, room)
 
 
-def _job(
-    named: Named,
-    asked: Generation,
-    tokens: list[int],
-    texts: list[str],
-    length: int,
-    top: int | None,
-    events: Any,
-    encode: Callable[[SourceWindow], list[int]],
-) -> Job:
-    model, context = named.model, named.model.context
+def _jobs(named: Named, asked: Generation, prompts: Sequence[Prompt], length: int, top: int | None) -> list[Job]:
+    """`n` for each prompt, which share a queue. With a seed each reply has a seed of its own, or all were equal."""
+    events, jobs = asyncio.Queue[Any](), list[Job]()
+    for prompt in prompts:
+        job = _job(named, asked, prompt, length, top, events)
+        for number in range(asked.n):
+            seed = None if asked.seed is None else (asked.seed + number) % 2**64
+            reply = ReplyText(named.model.tokenizer, prompt.tokens, asked.stop)
+            sampling = replace(job.sampling, seed=seed)
+            jobs.append(replace(job, reply=reply, sampling=sampling, counted=number == 0))
+    return jobs
+
+
+def _job(named: Named, asked: Generation, prompt: Prompt, length: int, top: int | None, events: Any) -> Job:
+    model, context, tokens = named.model, named.model.context, prompt.tokens
     if context and len(tokens) + length > context:
         raise ApiError(
             400,
@@ -150,18 +158,27 @@ def _job(
             "context_length_exceeded",
         )
     memory, blocked = _memory(named, asked.memory)
-    if memory.is_routed and not texts:
+    if memory.is_routed and not prompt.texts:
         raise ApiError(400, f"memory {memory} is routed by the user's messages, and there are none", "memory")
     sampling = Sampling(
         max_tokens=length,
         temperature=asked.temperature if asked.top_p else 0.0,  # no mass but the likeliest token's
         top_p=asked.top_p or 1.0,
-        seed=None if asked.seed is None else asked.seed % 2**64,
+        top_k=max(asked.top_k, 0),
+        min_p=asked.min_p,
+        repetition_penalty=asked.repetition_penalty,
+        presence_penalty=asked.presence_penalty,
+        frequency_penalty=asked.frequency_penalty,
+        logit_bias={int(token): bias for token, bias in asked.logit_bias.items()},
         logprobs=top is not None,
         top_logprobs=top or 0,
     )
+    try:
+        sampling.check_tokens(model.vocabulary)
+    except ArgumentError as error:
+        raise ApiError(400, str(error), "logit_bias") from error
     reply = ReplyText(model.tokenizer, tokens, asked.stop)
-    return Job(model, tokens, memory, texts, blocked, sampling, reply, events, encode)
+    return Job(model, tokens, memory, prompt.texts, blocked, sampling, reply, events, prompt.encode)
 
 
 def _memory(named: Named, wish: Wish) -> tuple[MemoryChoice, frozenset[Path]]:
@@ -234,9 +251,3 @@ async def _stream(
     if include_usage:
         yield answer.chunk([], usage=usage_json(usage))
     yield "data: [DONE]\n\n"
-
-
-def vocabulary(model: MemoryModel) -> int:
-    """Token ids that the anchor has rows for, without those that only pad."""
-    config = {**model.config.get("text_config", {}), **model.config}
-    return int(config.get("effective_vocab_size") or config.get("vocab_size") or len(model.tokenizer))

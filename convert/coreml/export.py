@@ -14,7 +14,7 @@ from typing import Any
 from mlx_hiermem.anchor import identify
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.convert.coreml import bundle, mil, package, sizes
-from mlx_hiermem.convert.coreml.anchor import PREFILL_TOKENS, Export, build, matrices
+from mlx_hiermem.convert.coreml.anchor import build
 from mlx_hiermem.convert.coreml.architecture import check_memory
 from mlx_hiermem.convert.coreml.bundle import Choice
 from mlx_hiermem.convert.coreml.compress import FORMATS
@@ -23,6 +23,7 @@ from mlx_hiermem.convert.coreml.measure import Reference
 from mlx_hiermem.convert.coreml.references import read_memory
 from mlx_hiermem.convert.coreml.retriever import export_retriever
 from mlx_hiermem.convert.coreml.search import Plan, find_plan
+from mlx_hiermem.convert.coreml.shape import PREFILL_TOKENS, Export, matrices
 from mlx_hiermem.convert.source import tool_versions
 from mlx_hiermem.convert.staging import partial_folder
 from mlx_hiermem.errors import HierMemError

@@ -225,6 +225,7 @@ class MemoryBatch:
     def _check(self, tokens: list[int], sampling: Sampling) -> None:
         if not tokens:
             raise HierMemError("the prompt is empty")
+        sampling.check_tokens(self.model.vocabulary)
         context = self.model.context
         if context and len(tokens) + sampling.max_tokens > context:
             raise HierMemError(

@@ -131,6 +131,12 @@ class MemoryModel:
         return self.config.get("max_position_embeddings") or nested.get("max_position_embeddings")
 
     @property
+    def vocabulary(self) -> int:
+        """Token ids that the anchor has rows for, without those that only pad."""
+        config = {**self.config.get("text_config", {}), **self.config}
+        return int(config.get("effective_vocab_size") or config.get("vocab_size") or len(self.tokenizer))
+
+    @property
     def default_memory(self) -> MemoryChoice:
         """Fetched where the model has a bank."""
         return MemoryChoice.FETCHED if self.bank else MemoryChoice.NONE
@@ -331,11 +337,14 @@ class MemoryModel:
             raise AnchorError("this anchor has no tokenizer", "Convert it again with --tokenizer.")
         return encode_text(self.tokenizer, text)
 
-    def chat_tokens(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation in the anchor's chat template, ready for the assistant's reply."""
+    def chat_tokens(self, messages: list[dict[str, Any]], **template: Any) -> list[int]:
+        """Token ids of a conversation in the anchor's chat template, ready for the assistant's reply.
+
+        `template` are variables of the template, such as `enable_thinking`.
+        """
         if self.tokenizer is None or self.tokenizer.chat_template is None:
             raise AnchorError("this anchor has no chat template", "`hiermem ask --plain` continues a text.")
-        return encode_chat(self.tokenizer, messages)
+        return encode_chat(self.tokenizer, messages, **template)
 
     def responses(
         self, tokens: list[int], sampling: Sampling, prompt_cache: list[Any] | None = None
@@ -343,6 +352,7 @@ class MemoryModel:
         """mlx-lm's generation with whatever memory is attached."""
         from mlx_lm.generate import stream_generate
 
+        sampling.check_tokens(self.vocabulary)
         yield from stream_generate(
             self.anchor,
             self.tokenizer,

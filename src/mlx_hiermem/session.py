@@ -8,7 +8,7 @@ the model's context loses its oldest turns, never its system message.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator
+from collections.abc import Collection, Generator, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -48,17 +48,19 @@ class Session:
         system: str = "",
         blocked: Collection[Path] = (),
         earlier: int = EARLIER,
+        template: Mapping[str, Any] | None = None,
         **options: Unpack[Options],
     ) -> None:
         """`memory` is fetched by default, where the model has a bank. `blocked` nodes are closed to this talk.
 
-        `earlier` is how many KV caches of earlier paths are kept at most. The options are those of `generate`; a
+        `earlier` is how many KV caches of earlier paths are kept at most. `template` are variables of the anchor's
+        chat template. The options are those of `generate`; a
         reply has at most 512 tokens where they do not say.
         """
         if not isinstance(model, MemoryModel):
             raise ArgumentError(f"{model!r} is no model", "`load` opens one.")
         self.model, self._memory = model, MemoryChoice.parse(memory or model.default_memory)
-        self.system, self.blocked = system, blocked
+        self.system, self.blocked, self.template = system, blocked, dict(template or {})
         self.sampling = Sampling.of(options, max_tokens=REPLY)
         self.messages: list[Message] = []  # the user's and the assistant's
         self.topic: Topic | None = None
@@ -218,11 +220,12 @@ class Session:
         """The prompt from a message on, behind the system message. A passage is for the last question alone."""
         messages = messages_with(self.messages[first:], passage)
         if not self.system:
-            return self.model.chat_tokens(messages)
+            return self.model.chat_tokens(messages, **self.template)
         from jinja2 import TemplateError
 
         try:
-            return self.model.chat_tokens([{"role": "system", "content": self.system}, *messages])
+            system = {"role": "system", "content": self.system}
+            return self.model.chat_tokens([system, *messages], **self.template)
         except TemplateError as error:
             raise AnchorError(f"the anchor's chat template takes no system message: {error}") from error
 
