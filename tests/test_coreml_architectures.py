@@ -26,8 +26,8 @@ from mlx_hiermem.convert.anchors.openlm import convert_openlm
 from mlx_hiermem.convert.coreml import mil, package
 from mlx_hiermem.convert.coreml.anchor import build
 from mlx_hiermem.convert.coreml.architecture import Architecture
+from mlx_hiermem.convert.coreml.exported import Runner
 from mlx_hiermem.convert.coreml.interpreter import Program
-from mlx_hiermem.convert.coreml.runner import Runner
 from mlx_hiermem.convert.coreml.shape import Export
 from mlx_hiermem.errors import AnchorError
 

@@ -43,6 +43,7 @@ ORDER += [
     "tiers",
     "plan",
     "selection",
+    "grammar",
     "sampling",
     "response",
     "batch",

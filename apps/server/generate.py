@@ -28,6 +28,7 @@ from mlx_hiermem.apps.server.schema import (
     ChatRequest,
     CompletionRequest,
     Generation,
+    ResponseFormat,
     Wish,
     paths,
 )
@@ -35,6 +36,7 @@ from mlx_hiermem.apps.server.text import Piece, ReplyText
 from mlx_hiermem.bank.sources import SourceWindow
 from mlx_hiermem.config import MemoryChoice, Path
 from mlx_hiermem.errors import AnchorError, ArgumentError
+from mlx_hiermem.grammar import Grammar
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.sampling import Sampling
 from mlx_hiermem.sources import PASSAGE_TOKENS, messages_with, text_with
@@ -70,7 +72,8 @@ class Service:
         prompt = Prompt(await run_in_threadpool(encode), asked.questions, encode)
         top = asked.top_logprobs if asked.logprobs else None
         length = _reply_length(named, asked, prompt.tokens)
-        jobs = _jobs(named, asked, [prompt], length, top)
+        grammar = await run_in_threadpool(_grammar, named.model, asked.response_format)
+        jobs = _jobs(named, asked, [prompt], length, top, grammar)
         answer = ChatAnswer(named.name, named.model.tokenizer, top)
         return await self._answer(asked, request, answer, jobs)
 
@@ -135,7 +138,25 @@ def _reply_length(named: Named, asked: ChatRequest, tokens: list[int]) -> int:
     return asked.wanted_tokens or min(REPLY, room)
 
 
-def _jobs(named: Named, asked: Generation, prompts: Sequence[Prompt], length: int, top: int | None) -> list[Job]:
+def _grammar(model: MemoryModel, wanted: ResponseFormat | None) -> Grammar | None:
+    """Takes a moment for a large schema."""
+    schema = wanted.schema_wanted if wanted else None
+    if schema is None:
+        return None
+    try:
+        return model.grammars.json(schema)
+    except ArgumentError as error:
+        raise ApiError(400, str(error), "response_format") from error
+
+
+def _jobs(
+    named: Named,
+    asked: Generation,
+    prompts: Sequence[Prompt],
+    length: int,
+    top: int | None,
+    grammar: Grammar | None = None,
+) -> list[Job]:
     """`n` for each prompt, which share a queue. With a seed each reply has a seed of its own, or all were equal."""
     events, jobs = asyncio.Queue[Any](), list[Job]()
     for prompt in prompts:
@@ -143,7 +164,7 @@ def _jobs(named: Named, asked: Generation, prompts: Sequence[Prompt], length: in
         for number in range(asked.n):
             seed = None if asked.seed is None else (asked.seed + number) % 2**64
             reply = ReplyText(named.model.tokenizer, prompt.tokens, asked.stop)
-            sampling = replace(job.sampling, seed=seed)
+            sampling = replace(job.sampling, seed=seed, grammar=grammar)
             jobs.append(replace(job, reply=reply, sampling=sampling, counted=number == 0))
     return jobs
 

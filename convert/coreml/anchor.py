@@ -16,9 +16,8 @@ import numpy as np
 
 from mlx_hiermem.convert.coreml import mil
 from mlx_hiermem.convert.coreml.architecture import Architecture, Layer
-from mlx_hiermem.convert.coreml.attention import Cache, Positions, attention, linear, take
+from mlx_hiermem.convert.coreml.layers import Cache, Positions, attention, linear, norm, take
 from mlx_hiermem.convert.coreml.mil import Var, Weights, half, mb
-from mlx_hiermem.convert.coreml.norm import norm
 from mlx_hiermem.convert.coreml.shape import CACHES, LOAD, MEMORY, Export, parts
 
 

@@ -13,7 +13,7 @@ import pathlib
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Unpack
 
 import mlx.core as mx
@@ -26,6 +26,7 @@ from mlx_hiermem.batch import MemoryBatch
 from mlx_hiermem.cache import BlockCache, Fetch
 from mlx_hiermem.config import AnchorIdentity, MemoryChoice, Path
 from mlx_hiermem.errors import AnchorError, ArgumentError, BankError
+from mlx_hiermem.grammar import Grammars
 from mlx_hiermem.memory.attach import Attachment, attach
 from mlx_hiermem.response import GrowingText, Response
 from mlx_hiermem.sampling import LogitsProcessor, Options, Sampling
@@ -110,7 +111,7 @@ class MemoryModel:
         """
         if self.bank is None or self.cache is None or not self.bank.is_edited:
             return False
-        bank = MemoryBank.open(self.bank.root)
+        bank = MemoryBank.open(self.bank.root, self.bank.verify)
         bank.manifest.check_anchor(self.bank.manifest.anchor)
         _ = bank.policy  # and with it the tree: a damaged one shows now
         if self.attachment and not self.attachment.takes(bank.config):
@@ -135,6 +136,11 @@ class MemoryModel:
         """Token ids that the anchor has rows for, without those that only pad."""
         config = {**self.config.get("text_config", {}), **self.config}
         return int(config.get("effective_vocab_size") or config.get("vocab_size") or len(self.tokenizer))
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Grammars that a reply can be held to."""
+        return Grammars(self.tokenizer)
 
     @property
     def default_memory(self) -> MemoryChoice:
@@ -400,11 +406,16 @@ def check_messages(messages: Any) -> list[dict[str, str]]:
 
 
 def load(
-    folder: str | pathlib.Path, *, cache_bytes: int = 512 << 20, beside: Iterable[MemoryModel] = ()
+    folder: str | pathlib.Path,
+    *,
+    cache_bytes: int = 512 << 20,
+    beside: Iterable[MemoryModel] = (),
+    verify: bool | None = None,
 ) -> MemoryModel:
     """Opens a memory model (`anchor/` and `bank/`), or a plain mlx-lm folder without memory, by folder or hub id.
 
     Where one of the models `beside` has the same anchor in memory, that is used; `folder` may then be a bank alone.
+    `verify` has each file of the bank checked when it is first read; by default so, unless HIERMEM_VERIFY is 0.
     Raises AnchorError, BankError, HubError, or AnchorMismatchError where the bank was made for another anchor.
     """
     if not isinstance(folder, str | pathlib.Path):
@@ -413,8 +424,8 @@ def load(
     folder = resolve(folder)
     anchor_folder = folder / "anchor" if (folder / "anchor").is_dir() else folder
     if (folder / MANIFEST).is_file():
-        return _bank_alone(MemoryBank.open(folder), name or folder.resolve().name, cache_bytes, beside)
-    bank = MemoryBank.open(folder / "bank") if (folder / "bank").is_dir() else None
+        return _bank_alone(MemoryBank.open(folder, verify), name or folder.resolve().name, cache_bytes, beside)
+    bank = MemoryBank.open(folder / "bank", verify) if (folder / "bank").is_dir() else None
     if bank and bank.remote and anchor_folder == folder:
         bring = f"hiermem bank pull {bank.remote.origin.repo} {folder} --lazy"
         raise AnchorError(f"{folder} was pulled without its anchor", f"`{bring}` brings it.")

@@ -32,7 +32,7 @@ from mlx_hiermem.bank.sources import INDEX, write_sources
 from mlx_hiermem.config import Path
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import BankError
-from mlx_hiermem.files import file_digest, replace_folder
+from mlx_hiermem.files import file_digest, new_folder, replace_folder
 from mlx_hiermem.learn import publish, stages
 from mlx_hiermem.learn.corpus.corpus import Corpus
 from mlx_hiermem.learn.publish import ANCHOR, BANK, MovedTexts, kept_texts
@@ -45,7 +45,7 @@ from mlx_hiermem.learn.train.jobs import Trainer
 from mlx_hiermem.learn.train.schedule import nodes_with_block
 from mlx_hiermem.learn.tree.build import CorpusTree, added_node, place_in_tree, with_new_leaf
 from mlx_hiermem.learn.tree.labels import SOURCES, describe_nodes
-from mlx_hiermem.learn.work import TRAINING, Work, locked_work, work_folder, write_text
+from mlx_hiermem.learn.work import GO_ON, TRAINING, Work, locked_work, work_folder, write_text
 from mlx_hiermem.tree import ClusterTree
 
 BEFORE, AFTER, JOINED, ALL, ROWS = "before", "after", "joined", "all", "rows.json"
@@ -99,13 +99,9 @@ class _Adding(stages.StagedRun):
         if before.is_dir() and not self._is_ours():
             shutil.rmtree(before)  # of a command that was given up: the bank is another by now
         if not before.is_dir():
-            beside = work.path(f"{BEFORE}.tmp")
-            with work.writing():
-                shutil.rmtree(beside, ignore_errors=True)
-                beside.mkdir()
+            with new_folder(before, GO_ON) as beside:
                 for name in (MANIFEST, TREE):
                     shutil.copyfile(self.root / name, beside / name)
-                beside.rename(before)
         self.bank = MemoryBank(self.root, BankManifest.read(before / MANIFEST))
         self.tree, self.digest = ClusterTree.load(before / TREE), file_digest(before / MANIFEST)
 

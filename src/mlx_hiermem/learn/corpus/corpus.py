@@ -29,10 +29,11 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from mlx_hiermem.errors import CorpusError
+from mlx_hiermem.files import new_file
 from mlx_hiermem.learn.corpus import readers
 from mlx_hiermem.learn.corpus.windows import Document, Skipped, Window, splintered, split, untruncated
 from mlx_hiermem.learn.settings import CorpusSettings
-from mlx_hiermem.learn.work import PROMPTS, SKIPPED, STUDY, WINDOWS, Work, count_lines, read_rows, write_rows
+from mlx_hiermem.learn.work import GO_ON, PROMPTS, SKIPPED, STUDY, WINDOWS, Work, count_lines, read_rows, write_rows
 
 FOREIGN = 0.25  # share of splintered tokens from which on a corpus is not in English; see `splintered`
 LOOKED_AT = 500  # windows, by which the language is judged
@@ -110,8 +111,12 @@ def read_corpus(
     """Stage `corpus`. `progress` is told each document's source. Raises CorpusError where nothing is left."""
 
     def make() -> None:
-        beside, reader = work.path(SKIPPED + ".tmp"), untruncated(tokenizer)
-        with beside.open("w", encoding="utf-8") as stream, Seen(work.path("seen.sqlite")) as seen:
+        reader = untruncated(tokenizer)
+        with (
+            new_file(work.path(SKIPPED), GO_ON) as beside,
+            beside.open("w", encoding="utf-8") as stream,
+            Seen(work.path("seen.sqlite")) as seen,
+        ):
 
             def skip(skipped: Skipped) -> None:
                 stream.write(json.dumps(asdict(skipped), ensure_ascii=False) + "\n")
@@ -119,7 +124,6 @@ def read_corpus(
             documents = _new_documents(readers.read(sources, settings.field, settings.title), seen, skip, progress)
             windows = _windows(documents, reader, settings.tokens)
             count = write_rows(work.path(WINDOWS), map(asdict, windows))
-        beside.replace(work.path(SKIPPED))
         if not count:
             first = next((f": {row['what']} is skipped, {row['why']}" for row in read_rows(work.path(SKIPPED))), "")
             raise CorpusError(

@@ -20,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import pathlib
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,6 +31,7 @@ import numpy as np
 
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import HierMemError
+from mlx_hiermem.files import partial_name, replace_folder
 
 CHUNK = 1 << 20  # assignments sorted at a time
 JITTER = 16  # tokens by which lengths are blurred, so that each epoch has other groups
@@ -140,7 +140,7 @@ class TrainingSetWriter:
     """Writes a set beside `folder` and renames it there at the end; an exception leaves nothing."""
 
     def __init__(self, folder: pathlib.Path) -> None:
-        self.folder, self.partial = folder, folder.with_name(folder.name + ".partial")
+        self.folder, self.partial = folder, partial_name(folder)
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
         names = ("tokens", "learn", "teachers", "index", "pairs")
@@ -194,8 +194,7 @@ class TrainingSetWriter:
         (self.partial / "pairs").unlink()
         head = {"leaves": [str(leaf) for leaf in leaves], "ends": ends.tolist(), "digest": self._digest.hexdigest()}
         (self.partial / "set.json").write_text(json.dumps(head), encoding="utf-8")
-        shutil.rmtree(self.folder, ignore_errors=True)
-        os.rename(self.partial, self.folder)
+        replace_folder(self.partial, self.folder)
 
     def _sort_by_leaf(self, leaves: list[Path], ends: np.ndarray) -> None:
         """(leaf, example) pairs -> examples leaf by leaf: a counting sort that holds one chunk in memory."""

@@ -179,7 +179,8 @@ class Trainer:
         """Writes what this work folder is for, or checks it."""
         text, file = json.dumps(made_of, sort_keys=True), self.work / "training.json"
         if not file.is_file():
-            own = file.with_name(f"{file.name}.{self.group.rank()}")  # ranks may write it at one time
+            # Ranks may write it at one time, so each has a name of its own beside it; the last one's stays.
+            own = file.with_name(f"{file.name}.{self.group.rank()}")
             write_text(own, text)
             os.replace(own, file)
         elif file.read_text(encoding="utf-8") != text:

@@ -234,7 +234,7 @@ def embed_to_file(
 
     `progress` counts texts.
     """
-    part = file.with_name(file.name + ".part")
+    part = file.with_name(file.name + ".part")  # unlike `new_file`'s, it stays where the block fails
     dim = embedder.embed([""]).shape[1]
     header = _header(count, dim)
     with part.open("r+b" if part.exists() else "w+b") as stream:
