@@ -185,6 +185,22 @@ def locked(folder: pathlib.Path, doing: str) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def try_lock(file: pathlib.Path) -> Iterator[bool]:
+    """Tells whether this process holds a lock now, which is let go of in the end; the file is made where it lacks."""
+    with writing(file):
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
+        except BlockingIOError:
+            free = False
+        yield free
+    finally:
+        os.close(descriptor)
+
+
 # Reading
 
 

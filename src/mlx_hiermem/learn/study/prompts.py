@@ -68,6 +68,19 @@ def parse(line: str) -> Prompt:
     return found
 
 
+def line_of(one: Prompt) -> Row:
+    """A prompt as a line of the file has it."""
+    match one:
+        case Prompt(document, asked, said, chat=True):
+            turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+            return {"document": document, "messages": turns}
+        case Prompt(document, asked, said, framed=True):
+            return {"document": document, "question": asked, "answer": said}
+        case Prompt(document, "", said):
+            return {"document": document, "text": said}
+    return {"document": one.document, "prompt": one.prompt, "completion": one.answer}
+
+
 def about_windows(corpus: Corpus, given: Sequence[Prompt]) -> list[Row]:
     """The rows of the prompts, in the order of their windows.
 

@@ -70,7 +70,7 @@ def study(
                 tell = partial(_told, progress, done, len(some), corpus.count)
                 cached = CachedTeacher.of(loaded, file.with_suffix(".replies"))
                 write_rows(file, _studied(some, cached, settings, rng, tell))
-                cached.file.unlink(missing_ok=True)
+                cached.kept.file.unlink(missing_ok=True)
             files.append(file)
             done += len(some)
             progress(done, corpus.count)
