@@ -6,7 +6,6 @@ so that a checkpoint larger than memory can be streamed.
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from mlx_hiermem.convert.readers import (
 )
 from mlx_hiermem.convert.torch_reader import TorchReader
 from mlx_hiermem.errors import CheckpointError
+from mlx_hiermem.files import parse_json
 
 __all__ = ["RawTensor", "TensorSource", "is_finite", "open_checkpoint"]
 
@@ -146,7 +146,7 @@ def _index_file(folder: pathlib.Path) -> pathlib.Path | None:
 def _read_index(index: pathlib.Path) -> dict[str, str]:
     """tensor name -> shard file name."""
     try:
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = parse_json(index.read_text(encoding="utf-8"))["weight_map"]
         names = {str(name): str(file) for name, file in shards.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"cannot read the index {index}: {error!r}") from error

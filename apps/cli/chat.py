@@ -22,6 +22,7 @@ from mlx_hiermem.apps.cli.display import (
     waiting,
     write,
 )
+from mlx_hiermem.printable import printable
 
 if TYPE_CHECKING:
     from mlx_hiermem.apps.cli.keyboard import Paused, ReadLine
@@ -76,7 +77,7 @@ def talk(session: Session, header: str = "") -> bool:
             elif not slash.run(session, text):
                 break
         except HierMemError as error:
-            notes.print(f"hiermem: {error}", style="red", markup=False, soft_wrap=True)
+            notes.print(printable(f"hiermem: {error}"), style="red", markup=False, soft_wrap=True)
             well = False
         except KeyboardInterrupt:
             console.print("[stopped]", style="dim", markup=False)

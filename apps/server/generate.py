@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from mlx_hiermem.apps.server.answers import Answer, ChatAnswer, CompletionAnswer, usage_json
+from mlx_hiermem.apps.server.catalogue import Catalogue, Named, has
 from mlx_hiermem.apps.server.engine import Engine
 from mlx_hiermem.apps.server.follow import Usage, follow, until_first_piece
 from mlx_hiermem.apps.server.job import Job, Started
@@ -38,93 +39,33 @@ from mlx_hiermem.sampling import Sampling
 
 @dataclass(frozen=True)
 class Service:
-    """What the routes share. `model` is the name that the server gives to its model."""
+    """What the routes share. Clients that name a model they cannot choose get the first, with `any_model`."""
 
     engine: Engine
     metrics: Metrics
-    model: str
+    any_model: bool
     timeout: float  # seconds
 
+    @property
+    def catalogue(self) -> Catalogue:
+        return Catalogue(self.engine.models, self.any_model)
+
     async def chat(self, asked: ChatRequest, request: Request) -> Response:
-        self._check_model(asked)
-        tokens = await run_in_threadpool(self._chat_tokens, asked)
+        named = self.catalogue.find(asked.model)
+        tokens = await run_in_threadpool(_chat_tokens, named.model, asked)
         top = asked.top_logprobs if asked.logprobs else None
-        job = self._job(asked, tokens, asked.questions, self._reply_length(asked, tokens), top, asyncio.Queue())
-        answer = ChatAnswer(self.model, self.engine.model.tokenizer, top)
+        length = _reply_length(named.model, asked, tokens)
+        job = _job(named, asked, tokens, asked.questions, length, top, asyncio.Queue())
+        answer = ChatAnswer(named.name, named.model.tokenizer, top)
         return await self._answer(asked, request, answer, [job])
 
     async def complete(self, asked: CompletionRequest, request: Request) -> Response:
-        self._check_model(asked)
-        prompts = await run_in_threadpool(lambda: [self._prompt(prompt) for prompt in asked.prompt])
+        named = self.catalogue.find(asked.model)
+        prompts = await run_in_threadpool(lambda: [_prompt(named.model, prompt) for prompt in asked.prompt])
         length, events = asked.max_tokens or COMPLETION, asyncio.Queue[Any]()
-        jobs = [self._job(asked, tokens, [text], length, asked.logprobs, events) for tokens, text in prompts]
-        answer = CompletionAnswer(self.model, self.engine.model.tokenizer, asked.logprobs)
+        jobs = [_job(named, asked, tokens, [text], length, asked.logprobs, events) for tokens, text in prompts]
+        answer = CompletionAnswer(named.name, named.model.tokenizer, asked.logprobs)
         return await self._answer(asked, request, answer, jobs)
-
-    def _check_model(self, asked: Generation) -> None:
-        if asked.model and asked.model != self.model:
-            raise unknown_model(asked.model, self.model)
-
-    def _chat_tokens(self, asked: ChatRequest) -> list[int]:
-        from jinja2 import TemplateError
-
-        try:
-            return self.engine.model.chat_tokens([message.to_template() for message in asked.messages])
-        except TemplateError as error:
-            raise ApiError(400, f"the model's chat template refuses the messages: {error}", "messages") from error
-        except AnchorError as error:
-            raise ApiError(400, f"{error.what}; use /v1/completions", "messages") from error
-
-    def _prompt(self, prompt: str | list[int]) -> tuple[list[int], str]:
-        """Token ids and text of a plain prompt."""
-        model = self.engine.model
-        if isinstance(prompt, str):
-            return model.tokens(prompt), prompt
-        if max(prompt) >= vocabulary(model):
-            raise ApiError(400, f"there is no token {max(prompt)}; they end at {vocabulary(model) - 1}", "prompt")
-        return prompt, model.tokenizer.decode(prompt)
-
-    def _reply_length(self, asked: ChatRequest, tokens: list[int]) -> int:
-        """As many tokens as were asked for; else what the context leaves, within bounds."""
-        context = self.engine.model.context
-        room = max(context - len(tokens), 1) if context else REPLY
-        return asked.wanted_tokens or min(REPLY, room)
-
-    def _job(
-        self, asked: Generation, tokens: list[int], texts: list[str], length: int, top: int | None, events: Any
-    ) -> Job:
-        context, model = self.engine.model.context, self.engine.model
-        if context and len(tokens) + length > context:
-            raise ApiError(
-                400,
-                f"the prompt's {len(tokens)} tokens and a reply of {length} are more than the model's {context}",
-                "prompt" if isinstance(asked, CompletionRequest) else "messages",
-                "context_length_exceeded",
-            )
-        memory, blocked = self._memory(asked.memory)
-        if memory == MemoryChoice.FETCHED and not texts:
-            raise ApiError(400, "memory fetched is routed by the user's messages, and there are none", "memory")
-        sampling = Sampling(
-            max_tokens=length,
-            temperature=asked.temperature if asked.top_p else 0.0,  # no mass but the likeliest token's
-            top_p=asked.top_p or 1.0,
-            seed=None if asked.seed is None else asked.seed % 2**64,
-            logprobs=top is not None,
-            top_logprobs=top or 0,
-        )
-        reply = ReplyText(model.tokenizer, tokens, asked.stop)
-        return Job(tokens, memory, texts, blocked, sampling, reply, events)
-
-    def _memory(self, wish: Wish) -> tuple[MemoryChoice, frozenset[Path]]:
-        """The memory that is wanted, and the blocked nodes, which the tree has."""
-        bank = self.engine.model.bank
-        memory, blocked = wish.memory(bank is not None), paths(wish.blocked)
-        if memory == MemoryChoice.GENERIC and (bank is None or bank.manifest.generic is None):
-            raise ApiError(400, "this model has no generic memory", "memory")
-        for node in blocked:
-            if bank is None or not bank.tree.has(node):
-                raise ApiError(400, f"the memory has no node {node}", "memory")
-        return memory, blocked
 
     async def _answer(self, asked: Generation, request: Request, answer: Answer, jobs: Sequence[Job]) -> Response:
         usage = Usage()
@@ -139,6 +80,75 @@ class Service:
             raise
         stream = _stream(seen, events, answer, jobs, usage, asked.stream_options.include_usage)
         return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+
+def _chat_tokens(model: MemoryModel, asked: ChatRequest) -> list[int]:
+    from jinja2 import TemplateError
+
+    try:
+        return model.chat_tokens([message.to_template() for message in asked.messages])
+    except TemplateError as error:
+        raise ApiError(400, f"the model's chat template refuses the messages: {error}", "messages") from error
+    except AnchorError as error:
+        raise ApiError(400, f"{error.what}; use /v1/completions", "messages") from error
+
+
+def _prompt(model: MemoryModel, prompt: str | list[int]) -> tuple[list[int], str]:
+    """Token ids and text of a plain prompt."""
+    if isinstance(prompt, str):
+        return model.tokens(prompt), prompt
+    if max(prompt) >= vocabulary(model):
+        raise ApiError(400, f"there is no token {max(prompt)}; they end at {vocabulary(model) - 1}", "prompt")
+    return prompt, model.tokenizer.decode(prompt)
+
+
+def _reply_length(model: MemoryModel, asked: ChatRequest, tokens: list[int]) -> int:
+    """As many tokens as were asked for; else what the context leaves, within bounds."""
+    room = max(model.context - len(tokens), 1) if model.context else REPLY
+    return asked.wanted_tokens or min(REPLY, room)
+
+
+def _job(
+    named: Named, asked: Generation, tokens: list[int], texts: list[str], length: int, top: int | None, events: Any
+) -> Job:
+    model, context = named.model, named.model.context
+    if context and len(tokens) + length > context:
+        raise ApiError(
+            400,
+            f"the prompt's {len(tokens)} tokens and a reply of {length} are more than the model's {context}",
+            "prompt" if isinstance(asked, CompletionRequest) else "messages",
+            "context_length_exceeded",
+        )
+    memory, blocked = _memory(named, asked.memory)
+    if memory == MemoryChoice.FETCHED and not texts:
+        raise ApiError(400, "memory fetched is routed by the user's messages, and there are none", "memory")
+    sampling = Sampling(
+        max_tokens=length,
+        temperature=asked.temperature if asked.top_p else 0.0,  # no mass but the likeliest token's
+        top_p=asked.top_p or 1.0,
+        seed=None if asked.seed is None else asked.seed % 2**64,
+        logprobs=top is not None,
+        top_logprobs=top or 0,
+    )
+    reply = ReplyText(model.tokenizer, tokens, asked.stop)
+    return Job(model, tokens, memory, texts, blocked, sampling, reply, events)
+
+
+def _memory(named: Named, wish: Wish) -> tuple[MemoryChoice, frozenset[Path]]:
+    """The memory that is wanted, by the model's name or the field, and the blocked nodes, which the tree has."""
+    bank = named.model.bank
+    memory, blocked = wish.memory(bank is not None), paths(wish.blocked)
+    if named.memory is not None:
+        if "use" in wish.model_fields_set and memory != named.memory:
+            message = f"the model's name asks for memory {named.memory}, the field memory for {memory}; take one"
+            raise ApiError(400, message, "memory")
+        memory = named.memory
+    if memory == MemoryChoice.GENERIC and not has(named.model, memory):
+        raise ApiError(400, "this model has no generic memory", "memory")
+    for node in blocked:
+        if bank is None or not bank.tree.has(node):
+            raise ApiError(400, f"the memory has no node {node}", "memory")
+    return memory, blocked
 
 
 Events = AsyncGenerator[tuple[Job, Started | Piece]]
@@ -193,7 +203,3 @@ def vocabulary(model: MemoryModel) -> int:
     """Token ids that the anchor has rows for, without those that only pad."""
     config = {**model.config.get("text_config", {}), **model.config}
     return int(config.get("effective_vocab_size") or config.get("vocab_size") or len(model.tokenizer))
-
-
-def unknown_model(name: str, ours: str) -> ApiError:
-    return ApiError(404, f"there is no model '{name}' here; the model is '{ours}'", "model", "model_not_found")

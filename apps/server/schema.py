@@ -252,6 +252,7 @@ class CompletionRequest(Generation):
 class RouteRequest(Asked):
     """POST /v1/memory/route. A text, or the messages of a conversation."""
 
+    model: str = ""
     text: str = ""
     messages: list[Message] = []
     blocked: list[str] = []
@@ -259,3 +260,16 @@ class RouteRequest(Asked):
     @property
     def questions(self) -> list[str]:
         return [self.text] if self.text else [m.text for m in self.messages if m.role == "user"]
+
+
+class LoadRequest(Asked):
+    """POST /v1/banks/load: a model's or a bank's folder, or hub id, and the name that clients will use."""
+
+    name: str = Field(min_length=1)
+    path: str = Field(min_length=1)
+
+
+class UnloadRequest(Asked):
+    """POST /v1/banks/unload"""
+
+    name: str = Field(min_length=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from functools import cached_property
 from typing import Any
@@ -16,6 +15,7 @@ from mlx_hiermem.convert.coreml.interpreter import Program
 from mlx_hiermem.convert.coreml.prompts import prompts
 from mlx_hiermem.convert.coreml.runner import Runner
 from mlx_hiermem.errors import CoreMLError
+from mlx_hiermem.files import parse_json
 from mlx_hiermem.tokenizer import encode_text, load_tokenizer
 
 MANIFEST = "manifest.json"
@@ -76,7 +76,7 @@ class Exported:
 
 def _read_manifest(file: pathlib.Path) -> dict[str, Any]:
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = parse_json(file.read_text(encoding="utf-8"))
         found = (manifest["format"], manifest["version"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CoreMLError(

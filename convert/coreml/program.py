@@ -6,7 +6,6 @@ program must have before it can run: every name defined before its use, interfac
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ import numpy as np
 
 from mlx_hiermem.convert.coreml.weights import DTYPES, WeightFile, decode, numpy_dtype
 from mlx_hiermem.errors import CoreMLError, MissingDependencyError
+from mlx_hiermem.files import parse_json
 
 MODEL_PATH = "@model_path/"
 DAMAGED = "Export the model again."
@@ -119,7 +119,7 @@ def read_program(package: pathlib.Path) -> dict[str, FunctionSpec]:
 
 def _model_file(package: pathlib.Path) -> pathlib.Path:
     try:
-        manifest = json.loads((package / "Manifest.json").read_text(encoding="utf-8"))
+        manifest = parse_json((package / "Manifest.json").read_text(encoding="utf-8"))
         path = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CoreMLError(f"{package} is no .mlpackage: {error}", DAMAGED) from error

@@ -22,19 +22,20 @@ import numpy as np
 
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.block import MemoryBlock, block_name, write_block
+from mlx_hiermem.bank.commit import FORGET, LEARNING
 from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
 from mlx_hiermem.bank.quantize import quantized
 from mlx_hiermem.bank.writer import BankWriter, to_disk
 from mlx_hiermem.config import GENERIC_NODE, AnchorIdentity, EmbedderIdentity, MemoryConfig, Path
 from mlx_hiermem.errors import HierMemError, OutputError
-from mlx_hiermem.files import replace_folder, restore_folder
+from mlx_hiermem.files import locked, replace_folder, restore_folder
 from mlx_hiermem.learn.train.blocks import Tensors
 from mlx_hiermem.learn.train.dataset import TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.train.encoding import EXAMPLES
 from mlx_hiermem.learn.train.jobs import Trainer
 from mlx_hiermem.tree import ClusterTree
 
-ANCHOR, BANK, LEARNING = "anchor", "bank", "learning"  # folders of a model
+ANCHOR, BANK = "anchor", "bank"  # folders of a model, beside LEARNING
 Nodes = Mapping[str, Mapping[str, Any]]  # as nodes.json has them
 
 
@@ -150,22 +151,32 @@ def publish(folder: pathlib.Path, out: pathlib.Path) -> None:
 # The kept texts
 
 
-def forget(model: pathlib.Path) -> int:
-    """Drops the kept texts of leaves that were removed, unless another leaf has learnt them; returns how many."""
-    kept, tree = kept_texts(model), MemoryBank.open(model / BANK).tree
-    if not kept.is_dir():
-        return 0
-    old, fewer = TrainingSet.open(kept), kept.with_name(f"{EXAMPLES}.fewer")
+def forget(root: pathlib.Path) -> int:
+    """Drops the kept texts of leaves that were removed from a bank, unless another leaf has learnt them.
+
+    Returns how many. The bank's note that this is to be done goes last: a process that dies leaves it.
+    """
+    model, count = root.absolute().parent, 0
+    kept = kept_texts(model)
     try:
-        with TrainingSetWriter(fewer) as out:
-            for number, leaves in still_there(old, tree):
-                out.add(old.read(number), leaves)
-        count = len(old) - len(TrainingSet.open(fewer))
-        replace_folder(fewer, kept)
+        if kept.is_dir():
+            with locked(model / LEARNING, "changing"):
+                count = _drop(kept, MemoryBank.open(root).tree)
+        (root / FORGET).unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(
             f"cannot write {kept}: {error.strerror or error}", "It still has texts of what was removed: delete it."
         ) from error
+    return count
+
+
+def _drop(kept: pathlib.Path, tree: ClusterTree) -> int:
+    old, fewer = TrainingSet.open(kept), kept.with_name(f"{EXAMPLES}.fewer")
+    with TrainingSetWriter(fewer) as out:
+        for number, leaves in still_there(old, tree):
+            out.add(old.read(number), leaves)
+    count = len(old) - len(TrainingSet.open(fewer))
+    replace_folder(fewer, kept)
     return count
 
 

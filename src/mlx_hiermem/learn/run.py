@@ -20,12 +20,13 @@ import mlx.nn as nn
 
 from mlx_hiermem import __version__
 from mlx_hiermem.anchor import identify, load_anchor
+from mlx_hiermem.bank.commit import LEARNING
 from mlx_hiermem.bank.policy import POLICY, BankPolicy
 from mlx_hiermem.config import EmbedderIdentity, MemoryConfig
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import AnchorError, HierMemError, OutputError
 from mlx_hiermem.learn import report
-from mlx_hiermem.learn.publish import ANCHOR, BANK, LEARNING, About, Nodes, link, publish, write_bank
+from mlx_hiermem.learn.publish import ANCHOR, BANK, About, Nodes, link, publish, write_bank
 from mlx_hiermem.learn.settings import (
     ExampleSettings,
     LearnSettings,
