@@ -189,13 +189,13 @@ def locked(folder: pathlib.Path, doing: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def try_lock(file: pathlib.Path) -> Iterator[bool]:
-    """Tells whether this process holds a lock now, which is let go of in the end; the file is made where it lacks."""
+    """Tells whether this process has a file's lock now, and lets go of it in the end. The file is made."""
     with writing(file):
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     try:
+        free = True
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = True
         except BlockingIOError:
             free = False
         yield free

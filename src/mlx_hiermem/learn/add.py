@@ -37,7 +37,7 @@ from mlx_hiermem.learn import publish, report
 from mlx_hiermem.learn.corpus.corpus import Corpus
 from mlx_hiermem.learn.publish import ANCHOR, BANK, kept_texts
 from mlx_hiermem.learn.settings import AddSettings, ExampleSettings
-from mlx_hiermem.learn.stages import StagedRun
+from mlx_hiermem.learn.stages import StagedRun, teaching_of
 from mlx_hiermem.learn.train.blocks import Tensors
 from mlx_hiermem.learn.train.dataset import TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.train.encoding import EXAMPLES, TOGETHER, make_examples
@@ -118,7 +118,8 @@ class _Adding(StagedRun):
         corpus, skipped = self.read(sources, embedder.tokenizer, settings)
         # The tree stands, and was not made to take reversed questions to the new documents.
         asked = replace(settings.study, reversed_questions=0, reversed_statements=0)
-        self.study(corpus, settings, asked, (model, tokenizer), self.bank.manifest.anchor.weights_digest)
+        digest = self.bank.manifest.anchor.weights_digest
+        self.study(corpus, settings.prompts, teaching_of(settings, asked, (model, tokenizer), digest))
         built, new_leaf = self._place(corpus, embedder)
         with self.stage("examples"):
             teachers = settings.training.objective == "distillation"

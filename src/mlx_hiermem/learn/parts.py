@@ -57,9 +57,7 @@ def help_make_parts(
             _made(name(number), part, make, wanted)
 
 
-def _made(
-    file: pathlib.Path, part: T, make: Callable[[T, pathlib.Path], None], wanted: Callable[[], bool]
-) -> bool:
+def _made(file: pathlib.Path, part: T, make: Callable[[T, pathlib.Path], None], wanted: Callable[[], bool]) -> bool:
     """Makes a part's file, unless somebody does so already; returns whether it was made here.
 
     `wanted` is asked after the look for the file: the first rank takes the files away once they are used.

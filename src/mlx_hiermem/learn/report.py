@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import pathlib
 from typing import Any, Protocol
 
@@ -54,7 +55,8 @@ def corpus_line(corpus: Corpus, skipped: int) -> str:
     return f"{line}; {skipped:,} skipped: {some}" + ", …" * (skipped > NAMED)
 
 
-def study_line(file: pathlib.Path) -> str:
+def study_line(file: pathlib.Path, counts: pathlib.Path) -> str:
+    """`counts` says what came of a teacher's replies, where it wrote freely."""
     if not file.exists():
         return "none: texts are learnt as they stand"
     rows, questions, given = 0, 0, 0
@@ -63,7 +65,17 @@ def study_line(file: pathlib.Path) -> str:
         rows, questions, given = rows + 1, questions + ("question" in row and not own), given + own
     line = f"{rows:,} prompts with answers"
     line += f", {questions:,} of them questions" if rows > given else ""
-    return line + (f", {given:,} of them given" if given else "")
+    line += f", {given:,} of them given" if given else ""
+    return f"{line}; {_replies(json.loads(counts.read_text()))}" if counts.exists() else line
+
+
+def _replies(counts: dict[str, int]) -> str:
+    """What was not kept of what a teacher wrote."""
+    parts = [f"of {counts['replies']:,} replies {counts['no use']:,} were of no use"]
+    parts += [f"{counts['unanswered']:,} requests were not answered"] if counts["unanswered"] else []
+    parts += [f"{counts['unsupported']:,} records had a number or name that their window has not"]
+    parts += [f"{counts['repeated']:,} were repetitions"]
+    return ", ".join(parts)
 
 
 def tree_line(found: dict[str, Any], given: float | None) -> str:

@@ -105,7 +105,7 @@ def _parts(item: Any, *names: str) -> list[str] | None:
 
 def _question(document: str, item: Any) -> Prompt | None:
     parts = _parts(item, "question", "answer")
-    return Prompt(document, *parts, framed=True) if parts else None
+    return Prompt(document, parts[0], parts[1], framed=True) if parts else None
 
 
 def _statement(document: str, item: Any) -> Prompt | None:
@@ -115,7 +115,7 @@ def _statement(document: str, item: Any) -> Prompt | None:
 
 def _chat(document: str, item: Any) -> Prompt | None:
     parts = _parts(item, "user", "assistant")
-    return Prompt(document, *parts, chat=True) if parts else None
+    return Prompt(document, parts[0], parts[1], chat=True) if parts else None
 
 
 def _text(document: str, item: Any) -> Prompt | None:

@@ -38,7 +38,7 @@ class Notes:
     def __init__(self, window: Window, wanted: float, count: Callable[[str], int]) -> None:
         self.window, self.wanted, self.tokens, self.source = window, wanted, 0, Source(window.title, window.text)
         self.kept, self.counts = list[Prompt](), Counter[str]()
-        self._count, self._seen = count, set[str]()
+        self._count, self._seen, self._refused = count, set[str](), set[str]()
 
     @property
     def questions(self) -> list[str]:
@@ -57,12 +57,16 @@ class Notes:
     def take(self, found: Sequence[Prompt]) -> None:
         """Keeps what the window supports and was not there before."""
         for one in found:
-            said = same_words(one.prompt or one.answer)
-            fault = "repeated" if said in self._seen else "" if self.source.supports(one) else "unsupported"
-            self.counts[fault or "records"] += 1
-            if not fault:
+            said, whole = same_words(one.prompt or one.answer), same_words(f"{one.prompt} {one.answer}")
+            if said in self._seen or whole in self._refused:
+                self.counts["repeated"] += 1
+            elif not self.source.supports(one):
+                self._refused.add(whole)
+                self.counts["unsupported"] += 1
+            else:
                 self._seen.add(said)
                 self.kept.append(one)
+                self.counts["records"] += 1
                 self.tokens += self._count(f"{one.prompt} {one.answer}")
 
 
@@ -76,6 +80,7 @@ class Trial:
     tokens: float  # of a window's study, by all forms once
     asked: float  # tokens that were read for it
     seconds: float  # for it
+    fault: str = ""  # why a request had no reply
 
     @property
     def able(self) -> bool:
@@ -128,10 +133,11 @@ class FreeStudy:
             sum(note.tokens for note in notes) / len(notes),
             asked / len(notes),
             seconds / len(notes),
+            self.writer.fault,
         )
 
     def _ask(self, notes: Sequence[Notes], form: Form, turn: int, kept: Replies) -> int:
-        """Asks for a form about some windows, and once more where a reply is of no use; returns the tokens asked."""
+        """Asks for a form, and once more where a reply is of no use; returns the tokens of what it asked."""
         if form.about_questions:
             notes = [note for note in notes if note.questions]
         asked = 0

@@ -17,16 +17,15 @@ def key_of(asked: Any) -> str:
 class Replies:
     """The replies in one file; several threads may add to them."""
 
-    def __init__(self, file: pathlib.Path) -> None:
-        """Reads what is there. A line that a kill has torn is dropped."""
-        whole = b""
-        if file.exists():
-            whole, _, torn = file.read_bytes().rpartition(b"\n")
-            if torn:
+    def __init__(self, file: pathlib.Path, *others: pathlib.Path) -> None:
+        """Reads what is there, and in `others`. A line that a kill has torn is dropped."""
+        self.file, self._lock, self._known = file, threading.Lock(), dict[str, Any]()
+        for one in (*others, file):
+            whole, _, torn = one.read_bytes().rpartition(b"\n") if one.exists() else (b"", b"", b"")
+            if torn and one == file:
                 file.write_bytes(whole + b"\n" if whole else b"")
-        notes = (json.loads(line) for line in whole.splitlines())
-        self.file, self._lock = file, threading.Lock()
-        self._known: dict[str, Any] = {note["of"]: note["answer"] for note in notes}
+            notes = (json.loads(line) for line in whole.splitlines())
+            self._known |= {note["of"]: note["answer"] for note in notes}
 
     def get(self, key: str) -> Any:
         """The reply, or None."""

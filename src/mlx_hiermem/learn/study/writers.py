@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 KEY = "OPENAI_API_KEY"  # the environment's name for it; a server on this machine needs none
 TRIES = 5  # more, of a request that failed in a way that may pass; the client waits 0.5 to 8 seconds before each
-LOST = 10  # requests without an answer, one after the other, after which the server is given up
+LOST = 3  # requests in vain, each tried so often and none answered in between, after which the server is given up
 LONGEST = 1 << 20  # characters of a reply that are kept
 
 
@@ -42,7 +42,9 @@ class Request:
 
 
 class Writer(Protocol):
-    """Replies to requests."""
+    """Replies to requests. `fault` says why one had no reply."""
+
+    fault: str
 
     def write(self, requests: Sequence[Request], kept: Replies) -> list[str | None]:
         """A reply for each request; None where there was none."""
@@ -59,7 +61,8 @@ class ServerWriter:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _client: openai.OpenAI | None = field(default=None, repr=False)
     _refused: set[str] = field(default_factory=set)  # options that this server does not take
-    _lost: int = 0  # requests without an answer since the last answer
+    _lost: int = 0  # requests in vain since the last answer
+    fault: str = ""
 
     def write(self, requests: Sequence[Request], kept: Replies) -> list[str | None]:
         """As `Writer.write`. Raises TeacherError where the server cannot be reached, or has refused the key."""
@@ -88,7 +91,9 @@ class ServerWriter:
             raise self._error(error, f"Name a model by --teacher-model, and its key by {KEY}.") from error
         except (openai.OpenAIError, ValueError) as error:  # ValueError: a body that is no JSON
             with self._lock:
-                self._lost += 1
+                self.fault = _first_line(error)
+                # What is wrong with one request is not wrong with the server.
+                self._lost = 0 if isinstance(error, openai.BadRequestError) else self._lost + 1
                 lost = self._lost
             if lost >= LOST:
                 raise self._error(error, "What it has answered is kept: run the same command again.") from error
@@ -144,15 +149,19 @@ class ServerWriter:
             return self._client, self.model
 
     def _error(self, error: Exception, hint: str) -> TeacherError:
-        said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        return TeacherError(f"the teacher at {self.url} does not answer: {said}", hint)
+        return TeacherError(f"the teacher at {self.url} does not answer: {_first_line(error)}", hint)
 
 
-@dataclass(frozen=True)
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+
+
+@dataclass
 class ModelWriter:
     """A model of mlx-lm. It writes the requests of one call together, so these are kept together."""
 
     teacher: Teacher
+    fault: str = ""
 
     def write(self, requests: Sequence[Request], kept: Replies) -> list[str | None]:
         """As `Writer.write`; all requests of a call have the same temperature and room."""

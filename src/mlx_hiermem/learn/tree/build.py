@@ -23,7 +23,17 @@ from mlx_hiermem.learn.study.prompts import not_there
 from mlx_hiermem.learn.tree.kmeans import Shape, grow
 from mlx_hiermem.learn.tree.probes import EmbeddedProbes, embed_probes
 from mlx_hiermem.learn.tree.routing import Separation, agreement, place, reach_of
-from mlx_hiermem.learn.work import AGREEMENT, LEAVES_FILE, MEANS, TREE, Work, read_rows, write_rows, write_text
+from mlx_hiermem.learn.work import (
+    AGREEMENT,
+    LEAVES_FILE,
+    MEANS,
+    TREE,
+    Ranks,
+    Work,
+    read_rows,
+    write_rows,
+    write_text,
+)
 from mlx_hiermem.progress import Progress, unheard
 from mlx_hiermem.router import TextEmbedder
 from mlx_hiermem.tree import ClusterTree
@@ -57,12 +67,13 @@ def build_tree(
     embedder: TextEmbedder,
     settings: TreeSettings = TreeSettings(),
     progress: Progress = unheard,
+    ranks: Ranks | None = None,
 ) -> CorpusTree:
     """Stages `probes`, `vectors` and `tree`. `progress` counts the embedded probes.
 
     Raises CorpusError for a corpus of one window.
     """
-    embedded = embed_probes(work, corpus, embedder, progress)
+    embedded = embed_probes(work, corpus, embedder, progress, ranks)
 
     def make() -> None:
         found = EmbeddedProbes.read(work, corpus)
