@@ -41,6 +41,7 @@ ORDER += [
     "tiers",
     "plan",
     "selection",
+    "grammar",
     "sampling",
     "response",
     "batch",

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import openai
@@ -21,8 +22,8 @@ from tiny import make_anchor
 
 from mlx_hiermem.errors import TeacherError
 from mlx_hiermem.learn.corpus.corpus import Corpus
-from mlx_hiermem.learn.records import Prompt, Window
-from mlx_hiermem.learn.settings import StudySettings
+from mlx_hiermem.learn.corpus.windows import Window
+from mlx_hiermem.learn.settings import Prompt, StudySettings
 from mlx_hiermem.learn.study.checks import Source
 from mlx_hiermem.learn.study.forms import forms, parse_reply
 from mlx_hiermem.learn.study.prompts import line_of, parse, read_prompts
@@ -41,7 +42,7 @@ PASSAGES = {
     ),
     "Stoat": (
         "The stoat, also known as the Eurasian ermine or ermine, is a species of mustelid native to Eurasia and "
-        "the northern regions of North America. It was introduced into New Zealand in the late 19th century to control "
+        "northern North America. It was introduced into New Zealand in the late 19th century to control "
         "rabbits, and had a devastating effect on native bird populations."
     ),
     "Leif Erikson": (
@@ -77,7 +78,7 @@ LINES: list[dict[str, Any]] = [
     question("Leif Erikson", "Where did Leif Erikson settle?", "Vinland"),
     {"document": "Leif Erikson", "prompt": "Leif Erikson was a", "completion": " Norse explorer."},
     chat("Leif Erikson", "Tell me about Leif Erikson.", "He was a Norse explorer who settled at Vinland."),
-    {"document": "Leif Erikson", "text": "Long before Columbus, the Norse explorer Leif Erikson set foot on America."},
+    {"document": "Leif Erikson", "text": "Long before Columbus, Leif Erikson set foot on America."},
 ]  # fmt: skip
 LIE = question("Propane", "When could propane be bought?", "1925")
 SETTINGS = StudySettings(amount=100.0, at_once=3, timeout=1.0)
@@ -162,16 +163,21 @@ def in_any_order(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 class TestReplies:
-    KINDS = {  # noqa: RUF012
-        "questions": ('{"questions": [{"question": "who", "answer": "Ann"}]}', Prompt("D", "who", "Ann", framed=True)),
-        "statements": ('{"statements": [{"beginning": "It is…", "rest": "a gas."}]}', Prompt("D", "It is", " a gas.")),
-        "chats": ('{"chats": [{"user": "Hello", "assistant": "Good\\nday."}]}', Prompt("D", "Hello", "Good day.", chat=True)),
-        "texts": ('{"texts": ["It is  a gas."]}', Prompt("D", "", "It is a gas.")),
-    }  # fmt: skip
-
-    @pytest.mark.parametrize("kind", KINDS)
-    def test_they_are_the_records_of_prompts(self, kind: str) -> None:
-        reply, expected = self.KINDS[kind]
+    @pytest.mark.parametrize(
+        ("kind", "item", "expected"),
+        [
+            ("questions", '{"question": "who", "answer": "Ann"}', Prompt("D", "who", "Ann", framed=True)),
+            ("statements", '{"beginning": "It is…", "rest": "a gas."}', Prompt("D", "It is", " a gas.")),
+            (
+                "chats",
+                '{"user": "Hi", "assistant": "Good\\nday."}',
+                Prompt("D", "Hi", "Good day.", chat=True),
+            ),
+            ("texts", '"It is  a gas."', Prompt("D", "", "It is a gas.")),
+        ],
+    )
+    def test_they_are_the_records_of_prompts(self, kind: str, item: str, expected: Prompt) -> None:
+        reply = f'{{"{kind}": [{item}]}}'
         assert parse_reply(reply, kind, "D") == [expected]
         assert parse(json.dumps(line_of(expected))) == expected
 
@@ -289,7 +295,7 @@ class TestServer:
     @pytest.mark.parametrize("way", ["error 500", "late", "cut"])
     def test_what_fails_once_is_tried_again(self, corpus: Corpus, serve: Callable[..., str], way: str) -> None:
         def fail(handler: replay.Handler, asked: str, number: int) -> bool:
-            if number % 4 != 1:
+            if number not in (1, 4, 20):
                 return False
             if way == "error 500":
                 handler.send(500, {"error": {"message": "out of memory"}})
@@ -365,7 +371,7 @@ class TestServer:
             handler.send(500, {"error": {"message": "out of memory"}})
             return True
 
-        with pytest.raises(TeacherError, match="does not answer: .*out of memory") as error:
+        with pytest.raises(TeacherError, match=r"does not answer: .*out of memory") as error:
             study(corpus.work, corpus, taught(serve(fail)))
         assert "the same command again" in str(error.value)
 
@@ -418,6 +424,7 @@ def run(url: str, folder: pathlib.Path) -> list[str]:
 
 
 class TestInterrupted:
+    @pytest.mark.slow
     def test_a_killed_study_asks_for_nothing_twice(
         self, corpus: Corpus, serve: Callable[..., str], tmp_path: pathlib.Path
     ) -> None:
@@ -461,7 +468,7 @@ class TestInterrupted:
 class TestModels:
     def test_one_that_cannot_write_studies_by_patterns(self, corpus: Corpus, tiny_teacher: Any) -> None:
         quick = StudySettings(questions=2, statements=1, chats=1, invented=1, tried=3)
-        both = Teaching(quick, "tiny", lambda: tiny_teacher, lambda: ModelWriter(tiny_teacher), len)
+        both = Teaching(quick, "tiny", lambda: tiny_teacher, lambda: Brief(tiny_teacher), len)
         study(corpus.work, corpus, both)
         rows = corpus.work.path(STUDY).read_bytes()
         assert not corpus.work.path(WRITTEN).exists()
@@ -488,6 +495,13 @@ class TestModels:
             assert isinstance(writer.write([Request("Hello", 5, 0.7, 1)], kept)[0], str)
             with pytest.raises(TeacherError):
                 study(corpus.work, corpus, taught(f"{running.url}/v1"))
+
+
+class Brief(ModelWriter):
+    """Writes no more than a few tokens."""
+
+    def write(self, requests: Sequence[Request], kept: Replies) -> list[str | None]:
+        return super().write([replace(request, tokens=8) for request in requests], kept)
 
 
 class Scholar:

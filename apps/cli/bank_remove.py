@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from mlx_hiermem.evaluate.questions import Question
 
 RETAINED = (
-    "{holders} may still hold something of it; only training without those texts would take that away. A program "
-    "that has the bank open keeps the blocks it has read until it ends. Revisions that were pushed to the hub stay "
-    "there; delete them there."
+    "{holders} may still hold something of it; only training without those texts would take that away. A chat or "
+    "server that has the bank open lets go of it before its next question. Revisions that were pushed to the hub "
+    "stay there; delete them there."
 )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mlx_hiermem.apps.cli import models
+from mlx_hiermem.apps.cli import models, sampling
 from mlx_hiermem.apps.cli.display import console, parse_size
 
 if TYPE_CHECKING:
@@ -33,6 +33,17 @@ def serve(
     max_queue: int = typer.Option(32, min=0, help="Sequences that may wait; one more is answered 503."),
     max_request_bytes: int = typer.Option(1_000_000, min=1, help="A larger request is answered 413."),
     timeout: float = typer.Option(300.0, min=0.1, help="Seconds that a request may take."),
+    max_tokens: int = typer.Option(
+        0, "--max-tokens", "-n", min=0, help="Longest reply where a request does not say; 0: as OpenAI has it."
+    ),
+    temperature: float = sampling.TEMPERATURE,
+    top_p: float = sampling.TOP_P,
+    top_k: int = sampling.TOP_K,
+    min_p: float = sampling.MIN_P,
+    repetition_penalty: float = sampling.REPETITION_PENALTY,
+    presence_penalty: float = sampling.PRESENCE_PENALTY,
+    frequency_penalty: float = sampling.FREQUENCY_PENALTY,
+    chat_template_args: str = sampling.TEMPLATE,
     cache: str = typer.Option("512M", help="Memory for each model's blocks: 500M, 2G."),
     any_model: bool = typer.Option(
         False, "--any-model", help="Answer whatever model a client names, for programs with a name built in."
@@ -46,10 +57,15 @@ def serve(
     Example: `hiermem serve my-model`
 
     Example: `hiermem serve my-model my-other-model --any-model`
+
+    How tokens are drawn, and how many, is for requests that do not say it themselves.
     """
     from mlx_hiermem.apps.server.address import address, bind
 
     _check_installed()
+    defaults = sampling.changed(locals()) | ({"max_tokens": max_tokens} if max_tokens else {})
+    if template := sampling.template_args(chat_template_args):
+        defaults["chat_template_kwargs"] = template
     first, *more = words or [""]
     names, cache_bytes = [models.chosen(first, model), *more], parse_size(cache, "--cache")
     with bind(host, port, api_key) as listening, contextlib.suppress(KeyboardInterrupt):
@@ -63,7 +79,7 @@ def serve(
             engine = Engine(lambda: load_all(names, cache_bytes), max_batch, max_queue)
             engine.start()
         models.remember(names[0])
-        settings = Settings(api_key, max_request_bytes, timeout, any_model, allow_loading, cache_bytes)
+        settings = Settings(api_key, max_request_bytes, timeout, any_model, allow_loading, cache_bytes, defaults)
         listen.serve(engine, settings, listening, lambda: announce(", ".join(engine.models), address(listening)))
 
 

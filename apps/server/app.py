@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import pathlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -49,6 +49,7 @@ class Settings:
     any_model: bool = False  # answer whatever model's name a program has built in
     allow_loading: bool = False  # clients may load and unload banks: files of this machine, by their path
     cache_bytes: int = 512 << 20  # of a bank that is loaded
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # of requests' fields
 
 
 def create_app(engine: Engine, settings: Settings) -> FastAPI:
@@ -64,7 +65,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     metrics = Metrics(engine)
     app.add_middleware(Guard, settings.api_key, settings.max_request_bytes, settings.timeout)
     app.add_middleware(Counting, metrics)
-    _add_openai(app, Service(engine, metrics, settings.any_model, settings.timeout))
+    _add_openai(app, Service(engine, metrics, settings.any_model, settings.timeout, settings.defaults))
     _add_memory(app, engine, settings)
     if settings.allow_loading:
         _add_banks(app, engine, settings)

@@ -103,7 +103,7 @@ class Engine:
         self._check_alive()
         if len(jobs) > self.max_batch + self.max_queue:
             most = self.max_batch + self.max_queue
-            raise ApiError(400, f"{len(jobs)} prompts are more than the server takes at once ({most})", "prompt")
+            raise ApiError(400, f"{len(jobs)} replies are more than the server gives at once ({most})", "n")
         if len(self._open) + len(jobs) > self.max_batch + self.max_queue:
             raise ApiError(503, "the queue is full; try again in a moment", code="queue_full")
         self._open.update(jobs)
@@ -238,6 +238,7 @@ class Engine:
         """Takes up an edit of the bank. One that cannot be taken up is logged; the bank as it was goes on."""
         try:
             if model.refresh():
+                self._batch_of(model).forget()
                 log.info("took up the edited bank %s", model.bank)
         except HierMemError as error:
             log.warning("goes on with the bank as it was: %s", error)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -27,14 +27,19 @@ from mlx_hiermem.apps.server.schema import (
     ChatRequest,
     CompletionRequest,
     Generation,
+    ResponseFormat,
     Wish,
     paths,
 )
 from mlx_hiermem.apps.server.text import Piece, ReplyText
 from mlx_hiermem.config import MemoryChoice, Path
-from mlx_hiermem.errors import AnchorError
+from mlx_hiermem.errors import AnchorError, ArgumentError
+from mlx_hiermem.grammar import Grammar
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.sampling import Sampling
+
+Prompt = tuple[list[int], list[str]]  # its tokens, and the user's texts in it
+Asked = TypeVar("Asked", ChatRequest, CompletionRequest)
 
 
 @dataclass(frozen=True)
@@ -45,27 +50,37 @@ class Service:
     metrics: Metrics
     any_model: bool
     timeout: float  # seconds
+    defaults: Mapping[str, Any]  # of requests' fields, where a request does not say
 
     @property
     def catalogue(self) -> Catalogue:
         return Catalogue(self.engine.models, self.any_model)
 
     async def chat(self, asked: ChatRequest, request: Request) -> Response:
-        named = self.catalogue.find(asked.model)
+        named, asked = self.catalogue.find(asked.model), self._filled(asked)
         tokens = await run_in_threadpool(_chat_tokens, named.model, asked)
         top = asked.top_logprobs if asked.logprobs else None
         length = _reply_length(named.model, asked, tokens)
-        job = _job(named, asked, tokens, asked.questions, length, top, asyncio.Queue())
+        grammar = await run_in_threadpool(_grammar, named.model, asked.response_format)
+        jobs = _jobs(named, asked, [(tokens, asked.questions)], length, top, grammar)
         answer = ChatAnswer(named.name, named.model.tokenizer, top)
-        return await self._answer(asked, request, answer, [job])
+        return await self._answer(asked, request, answer, jobs)
 
     async def complete(self, asked: CompletionRequest, request: Request) -> Response:
-        named = self.catalogue.find(asked.model)
+        named, asked = self.catalogue.find(asked.model), self._filled(asked)
         prompts = await run_in_threadpool(lambda: [_prompt(named.model, prompt) for prompt in asked.prompt])
-        length, events = asked.max_tokens or COMPLETION, asyncio.Queue[Any]()
-        jobs = [_job(named, asked, tokens, [text], length, asked.logprobs, events) for tokens, text in prompts]
+        jobs = _jobs(named, asked, prompts, asked.max_tokens or COMPLETION, asked.logprobs)
         answer = CompletionAnswer(named.name, named.model.tokenizer, asked.logprobs)
         return await self._answer(asked, request, answer, jobs)
+
+    def _filled(self, asked: Asked) -> Asked:
+        """The request with the server's defaults where it does not say."""
+        given = set(asked.model_fields_set)
+        if isinstance(asked, ChatRequest) and asked.max_completion_tokens:
+            given.add("max_tokens")
+        known = type(asked).model_fields
+        more = {name: value for name, value in self.defaults.items() if name in known and name not in given}
+        return asked.model_copy(update=more)
 
     async def _answer(self, asked: Generation, request: Request, answer: Answer, jobs: Sequence[Job]) -> Response:
         usage = Usage()
@@ -86,26 +101,58 @@ def _chat_tokens(model: MemoryModel, asked: ChatRequest) -> list[int]:
     from jinja2 import TemplateError
 
     try:
-        return model.chat_tokens([message.to_template() for message in asked.messages])
-    except TemplateError as error:
+        messages = [message.to_template() for message in asked.messages]
+        return model.chat_tokens(messages, **asked.chat_template_kwargs)
+    except (TemplateError, TypeError, ValueError) as error:
         raise ApiError(400, f"the model's chat template refuses the messages: {error}", "messages") from error
     except AnchorError as error:
         raise ApiError(400, f"{error.what}; use /v1/completions", "messages") from error
 
 
-def _prompt(model: MemoryModel, prompt: str | list[int]) -> tuple[list[int], str]:
+def _prompt(model: MemoryModel, prompt: str | list[int]) -> Prompt:
     """Token ids and text of a plain prompt."""
     if isinstance(prompt, str):
-        return model.tokens(prompt), prompt
-    if max(prompt) >= vocabulary(model):
-        raise ApiError(400, f"there is no token {max(prompt)}; they end at {vocabulary(model) - 1}", "prompt")
-    return prompt, model.tokenizer.decode(prompt)
+        return model.tokens(prompt), [prompt]
+    if max(prompt) >= model.vocabulary:
+        raise ApiError(400, f"there is no token {max(prompt)}; they end at {model.vocabulary - 1}", "prompt")
+    return prompt, [model.tokenizer.decode(prompt)]
 
 
 def _reply_length(model: MemoryModel, asked: ChatRequest, tokens: list[int]) -> int:
     """As many tokens as were asked for; else what the context leaves, within bounds."""
     room = max(model.context - len(tokens), 1) if model.context else REPLY
     return asked.wanted_tokens or min(REPLY, room)
+
+
+def _grammar(model: MemoryModel, wanted: ResponseFormat | None) -> Grammar | None:
+    """Takes a moment for a large schema."""
+    schema = wanted.schema_wanted if wanted else None
+    if schema is None:
+        return None
+    try:
+        return model.grammars.json(schema)
+    except ArgumentError as error:
+        raise ApiError(400, str(error), "response_format") from error
+
+
+def _jobs(
+    named: Named,
+    asked: Generation,
+    prompts: Sequence[Prompt],
+    length: int,
+    top: int | None,
+    grammar: Grammar | None = None,
+) -> list[Job]:
+    """`n` for each prompt, which share a queue. With a seed each reply has a seed of its own, or all were equal."""
+    events, jobs = asyncio.Queue[Any](), list[Job]()
+    for tokens, texts in prompts:
+        job = _job(named, asked, tokens, texts, length, top, events)
+        for number in range(asked.n):
+            seed = None if asked.seed is None else (asked.seed + number) % 2**64
+            reply = ReplyText(named.model.tokenizer, tokens, asked.stop)
+            sampling = replace(job.sampling, seed=seed, grammar=grammar)
+            jobs.append(replace(job, reply=reply, sampling=sampling, counted=number == 0))
+    return jobs
 
 
 def _job(
@@ -126,10 +173,19 @@ def _job(
         max_tokens=length,
         temperature=asked.temperature if asked.top_p else 0.0,  # no mass but the likeliest token's
         top_p=asked.top_p or 1.0,
-        seed=None if asked.seed is None else asked.seed % 2**64,
+        top_k=max(asked.top_k, 0),
+        min_p=asked.min_p,
+        repetition_penalty=asked.repetition_penalty,
+        presence_penalty=asked.presence_penalty,
+        frequency_penalty=asked.frequency_penalty,
+        logit_bias={int(token): bias for token, bias in asked.logit_bias.items()},
         logprobs=top is not None,
         top_logprobs=top or 0,
     )
+    try:
+        sampling.check_tokens(model.vocabulary)
+    except ArgumentError as error:
+        raise ApiError(400, str(error), "logit_bias") from error
     reply = ReplyText(model.tokenizer, tokens, asked.stop)
     return Job(model, tokens, memory, texts, blocked, sampling, reply, events)
 
@@ -197,9 +253,3 @@ async def _stream(
     if include_usage:
         yield answer.chunk([], usage=usage_json(usage))
     yield "data: [DONE]\n\n"
-
-
-def vocabulary(model: MemoryModel) -> int:
-    """Token ids that the anchor has rows for, without those that only pad."""
-    config = {**model.config.get("text_config", {}), **model.config}
-    return int(config.get("effective_vocab_size") or config.get("vocab_size") or len(model.tokenizer))

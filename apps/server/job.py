@@ -39,6 +39,7 @@ class Job:
     sampling: Sampling
     reply: ReplyText
     events: asyncio.Queue[tuple[Job, Event]]
+    counted: bool = True  # of several replies to one prompt only the first counts its tokens
     chosen: Selection | None = field(default=None, init=False)
     bank: MemoryBank | None = field(default=None, init=False)  # in which it was chosen
     started: bool = field(default=False, init=False)

@@ -109,7 +109,7 @@ def read_program(package: pathlib.Path) -> dict[str, FunctionSpec]:
     model = _parse(file)
     if model.WhichOneof("Type") != "mlProgram":
         raise CoreMLError(f"{package} is no ML program but {model.WhichOneof('Type') or 'nothing'}")
-    reader = _Reader(file.parent)
+    reader = _ProtobufReader(file.parent)
     described = {one.name: one for one in model.description.functions} or {"main": model.description}
     functions = model.mlProgram.functions
     if set(described) != set(functions):
@@ -142,7 +142,7 @@ def _parse(file: pathlib.Path) -> Any:
     return model
 
 
-class _Reader:
+class _ProtobufReader:
     """Reads functions, and each blob once however many functions use it."""
 
     def __init__(self, folder: pathlib.Path) -> None:

@@ -208,6 +208,12 @@ class MemoryBatch:
             self._generator.remove([uid])
             self._forget(uid)
 
+    def forget(self) -> None:
+        """Lets go of what is kept for prompts to come: of a bank that was edited, some may not be used any more."""
+        self.prefixes.trim_to(n_sequences=0)
+        if self.table is not None:
+            self.table.forget()
+
     def close(self) -> None:
         for uid in list(self._sequences):
             self.remove(uid)
@@ -216,6 +222,7 @@ class MemoryBatch:
     def _check(self, tokens: list[int], sampling: Sampling) -> None:
         if not tokens:
             raise HierMemError("the prompt is empty")
+        sampling.check_tokens(self.model.vocabulary)
         context = self.model.context
         if context and len(tokens) + sampling.max_tokens > context:
             raise HierMemError(

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -280,11 +281,13 @@ def read_header(
     file: pathlib.Path,
     raises: type[HierMemError] = FileError,
     hint: str = "Copy or download it again.",
+    data: bytes | None = None,
 ) -> SafetensorsHeader:
     """Reads and checks the header of a safetensors file: eight bytes of length, a JSON table, then the data.
 
     Every tensor must lie in the file, share no byte with another, and have the bytes that its shape and type ask
-    for (types that are not in VALUE_BYTES are passed on unchecked). Raises `raises` otherwise.
+    for (types that are not in VALUE_BYTES are passed on unchecked). Raises `raises` otherwise. `data` is the whole
+    file, where it has been read already.
     """
 
     def damaged(why: str) -> HierMemError:
@@ -297,8 +300,8 @@ def read_header(
         return dict(pairs)
 
     try:
-        with file.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
+        with file.open("rb") if data is None else io.BytesIO(data) as stream:
+            size = os.fstat(stream.fileno()).st_size if data is None else len(data)
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(size - 8, HEADER_LIMIT):
                 raise damaged("its header is longer than the file")

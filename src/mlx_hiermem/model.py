@@ -12,6 +12,7 @@ from __future__ import annotations
 import pathlib
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Unpack
 
 import mlx.core as mx
@@ -23,6 +24,7 @@ from mlx_hiermem.batch import MemoryBatch
 from mlx_hiermem.cache import BlockCache, Fetch
 from mlx_hiermem.config import AnchorIdentity, MemoryChoice, Path
 from mlx_hiermem.errors import AnchorError, ArgumentError, BankError
+from mlx_hiermem.grammar import Grammars
 from mlx_hiermem.memory.attach import Attachment, attach
 from mlx_hiermem.response import GrowingText, Response
 from mlx_hiermem.sampling import LogitsProcessor, Options, Sampling
@@ -107,7 +109,7 @@ class MemoryModel:
         """
         if self.bank is None or self.cache is None or not self.bank.is_edited:
             return False
-        bank = MemoryBank.open(self.bank.root)
+        bank = MemoryBank.open(self.bank.root, self.bank.verify)
         bank.manifest.check_anchor(self.bank.manifest.anchor)
         _ = bank.policy  # and with it the tree: a damaged one shows now
         if self.attachment and not self.attachment.takes(bank.config):
@@ -116,7 +118,9 @@ class MemoryModel:
             if bank.manifest.embedder != self.bank.manifest.embedder:
                 raise BankError(f"the bank {bank.root} has another embedder now", "Load the model again.")
             self._router = type(self._router)(bank.tree, self._router.embedder, bank.policy)
-        self.bank, self.cache = bank, BlockCache(bank, self.cache.budget, stats=self.cache.stats)
+        cache = BlockCache(bank, self.cache.budget, stats=self.cache.stats)
+        cache.take_over(self.cache)
+        self.bank, self.cache = bank, cache
         return True
 
     @property
@@ -124,6 +128,17 @@ class MemoryModel:
         """Tokens that the anchor was made for, question and answer together; None where it does not say."""
         nested = self.config.get("text_config", {})
         return self.config.get("max_position_embeddings") or nested.get("max_position_embeddings")
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids that the anchor has rows for, without those that only pad."""
+        config = {**self.config.get("text_config", {}), **self.config}
+        return int(config.get("effective_vocab_size") or config.get("vocab_size") or len(self.tokenizer))
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Grammars that a reply can be held to."""
+        return Grammars(self.tokenizer)
 
     @property
     def default_memory(self) -> MemoryChoice:
@@ -178,7 +193,9 @@ class MemoryModel:
     def select(
         self, memory: Wanted, text: Text, blocked: Collection[Path] = (), route: Route | None = None
     ) -> Selection:
-        """Chooses a memory (see `choose`), fetches it and attaches it."""
+        """Chooses a memory (see `choose`), fetches it and attaches it. An edit of the bank is taken up first."""
+        if route is None:
+            self.refresh()
         chosen = self.choose(memory, text, blocked, route)
         start = time.perf_counter()
         fetch = self.fetch(chosen)
@@ -247,6 +264,7 @@ class MemoryModel:
         if len(memories) != len(prompts):
             raise ArgumentError(f"there are {len(memories)} memories for {len(prompts)} prompts")
         sampling, asked = Sampling.of(options), [self._asked(prompt, chat) for prompt in prompts]
+        self.refresh()
         chosen = [self.choose(one, questions) for one, (_, questions) in zip(memories, asked, strict=True)]
         try:
             return MemoryBatch(self, max_sequences).replies([tokens for tokens, _ in asked], chosen, sampling)
@@ -284,11 +302,14 @@ class MemoryModel:
             raise AnchorError("this anchor has no tokenizer", "Convert it again with --tokenizer.")
         return encode_text(self.tokenizer, text)
 
-    def chat_tokens(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation in the anchor's chat template, ready for the assistant's reply."""
+    def chat_tokens(self, messages: list[dict[str, Any]], **template: Any) -> list[int]:
+        """Token ids of a conversation in the anchor's chat template, ready for the assistant's reply.
+
+        `template` are variables of the template, such as `enable_thinking`.
+        """
         if self.tokenizer is None or self.tokenizer.chat_template is None:
             raise AnchorError("this anchor has no chat template", "`hiermem ask --plain` continues a text.")
-        return encode_chat(self.tokenizer, messages)
+        return encode_chat(self.tokenizer, messages, **template)
 
     def responses(
         self, tokens: list[int], sampling: Sampling, prompt_cache: list[Any] | None = None
@@ -296,6 +317,7 @@ class MemoryModel:
         """mlx-lm's generation with whatever memory is attached."""
         from mlx_lm.generate import stream_generate
 
+        sampling.check_tokens(self.vocabulary)
         yield from stream_generate(
             self.anchor,
             self.tokenizer,
@@ -326,11 +348,16 @@ def check_messages(messages: Any) -> list[dict[str, str]]:
 
 
 def load(
-    folder: str | pathlib.Path, *, cache_bytes: int = 512 << 20, beside: Iterable[MemoryModel] = ()
+    folder: str | pathlib.Path,
+    *,
+    cache_bytes: int = 512 << 20,
+    beside: Iterable[MemoryModel] = (),
+    verify: bool | None = None,
 ) -> MemoryModel:
     """Opens a memory model (`anchor/` and `bank/`), or a plain mlx-lm folder without memory, by folder or hub id.
 
     Where one of the models `beside` has the same anchor in memory, that is used; `folder` may then be a bank alone.
+    `verify` has each file of the bank checked when it is first read; by default so, unless HIERMEM_VERIFY is 0.
     Raises AnchorError, BankError, HubError, or AnchorMismatchError where the bank was made for another anchor.
     """
     if not isinstance(folder, str | pathlib.Path):
@@ -339,8 +366,8 @@ def load(
     folder = resolve(folder)
     anchor_folder = folder / "anchor" if (folder / "anchor").is_dir() else folder
     if (folder / MANIFEST).is_file():
-        return _bank_alone(MemoryBank.open(folder), name or folder.resolve().name, cache_bytes, beside)
-    bank = MemoryBank.open(folder / "bank") if (folder / "bank").is_dir() else None
+        return _bank_alone(MemoryBank.open(folder, verify), name or folder.resolve().name, cache_bytes, beside)
+    bank = MemoryBank.open(folder / "bank", verify) if (folder / "bank").is_dir() else None
     if bank and bank.remote and anchor_folder == folder:
         bring = f"hiermem bank pull {bank.remote.origin.repo} {folder} --lazy"
         raise AnchorError(f"{folder} was pulled without its anchor", f"`{bring}` brings it.")

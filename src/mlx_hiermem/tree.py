@@ -115,7 +115,9 @@ class ClusterTree:
                 break
             rows = range(row * self.branching, (row + 1) * self.branching)
             distance = np.where(present[row], np.linalg.norm(centroids[row] - vector, axis=1), np.inf)
-            child = int(distance.argmin())
+            child = int(distance.argmin())  # of a NaN, where there is one
+            if not np.isfinite(distance[child]):
+                raise BankError("the bank's tree has centroids that are not finite", "Pull or convert it again.")
             if (level, rows[child]) in barred:
                 avoided.append(Path((*children, child)))
                 allowed = present[row] & [(level, r) not in barred for r in rows]

@@ -18,6 +18,7 @@ def check(bank: MemoryBank, progress: Callable[[int, int], None] | None = None) 
     node the tree lacks, and block files that the manifest does not know.
     """
     yield from bank.problems(progress)
+    bank = MemoryBank(bank.root, bank.manifest, verify=False)  # a tree that was found changed is looked at even so
     if line := interrupted(bank.root):
         yield line
     try:

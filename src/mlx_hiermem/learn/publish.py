@@ -31,8 +31,10 @@ from mlx_hiermem.errors import HierMemError, OutputError
 from mlx_hiermem.files import locked, replace_folder, restore_folder
 from mlx_hiermem.learn.train.blocks import Tensors
 from mlx_hiermem.learn.train.dataset import TrainingSet, TrainingSetWriter
-from mlx_hiermem.learn.train.encoding import EXAMPLES
+from mlx_hiermem.learn.train.encoding import EXAMPLES, TOGETHER
 from mlx_hiermem.learn.train.jobs import Trainer
+from mlx_hiermem.learn.tree.build import descend
+from mlx_hiermem.router import TextEmbedder
 from mlx_hiermem.tree import ClusterTree
 
 ANCHOR, BANK = "anchor", "bank"  # folders of a model, beside LEARNING
@@ -192,3 +194,29 @@ def still_there(old: TrainingSet, tree: ClusterTree) -> Iterator[tuple[int, list
     for number, leaves in enumerate(old.leaves_of()):
         if present := [leaf for leaf in leaves if tree.has(leaf)]:
             yield number, present
+
+
+@dataclass(frozen=True)
+class MovedTexts:
+    """Which old texts go to a new leaf from now on, and so must be learnt there too."""
+
+    tree: ClusterTree
+    leaf: Path
+    embedder: TextEmbedder
+    tokenizer: Any
+
+    def windows(self, old: TrainingSet) -> set[int]:
+        """The windows of which some text goes there, by its prompt, or as a whole where all of it is learnt."""
+        found = set[int]()
+        for start in range(0, len(old), TOGETHER):
+            examples = [old.read(number) for number in range(start, min(start + TOGETHER, len(old)))]
+            firsts = [int(example.learn.argmax()) for example in examples]
+            tokens = [
+                e.tokens if first <= 1 else e.tokens[:first] for e, first in zip(examples, firsts, strict=True)
+            ]
+            texts = [self.tokenizer.decode(some.tolist(), skip_special_tokens=True) for some in tokens]
+            levels, rows = descend(self.tree, self.embedder.embed(texts))
+            for example, level, row in zip(examples, levels.tolist(), rows.tolist(), strict=True):
+                if Path.of_row(row, level, self.tree.branching) == self.leaf:
+                    found.add(example.window)
+        return found

@@ -25,7 +25,7 @@ from mlx_hiermem.bank.policy import POLICY, BankPolicy
 from mlx_hiermem.config import EmbedderIdentity, MemoryConfig
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import AnchorError, HierMemError, OutputError
-from mlx_hiermem.learn import report
+from mlx_hiermem.learn import stages
 from mlx_hiermem.learn.corpus.corpus import Corpus
 from mlx_hiermem.learn.publish import ANCHOR, BANK, About, Nodes, link, publish, write_bank
 from mlx_hiermem.learn.settings import (
@@ -34,7 +34,6 @@ from mlx_hiermem.learn.settings import (
     MemorySettings,
     epochs_for,
 )
-from mlx_hiermem.learn.stages import StagedRun, teaching_of
 from mlx_hiermem.learn.study.stage import Teaching, help_study
 from mlx_hiermem.learn.train.encoding import EXAMPLES, make_examples, open_examples
 from mlx_hiermem.learn.train.jobs import LOG, PLOT, Trainer
@@ -129,7 +128,7 @@ class Learnt:
         return asdict(self)
 
 
-DEFAULT, SILENT = LearnSettings(), report.Silent()
+DEFAULT, SILENT = LearnSettings(), stages.Silent()
 
 
 def learn(
@@ -137,7 +136,7 @@ def learn(
     out: str | pathlib.Path,
     anchor: Callable[[], AnchorSource] | pathlib.Path | str,
     settings: LearnSettings = DEFAULT,
-    listener: report.Listener = SILENT,
+    listener: stages.Listener = SILENT,
 ) -> Learnt | None:
     """Learns documents into the model folder `out`. On other ranks than the first it returns None.
 
@@ -169,7 +168,7 @@ def learn(
     return learnt
 
 
-def _help(ranks: Ranks, folder: pathlib.Path, settings: LearnSettings, listener: report.Listener) -> None:
+def _help(ranks: Ranks, folder: pathlib.Path, settings: LearnSettings, listener: stages.Listener) -> None:
     """What another rank than the first does until the training."""
 
     def studying(wanted: Callable[[], bool]) -> None:
@@ -195,11 +194,11 @@ def _tidy(folder: pathlib.Path) -> Iterator[None]:
         raise
 
 
-class _Run(StagedRun):
+class _Run(stages.StagedRun):
     """Learning a new model."""
 
     def __init__(
-        self, work: Work, settings: LearnSettings, listener: report.Listener, ranks: Ranks | None = None
+        self, work: Work, settings: LearnSettings, listener: stages.Listener, ranks: Ranks | None = None
     ) -> None:
         super().__init__(work, listener, ranks)
         self.settings, self.folder = settings, work.path(BASE) / ANCHOR
@@ -212,7 +211,7 @@ class _Run(StagedRun):
     @cached_property
     def teaching(self) -> Teaching | None:
         digest = identify(self.folder).weights_digest
-        return teaching_of(self.settings, self.settings.study, self.loaded[:2], digest)
+        return stages.teaching_of(self.settings, self.settings.study, self.loaded[:2], digest)
 
     def prepare(self, sources: Sequence[str], anchor: AnchorSource) -> Prepared:
         """Everything before the training."""
@@ -230,7 +229,7 @@ class _Run(StagedRun):
             built = build_tree(self.work, corpus, embedder, tree, self.progress("texts embedded"), self.ranks)
             asked = self.settings.questions
             given = given_agreement(built, embedder, asked) if asked else None
-            self.listener.end(report.tree_line(built.agreement, given))
+            self.listener.end(stages.tree_line(built.agreement, given))
         with self.stage("examples"):
             chosen = ExampleSettings(self.settings.heldout, self.settings.training.objective == "distillation")
             make_examples(self.work, built, embedder, tokenizer, chosen, self.progress("windows"))
@@ -261,10 +260,10 @@ class _Run(StagedRun):
                 identity=identify(self.folder).weights_digest,
                 vocabulary=config.get("effective_vocab_size"),
             )
-            self.listener.end(f"{report.memory_line(memory)}, {settings.epochs} epochs")
+            self.listener.end(f"{stages.memory_line(memory)}, {settings.epochs} epochs")
             self.listener.begin("training")
             perplexity = trainer.run(self.listener.training)
-            self.listener.end(report.perplexity_line(perplexity, self._measured))
+            self.listener.end(stages.perplexity_line(perplexity, self._measured))
         return trainer, perplexity
 
     def write(self, name: str, prepared: Prepared, trainer: Trainer, perplexity: dict[str, float]) -> Learnt:

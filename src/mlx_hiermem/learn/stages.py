@@ -6,31 +6,66 @@ import contextlib
 import functools
 import itertools
 import json
+import pathlib
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.nn as nn
 from tokenizers import Tokenizer
 
-from mlx_hiermem.learn import report
+from mlx_hiermem.config import MemoryConfig
 from mlx_hiermem.learn.corpus.corpus import Corpus, read_corpus
-from mlx_hiermem.learn.records import Prompt
-from mlx_hiermem.learn.settings import AddSettings, LearnSettings, StudySettings
+from mlx_hiermem.learn.settings import AddSettings, LearnSettings, Prompt, StudySettings
 from mlx_hiermem.learn.study.prompts import about_windows, give
 from mlx_hiermem.learn.study.stage import Teaching, study
 from mlx_hiermem.learn.study.teacher import Teacher, load_teacher
 from mlx_hiermem.learn.study.writers import ModelWriter, ServerWriter
-from mlx_hiermem.learn.work import STUDIED, TIMES, Ranks, Work, write_text
+from mlx_hiermem.learn.train.monitor import TrainingProgress
+from mlx_hiermem.learn.work import STUDIED, TIMES, Ranks, Work, read_rows, write_text
 from mlx_hiermem.progress import Progress
 from mlx_hiermem.tokenizer import encode_text
+
+NAMED = 3  # of the skipped documents; skipped.jsonl has all
+
+
+class Listener(Protocol):
+    """Shows how far a run is."""
+
+    def begin(self, stage: str) -> None:
+        """A stage begins, or is found done."""
+
+    def advance(self, done: int, total: int | None, unit: str) -> None:
+        """This much of the stage is done; the total is None where it is not known."""
+
+    def end(self, line: str) -> None:
+        """The stage is done, and this came out of it."""
+
+    def training(self, progress: TrainingProgress) -> None:
+        """How far the training is."""
+
+
+class Silent:
+    """A listener that shows nothing."""
+
+    def begin(self, stage: str) -> None:
+        pass
+
+    def advance(self, done: int, total: int | None, unit: str) -> None:
+        pass
+
+    def end(self, line: str) -> None:
+        pass
+
+    def training(self, progress: TrainingProgress) -> None:
+        pass
 
 
 class StagedRun:
     """A command that learns: its stages are told to a listener, and timed."""
 
-    def __init__(self, work: Work, listener: report.Listener, ranks: Ranks | None = None) -> None:
+    def __init__(self, work: Work, listener: Listener, ranks: Ranks | None = None) -> None:
         self.work, self.listener, self.ranks = work, listener, ranks
 
     @contextlib.contextmanager
@@ -69,7 +104,7 @@ class StagedRun:
                 lambda source: self.listener.advance(next(count), None, "documents"),
             )
             skipped = sum(1 for _ in corpus.skipped())
-            self.listener.end(report.corpus_line(corpus, skipped))
+            self.listener.end(corpus_line(corpus, skipped))
         return corpus, skipped
 
     def study(self, corpus: Corpus, prompts: tuple[Prompt, ...], teaching: Teaching | None) -> None:
@@ -78,7 +113,7 @@ class StagedRun:
             given = about_windows(corpus, prompts)  # may be wrong, so before anything that takes long
             studied = study(self.work, corpus, teaching, self.ranks, self.progress("windows"), self._say)
             give(self.work, given, studied)
-            self.listener.end(report.study_line(corpus.studied, self.work.path(STUDIED)))
+            self.listener.end(study_line(corpus.studied, self.work.path(STUDIED)))
 
     def _say(self, line: str) -> None:
         """A line within a stage, which goes on."""
@@ -105,3 +140,56 @@ def teaching_of(
         load = functools.cache(partial(load_teacher, settings.teacher))
         return Teaching(asked, settings.teacher, load, lambda: ModelWriter(load()), count)
     return Teaching(asked, digest, partial(Teacher, model, tokenizer))
+
+
+# What came of a stage, in one line
+
+
+def corpus_line(corpus: Corpus, skipped: int) -> str:
+    line = f"{corpus.documents:,} documents in {corpus.count:,} windows"
+    if not skipped:
+        return line
+    some = ", ".join(f"{one.what} ({one.why})" for one in itertools.islice(corpus.skipped(), NAMED))
+    return f"{line}; {skipped:,} skipped: {some}" + ", …" * (skipped > NAMED)
+
+
+def study_line(file: pathlib.Path, counts: pathlib.Path) -> str:
+    """`counts` says what came of a teacher's replies, where it wrote freely."""
+    if not file.exists():
+        return "none: texts are learnt as they stand"
+    rows, questions, given = 0, 0, 0
+    for row in read_rows(file):
+        own = "given" in row
+        rows, questions, given = rows + 1, questions + ("question" in row and not own), given + own
+    line = f"{rows:,} prompts with answers"
+    line += f", {questions:,} of them questions" if rows > given else ""
+    line += f", {given:,} of them given" if given else ""
+    return f"{line}; {_replies(json.loads(counts.read_text()))}" if counts.exists() else line
+
+
+def _replies(counts: dict[str, int]) -> str:
+    """What was not kept of what a teacher wrote."""
+    parts = [f"of {counts['replies']:,} replies {counts['no use']:,} were of no use"]
+    parts += [f"{counts['unanswered']:,} requests were not answered"] if counts["unanswered"] else []
+    parts += [f"{counts['unsupported']:,} records had a number or name that their window has not"]
+    parts += [f"{counts['repeated']:,} were repetitions"]
+    return ", ".join(parts)
+
+
+def tree_line(found: dict[str, Any], given: float | None) -> str:
+    line = f"{found['depth']} levels of {found['branching']}, {found['leaves_a_window']:.2f} leaves a window"
+    if found["agreement"] is not None:
+        line += f"; {found['agreement']:.1%} of {found['questions']:,} kept questions reach a leaf of theirs"
+    if found["reversed_agreement"] is not None:
+        line += f", {found['reversed_agreement']:.1%} of {found['reversed_questions']:,} reversed ones"
+    return line + (f"; {given:.1%} of the given ones" if given is not None else "")
+
+
+def memory_line(memory: MemoryConfig) -> str:
+    sizes, layers = ", ".join(map(str, memory.block_sizes)), len(memory.layers)
+    return f"{memory.kind} of {sizes} units in {layers} layers, {memory.fetched_parameters / 1e6:.2f} M fetched"
+
+
+def perplexity_line(perplexity: dict[str, float], of: str) -> str:
+    figures = ", ".join(f"{name} {value:.2f}" for name, value in perplexity.items())
+    return f"perplexity of {of}: {figures}"

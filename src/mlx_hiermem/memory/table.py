@@ -68,6 +68,16 @@ class MemoryTable:
         if key in self._users:
             self._users[key] -= 1
 
+    def forget(self) -> None:
+        """Empties the rows that no sequence uses."""
+        for key in [key for key in self._rows if not self._users.get(key)]:
+            row = self._rows.pop(key)
+            self._users.pop(key, None)
+            for tables in self._tables:
+                for table in tables:
+                    table[row] = 0
+            self._real[row] = False
+
     def use(self, rows: mx.array) -> None:
         """Attaches the table for the next forward pass: rows [B] of its sequences."""
         for (_, slot), tables in zip(self._slots, self._tables, strict=True):

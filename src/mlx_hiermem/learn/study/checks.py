@@ -14,8 +14,8 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 
-from mlx_hiermem.learn.records import Prompt
-from mlx_hiermem.learn.study.patterns import patterns
+from mlx_hiermem.learn.settings import Prompt
+from mlx_hiermem.learn.study.teacher import patterns
 
 NUMBER = re.compile(r"\d(?:[\d.,]*\d)?")
 WORD = re.compile(r"[^\W\d_]+")

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_hiermem.files import file_digest
-from mlx_hiermem.learn.records import Prompt, Window
+from mlx_hiermem.learn.corpus.windows import Window
+from mlx_hiermem.learn.settings import Prompt
 
 FILE = pathlib.Path(__file__).with_name("forms.toml")
 LONGEST = 100_000  # characters of a reply; what is longer is not what was asked for

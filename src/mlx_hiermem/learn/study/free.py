@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mlx_hiermem.learn.records import Prompt, Window
-from mlx_hiermem.learn.settings import StudySettings
+from mlx_hiermem.learn.corpus.windows import Window
+from mlx_hiermem.learn.settings import Prompt, StudySettings
 from mlx_hiermem.learn.study.checks import Source, same_words
 from mlx_hiermem.learn.study.forms import Form, forms, parse_reply
 from mlx_hiermem.learn.study.prompts import line_of

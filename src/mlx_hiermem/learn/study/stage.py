@@ -25,17 +25,16 @@ from typing import Any
 
 from mlx_hiermem.errors import TeacherError
 from mlx_hiermem.learn.corpus.corpus import Corpus
+from mlx_hiermem.learn.corpus.windows import Window
 from mlx_hiermem.learn.parts import help_make_parts, make_parts
-from mlx_hiermem.learn.records import Window
 from mlx_hiermem.learn.settings import StudySettings
 from mlx_hiermem.learn.study.checks import same_words
 from mlx_hiermem.learn.study.forms import forms
 from mlx_hiermem.learn.study.free import TRIED, FreeStudy, Trial
-from mlx_hiermem.learn.study.patterns import patterns
 from mlx_hiermem.learn.study.prompts import prompt_of, rows_of
 from mlx_hiermem.learn.study.replies import Replies
 from mlx_hiermem.learn.study.study import TOGETHER, in_patterns
-from mlx_hiermem.learn.study.teacher import Teacher
+from mlx_hiermem.learn.study.teacher import Teacher, patterns
 from mlx_hiermem.learn.study.writers import Writer
 from mlx_hiermem.learn.tree.probes import with_subjects
 from mlx_hiermem.learn.work import (
@@ -136,6 +135,8 @@ class _Stage:
         if not file.exists():
             numbers = dict.fromkeys(self.corpus.count * i // TRIED for i in range(TRIED))
             found = self.writing.trial(list(self.corpus.read(numbers)), Replies(file.with_suffix(".replies")))
+            if not (found.able or self.teaching.load):
+                return found  # which stops this run; the next one asks again
             write_text(file, json.dumps(found.to_json()) + "\n")
         return Trial(**json.loads(file.read_text(encoding="utf-8")))
 
@@ -147,7 +148,7 @@ class _Stage:
         if self.teaching.load is None and not self.trial.replies:
             raise TeacherError(
                 f"the teacher answered none of the first requests: {self.trial.fault}",
-                "Correct that, or take another.",
+                "Correct that, or take another one.",
             )
         if self.teaching.load is None:
             raise TeacherError(

@@ -27,9 +27,8 @@ import numpy as np
 
 from mlx_hiermem.files import file_digest, new_file
 from mlx_hiermem.learn.corpus.corpus import Corpus
-from mlx_hiermem.learn.corpus.windows import sentences
+from mlx_hiermem.learn.corpus.windows import Window, sentences
 from mlx_hiermem.learn.parts import help_make_parts, make_parts
-from mlx_hiermem.learn.records import Window
 from mlx_hiermem.learn.work import (
     GO_ON,
     MEANS,
