@@ -72,6 +72,10 @@ class StudySettings:
     reversed_statements: int = 1  # beginnings of statements of that kind, at most
     seed: int = 0  # of what is drawn at random
 
+    def __post_init__(self) -> None:
+        if wrong := [name for name in ("amount", "at_once", "timeout") if getattr(self, name) <= 0]:
+            raise HierMemError(f"{wrong[0]} must be more than 0")
+
 
 @dataclass(frozen=True)
 class TreeSettings:
@@ -161,6 +165,9 @@ class LearnSettings:
     licence: str = ""  # of the documents, for the bank's manifest
     keep: bool = False  # keep the work folder
 
+    def __post_init__(self) -> None:
+        _check_teacher(self.teacher, self.teacher_url)
+
     def to_json(self) -> dict[str, Any]:
         """What a bank's manifest says of them."""
         data = asdict(self)
@@ -184,6 +191,17 @@ class AddSettings:
     training: TrainingSettings = field(default_factory=lambda: TrainingSettings(epochs=4))
     prompts: tuple[Prompt, ...] = ()
     keep: bool = False
+
+    def __post_init__(self) -> None:
+        _check_teacher(self.teacher, self.teacher_url)
+
+
+def _check_teacher(model: str, url: str) -> None:
+    """Raises HierMemError where a teacher is named twice, or its server's address is none."""
+    if model and url:
+        raise HierMemError("a teacher is a model or a server, not both", "Leave out teacher or teacher_url.")
+    if url and not re.match(r"https?://[^/]", url):
+        raise HierMemError(f"teacher_url '{url}' is no address", "Write it like http://127.0.0.1:1234/v1.")
 
 
 # A TOML file
