@@ -133,7 +133,7 @@ def paths(texts: list[str], param: str = "memory") -> frozenset[Path]:
 
 
 class Wish(Asked):
-    """The field `memory`: fetched, none, generic or a path; nodes that are closed to this request."""
+    """The field `memory`: a word of `MemoryChoice` or a path; nodes that are closed to this request."""
 
     use: str = "fetched"
     blocked: list[str] = []
@@ -143,7 +143,8 @@ class Wish(Asked):
         try:
             wanted = MemoryChoice.parse(self.use)
         except HierMemError:
-            message = f"there is no memory '{self.use}'; take fetched, none, generic, or a path such as 10.7"
+            words = ", ".join(MemoryChoice.WORDS)
+            message = f"there is no memory '{self.use}'; take {words}, or a path such as 10.7"
             raise ApiError(400, message, "memory") from None
         return MemoryChoice.NONE if wanted == MemoryChoice.FETCHED and not has_bank else wanted
 
@@ -291,6 +292,11 @@ class ChatRequest(Generation):
         return value
 
     @property
+    def top(self) -> int | None:
+        """How many of the likeliest tokens are reported; None: no logprobs at all."""
+        return self.top_logprobs if self.logprobs else None
+
+    @property
     def wanted_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
@@ -341,3 +347,13 @@ class UnloadRequest(Asked):
     """POST /v1/banks/unload"""
 
     name: str = Field(min_length=1)
+
+
+class EmbeddingRequest(Asked):
+    """POST /v1/embeddings. `input` is one text or several."""
+
+    input: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_in_list), Field(min_length=1)]
+    model: str = ""
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+    user: str = ""
