@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
 from mlx_hiermem.config import MemoryChoice, Path
-from mlx_hiermem.errors import AnchorError, ArgumentError, BankError, HierMemError
+from mlx_hiermem.errors import ArgumentError, BankError, ChatTemplateError, HierMemError
 from mlx_hiermem.model import MemoryModel, Wanted
 from mlx_hiermem.response import GrowingText, Response
 from mlx_hiermem.router import Topic, Turn
@@ -204,13 +204,12 @@ class Session:
         """The prompt from a message on, behind the system message."""
         if not self.system:
             return self.model.chat_tokens(self.messages[first:], **self.template)
-        from jinja2 import TemplateError
-
         try:
             system = {"role": "system", "content": self.system}
             return self.model.chat_tokens([system, *self.messages[first:]], **self.template)
-        except TemplateError as error:
-            raise AnchorError(f"the anchor's chat template takes no system message: {error}") from error
+        except ChatTemplateError as error:
+            reason = error.__cause__ or error
+            raise ChatTemplateError(f"the anchor's chat template takes no system message: {reason}") from error
 
     def _fit(self) -> tuple[int, int, list[int]]:
         """(first message, turns dropped now, prompt): the newest turns that leave room for the reply."""
