@@ -13,7 +13,7 @@ import os
 import pathlib
 import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from types import TracebackType
@@ -23,7 +23,8 @@ from safetensors import SafetensorError
 
 from mlx_hiermem.bank.bank import MANIFEST, TREE
 from mlx_hiermem.bank.block import write_block
-from mlx_hiermem.bank.manifest import BankManifest, FileEntry
+from mlx_hiermem.bank.manifest import BankManifest, FileEntry, SourcesEntry
+from mlx_hiermem.bank.sources import LeafSources, write_sources
 from mlx_hiermem.errors import BankError, OutputError
 from mlx_hiermem.files import DISK_FULL, file_digest, fsync, locked, parse_json, partial_name, reason, to_disk
 from mlx_hiermem.tree import ClusterTree
@@ -143,6 +144,13 @@ class BankWriter:
             tree.save(file)
             return FileEntry(file.stat().st_size, file_digest(file))
         except (OSError, SafetensorError) as error:
+            raise self._failed(error) from error
+
+    def write_sources(self, found: Iterable[LeafSources], tree: ClusterTree) -> SourcesEntry:
+        """The windows that the leaves have learnt, in the order of level and path."""
+        try:
+            return write_sources(self.partial, found, tree.branching, tree.dim)
+        except OSError as error:
             raise self._failed(error) from error
 
     def finish(self, manifest: BankManifest) -> None:
