@@ -27,6 +27,8 @@ from mlx_hiermem.share.pull import pull
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = {"messages": [{"role": "user", "content": "hello"}], "memory": "none", "max_tokens": 5}
 DEEP = b'{"messages": [{"role": "user", "content": "x"}], "memory": ' + b"[" * 900 + b"]" * 900 + b"}"
+IMPOSSIBLE = {"type": "integer", "minimum": 5, "maximum": 3}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": IMPOSSIBLE}}
 PROMPT = {"prompt": "hello", "memory": "none", "max_tokens": 5}
 
 
@@ -78,7 +80,10 @@ def posted(running: Running, path: str, body: Any) -> http.client.HTTPConnection
         ),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0]", None, "no Unicode text"),
         ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter", "not supported"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter", "not supported"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", None, "json_schema"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", None, "go together"),
+        ({"response_format": SCHEMA | {"type": "text"}}, "response_format", None, "go together"),
+        ({"response_format": SCHEMA}, "response_format", None, "cannot be met: Unsatisfiable schema: minimum (5)"),
         ({"top_a": 5}, "top_a", "unknown_parameter", "unknown field top_a"),
         ({"\ud800": 5}, None, None, "no Unicode text"),
         ({"stop": ["a", "\udfff"]}, None, None, "no Unicode text"),

@@ -27,12 +27,14 @@ from mlx_hiermem.apps.server.schema import (
     ChatRequest,
     CompletionRequest,
     Generation,
+    ResponseFormat,
     Wish,
     paths,
 )
 from mlx_hiermem.apps.server.text import Piece, ReplyText
 from mlx_hiermem.config import MemoryChoice, Path
 from mlx_hiermem.errors import AnchorError, ArgumentError
+from mlx_hiermem.grammar import Grammar
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.sampling import Sampling
 
@@ -59,7 +61,8 @@ class Service:
         tokens = await run_in_threadpool(_chat_tokens, named.model, asked)
         top = asked.top_logprobs if asked.logprobs else None
         length = _reply_length(named.model, asked, tokens)
-        jobs = _jobs(named, asked, [(tokens, asked.questions)], length, top)
+        grammar = await run_in_threadpool(_grammar, named.model, asked.response_format)
+        jobs = _jobs(named, asked, [(tokens, asked.questions)], length, top, grammar)
         answer = ChatAnswer(named.name, named.model.tokenizer, top)
         return await self._answer(asked, request, answer, jobs)
 
@@ -121,7 +124,25 @@ def _reply_length(model: MemoryModel, asked: ChatRequest, tokens: list[int]) -> 
     return asked.wanted_tokens or min(REPLY, room)
 
 
-def _jobs(named: Named, asked: Generation, prompts: Sequence[Prompt], length: int, top: int | None) -> list[Job]:
+def _grammar(model: MemoryModel, wanted: ResponseFormat | None) -> Grammar | None:
+    """Takes a moment for a large schema."""
+    schema = wanted.schema_wanted if wanted else None
+    if schema is None:
+        return None
+    try:
+        return model.grammars.json(schema)
+    except ArgumentError as error:
+        raise ApiError(400, str(error), "response_format") from error
+
+
+def _jobs(
+    named: Named,
+    asked: Generation,
+    prompts: Sequence[Prompt],
+    length: int,
+    top: int | None,
+    grammar: Grammar | None = None,
+) -> list[Job]:
     """`n` for each prompt, which share a queue. With a seed each reply has a seed of its own, or all were equal."""
     events, jobs = asyncio.Queue[Any](), list[Job]()
     for tokens, texts in prompts:
@@ -129,7 +150,7 @@ def _jobs(named: Named, asked: Generation, prompts: Sequence[Prompt], length: in
         for number in range(asked.n):
             seed = None if asked.seed is None else (asked.seed + number) % 2**64
             reply = ReplyText(named.model.tokenizer, tokens, asked.stop)
-            sampling = replace(job.sampling, seed=seed)
+            sampling = replace(job.sampling, seed=seed, grammar=grammar)
             jobs.append(replace(job, reply=reply, sampling=sampling, counted=number == 0))
     return jobs
 

@@ -6,16 +6,17 @@ refused too. Nothing that would change the answer is passed over in silence.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from mlx_hiermem.apps.server.refusal import ApiError
 from mlx_hiermem.config import MemoryChoice, Path
 from mlx_hiermem.errors import HierMemError
 
 REPLY = 512  # tokens of a chat reply at most, where the request does not say; as for `hiermem chat`
-DEEPEST = 16  # lists and objects within one another
+DEEPEST = 64  # lists and objects within one another; OpenAI takes schemas of ten levels, each of which is three
 COMPLETION = 16  # the same for a completion; OpenAI's own default
 
 # They change nothing about the answer.
@@ -91,6 +92,18 @@ def _is_deep(value: Any, left: int = DEEPEST) -> bool:
         return False
     inner = value.values() if isinstance(value, dict) else value
     return left == 0 or any(_is_deep(item, left - 1) for item in inner)
+
+
+def _with_unicode(value: dict[str, Any]) -> dict[str, Any]:
+    """An object of any shape, all of whose texts can be encoded."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair is no Unicode text") from None
+    return value
+
+
+AnyObject = Annotated[dict[str, Any], AfterValidator(_with_unicode)]
 
 
 def _in_list(value: Any) -> Any:
@@ -223,12 +236,42 @@ class Generation(Asked):
         return self
 
 
+class JsonSchema(Asked):
+    """OpenAI's wrapping of a schema. Ours is always met, so `strict` changes nothing."""
+
+    name: str = ""
+    description: str = ""
+    strict: bool = False
+    json_schema: AnyObject = Field(alias="schema")
+
+
+class ResponseFormat(Asked):
+    """What a reply may be: any text, any JSON object, or JSON by a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _together(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("type json_schema and the field json_schema go together")
+        return self
+
+    @property
+    def schema_wanted(self) -> dict[str, Any] | None:
+        """The schema to keep to; None where any text is right."""
+        if self.json_schema is not None:
+            return self.json_schema.json_schema
+        return {"type": "object"} if self.type == "json_object" else None
+
+
 class ChatRequest(Generation):
     """POST /v1/chat/completions"""
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    chat_template_kwargs: dict[str, Any] = {}
+    response_format: ResponseFormat | None = None
+    chat_template_kwargs: AnyObject = {}
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
 

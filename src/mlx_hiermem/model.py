@@ -12,6 +12,7 @@ from __future__ import annotations
 import pathlib
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Unpack
 
 import mlx.core as mx
@@ -23,6 +24,7 @@ from mlx_hiermem.batch import MemoryBatch
 from mlx_hiermem.cache import BlockCache, Fetch
 from mlx_hiermem.config import AnchorIdentity, MemoryChoice, Path
 from mlx_hiermem.errors import AnchorError, ArgumentError, BankError
+from mlx_hiermem.grammar import Grammars
 from mlx_hiermem.memory.attach import Attachment, attach
 from mlx_hiermem.response import GrowingText, Response
 from mlx_hiermem.sampling import LogitsProcessor, Options, Sampling
@@ -132,6 +134,11 @@ class MemoryModel:
         """Token ids that the anchor has rows for, without those that only pad."""
         config = {**self.config.get("text_config", {}), **self.config}
         return int(config.get("effective_vocab_size") or config.get("vocab_size") or len(self.tokenizer))
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Grammars that a reply can be held to."""
+        return Grammars(self.tokenizer)
 
     @property
     def default_memory(self) -> MemoryChoice:
