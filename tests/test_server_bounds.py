@@ -102,7 +102,12 @@ def posted(running: Running, path: str, body: Any) -> http.client.HTTPConnection
         ({"top_logprobs": 2}, None, None, "logprobs: true"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", None, "less than or equal to 20"),
         ({"max_tokens": CONTEXT}, "messages", "context_length_exceeded", f"more than the model's {CONTEXT}"),
-        ({"memory": "lots"}, "memory", None, "no memory 'lots'; take fetched, none, generic, or a path"),
+        (
+            {"memory": "lots"},
+            "memory",
+            None,
+            "no memory 'lots'; take none, generic, fetched, source, fetched+source, or a path",
+        ),
         ({"memory": 5}, "memory", None, "memory: it is fetched, none, generic, a path, a list of blocked nodes"),
         ({"memory": "9"}, "memory", None, "no node 9"),
         ({"memory": ["x"]}, "memory", None, "'x' is not a path"),

@@ -133,7 +133,7 @@ def paths(texts: list[str], param: str = "memory") -> frozenset[Path]:
 
 
 class Wish(Asked):
-    """The field `memory`: fetched, none, generic or a path; nodes that are closed to this request."""
+    """The field `memory`: a word of `MemoryChoice` or a path; nodes that are closed to this request."""
 
     use: str = "fetched"
     blocked: list[str] = []
@@ -143,7 +143,8 @@ class Wish(Asked):
         try:
             wanted = MemoryChoice.parse(self.use)
         except HierMemError:
-            message = f"there is no memory '{self.use}'; take fetched, none, generic, or a path such as 10.7"
+            words = ", ".join(MemoryChoice.WORDS)
+            message = f"there is no memory '{self.use}'; take {words}, or a path such as 10.7"
             raise ApiError(400, message, "memory") from None
         return MemoryChoice.NONE if wanted == MemoryChoice.FETCHED and not has_bank else wanted
 
