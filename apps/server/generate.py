@@ -68,13 +68,8 @@ class Service:
 
     async def chat(self, asked: ChatRequest, request: Request) -> Response:
         named, asked = self.catalogue.find(asked.model), self._filled(asked)
-        encode = partial(_chat_tokens, named.model, asked)
-        prompt = Prompt(await run_in_threadpool(encode), asked.questions, encode)
-        top = asked.top_logprobs if asked.logprobs else None
-        length = _reply_length(named, asked, prompt.tokens)
-        grammar = await run_in_threadpool(_grammar, named.model, asked.response_format)
-        jobs = _jobs(named, asked, [prompt], length, top, grammar)
-        answer = ChatAnswer(named.name, named.model.tokenizer, top)
+        jobs = await run_in_threadpool(chat_jobs, named, asked)
+        answer = ChatAnswer(named.name, named.model.tokenizer, asked.top)
         return await self._answer(asked, request, answer, jobs)
 
     async def complete(self, asked: CompletionRequest, request: Request) -> Response:
@@ -106,6 +101,15 @@ class Service:
             raise
         stream = _stream(seen, events, answer, jobs, usage, asked.stream_options.include_usage)
         return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+
+def chat_jobs(named: Named, asked: ChatRequest) -> list[Job]:
+    """The sequences of a request. Raises ApiError. Takes a moment, so not for the event loop."""
+    encode = partial(_chat_tokens, named.model, asked)
+    prompt = Prompt(encode(), asked.questions, encode)
+    length = _reply_length(named, asked, prompt.tokens)
+    grammar = _grammar(named.model, asked.response_format)
+    return _jobs(named, asked, [prompt], length, asked.top, grammar)
 
 
 def _chat_tokens(model: MemoryModel, asked: ChatRequest, passage: SourceWindow | None = None) -> list[int]:
