@@ -142,8 +142,6 @@ def _chat_tokens(model: MemoryModel, asked: ChatRequest, passage: SourceWindow |
     except ChatTemplateError as error:
         reason = error.__cause__ or error
         raise ApiError(400, f"the model's chat template refuses the messages: {reason}", "messages") from error
-    except (TypeError, ValueError) as error:  # of a variable that is not what the template takes
-        raise ApiError(400, f"the model's chat template refuses the messages: {error}", "messages") from error
     except AnchorError as error:
         raise ApiError(400, f"{error.what}; use /v1/completions", "messages") from error
 
