@@ -29,7 +29,6 @@ WEIGHTS = (-6.0, 6.0, 6.0)  # of 1, of how near a sentence is, and of how much o
 BOUND = 0.5  # what a source scores at least
 WORD = re.compile(r"\w+")
 ENDING = re.compile(r"(?<=\w{3})(?:es|s)$")
-NOT_SAID = "no source in this bank says this"
 
 
 @dataclass(frozen=True)
