@@ -17,6 +17,7 @@ from mlx_hiermem.files import parse_json
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PLACE = "\ue000{}\ue001"  # stands for a message in a rendered template; private characters that nobody types
+NO_CODE = {"trust_remote_code": False}  # without it transformers asks on the terminal whether to run a model's code
 
 
 def load_tokenizer(folder: pathlib.Path) -> Any:
@@ -32,7 +33,7 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it warns of model types that it does not know
     try:
-        tokenizer = mlx_lm.utils.load_tokenizer(folder)
+        tokenizer = mlx_lm.utils.load_tokenizer(folder, NO_CODE)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise AnchorError(f"cannot load the tokenizer of {folder}: {reason}") from error
