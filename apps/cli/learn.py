@@ -38,6 +38,13 @@ SELF_STUDY = typer.Option(
     help="Have questions and answers written about the documents, and learn them too. Default: yes.",
 )
 TEACHER = typer.Option(help="Who writes them: a model that mlx-lm loads. Default: the anchor.")
+TEACHER_URL = typer.Option(
+    help="Or a server that speaks OpenAI's protocol; its key is in OPENAI_API_KEY, if it needs one."
+)
+TEACHER_MODEL = typer.Option(help="What the model is called there. Default: the first one that the server names.")
+STUDY = typer.Option(
+    min=0.1, help="Tokens of study for each token of the documents, of a teacher that can write. Default: 10."
+)
 PROMPTS = typer.Option(help="Prompts of your own to learn: a JSON line each, with document, prompt and completion.")
 QUESTIONS = typer.Option(help="Questions to measure the routing by: a JSON line each, with question and document.")
 SOURCES = typer.Option(
@@ -63,6 +70,9 @@ def learn(
     epochs: Annotated[int | None, EPOCHS] = None,
     self_study: Annotated[bool | None, SELF_STUDY] = None,
     teacher: Annotated[str | None, TEACHER] = None,
+    teacher_url: Annotated[str | None, TEACHER_URL] = None,
+    teacher_model: Annotated[str | None, TEACHER_MODEL] = None,
+    study: Annotated[float | None, STUDY] = None,
     prompts: Annotated[pathlib.Path | None, PROMPTS] = None,
     questions: Annotated[pathlib.Path | None, QUESTIONS] = None,
     sources: Annotated[bool | None, SOURCES] = None,
@@ -91,6 +101,9 @@ def learn(
         training=_changed(settings.training, epochs=epochs, states_bytes=states_bytes),
         self_study=self_study,
         teacher=teacher,
+        teacher_url=teacher_url,
+        teacher_model=teacher_model,
+        study=_changed(settings.study, amount=study),
         sources=sources,
         keep=keep or None,
     )

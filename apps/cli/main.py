@@ -8,6 +8,7 @@ understood with 2; `--debug` shows the traceback.
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import shlex
 import sys
@@ -91,6 +92,9 @@ def options(
 def main() -> None:
     """Entry point of the console script."""
     debug = "--debug" in sys.argv
+    for stream in (sys.stdout, sys.stderr):  # a file name that is no Unicode must not end a command
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are for programmers
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     if not arguments:

@@ -35,7 +35,7 @@ from mlx_hiermem.apps.server.schema import (
 from mlx_hiermem.apps.server.text import Piece, ReplyText
 from mlx_hiermem.bank.sources import SourceWindow
 from mlx_hiermem.config import MemoryChoice, Path
-from mlx_hiermem.errors import AnchorError, ArgumentError
+from mlx_hiermem.errors import AnchorError, ArgumentError, ChatTemplateError
 from mlx_hiermem.grammar import Grammar
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.sampling import Sampling
@@ -113,13 +113,12 @@ def chat_jobs(named: Named, asked: ChatRequest) -> list[Job]:
 
 
 def _chat_tokens(model: MemoryModel, asked: ChatRequest, passage: SourceWindow | None = None) -> list[int]:
-    from jinja2 import TemplateError
-
     messages = messages_with([message.to_template() for message in asked.messages], passage)
     try:
         return model.chat_tokens(messages, **asked.chat_template_kwargs)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise ApiError(400, f"the model's chat template refuses the messages: {error}", "messages") from error
+    except ChatTemplateError as error:
+        reason = error.__cause__ or error
+        raise ApiError(400, f"the model's chat template refuses the messages: {reason}", "messages") from error
     except AnchorError as error:
         raise ApiError(400, f"{error.what}; use /v1/completions", "messages") from error
 
