@@ -20,7 +20,7 @@ from mlx_hiermem.config import Path
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.router import Router
 from mlx_hiermem.session import Session
-from mlx_hiermem.sources import Source, SourceSearch
+from mlx_hiermem.sources import Source, SourceSearch, messages_with, text_with
 
 NAMES = {"neon": Path((1, 1)), "iron": Path((2, 0))}
 NEON = Source("Neon.txt", "Neon", "line 1", "Neon glows red.", 0.9)
@@ -94,21 +94,26 @@ def test_the_servers_answers_have_sources(server: Running, found: list[Source]) 
 
 
 def test_the_server_has_the_memories_of_sources(server: Running, folder: pathlib.Path) -> None:
+    """They are the passage in the prompt, without blocks or with the path's."""
     model, talk = opened_model(folder), [{"role": "user", "content": "tell me of neon"}]
-    for memory in ("none", "source", "fetched+source"):
-        answer, alone = asked(server, memory), model.chat(talk, memory=memory, max_tokens=6)
-        assert answer["choices"][0]["message"]["content"] == alone.text
-        assert answer["usage"]["prompt_tokens"] == alone.prompt_tokens
-    assert answer["memory"]["passage"]["title"] in ("Neon", "Argon")
+    passage = model.choose("source", "tell me of neon").passage
+    for memory, same in (("source", "none"), ("fetched+source", "1.1")):
+        answer, by_hand = asked(server, memory), asked(server, same, messages=messages_with(talk, passage))
+        assert answer["choices"] == by_hand["choices"]
+        assert answer["usage"]["prompt_tokens"] == by_hand["usage"]["prompt_tokens"]
+        assert answer["memory"]["passage"]["title"] in ("Neon", "Argon")
+        assert answer["memory"]["blocks"] == by_hand["memory"]["blocks"]
     status, rows = server.json("GET", "/v1/models")
     assert status == 200
     assert {"tiny:source", "tiny:fetched+source"} <= {row["id"] for row in rows["data"]}
     named = asked(server, {"blocked": []}, model="tiny:source")
     assert named["memory"]["memory"] == "source"
-    status, answer = server.json(
-        "POST", "/v1/completions", {"prompt": "of neon", "memory": "source", "max_tokens": 4}
-    )
-    assert answer["choices"][0]["text"] == model.generate("of neon", memory="source", max_tokens=4).text
+    told = text_with("of neon", model.choose("source", "of neon").passage)
+    texts = []
+    for prompt, memory in (("of neon", "source"), (told, "none")):
+        body = {"prompt": prompt, "memory": memory, "max_tokens": 4}
+        texts.append(server.json("POST", "/v1/completions", body)[1]["choices"][0]["text"])
+    assert texts[0] == texts[1]
     assert server.json("GET", "/v1/memory")[1]["sources"] == {"windows": 3, "documents": 3}
 
 

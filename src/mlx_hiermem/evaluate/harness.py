@@ -79,11 +79,8 @@ class MemoryLM(TemplateLM):
             until = settings.get("until") or []
             stops.append([until] if isinstance(until, str) else list(until))
             longest = int(settings.get("max_gen_toks", REPLY))
-            tokens = (
-                Prompt(((self.tok_encode(text_with(context, where.chosen.passage)), []),), longest)
-                .cut(self.max_length)
-                .pairs[0][0]
-            )
+            prompt = Prompt(((self.tok_encode(text_with(context, where.chosen.passage)), []),), longest)
+            tokens = prompt.cut(self.max_length).pairs[0][0]
             asked.append(Asked(tokens, where.chosen, longest, partial(_ends, stops=stops[-1])))
         said = dict(replies(self.model, asked, self.prompter.decode))
         return [_cut(said[n], stops[n]) for n in range(len(requests))]
