@@ -24,12 +24,14 @@ ORDER = [
     "printable",
     "files",
     "config",
+    "sentences",
     "assets",
     "tree",
     "bank",
     "embedder",
     "cache",
     "router",
+    "sources",
     "memory",
 ]
 ORDER += [

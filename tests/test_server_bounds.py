@@ -14,7 +14,6 @@ import hub_server
 import openai
 import pytest
 from serving import CONTEXT, Gate, Running, events, eventually, serving, tiny_model
-from tiny import make_model
 
 from mlx_hiermem.apps.server import listen
 from mlx_hiermem.apps.server.address import address, bind
@@ -28,20 +27,10 @@ from mlx_hiermem.share.pull import pull
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = {"messages": [{"role": "user", "content": "hello"}], "memory": "none", "max_tokens": 5}
 DEEP = b'{"messages": [{"role": "user", "content": "x"}], "memory": ' + b"[" * 900 + b"]" * 900 + b"}"
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
 IMPOSSIBLE = {"type": "integer", "minimum": 5, "maximum": 3}
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": IMPOSSIBLE}}
 PROMPT = {"prompt": "hello", "memory": "none", "max_tokens": 5}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return make_model(tmp_path_factory.mktemp("bounds") / "model")
-
-
-@pytest.fixture(scope="module")
-def server(folder: pathlib.Path) -> Iterator[Running]:
-    with serving(lambda: tiny_model(folder)) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +71,13 @@ def posted(running: Running, path: str, body: Any) -> http.client.HTTPConnection
         ({"messages": []}, "messages", None, "at least 1"),
         ({"messages": "hello"}, "messages", None, "list"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", None, "'user'"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", None, "'user'"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0]", None, "tool_call_id"),
+        (
+            {"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]},
+            "messages",
+            "unsupported_parameter",
+            "no tools",
+        ),
         ({"messages": [{"role": "user"}]}, "messages[0].content", None, "required"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
@@ -91,7 +86,9 @@ def posted(running: Running, path: str, body: Any) -> http.client.HTTPConnection
             "",
         ),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0]", None, "no Unicode text"),
-        ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter", "not supported"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function", None, "required"),
+        ({"tools": TOOLS}, "tools", "unsupported_parameter", "no tools"),
+        ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice", None, "auto or none"),
         ({"response_format": {"type": "xml"}}, "response_format.type", None, "json_schema"),
         ({"response_format": {"type": "json_schema"}}, "response_format", None, "go together"),
         ({"response_format": SCHEMA | {"type": "text"}}, "response_format", None, "go together"),
@@ -114,7 +111,12 @@ def posted(running: Running, path: str, body: Any) -> http.client.HTTPConnection
         ({"top_logprobs": 2}, None, None, "logprobs: true"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", None, "less than or equal to 20"),
         ({"max_tokens": CONTEXT}, "messages", "context_length_exceeded", f"more than the model's {CONTEXT}"),
-        ({"memory": "lots"}, "memory", None, "no memory 'lots'; take fetched, none, generic, or a path"),
+        (
+            {"memory": "lots"},
+            "memory",
+            None,
+            "no memory 'lots'; take none, generic, fetched, source, fetched+source, or a path",
+        ),
         ({"memory": 5}, "memory", None, "memory: it is fetched, none, generic, a path, a list of blocked nodes"),
         ({"memory": "9"}, "memory", None, "no node 9"),
         ({"memory": ["x"]}, "memory", None, "'x' is not a path"),

@@ -1,4 +1,4 @@
-"""OpenAI's answers, whole and in chunks, with the field `memory` beside theirs."""
+"""OpenAI's answers, whole and in chunks, with the fields `memory` and `sources` beside theirs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlx_hiermem.apps.server.follow import Usage
-from mlx_hiermem.apps.server.text import Piece
+from mlx_hiermem.apps.server.text import Call, Piece
 from mlx_hiermem.batch import Token
+from mlx_hiermem.sources import Source
 
 LEAST = -9999.0  # stands for a logprob of minus infinity, which JSON does not have
 
@@ -24,13 +25,17 @@ class Answer:
     def __init__(self, model: str, tokenizer: Any, top: int | None) -> None:
         """`top` is how many of the likeliest tokens are reported beside each; None: no logprobs at all."""
         self.model, self.tokenizer, self.top = model, tokenizer, top
+        self._calls: dict[int, int] = {}  # how many a choice has made in a stream
         self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
 
     def whole(self, pieces: Sequence[Sequence[Piece]], memories: Sequence[dict[str, Any]], usage: Usage) -> Any:
-        """One choice for each sequence, from its pieces. Sequences of several prompts have a list of memories."""
+        """One choice for each sequence, from its pieces. Several have a list of memories and of sources."""
         memory = memories[0] if len(memories) == 1 or self.one_prompt else list(memories)
         choices = [self.choice(index, _joined(each)) for index, each in enumerate(pieces)]
-        return self._head(self.kind) | {"choices": choices, "usage": usage_json(usage), "memory": memory}
+        found = [sources_json(each[-1].sources) for each in pieces]
+        sources = found[0] if len(found) == 1 else found
+        data = {"choices": choices, "usage": usage_json(usage), "memory": memory, "sources": sources}
+        return self._head(self.kind) | data
 
     def chunk(self, choices: list[dict[str, Any]], **more: Any) -> str:
         """One server-sent event."""
@@ -61,7 +66,9 @@ class ChatAnswer(Answer):
     one_prompt = True
 
     def choice(self, index: int, piece: Piece) -> dict[str, Any]:
-        message = {"role": "assistant", "content": piece.text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": piece.text, "refusal": None}
+        if piece.calls:
+            message |= {"content": piece.text or None, "tool_calls": [_call_json(call) for call in piece.calls]}
         return self._choice(index, "message", message, piece)
 
     def opening(self, index: int) -> dict[str, Any]:
@@ -69,7 +76,13 @@ class ChatAnswer(Answer):
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def delta(self, index: int, piece: Piece) -> dict[str, Any]:
-        return self._choice(index, "delta", {"content": piece.text} if piece.text else {}, piece)
+        delta: dict[str, Any] = {"content": piece.text} if piece.text else {}
+        if piece.calls:
+            first = self._calls.get(index, 0)
+            self._calls[index] = first + len(piece.calls)
+            rows = [{"index": number} | _call_json(call) for number, call in enumerate(piece.calls, first)]
+            delta["tool_calls"] = rows
+        return self._choice(index, "delta", delta, piece)
 
     def _choice(self, index: int, name: str, value: dict[str, Any], piece: Piece) -> dict[str, Any]:
         logprobs = None if self.top is None else {"content": self._logprobs(piece), "refusal": None}
@@ -114,6 +127,15 @@ class CompletionAnswer(Answer):
         return {self._text(other): max(logprob, LEAST) for other, logprob in rows}
 
 
+def sources_json(sources: Sequence[Source] | None) -> list[dict[str, Any]] | None:
+    """Best first; empty where nothing in the leaf says the reply, None where there was nothing to look through."""
+    return None if sources is None else [source.to_json() for source in sources]
+
+
+def _call_json(call: Call) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
 def usage_json(usage: Usage) -> dict[str, Any]:
     return {
         "prompt_tokens": usage.prompt,
@@ -131,4 +153,5 @@ def _joined(pieces: Sequence[Piece]) -> Piece:
         tuple(offset for piece in pieces for offset in piece.offsets),
         pieces[-1].generated,
         pieces[-1].finish_reason,
+        tuple(call for piece in pieces for call in piece.calls),
     )

@@ -20,11 +20,14 @@ import pathlib
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_hiermem.errors import FileError, HierMemError, OutputError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 AXES = 32  # of a tensor, at most: nothing here has more than four
@@ -188,6 +191,22 @@ def locked(folder: pathlib.Path, doing: str) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def try_lock(file: pathlib.Path) -> Iterator[bool]:
+    """Tells whether this process has a file's lock now, and lets go of it in the end. The file is made."""
+    with writing(file):
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        free = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            free = False
+        yield free
+    finally:
+        os.close(descriptor)
+
+
 # Reading
 
 
@@ -309,6 +328,26 @@ def read_header(
         if begin < end:
             raise damaged(f"{one} and {other} overlap")
     return SafetensorsHeader(tensors, {str(key): str(value) for key, value in metadata.items()})
+
+
+def map_tensors(
+    file: pathlib.Path, dtypes: Sequence[str], raises: type[HierMemError] = FileError, hint: str = ""
+) -> dict[str, np.ndarray]:
+    """Name -> read-only memory-mapped array of a safetensors file; its own reader copies whole tensors.
+
+    Raises `raises` where the file is damaged, or has a tensor that is not of these dtypes.
+    """
+    import numpy as np  # here, because every command imports this module
+
+    header = read_header(file, raises, hint)
+    names = {"F32": "<f4", "F16": "<f2", "I64": "<i8", "BOOL": "?"}
+    data = np.memmap(file, dtype=np.uint8, mode="r")
+    arrays: dict[str, np.ndarray] = {}
+    for name, tensor in header.tensors.items():
+        if tensor.dtype not in dtypes:
+            raise raises(f"{file} has {name} as {tensor.dtype}, not as {' or '.join(dtypes)}", hint)
+        arrays[name] = data[tensor.begin : tensor.end].view(np.dtype(names[tensor.dtype])).reshape(tensor.shape)
+    return arrays
 
 
 def _stored(name: str, row: Any, start: int, size: int) -> StoredTensor:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import pathlib
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Unpack
 
 import mlx.core as mx
@@ -20,6 +21,7 @@ import mlx.nn as nn
 
 from mlx_hiermem.anchor import identify, load_anchor
 from mlx_hiermem.bank.bank import MANIFEST, MemoryBank
+from mlx_hiermem.bank.sources import SourceWindow
 from mlx_hiermem.batch import MemoryBatch
 from mlx_hiermem.cache import BlockCache, Fetch
 from mlx_hiermem.config import AnchorIdentity, MemoryChoice, Path
@@ -30,6 +32,7 @@ from mlx_hiermem.response import GrowingText, Response
 from mlx_hiermem.sampling import LogitsProcessor, Options, Sampling
 from mlx_hiermem.selection import Selection
 from mlx_hiermem.share.resolve import resolve
+from mlx_hiermem.sources import Source, SourceSearch, Text, asked, messages_with, text_with
 from mlx_hiermem.tokenizer import encode_chat, encode_text
 from mlx_hiermem.tree import Route
 
@@ -41,7 +44,6 @@ if TYPE_CHECKING:
 Wanted = Path | str  # what callers may write for a MemoryChoice
 Message = Mapping[str, str]  # of a conversation: role and content
 Prompt = str | Sequence[Message]
-Text = str | Sequence[str]  # what is routed: a text, or a conversation's questions
 
 
 class MemoryModel:
@@ -148,24 +150,55 @@ class MemoryModel:
     def choose(
         self, memory: Wanted, text: Text, blocked: Collection[Path] = (), route: Route | None = None
     ) -> Selection:
-        """Which memory: `none`, `generic`, `fetched` (routed by `text`), or a path such as `10.7`. Fetches nothing.
+        """Which memory: a word of `MemoryChoice` (routed by `text`), or a path such as `10.7`. Fetches no block.
 
         `text` may be the questions of a conversation, of which the last is routed. `blocked` nodes are closed
-        beside those of the bank's policy. With `route`, fetched is what the caller has found already. Raises
+        beside those of the bank's policy. With `route`, that is where the caller has found the text to go. Raises
         HierMemError for a memory there is not, BankError for a path that the tree does not have, or that leads
         through a blocked node.
         """
         wanted = MemoryChoice.parse(memory)
         if wanted == MemoryChoice.NONE:
             return Selection()
-        if self.bank is None:
-            raise BankError("this model has no bank", "Use memory none, or convert or learn a bank for it.")
-        if wanted == MemoryChoice.FETCHED:
+        bank = self.bank_for(wanted)
+        if wanted.is_routed:
             route = route or self._route(text, blocked)
         else:
             self._check_open(wanted.path, blocked)
             route = Route(wanted.path)
-        return Selection(wanted, route, tuple(self.bank.manifest.label(node) for node in route.path.prefixes()))
+        labels = tuple(bank.manifest.label(node) for node in route.path.prefixes())
+        search = self.search if wanted.has_passage else None
+        return Selection(wanted, route, labels, search.passage(route.path, asked(text, route)) if search else None)
+
+    def bank_for(self, wanted: MemoryChoice) -> MemoryBank:
+        """The bank. Raises BankError where there is none, or none that has what is wanted."""
+        if self.bank is None:
+            raise BankError("this model has no bank", "Use memory none, or convert or learn a bank for it.")
+        if wanted.has_passage and self.search is None:
+            raise BankError("this bank keeps no sources", "Use memory fetched, or learn it without --no-sources.")
+        return self.bank
+
+    @property
+    def search(self) -> SourceSearch | None:
+        """Looks through the bank's sources; None where it keeps none."""
+        sources = self.bank.sources if self.bank else None
+        return SourceSearch(sources, self.router.embedder) if sources else None
+
+    def sources(self, question: Text, answer: str = "") -> tuple[Source, ...]:
+        """What the question's leaf has on it, best first; with an answer, only what says that answer.
+
+        Raises BankError where the bank keeps no sources.
+        """
+        self.bank_for(MemoryChoice.SOURCE)
+        chosen = self.choose(MemoryChoice.FETCHED, question)
+        return self.sources_of(chosen, question, answer) or ()
+
+    def sources_of(self, chosen: Selection, text: Text, answer: str) -> tuple[Source, ...] | None:
+        """What says an answer that came with a memory; None where there is nothing to look through."""
+        search = self.search
+        if not chosen.path or search is None:
+            return None
+        return search.find(chosen.path, asked(text, chosen.route), answer)
 
     def _route(self, text: Text, blocked: Collection[Path]) -> Route:
         if isinstance(text, str):
@@ -185,7 +218,7 @@ class MemoryModel:
 
     def fetch(self, chosen: Selection) -> Fetch | None:
         """Brings the blocks of what was chosen into memory; None where there is no memory."""
-        if self.cache is None or chosen.memory == MemoryChoice.NONE:
+        if self.cache is None or not chosen.memory.has_blocks:
             return None
         generic = chosen.memory == MemoryChoice.GENERIC
         return self.cache.fetch_generic() if generic else self.cache.fetch(chosen.path)
@@ -196,7 +229,10 @@ class MemoryModel:
         """Chooses a memory (see `choose`), fetches it and attaches it. An edit of the bank is taken up first."""
         if route is None:
             self.refresh()
-        chosen = self.choose(memory, text, blocked, route)
+        return self.use(self.choose(memory, text, blocked, route))
+
+    def use(self, chosen: Selection) -> Selection:
+        """Fetches and attaches what was chosen."""
         start = time.perf_counter()
         fetch = self.fetch(chosen)
         fetched = time.perf_counter()
@@ -220,9 +256,9 @@ class MemoryModel:
         fetched where the model has a bank, and is routed by what the user said alone. `Options` lists the other
         options. Raises ArgumentError for what is no prompt, or no option.
         """
-        sampling, (tokens, questions) = Sampling.of(options), self._asked(prompt, chat)
+        sampling, asked_ = Sampling.of(options), self._asked(prompt, chat)
         wanted = MemoryChoice.parse(self.default_memory if memory is None else memory)
-        return self._reply(tokens, questions, wanted, sampling)
+        return self._reply(asked_, wanted, sampling)
 
     def generate(
         self,
@@ -265,36 +301,41 @@ class MemoryModel:
             raise ArgumentError(f"there are {len(memories)} memories for {len(prompts)} prompts")
         sampling, asked = Sampling.of(options), [self._asked(prompt, chat) for prompt in prompts]
         self.refresh()
-        chosen = [self.choose(one, questions) for one, (_, questions) in zip(memories, asked, strict=True)]
+        chosen = [self.choose(one, each.questions) for one, each in zip(memories, asked, strict=True)]
+        tokens = [each.tokens(memory.passage) for each, memory in zip(asked, chosen, strict=True)]
         try:
-            return MemoryBatch(self, max_sequences).replies([tokens for tokens, _ in asked], chosen, sampling)
+            found = MemoryBatch(self, max_sequences).replies(tokens, chosen, sampling)
+            return [
+                replace(response, find=partial(self.sources_of, response.selection, each.questions, response.text))
+                for response, each in zip(found, asked, strict=True)
+            ]
         finally:
             self.selection = Selection()
             if self.attachment:
                 self.attachment.clear()
 
-    def _reply(
-        self, tokens: list[int], questions: Sequence[str], memory: MemoryChoice, sampling: Sampling
-    ) -> Iterator[str]:
+    def _reply(self, asked: _Asked, memory: MemoryChoice, sampling: Sampling) -> Iterator[str]:
         self.response, text, last = None, GrowingText(tuple(sampling.stop)), None
-        selection = self.select(memory, questions)
+        selection = self.select(memory, asked.questions)
         try:
-            for last in self.responses(tokens, sampling):
+            for last in self.responses(asked.tokens(selection.passage), sampling):
                 yield text.add(last.text, last=last.finish_reason is not None)
                 if text.stopped:
                     break
         finally:  # whoever has read enough is told of it too
             if last is not None:
-                self.response = Response.of(text, last, selection)
+                find = partial(self.sources_of, selection, asked.questions, text.text)
+                self.response = Response.of(text, last, selection, find)
 
-    def _asked(self, prompt: Prompt, chat: bool) -> tuple[list[int], list[str]]:
-        """Token ids of a prompt, and the user's words in it. Raises ArgumentError for what is none."""
+    def _asked(self, prompt: Prompt, chat: bool) -> _Asked:
+        """A prompt, looked at. Raises ArgumentError for what is none."""
         if not prompt:
             raise ArgumentError("the prompt is empty", "Give a text, or a list of messages.")
         if isinstance(prompt, str) and not chat:
-            return self.tokens(prompt), [prompt]
+            return _Asked.of([prompt], lambda passage: self.tokens(text_with(prompt, passage)))
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else check_messages(prompt)
-        return self.chat_tokens(messages), [one["content"] for one in messages if one["role"] == "user"]
+        questions = [one["content"] for one in messages if one["role"] == "user"]
+        return _Asked.of(questions, lambda passage: self.chat_tokens(messages_with(messages, passage)))
 
     def tokens(self, text: str) -> list[int]:
         """Token ids of a plain prompt, with the tokenizer's beginning; no text in it is a control token."""
@@ -334,6 +375,23 @@ class MemoryModel:
         if not real:
             return []
         return [lambda _, logits: mx.where(mx.arange(logits.shape[-1]) < real, logits, -mx.inf)]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A prompt: the user's words in it, its token ids, and what makes these, with a passage in the prompt."""
+
+    questions: list[str]
+    plain: list[int]
+    encode: Callable[[SourceWindow | None], list[int]]
+
+    @classmethod
+    def of(cls, questions: list[str], encode: Callable[[SourceWindow | None], list[int]]) -> _Asked:
+        """Encodes at once, so that what cannot be asked is refused before anything is chosen or fetched."""
+        return cls(questions, encode(None), encode)
+
+    def tokens(self, passage: SourceWindow | None) -> list[int]:
+        return self.encode(passage) if passage else self.plain
 
 
 def check_messages(messages: Any) -> list[dict[str, str]]:

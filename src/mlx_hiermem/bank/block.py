@@ -23,7 +23,7 @@ from mlx_hiermem.errors import BankError
 from mlx_hiermem.files import read_header, reason
 
 GENERIC_FILE = "generic.safetensors"
-SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32"}
+SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32", "int64": "I64"}
 
 
 DTYPE_NAMES = {stored: name for name, stored in SAFETENSORS_DTYPES.items()}
