@@ -133,7 +133,7 @@ def in_shards(folder: pathlib.Path) -> None:
         file = f"pytorch_model-{number:05d}-of-00002.bin"
         torch.save({name: loaded[name] for name in names}, folder / file)
         index |= dict.fromkeys(names, file)
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
 def cut(file: pathlib.Path) -> None:
