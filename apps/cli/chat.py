@@ -166,6 +166,8 @@ def _notes(session: Session, before: tuple[str, ...], terminal: bool) -> None:
     moved = session.selection.blocks != before
     if not terminal:
         lines.append(describe(session.selection) + " · new path" * moved)
+    elif session.selection.route.far and (moved or len(session.messages) == 1):
+        lines.append(f"→ {FAR}")
     elif moved and session.selection.labels:
         lines.append("→ " + " › ".join(session.selection.labels))
     for line in lines:

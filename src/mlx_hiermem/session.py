@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Generator
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Unpack
 
 from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
@@ -158,7 +158,7 @@ class Session:
         if self._ahead:
             self._ahead.cancel()  # if it has not begun
         if self.model.cache:
-            self._ahead = self.model.cache.prefetch(turn.topic.path)
+            self._ahead = self.model.cache.prefetch(turn.route.path)
 
     def reset(self) -> None:
         """Forgets the conversation; the system message and the memory stay."""
@@ -256,7 +256,7 @@ class Session:
 
     def to_json(self) -> dict[str, Any]:
         """What `restore` needs."""
-        topic = {"path": str(self.topic.path), "decided": self.topic.decided} if self.topic else None
+        topic = asdict(self.topic) | {"path": str(self.topic.path)} if self.topic else None
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -278,7 +278,8 @@ class Session:
             if [m["role"] for m in messages] != ["user", "assistant"] * (len(messages) // 2):
                 raise ValueError("the user and the assistant do not take turns")
             system, memory, saved = str(data["system"]), str(data["memory"]), data["topic"]
-            topic = Topic(Path.parse(saved["path"]), float(saved["decided"])) if saved else None
+            said = {name: str(saved.get(name, "")) for name in ("question", "aside")} if saved else {}
+            topic = Topic(Path.parse(saved["path"]), float(saved["decided"]), **said) if saved else None
         except (KeyError, TypeError, ValueError) as error:
             raise HierMemError(f"this is not a saved conversation: {error}") from error
         self.use(memory)
