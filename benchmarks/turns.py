@@ -3,10 +3,10 @@
     python benchmarks/turns.py                    the demo's bank, and ten more trees of its wordings: a minute
     python benchmarks/turns.py --corpora FOLDER   also small banks of other subjects, made here: some minutes
 
-Each turn in tests/conversations.jsonl and tests/changes_of_subject.jsonl says what it is about, or that the bank knows
-nothing of it. A turn is right on a path where its subject was learnt, or without memory where there is none for it. A
-first turn is not counted: it goes alone. The settings of the rule were chosen on the conversations of even lines, so
-those of odd lines are reported beside them.
+Each turn in tests/conversations.jsonl and tests/changes_of_subject.jsonl says what it is about, or that the bank
+knows nothing of it. A turn is right on a path where its subject was learnt, or without memory where there is none for
+it. A first turn is not counted: it goes alone. The settings of the rule were chosen on the conversations of even
+lines; those of odd lines are reported.
 
 FOLDER has `corpus/countries.jsonl`, `corpus/vital480.jsonl` and `study/vital480_study.jsonl`, which are not in the
 repository. Their trees are made as `hiermem learn` makes them. Writes results/turns.json, and prints Markdown.
@@ -31,11 +31,11 @@ from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.policy import OPEN, BankPolicy
 from mlx_hiermem.config import Path
 from mlx_hiermem.embedder import Embedder
-from mlx_hiermem.learn.corpus.windows import sentences
-from mlx_hiermem.learn.tree.kmeans import Shape, grow
+from mlx_hiermem.learn.tree.build import place, reach_of
+from mlx_hiermem.learn.tree.kmeans import Separation, Shape, grow
 from mlx_hiermem.learn.tree.probes import ProbeVectors, probe_texts
-from mlx_hiermem.learn.tree.routing import Separation, place, reach_of
 from mlx_hiermem.router import RememberedTexts, Router, TextEmbedder
+from mlx_hiermem.sentences import sentences
 from mlx_hiermem.tree import ClusterTree, Route
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -143,7 +143,7 @@ def grown_elements(texts: TextEmbedder, elements: list[dict[str, Any]]) -> Itera
 
 
 def others(texts: TextEmbedder, folder: pathlib.Path, talks: list[Talk]) -> dict[str, Bank]:
-    """Small banks of other subjects: each passage, sentence and beginning, and questions about it, are its probes."""
+    """Small banks of other subjects. Probes are each passage, its sentences and beginnings, and questions on it."""
     asked = dict[str, list[str]]()
     for row in rows(folder / "study" / "vital480_study.jsonl"):
         if "question" in row:
@@ -195,7 +195,9 @@ def table(named: dict[str, dict[str, Any]]) -> None:
     print(f"\n| | {' | '.join(KINDS.values())} | right |")
     print(f"|---|{'---|' * (len(KINDS) + 1)}")
     for name, found in named.items():
-        print(f"| {name} | {' | '.join(found[kind] for kind in KINDS)} | {found['right']:.1%} of {found['turns']} |")
+        print(
+            f"| {name} | {' | '.join(found[kind] for kind in KINDS)} | {found['right']:.1%} of {found['turns']} |"
+        )
 
 
 def main() -> None:

@@ -28,6 +28,8 @@ from mlx_hiermem.share.pull import pull
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = {"messages": [{"role": "user", "content": "hello"}], "memory": "none", "max_tokens": 5}
 DEEP = b'{"messages": [{"role": "user", "content": "x"}], "memory": ' + b"[" * 900 + b"]" * 900 + b"}"
+IMPOSSIBLE = {"type": "integer", "minimum": 5, "maximum": 3}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": IMPOSSIBLE}}
 PROMPT = {"prompt": "hello", "memory": "none", "max_tokens": 5}
 
 
@@ -89,12 +91,12 @@ def posted(running: Running, path: str, body: Any) -> http.client.HTTPConnection
             "",
         ),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0]", None, "no Unicode text"),
-        ({"n": 2}, "n", "unsupported_parameter", "n is not supported"),
         ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter", "not supported"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter", "not supported"),
-        ({"logit_bias": {"5": 1}}, "logit_bias", "unsupported_parameter", "not supported"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty", "unsupported_parameter", "not supported"),
-        ({"top_k": 5}, "top_k", "unknown_parameter", "unknown field top_k"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", None, "json_schema"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", None, "go together"),
+        ({"response_format": SCHEMA | {"type": "text"}}, "response_format", None, "go together"),
+        ({"response_format": SCHEMA}, "response_format", None, "cannot be met: Unsatisfiable schema: minimum (5)"),
+        ({"top_a": 5}, "top_a", "unknown_parameter", "unknown field top_a"),
         ({"\ud800": 5}, None, None, "no Unicode text"),
         ({"stop": ["a", "\udfff"]}, None, None, "no Unicode text"),
         ({"temperature": 3}, "temperature", None, "less than or equal to 2"),
@@ -112,7 +114,12 @@ def posted(running: Running, path: str, body: Any) -> http.client.HTTPConnection
         ({"top_logprobs": 2}, None, None, "logprobs: true"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", None, "less than or equal to 20"),
         ({"max_tokens": CONTEXT}, "messages", "context_length_exceeded", f"more than the model's {CONTEXT}"),
-        ({"memory": "lots"}, "memory", None, "no memory 'lots'; take fetched, none, generic, or a path"),
+        (
+            {"memory": "lots"},
+            "memory",
+            None,
+            "no memory 'lots'; take none, generic, fetched, source, fetched+source, or a path",
+        ),
         ({"memory": 5}, "memory", None, "memory: it is fetched, none, generic, a path, a list of blocked nodes"),
         ({"memory": "9"}, "memory", None, "no node 9"),
         ({"memory": ["x"]}, "memory", None, "'x' is not a path"),
@@ -149,7 +156,7 @@ def test_bad_requests(
         ({"prompt": [1, -5]}, "prompt", "token ids"),
         ({"prompt": [True]}, "prompt", "token ids"),
         ({"prompt": [1, 260]}, "prompt", "there is no token 260"),
-        ({"prompt": ["a"] * 13}, "prompt", "13 prompts"),
+        ({"prompt": ["a"] * 13}, "n", "13 replies"),
         ({"prompt": "a" * CONTEXT}, "prompt", "more than the model's"),
         ({"logprobs": 6}, "logprobs", "less than or equal to 5"),
         ({"echo": True}, "echo", "not supported"),
@@ -165,8 +172,10 @@ def test_bad_completions(server: Running, change: dict[str, Any], param: str, me
 
 def test_what_openais_client_raises(server: Running) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        server.client.chat.completions.create(model="tiny", n=3, messages=[{"role": "user", "content": "x"}])
-    assert (caught.value.param, caught.value.code) == ("n", "unsupported_parameter")
+        server.client.chat.completions.create(
+            model="tiny", reasoning_effort="high", messages=[{"role": "user", "content": "x"}]
+        )
+    assert (caught.value.param, caught.value.code) == ("reasoning_effort", "unsupported_parameter")
     assert caught.value.type == "invalid_request_error"
 
 

@@ -19,20 +19,22 @@ def overview(name: str, model: MemoryModel) -> dict[str, Any]:
     data = {"model": name, "context": model.context, "cache": cache_json(cache)}
     if bank is None or cache is None:
         data["anchor"] = model.config.get("model_type", "")
-        return data | {"memory": None, "branching": 0, "depth": 0, "generic": False, "nodes": []}
+        return data | {"memory": None, "sources": None, "branching": 0, "depth": 0, "generic": False, "nodes": []}
+    kept = bank.manifest.sources
     return data | {
         "anchor": bank.manifest.anchor.name,
         "memory": bank.config.to_json(),
         "branching": bank.config.branching,
         "depth": bank.config.depth,
         "generic": bank.manifest.generic is not None,
+        "sources": {"windows": kept.windows, "documents": kept.documents} if kept and bank.sources else None,
         "nodes": [row(entry, state(bank, cache, path)) for path, entry in bank.manifest.blocks.items()],
     }
 
 
-def changing(engine: Engine) -> dict[str, Any]:
+def changing(engine: Engine, model: MemoryModel) -> dict[str, Any]:
     """What changes while the server runs, in little."""
-    bank, cache = engine.model.bank, engine.model.cache
+    bank, cache = model.bank, model.cache
     stats, remote = cache.stats if cache else None, bank.remote if bank else None
     nodes = bank.manifest.blocks if bank else ()
     return {

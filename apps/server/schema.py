@@ -6,16 +6,17 @@ refused too. Nothing that would change the answer is passed over in silence.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from mlx_hiermem.apps.server.refusal import ApiError
 from mlx_hiermem.config import MemoryChoice, Path
 from mlx_hiermem.errors import HierMemError
 
 REPLY = 512  # tokens of a chat reply at most, where the request does not say; as for `hiermem chat`
-DEEPEST = 16  # lists and objects within one another
+DEEPEST = 64  # lists and objects within one another; OpenAI takes schemas of ten levels, each of which is three
 COMPLETION = 16  # the same for a completion; OpenAI's own default
 
 # They change nothing about the answer.
@@ -30,13 +31,9 @@ HARMLESS = {
 }
 # What is not supported, and the values that ask for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -50,6 +47,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "verbosity": ("medium",),
 }
 
+
+# What the server itself gives to a chat template, or to what renders it.
+TEMPLATES_OWN = {
+    *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"),
+    *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+}
 
 # What comes with a reply, and so is sent back with it; `content` is all that the next turn sees.
 REPLY_FIELDS = {"tool_calls", "function_call", "audio", "refusal", "annotations", "reasoning_content", "memory"}
@@ -90,6 +94,18 @@ def _is_deep(value: Any, left: int = DEEPEST) -> bool:
     return left == 0 or any(_is_deep(item, left - 1) for item in inner)
 
 
+def _with_unicode(value: dict[str, Any]) -> dict[str, Any]:
+    """An object of any shape, all of whose texts can be encoded."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair is no Unicode text") from None
+    return value
+
+
+AnyObject = Annotated[dict[str, Any], AfterValidator(_with_unicode)]
+
+
 def _in_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -117,7 +133,7 @@ def paths(texts: list[str], param: str = "memory") -> frozenset[Path]:
 
 
 class Wish(Asked):
-    """The field `memory`: fetched, none, generic or a path; nodes that are closed to this request."""
+    """The field `memory`: a word of `MemoryChoice` or a path; nodes that are closed to this request."""
 
     use: str = "fetched"
     blocked: list[str] = []
@@ -127,7 +143,8 @@ class Wish(Asked):
         try:
             wanted = MemoryChoice.parse(self.use)
         except HierMemError:
-            message = f"there is no memory '{self.use}'; take fetched, none, generic, or a path such as 10.7"
+            words = ", ".join(MemoryChoice.WORDS)
+            message = f"there is no memory '{self.use}'; take {words}, or a path such as 10.7"
             raise ApiError(400, message, "memory") from None
         return MemoryChoice.NONE if wanted == MemoryChoice.FETCHED and not has_bank else wanted
 
@@ -184,6 +201,13 @@ class Generation(Asked):
     top_p: float = Field(1.0, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     max_tokens: int | None = Field(None, ge=1)
+    n: int = Field(1, ge=1)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = {}
+    top_k: int = Field(0, ge=-1)  # 0, or -1 as vLLM writes it: any token
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0)
     memory: Annotated[Wish, BeforeValidator(_as_wish)] = Wish()
 
     @model_validator(mode="before")
@@ -199,6 +223,13 @@ class Generation(Asked):
                 raise ApiError(400, f"{key} is not supported; leave it out", key, "unsupported_parameter")
         return kept
 
+    @field_validator("logit_bias")
+    @classmethod
+    def _of_ids(cls, value: dict[str, float]) -> dict[str, float]:
+        if not all(token.isdecimal() and token.isascii() for token in value):
+            raise ValueError("its keys are token ids")
+        return value
+
     @model_validator(mode="after")
     def _streamed(self) -> Generation:
         if "stream_options" in self.model_fields_set and not self.stream:
@@ -206,11 +237,42 @@ class Generation(Asked):
         return self
 
 
+class JsonSchema(Asked):
+    """OpenAI's wrapping of a schema. Ours is always met, so `strict` changes nothing."""
+
+    name: str = ""
+    description: str = ""
+    strict: bool = False
+    json_schema: AnyObject = Field(alias="schema")
+
+
+class ResponseFormat(Asked):
+    """What a reply may be: any text, any JSON object, or JSON by a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _together(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("type json_schema and the field json_schema go together")
+        return self
+
+    @property
+    def schema_wanted(self) -> dict[str, Any] | None:
+        """The schema to keep to; None where any text is right."""
+        if self.json_schema is not None:
+            return self.json_schema.json_schema
+        return {"type": "object"} if self.type == "json_object" else None
+
+
 class ChatRequest(Generation):
     """POST /v1/chat/completions"""
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    response_format: ResponseFormat | None = None
+    chat_template_kwargs: AnyObject = {}
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
 
@@ -221,6 +283,13 @@ class ChatRequest(Generation):
         if self.max_tokens and self.max_completion_tokens:
             raise ValueError("max_tokens is the old name of max_completion_tokens; give one of them")
         return self
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _of_the_template(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if taken := value.keys() & TEMPLATES_OWN:
+            raise ValueError(f"{min(taken)} is not for clients to set")
+        return value
 
     @property
     def wanted_tokens(self) -> int | None:
@@ -252,6 +321,7 @@ class CompletionRequest(Generation):
 class RouteRequest(Asked):
     """POST /v1/memory/route. A text, or the messages of a conversation."""
 
+    model: str = ""
     text: str = ""
     messages: list[Message] = []
     blocked: list[str] = []
@@ -259,3 +329,16 @@ class RouteRequest(Asked):
     @property
     def questions(self) -> list[str]:
         return [self.text] if self.text else [m.text for m in self.messages if m.role == "user"]
+
+
+class LoadRequest(Asked):
+    """POST /v1/banks/load: a model's or a bank's folder, or hub id, and the name that clients will use."""
+
+    name: str = Field(min_length=1)
+    path: str = Field(min_length=1)
+
+
+class UnloadRequest(Asked):
+    """POST /v1/banks/unload"""
+
+    name: str = Field(min_length=1)

@@ -12,7 +12,7 @@ import os
 import pathlib
 import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from types import TracebackType
@@ -22,9 +22,10 @@ from safetensors import SafetensorError
 
 from mlx_hiermem.bank.bank import MANIFEST, TREE
 from mlx_hiermem.bank.block import write_block
-from mlx_hiermem.bank.manifest import BankManifest, FileEntry
+from mlx_hiermem.bank.manifest import BankManifest, FileEntry, SourcesEntry
+from mlx_hiermem.bank.sources import LeafSources, write_sources
 from mlx_hiermem.errors import BankError, OutputError
-from mlx_hiermem.files import DISK_FULL, file_digest, fsync, locked, partial_name, reason, to_disk
+from mlx_hiermem.files import DISK_FULL, file_digest, fsync, locked, parse_json, partial_name, reason, to_disk
 from mlx_hiermem.tree import ClusterTree
 
 JOURNAL = "journal.jsonl"
@@ -70,7 +71,7 @@ class BankWriter:
             self._note({"fingerprint": fingerprint})
             return
         try:
-            head, *rows = map(json.loads, whole.splitlines())
+            head, *rows = map(parse_json, whole.splitlines())
             self._journaled = {row.pop("name"): FileEntry(**row) for row in rows}
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise OutputError(f"the journal in {self.partial} is damaged", "Remove that folder.") from error
@@ -140,6 +141,13 @@ class BankWriter:
         except (OSError, SafetensorError) as error:
             raise self._failed(error) from error
         return FileEntry(file.stat().st_size, file_digest(file))
+
+    def write_sources(self, found: Iterable[LeafSources], tree: ClusterTree) -> SourcesEntry:
+        """The windows that the leaves have learnt, in the order of level and path."""
+        try:
+            return write_sources(self.partial, found, tree.branching, tree.dim)
+        except OSError as error:
+            raise self._failed(error) from error
 
     def finish(self, manifest: BankManifest) -> None:
         """Writes the manifest, brings everything safely to disk and gives the folder its name."""

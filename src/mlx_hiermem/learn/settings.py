@@ -22,12 +22,26 @@ from typing import Any, TypeVar
 
 from mlx_hiermem.errors import HierMemError, SettingsError
 from mlx_hiermem.files import read_text, write_text
-from mlx_hiermem.learn.records import Prompt
 
 OBJECTIVES = ("next-token", "distillation")
 ENOUGH_TOKENS = 100_000  # learnt by a subtree over all epochs, where the epochs are not set
 FEWEST_EPOCHS, MOST_EPOCHS = 3, 16  # of those
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt that the user gives, and what is to follow it.
+
+    `document` is a title or a source. A `chat` is learnt in the anchor's chat template; a `framed` prompt is put as
+    a question. One without a prompt is a text to learn as it stands.
+    """
+
+    document: str
+    prompt: str
+    answer: str
+    chat: bool = False
+    framed: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,6 +154,7 @@ class LearnSettings:
     questions: tuple[tuple[str, str], ...] = ()  # (question, document that answers it), to measure the routing by
     prompts: tuple[Prompt, ...] = ()  # learnt beside self-study's
     licence: str = ""  # of the documents, for the bank's manifest
+    sources: bool = True  # keep the windows in the bank, so that an answer can show where it comes from
     keep: bool = False  # keep the work folder
 
     def to_json(self) -> dict[str, Any]:
