@@ -4,9 +4,9 @@
     python benchmarks/turns.py --corpora FOLDER   also small banks of other subjects, made here: some minutes
 
 Each turn in tests/conversations.jsonl and tests/changes_of_subject.jsonl says what it is about, or that the bank
-knows nothing of it. A turn is right on a path where its subject was learnt, or without memory where there is none for
-it. A first turn is not counted: it goes alone. The settings of the rule were chosen on the conversations of even
-lines; those of odd lines are reported.
+knows nothing of it. A turn is right on a path where its subject was learnt, or without memory where there is none
+for it. A first turn is not counted: it goes alone. The settings of the rule were chosen on the conversations of
+even lines; those of odd lines are reported.
 
 FOLDER has `corpus/countries.jsonl`, `corpus/vital480.jsonl` and `study/vital480_study.jsonl`, which are not in the
 repository. Their trees are made as `hiermem learn` makes them. Writes results/turns.json, and prints Markdown.
