@@ -447,7 +447,8 @@ def test_what_cannot_be_is_said_before_the_first_question(
     assert (code, out, err) == (
         1,
         "",
-        "hiermem: unknown memory 'lots'. Use none, generic, fetched, source, fetched+source, or a path such as 10.7.\n",
+        "hiermem: unknown memory 'lots'. "
+        "Use none, generic, fetched, source, fetched+source, or a path such as 10.7.\n",
     )
     code, _, err = run(capsys, "chat", folder / "anchor", "--memory", "generic")
     assert (code, err.count("\n")) == (1, 1)
