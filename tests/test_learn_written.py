@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import re
 import signal
@@ -463,6 +464,61 @@ class TestInterrupted:
         first = writer.write(requests, kept)
         again = Replies(tmp_path / "replies")
         assert ServerWriter("http://127.0.0.1:9/v1").write(requests, again) == first
+
+
+@pytest.fixture(scope="module")
+def anchor(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The folder of a tiny model without memory."""
+    folder = tmp_path_factory.mktemp("tiny") / "tiny"
+    make_anchor(folder / "anchor")
+    return folder
+
+
+def valleys(folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+    """More documents than are studied together, and a study file about them."""
+    docs, lines = folder / "valleys.jsonl", folder / "valleys-study.jsonl"
+    beginnings, ends = ("Ash", "Birch", "Cal", "Dun", "Elm", "Far"), ("dale", "ford", "ley", "ton", "wick", "den")
+    names = [f"{beginning}{end}" for beginning in beginnings for end in ends]
+    with docs.open("w") as texts, lines.open("w") as study_file:
+        for farms, name in enumerate(names, 100):
+            text = f"The valley of {name} has {farms} farms."
+            texts.write(json.dumps({"title": name, "text": text}) + "\n")
+            rows = (
+                question(name, f"how many farms are in {name}", str(farms)),
+                chat(name, f"Tell me of {name}.", text),
+            )
+            for row in (*rows, question(name, f"Which valley has {farms} farms?", name)):
+                study_file.write(json.dumps(row) + "\n")
+    return docs, lines
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_two_ranks_make_the_model_of_one(
+    anchor: pathlib.Path, tmp_path: pathlib.Path, two_ranks: list[str]
+) -> None:
+    docs, lines = valleys(tmp_path)
+    (tmp_path / "learn.toml").write_text("[training]\nepochs = 1\n[study]\nat_once = 4\n")
+    script, models = str(pathlib.Path(sys.executable).with_name("hiermem")), list[dict[str, bytes]]()
+    with replay.replaying(replay.Study(lines)) as url:
+        for before, out in (([], tmp_path / "one"), (two_ranks, tmp_path / "two")):
+            call = [script, "learn", str(docs), str(out), "--anchor", str(anchor), "--teacher-url", url]
+            done = subprocess.run(
+                [*before, *call, "--config", str(tmp_path / "learn.toml")],
+                capture_output=True,
+                text=True,
+                timeout=300,
+                env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+            )
+            assert done.returncode == 0, done.stderr
+            assert "tokens to write for" in done.stdout
+            models.append({
+                str(file.relative_to(out)): file.read_bytes()
+                for file in sorted(out.rglob("*"))
+                if file.is_file() and (file.is_relative_to(out / "bank") or file.name == "written.jsonl")
+            })  # fmt: skip
+    assert models[0] == models[1]
+    assert len(models[0]["learning/written.jsonl"].splitlines()) == 3 * 36
 
 
 class TestModels:
