@@ -207,7 +207,10 @@ class TestReplies:
         ],
     )
     def test_others_have_none(self, reply: str) -> None:
-        assert parse_reply(reply, "texts", "D") == []
+        assert parse_reply(reply, "texts", "D") is None
+
+    def test_one_may_have_nothing_to_say(self) -> None:
+        assert parse_reply('{"texts": []}', "texts", "D") == []
 
     def test_every_form_says_how_its_reply_looks(self) -> None:
         window = Window(0, 0, "a.txt", "Propane {task}", PASSAGES["Propane"])

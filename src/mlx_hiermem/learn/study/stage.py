@@ -30,7 +30,7 @@ from mlx_hiermem.learn.parts import help_make_parts, make_parts
 from mlx_hiermem.learn.settings import StudySettings
 from mlx_hiermem.learn.study.checks import same_words
 from mlx_hiermem.learn.study.forms import forms
-from mlx_hiermem.learn.study.free import TRIED, FreeStudy, Trial
+from mlx_hiermem.learn.study.free import TRIED, TURNS, FreeStudy, Trial
 from mlx_hiermem.learn.study.prompts import prompt_of, rows_of
 from mlx_hiermem.learn.study.replies import Replies
 from mlx_hiermem.learn.study.study import TOGETHER, in_patterns
@@ -233,7 +233,7 @@ class _Stage:
         assert trial is not None
         own = sum(self.teaching.count(window.text) for window in self.corpus.windows())
         tokens = self.teaching.settings.amount * own
-        turns = tokens / max(trial.tokens * windows, 1.0)  # through all forms, for a window
+        turns = min(tokens / max(trial.tokens * windows, 1.0), TURNS)  # through all forms, for a window
         return (
             f"about {tokens:,.0f} tokens to write for {own:,} tokens in {windows:,} windows, "
             f"{turns * trial.asked * windows:,.0f} to read, {_time(turns * trial.seconds * windows)}"
