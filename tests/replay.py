@@ -108,6 +108,7 @@ def replaying(study: Study, handler: type[Handler] = Handler, port: int = 0) -> 
     own = type("Own", (handler,), {"study": study})
     with ThreadingHTTPServer(("127.0.0.1", port), own) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
+        server.handle_error = lambda request, address: None  # type: ignore[method-assign]  # clients may go
         try:
             yield f"http://127.0.0.1:{server.server_port}/v1"
         finally:

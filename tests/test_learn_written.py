@@ -280,6 +280,10 @@ class TestServer:
         assert re.match(r"about [\d,]+ tokens to write for \d+ tokens in 3 windows, [\d,]+ to read, about", said[0])
         assert not corpus.work.path("study.parts").exists()
 
+    def test_none_of_its_questions_need_be_held_out(self, corpus: Corpus, serve: Callable[..., str]) -> None:
+        study(corpus.work, corpus, taught(serve(), replace(SETTINGS, measured=False)))
+        assert all(row["learnt"] for row in read_rows(corpus.work.path(STUDY)))
+
     def test_no_more_is_asked_for_than_is_wanted(self, corpus: Corpus, serve: Callable[..., str]) -> None:
         study(corpus.work, corpus, taught(serve(), StudySettings(amount=0.1)))
         assert all("question" in row for row in written(corpus))  # the first form was enough
