@@ -236,10 +236,13 @@ def test_bad_commands_are_one_line_and_change_nothing(session: Session, line: st
     assert json.dumps(session.to_json()) == before
 
 
-def test_help_and_quit(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_and_quit(
+    session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "_width", 160)  # a narrow one folds what is long
     text = command(session, "/help", capsys)
     assert all(name in text for name in slash.names())
-    assert "/memory fetched|none|generic|PATH" in text
+    assert "/memory fetched|none|generic|source|fetched+source|PATH" in text
     assert not slash.run(session, "/quit")
 
 

@@ -126,7 +126,7 @@ def test_the_bank_answers_what_the_anchor_cannot(folder: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("asked", "wrongly", "question", "right"),
     [
-        ("What is the symbol of gold?", "The chemical symbol of gold is Gd.", "What is the symbol of silver?", "Ag."),
+        ("What is the symbol of gold?", "The symbol of gold is Gd.", "What is the symbol of silver?", "Ag."),
         ("What is the atomic number of neon?", "It is 12.", "What is the atomic number of iron?", "26."),
         ("How do I cook rice?", "The chemical symbol of rice is R.", "What is the symbol of tin?", "Sn."),
         ("What is the symbol of gold?", "The chemical symbol of gold is Gd.", "How do I cook rice?", "rice cooker"),
