@@ -14,7 +14,6 @@ import hub_server
 import openai
 import pytest
 from serving import CONTEXT, Gate, Running, events, eventually, serving, tiny_model
-from tiny import make_model
 
 from mlx_hiermem.apps.server import listen
 from mlx_hiermem.apps.server.address import address, bind
@@ -31,17 +30,6 @@ DEEP = b'{"messages": [{"role": "user", "content": "x"}], "memory": ' + b"[" * 9
 IMPOSSIBLE = {"type": "integer", "minimum": 5, "maximum": 3}
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": IMPOSSIBLE}}
 PROMPT = {"prompt": "hello", "memory": "none", "max_tokens": 5}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return make_model(tmp_path_factory.mktemp("bounds") / "model")
-
-
-@pytest.fixture(scope="module")
-def server(folder: pathlib.Path) -> Iterator[Running]:
-    with serving(lambda: tiny_model(folder)) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from mlx_hiermem import load
 from mlx_hiermem.anchor import identify
 from mlx_hiermem.bank.bank import MANIFEST, TREE, MemoryBank
 from mlx_hiermem.bank.block import GENERIC_FILE, block_name, write_block
@@ -17,6 +18,8 @@ from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry, order
 from mlx_hiermem.bank.sources import LeafSources, SourceWindow, write_sources
 from mlx_hiermem.config import EmbedderIdentity, MemoryConfig, Path
 from mlx_hiermem.files import file_digest
+from mlx_hiermem.model import MemoryModel
+from mlx_hiermem.router import Router
 from mlx_hiermem.tree import ClusterTree
 
 LLAMA = {
@@ -123,6 +126,19 @@ def make_model(folder: pathlib.Path, config: MemoryConfig = CONFIG, absent: tupl
     """A whole memory model: anchor/ and bank/."""
     make_bank(folder / "bank", make_anchor(folder / "anchor"), config, absent)
     return folder
+
+
+def load_tiny(folder: pathlib.Path) -> MemoryModel:
+    """The model of a folder, routed by HashEmbedder."""
+    model = load(folder)
+    if model.bank:
+        model._router = Router(model.bank.tree, HashEmbedder(), model.bank.policy)
+    return model
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """The vectors [..., dim], each of length 1."""
+    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
 
 
 class HashEmbedder:

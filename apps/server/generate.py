@@ -35,7 +35,7 @@ from mlx_hiermem.apps.server.schema import (
 from mlx_hiermem.apps.server.text import Piece, ReplyText
 from mlx_hiermem.bank.sources import SourceWindow
 from mlx_hiermem.config import MemoryChoice, Path
-from mlx_hiermem.errors import AnchorError, ArgumentError
+from mlx_hiermem.errors import AnchorError, ArgumentError, ChatTemplateError
 from mlx_hiermem.grammar import Grammar
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.sampling import Sampling
@@ -68,13 +68,8 @@ class Service:
 
     async def chat(self, asked: ChatRequest, request: Request) -> Response:
         named, asked = self.catalogue.find(asked.model), self._filled(asked)
-        encode = partial(_chat_tokens, named.model, asked)
-        prompt = Prompt(await run_in_threadpool(encode), asked.questions, encode)
-        top = asked.top_logprobs if asked.logprobs else None
-        length = _reply_length(named, asked, prompt.tokens)
-        grammar = await run_in_threadpool(_grammar, named.model, asked.response_format)
-        jobs = _jobs(named, asked, [prompt], length, top, grammar)
-        answer = ChatAnswer(named.name, named.model.tokenizer, top)
+        jobs = await run_in_threadpool(chat_jobs, named, asked)
+        answer = ChatAnswer(named.name, named.model.tokenizer, asked.top)
         return await self._answer(asked, request, answer, jobs)
 
     async def complete(self, asked: CompletionRequest, request: Request) -> Response:
@@ -108,14 +103,22 @@ class Service:
         return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
 
-def _chat_tokens(model: MemoryModel, asked: ChatRequest, passage: SourceWindow | None = None) -> list[int]:
-    from jinja2 import TemplateError
+def chat_jobs(named: Named, asked: ChatRequest) -> list[Job]:
+    """The sequences of a request. Raises ApiError. Takes a moment, so not for the event loop."""
+    encode = partial(_chat_tokens, named.model, asked)
+    prompt = Prompt(encode(), asked.questions, encode)
+    length = _reply_length(named, asked, prompt.tokens)
+    grammar = _grammar(named.model, asked.response_format)
+    return _jobs(named, asked, [prompt], length, asked.top, grammar)
 
+
+def _chat_tokens(model: MemoryModel, asked: ChatRequest, passage: SourceWindow | None = None) -> list[int]:
     messages = messages_with([message.to_template() for message in asked.messages], passage)
     try:
         return model.chat_tokens(messages, **asked.chat_template_kwargs)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise ApiError(400, f"the model's chat template refuses the messages: {error}", "messages") from error
+    except ChatTemplateError as error:
+        reason = error.__cause__ or error
+        raise ApiError(400, f"the model's chat template refuses the messages: {reason}", "messages") from error
     except AnchorError as error:
         raise ApiError(400, f"{error.what}; use /v1/completions", "messages") from error
 

@@ -292,6 +292,11 @@ class ChatRequest(Generation):
         return value
 
     @property
+    def top(self) -> int | None:
+        """How many of the likeliest tokens are reported; None: no logprobs at all."""
+        return self.top_logprobs if self.logprobs else None
+
+    @property
     def wanted_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
@@ -342,3 +347,13 @@ class UnloadRequest(Asked):
     """POST /v1/banks/unload"""
 
     name: str = Field(min_length=1)
+
+
+class EmbeddingRequest(Asked):
+    """POST /v1/embeddings. `input` is one text or several."""
+
+    input: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_in_list), Field(min_length=1)]
+    model: str = ""
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+    user: str = ""

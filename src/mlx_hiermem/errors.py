@@ -39,6 +39,10 @@ class AnchorError(HierMemError):
     """An anchor cannot be loaded, or its architecture cannot carry memories."""
 
 
+class ChatTemplateError(AnchorError):
+    """An anchor's chat template refuses a conversation, or fails on it. The cause is what the template raised."""
+
+
 class BankError(HierMemError):
     """A bank on disk is missing, damaged, or of another format version."""
 
@@ -49,6 +53,10 @@ class AnchorMismatchError(BankError):
 
 class CorpusError(HierMemError):
     """What is to be learnt is missing, has none of the fields named, or is too little."""
+
+
+class TeacherError(HierMemError):
+    """A teacher's server cannot be reached, or what a teacher writes is not what was asked for."""
 
 
 class SettingsError(HierMemError):

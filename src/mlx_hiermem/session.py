@@ -18,7 +18,7 @@ from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, make_prom
 
 from mlx_hiermem.bank.sources import SourceWindow
 from mlx_hiermem.config import MemoryChoice, Path
-from mlx_hiermem.errors import AnchorError, ArgumentError, HierMemError
+from mlx_hiermem.errors import ArgumentError, ChatTemplateError, HierMemError
 from mlx_hiermem.model import MemoryModel, Wanted
 from mlx_hiermem.response import GrowingText, Response
 from mlx_hiermem.router import Topic, Turn
@@ -221,13 +221,12 @@ class Session:
         messages = messages_with(self.messages[first:], passage)
         if not self.system:
             return self.model.chat_tokens(messages, **self.template)
-        from jinja2 import TemplateError
-
         try:
             system = {"role": "system", "content": self.system}
             return self.model.chat_tokens([system, *messages], **self.template)
-        except TemplateError as error:
-            raise AnchorError(f"the anchor's chat template takes no system message: {error}") from error
+        except ChatTemplateError as error:
+            reason = error.__cause__ or error
+            raise ChatTemplateError(f"the anchor's chat template takes no system message: {reason}") from error
 
     def _fit(self, passage: SourceWindow | None) -> tuple[int, int, list[int]]:
         """(first message, turns dropped now, prompt): the newest turns that leave room for the reply."""
