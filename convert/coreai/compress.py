@@ -1,8 +1,8 @@
 """Weights in fewer bits, by Core AI's own optimiser (coreai-opt), which also says what is left of a matrix.
 
-    int8           a scale for each 32 values of a row, symmetric: 8.5 bits a weight
+    int8           a scale and a smallest value for each 32 values of a row: 9 bits a weight
     int8_channel   a scale for each row (output channel), symmetric: 8 bits
-    int4           as int8 with codes of 4 bits: 4.5 bits
+    int4           as int8 with codes of 4 bits: 5 bits
     lut4           16 values for each 16 rows, found by k-means; every weight is one of them: 4 bits
 
 Apple's guidance for its own models: blocks where the GPU runs them, rows or tables for the Neural Engine.
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from mlx_hiermem.convert.coreml.compress import ENTRIES, block_of, group_of
 from mlx_hiermem.errors import HierMemError, MissingDependencyError
 
-TYPES = {"int8": "int8", "int8_channel": "int8", "int4": "int4"}
+TYPES = {"int8": "uint8", "int8_channel": "int8", "int4": "uint4"}
 
 
 def rounded(values: np.ndarray, form: str) -> np.ndarray:
@@ -47,9 +47,9 @@ def size(shape: tuple[int, ...], form: str) -> int:
         case "int8_channel":
             return rows * columns + 3 * rows
         case "int8":
-            return rows * columns + 3 * blocks
+            return rows * columns + 4 * blocks
         case "int4":
-            return rows * columns // 2 + 2 * blocks + blocks // 2
+            return rows * columns // 2 + 4 * blocks
         case "lut4":
             return rows * columns // 2 + 2 * ENTRIES * rows // group_of(rows)
     return 2 * rows * columns
@@ -88,11 +88,13 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
 
 
 def _scales(linear: nn.Linear, form: str) -> dict[str, Any]:
-    columns = linear.weight.shape[1]
-    block = {"type": "per_block", "block_size": block_of(columns), "axis": 1}
-    granularity = {"type": "per_channel", "axis": 0} if form == "int8_channel" else block
-    scheme = "symmetric_with_clipping" if form == "int4" else "symmetric"
-    weight = {"dtype": TYPES[form], "qscheme": scheme, "granularity": granularity}
+    weight: dict[str, Any] = {"dtype": TYPES[form]}
+    if form == "int8_channel":
+        weight |= {"qscheme": "symmetric", "granularity": {"type": "per_channel", "axis": 0}}
+    else:
+        # The smallest value is a float16: a zero point, rounded to a code, costs as much as two of the bits.
+        block = {"type": "per_block", "block_size": block_of(linear.weight.shape[1]), "axis": 1}
+        weight |= {"qscheme": "asymmetric", "qformulation": "minval", "granularity": block}
     return {"op_state_spec": {"weight": weight}, "op_input_spec": None, "op_output_spec": None}
 
 

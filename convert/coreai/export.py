@@ -87,7 +87,7 @@ class CoreAI(Target):
     def save_retriever(self, embedder: Embedder, package: pathlib.Path, tokenizer: pathlib.Path) -> dict[str, Any]:
         return export_retriever(embedder, package, tokenizer)
 
-    def warnings(self, shape: Export) -> Sequence[str]:
+    def warnings(self, sizes: Architecture, shape: Export, formats: Mapping[str, str]) -> Sequence[str]:
         if shape.context < LONG:
             return ()
         return [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mlx_hiermem.convert.coreml import compress, mil, package
@@ -18,6 +18,8 @@ from mlx_hiermem.convert.coreml.retriever import export_retriever
 from mlx_hiermem.convert.coreml.shape import Export, matrices
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.progress import Progress
+
+STEP = 32  # of a state's axes
 
 
 class CoreML(Target):
@@ -47,6 +49,23 @@ class CoreML(Target):
 
     def save_retriever(self, embedder: Embedder, package: pathlib.Path, tokenizer: pathlib.Path) -> dict[str, Any]:
         return export_retriever(embedder, package, tokenizer)
+
+    def warnings(self, sizes: Architecture, shape: Export, formats: Mapping[str, str]) -> Sequence[str]:
+        """Of what is reported of devices, and none of which has been seen here."""
+        found = []
+        states = [shape.cache_shape(sizes)]
+        if shape.units and shape.mode == "state":
+            states.append(shape.memory_shape(sizes))
+        if odd := sorted({size for state in states for size in state[-2:] if size % STEP}):
+            found.append(
+                f"states have axes of {', '.join(map(str, odd))}: some that are no multiple of {STEP} are reported "
+                "to fail on devices (coremltools #2631)"
+            )
+        if "lut4" in formats.values():
+            found.append(
+                "stateful models with lut4 weights are reported to crash after 100 to 200 calls (coremltools #2716)"
+            )
+        return found
 
 
 def export(

@@ -105,7 +105,7 @@ class Target(ABC):
     def save_retriever(self, embedder: Embedder, package: pathlib.Path, tokenizer: pathlib.Path) -> dict[str, Any]:
         """Writes the retriever; returns what the manifest says of it."""
 
-    def warnings(self, shape: Export) -> Sequence[str]:
+    def warnings(self, sizes: Architecture, shape: Export, formats: Mapping[str, str]) -> Sequence[str]:
         """What the user should know of such an export."""
         return ()
 
@@ -223,7 +223,11 @@ class _Exporter:
         devices = sizes.on_devices(folder)
         receipt = self._receipt(plan, measured, devices)
         write_json(folder / package.RECEIPT, receipt)
-        warnings = [*reference.notes, *measured.overflow.warnings(), *target.warnings(self.shape)]
+        warnings = [
+            *reference.notes,
+            *measured.overflow.warnings(),
+            *target.warnings(reference.sizes, self.shape, plan.formats),
+        ]
         warnings += sizes.warnings(devices)
         return Report(manifest, receipt, tuple(warnings))
 
