@@ -96,7 +96,7 @@ def _read_manifest(file: pathlib.Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CoreMLError(f"{file.parent} is no exported folder: {error}", "See `hiermem export`.") from error
     if found not in ((COREML, 1), (COREAI, 1)):
-        raise CoreMLError(f"{file} is {found[0]} {found[1]}, known are {COREML} 1 and {COREAI} 1")
+        raise CoreMLError(f"{file} is {found[0]} {found[1]}, known is {COREML} 1 or {COREAI} 1")
     missing = [key for key in ("name", "files", "tokenizer", *KEYS) if key not in manifest]
     for part, keys in KEYS.items():
         if (row := manifest.get(part)) is not None or part == "anchor":
