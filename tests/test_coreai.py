@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 from typing import Any
 
 import numpy as np
@@ -143,9 +144,13 @@ def test_an_export_passes(
 def test_what_is_wrong_is_found(exported: pathlib.Path, model: pathlib.Path, tmp_path: pathlib.Path) -> None:
     with pytest.raises(CoreMLError, match="not mlx-hiermem-coreml"):
         verify.verify_export(exported, verify.Options(format="mlx-hiermem-coreml"))
-    (tmp_path / "damaged.aimodel").mkdir()
-    with pytest.raises(CoreAIError, match="cannot be opened"):
-        Runtime(tmp_path / "damaged.aimodel")
+    asset_folder = exported / "anchor.aimodel"
+    with pytest.raises(CoreAIError, match="is no Core AI asset"):
+        Runtime(tmp_path)
+    copy = shutil.copytree(asset_folder, tmp_path / "copy.aimodel")
+    (copy / "main.mlirb").write_bytes((copy / "main.mlirb").read_bytes()[:-1])
+    with pytest.raises(CoreAIError, match="has changed"):
+        Runtime(copy)
     program = Exported(exported).program
     with pytest.raises(CoreAIError, match="decode is not given position"):
         program.run("decode", {"input_ids": np.zeros((1, 1), np.int32)})

@@ -19,6 +19,7 @@ from mlx_hiermem.convert.coreml.interpreter import Program
 from mlx_hiermem.convert.coreml.interpreter import State as AnyState
 from mlx_hiermem.convert.coreml.program import FunctionSpec, TensorSpec, known
 from mlx_hiermem.errors import CoreAIError, MissingDependencyError
+from mlx_hiermem.files import file_digest, reason
 
 
 class State(MutableMapping[str, np.ndarray]):
@@ -53,6 +54,7 @@ class Runtime(Program):
 
     def __init__(self, asset: pathlib.Path) -> None:
         coreai = _coreai()
+        _check(asset)
         self._loop = asyncio.Runner()
         self._context = contextlib.AsyncExitStack()
         self._loads: dict[str, Any] = {}
@@ -126,6 +128,16 @@ class Runtime(Program):
             constants={},
             operations=(),
         )
+
+
+def _check(asset: pathlib.Path) -> None:
+    """Raises CoreAIError for an asset that is not what was saved: the runtime would end the process."""
+    try:
+        told, digest = (asset / "main.hash").read_bytes(), file_digest(asset / "main.mlirb")
+    except OSError as error:
+        raise CoreAIError(f"{asset} is no Core AI asset: {reason(error)}", "Export the model again.") from error
+    if told.hex() != digest:
+        raise CoreAIError(f"the program in {asset} has changed", "Export the model again.")
 
 
 def _close(loop: asyncio.Runner, context: contextlib.AsyncExitStack) -> None:

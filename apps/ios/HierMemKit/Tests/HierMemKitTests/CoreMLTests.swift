@@ -30,7 +30,9 @@
       }
       let once = ["prefill 8", "prefill 8", "prefill 8", "decode 1", "prefill 8"]
       let swap = memory == .loadBlock ? ["load_block"] : []
-      #expect(program.calls == ["decode 1"] + (0..<5).flatMap { _ in swap + once })  // the first is the trial
+      let trial = ["decode 1"]
+      let swaps: [String] = (0..<5).flatMap { _ in swap + once }
+      #expect(program.calls == trial + swaps)
     }
 
     /// A whole conversation through the folder, the retriever and the anchor's functions.
