@@ -53,7 +53,7 @@ class CoreML(Target):
     def warnings(self, sizes: Architecture, shape: Export, formats: Mapping[str, str]) -> Sequence[str]:
         """Of what is reported of devices, and none of which has been seen here."""
         found = []
-        states = [shape.cache_shape(sizes)]
+        states: list[tuple[int, ...]] = [shape.cache_shape(sizes)]
         if shape.units and shape.mode == "state":
             states.append(shape.memory_shape(sizes))
         if odd := sorted({size for state in states for size in state[-2:] if size % STEP}):
