@@ -96,6 +96,7 @@ class TrainingSettings:
     epochs: int = 0  # how often each text is learnt; 0: chosen by the corpus' size
     groups: int = 1  # in a step; small steps learn faster: with 4, elements needed half as many epochs more
     group_tokens: int = 256  # of a group, about
+    rest: bool = True  # let texts that are known rest for an epoch, or more if they stay known
     rate: float = 6e-3  # learning rate at its highest
     final_rate: float = 0.05  # where it ends, as a share of `rate`
     warm_up: float = 0.04  # share of a subtree's training in which it rises

@@ -124,6 +124,7 @@ def _rows(one: Prompt, window: int, subject: str) -> list[Row]:
         row |= {"reversed": True}
     if not one.framed:
         return [row]
+    row |= {"both": True}  # these two take turns
     return [row | {"question": one.prompt, "prompt": FRAME.format(one.prompt)}, row | {"chat": True}]
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from mlx_hiermem.config import Path
 from mlx_hiermem.learn.records import Window
 from mlx_hiermem.learn.settings import ExampleSettings
-from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter
+from mlx_hiermem.learn.train.dataset import ALWAYS, FRAMED, IN_CHAT, Example, TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.tree.build import CorpusTree
 from mlx_hiermem.learn.tree.probes import FRAME, about, is_held_out, with_subjects
 from mlx_hiermem.learn.tree.routing import descend
@@ -192,10 +192,15 @@ def _of_row(
     asked, said = encoder.prompt(prompt, chat), encoder.answer(prompt, answer, chat, ends)
     teacher = encoder.prompt(with_context(window.text, prompt), chat) if teachers else None
     out = not given and is_held_out(window.id, row.get("question") or prompt)
-    yield Draft(_example(asked, said, window, teacher), leaves, prompt, not out, out)
+    form = (IN_CHAT if chat else FRAMED) if row.get("both") else ALWAYS
+    yield Draft(_example(asked, said, window, teacher, form), leaves, prompt, not out, out)
 
 
-def _example(prompt: list[int], learnt: list[int], window: Window, teacher: list[int] | None = None) -> Example:
+def _example(
+    prompt: list[int], learnt: list[int], window: Window, teacher: list[int] | None = None, form: int = ALWAYS
+) -> Example:
     tokens = np.array(prompt + learnt, np.int32)
     learn = np.arange(len(tokens)) >= max(len(prompt), 1)
-    return Example(tokens, learn, window.id, None if teacher is None else np.array(teacher + learnt, np.int32))
+    return Example(
+        tokens, learn, window.id, None if teacher is None else np.array(teacher + learnt, np.int32), form
+    )
