@@ -30,7 +30,7 @@ from mlx_hiermem.config import MemoryConfig, Path
 FLAT_BLOCKS = 16  # of the flat bank; more would only be more to write
 
 
-class Reader:
+class BlockReader:
     """Plain reads into one buffer."""
 
     def __init__(self, root: pathlib.Path, size: int) -> None:
@@ -81,7 +81,7 @@ class Bank:
 
 def against_preadv(subject: Bank, state: Callable[[Any], None], runs: int, kept: int = 0) -> dict[str, Any]:
     """Our fetch and the plain read of the same files, in turns."""
-    reader = Reader(subject.bank.root, 2 * subject.bank.config.fetched_parameters + (1 << 20))
+    reader = BlockReader(subject.bank.root, 2 * subject.bank.config.fetched_parameters + (1 << 20))
     cache = subject.cache(kept)
 
     def prepare() -> None:

@@ -26,9 +26,9 @@ from mlx_hiermem.apps.demo.wordings import element_wordings
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.config import Path
 from mlx_hiermem.embedder import Embedder
-from mlx_hiermem.learn.tree.kmeans import Shape, grow
+from mlx_hiermem.learn.tree.build import place
+from mlx_hiermem.learn.tree.kmeans import Separation, Shape, grow
 from mlx_hiermem.learn.tree.probes import ProbeVectors
-from mlx_hiermem.learn.tree.routing import Separation, place
 from mlx_hiermem.router import HYSTERESIS, Topic, decidedness, follow
 from mlx_hiermem.tree import ClusterTree
 

@@ -6,21 +6,21 @@ so that a checkpoint larger than memory can be streamed.
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from mlx_hiermem.convert.readers import (
     TORCH_SUFFIXES,
+    CheckpointFile,
     RawTensor,
-    Reader,
-    SafetensorsReader,
+    SafetensorsFile,
     is_finite,
     some,
 )
-from mlx_hiermem.convert.torch_reader import TorchReader
+from mlx_hiermem.convert.torch_reader import TorchFile
 from mlx_hiermem.errors import CheckpointError
+from mlx_hiermem.files import parse_json
 
 __all__ = ["RawTensor", "TensorSource", "is_finite", "open_checkpoint"]
 
@@ -28,12 +28,12 @@ __all__ = ["RawTensor", "TensorSource", "is_finite", "open_checkpoint"]
 class TensorSource:
     """The tensors of one or more files under one set of names. Use it as a context manager, or close it."""
 
-    def __init__(self, readers: Sequence[Reader]) -> None:
+    def __init__(self, readers: Sequence[CheckpointFile]) -> None:
         self.files = [reader.file for reader in readers]
         self.metadata: dict[str, str] = {}
         self.extras: dict[str, Any] = {}
         self._readers = list(readers)
-        self._owner: dict[str, Reader] = {}
+        self._owner: dict[str, CheckpointFile] = {}
         for reader in readers:
             self.metadata |= reader.metadata
             self.extras |= reader.extras
@@ -78,7 +78,7 @@ class TensorSource:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _reader(self, name: str) -> Reader:
+    def _reader(self, name: str) -> CheckpointFile:
         if name not in self._owner:
             raise CheckpointError(f"there is no tensor {name} in {self.files[0]}")
         return self._owner[name]
@@ -92,7 +92,7 @@ def open_checkpoint(path: pathlib.Path | str) -> TensorSource:
     path = pathlib.Path(path)
     if not path.exists():
         raise CheckpointError(f"there is no file or folder {path}", "Check the spelling of the path.")
-    readers: list[Reader] = []
+    readers: list[CheckpointFile] = []
     try:
         for file in _files_in(path) if path.is_dir() else [path]:
             readers.append(_open_file(file))
@@ -106,12 +106,12 @@ def open_checkpoint(path: pathlib.Path | str) -> TensorSource:
     return source
 
 
-def _open_file(file: pathlib.Path) -> Reader:
+def _open_file(file: pathlib.Path) -> CheckpointFile:
     try:
         if file.suffix == ".safetensors":
-            return SafetensorsReader(file)
+            return SafetensorsFile(file)
         if file.suffix in TORCH_SUFFIXES:
-            return TorchReader(file)
+            return TorchFile(file)
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error.strerror or error}") from error
     raise CheckpointError(
@@ -146,7 +146,7 @@ def _index_file(folder: pathlib.Path) -> pathlib.Path | None:
 def _read_index(index: pathlib.Path) -> dict[str, str]:
     """tensor name -> shard file name."""
     try:
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = parse_json(index.read_text(encoding="utf-8"))["weight_map"]
         names = {str(name): str(file) for name, file in shards.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"cannot read the index {index}: {error!r}") from error

@@ -6,7 +6,6 @@ version does not know is kept in the bank's recipe rather than lost.
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from mlx_hiermem.assets import ASSETS
 from mlx_hiermem.config import EmbedderIdentity, Path
 from mlx_hiermem.convert.checkpoint import TensorSource
 from mlx_hiermem.errors import CheckpointError, HierMemError
-from mlx_hiermem.files import read_json
+from mlx_hiermem.files import parse_json, read_json
 
 MINILM = EmbedderIdentity("all-MiniLM-L6-v2", ASSETS["all-minilm-l6-v2"].files["model.safetensors"], 256)
 TELLING = {"kind", "branching", "block_sizes", "layers"}  # a JSON file with none of these is about something else
@@ -99,7 +98,7 @@ def _read_json(file: pathlib.Path) -> Mapping[str, Any]:
 def _parse(value: Any) -> Any:
     """Metadata values are texts; those that are JSON are read as such."""
     try:
-        return json.loads(value) if isinstance(value, str) else value
+        return parse_json(value) if isinstance(value, str) else value
     except ValueError:
         return value
 

@@ -101,7 +101,7 @@ def is_finite(raw: RawTensor) -> bool:
     return int(data.view(signed).max()) < infinity and int(data.view(unsigned).max()) < sign + infinity
 
 
-class Reader(Protocol):
+class CheckpointFile(Protocol):
     """One file: its tensors' dtypes and shapes, and rows of their data."""
 
     file: pathlib.Path
@@ -114,7 +114,7 @@ class Reader(Protocol):
     def close(self) -> None: ...
 
 
-class SafetensorsReader:
+class SafetensorsFile:
     """One .safetensors file."""
 
     def __init__(self, file: pathlib.Path) -> None:

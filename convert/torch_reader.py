@@ -23,7 +23,7 @@ from mlx_hiermem.errors import CheckpointError, MissingDependencyError
 STATE_DICTS = ("av_model_sd", "state_dict", "model")  # the first that is there; OpenLM's averages come first
 
 
-class TorchReader:
+class TorchFile:
     """One PyTorch file. Tensors of nested dicts get dotted names; plain values beside them are `extras`."""
 
     def __init__(self, file: pathlib.Path) -> None:

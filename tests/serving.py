@@ -77,19 +77,27 @@ class Running:
 
 @contextmanager
 def serving(
-    load_model: Callable[[], MemoryModel],
+    load_model: Callable[[], MemoryModel | dict[str, MemoryModel]],
     api_key: str = "",
     max_batch: int = 4,
     max_queue: int = 8,
     max_request_bytes: int = 100_000,
     timeout: float = 30.0,
+    name: str = "tiny",
+    **more: Any,
 ) -> Iterator[Running]:
-    engine = Engine(load_model, max_batch, max_queue)
+    """`load_model` gives one model, or several by name; `more` are other settings."""
+
+    def load_all() -> dict[str, MemoryModel]:
+        loaded = load_model()
+        return loaded if isinstance(loaded, dict) else {name: loaded}
+
+    engine = Engine(load_all, max_batch, max_queue)
     engine.start()
     ready = threading.Event()
     with bind("127.0.0.1", 0, api_key) as listening:
         url = address(listening)
-        server = Server(engine, Settings("tiny", api_key, max_request_bytes, timeout), ready.set)
+        server = Server(engine, Settings(api_key, max_request_bytes, timeout, **more), ready.set)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         assert ready.wait(30)

@@ -13,7 +13,7 @@ import pytest
 from mlx_hiermem.bank import manifest as manifest_module
 from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, BlockTable, FileEntry
 from mlx_hiermem.config import AnchorIdentity, EmbedderIdentity, MemoryConfig, Path
-from mlx_hiermem.errors import BankError
+from mlx_hiermem.errors import BankError, HierMemError
 
 CONFIG = MemoryConfig("ffn", 12, (4, 2, 0), (0,), 8)
 
@@ -124,4 +124,62 @@ def test_a_damaged_row_is_named_when_it_is_read(file: pathlib.Path) -> None:
         BankManifest.read(file)
     file.write_text("", encoding="utf-8")
     with pytest.raises(BankError, match="cannot read"):
+        BankManifest.read(file)
+
+
+ESC = "\x1b]0;owned\x07"
+
+
+def test_what_a_bank_says_cannot_control_a_terminal(file: pathlib.Path, manifest: BankManifest) -> None:
+    path = PATHS[0]
+    hostile = replace(
+        manifest,
+        anchor=replace(manifest.anchor, name=f"{ESC}a"),
+        blocks={path: replace(row(path), label=f"a{ESC}\x9b2J", sources=(f"{ESC}b\ud800",))},
+        labels={Path((1, 2, 3)): f"{ESC}a\nleaf"},
+        licence=ESC,
+    )
+    data = hostile.to_json()
+    for text in (json.dumps(data), json.dumps(data, indent=1)):
+        file.write_text(text)
+        read = BankManifest.read(file)
+        said = [read.anchor.name, read.label(path), read.licence, *read.blocks[path].sources]
+        assert said == ["]0;owneda", "a]0;owned2J", "]0;owned", "]0;ownedb\ufffd"]
+        assert read.label(Path((1, 2, 3))) == "]0;owneda\nleaf"
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("tree", "bytes", "12"),
+        ("tree", "bytes", -1),
+        ("tree", "sha256", None),
+        ("anchor", "name", 7),
+        ("anchor", "layers", "2"),
+        ("embedder", "max_tokens", 1.5),
+        ("memory", "hidden", True),
+        ("memory", "block_sizes", [1.5]),
+        ("memory", "kind", ["ffn"]),
+    ],
+)
+def test_a_value_of_another_type_is_refused(file: pathlib.Path, part: str, key: str, value: object) -> None:
+    data = json.loads(file.read_text(encoding="utf-8"))
+    data[part][key] = value
+    file.write_text(json.dumps(data))
+    with pytest.raises(HierMemError):
+        BankManifest.read(file)
+
+
+@pytest.mark.parametrize("change", [{"bytes": "1"}, {"documents": None}, {"label": 3}, {"sources": [1]}])
+def test_a_row_of_other_types_is_refused(file: pathlib.Path, change: dict[str, object]) -> None:
+    data = json.loads(file.read_text(encoding="utf-8"))
+    data["blocks"][0] |= change
+    file.write_text(json.dumps(data))
+    with pytest.raises(BankError, match="is incomplete"):
+        BankManifest.read(file)
+
+
+def test_a_manifest_that_is_nested_too_deeply(file: pathlib.Path) -> None:
+    file.write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(BankError, match="nested too deeply"):
         BankManifest.read(file)

@@ -21,6 +21,8 @@ from mlx_hiermem.bank.remote import Origin
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import HierMemError
 from mlx_hiermem.evaluate.questions import read_questions
+from mlx_hiermem.files import locked
+from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter
 
 COMMANDS = ("ls", "show", "verify", "block", "unblock", "remove", "add", "add-block", "merge", "quantize")
 
@@ -206,6 +208,55 @@ def test_remove_with_a_probe(run: Run, model: pathlib.Path, tmp_path: pathlib.Pa
     assert "right    0 of 1 before, 0 after" in result.out
     assert "The generic block and the anchor may still hold something" in " ".join(result.out.split())
     assert run("verify", model).code == 0
+
+
+def kept_leaves(model: pathlib.Path) -> list[list[str]]:
+    """The leaves of each text that the model has kept."""
+    return [list(map(str, leaves)) for leaves in TrainingSet.open(model / "learning" / "examples").leaves_of()]
+
+
+@pytest.fixture
+def learnt(model: pathlib.Path) -> pathlib.Path:
+    """The model with three kept texts: of 1.1, of 1.1 and 0.1, and of 0.1."""
+    with TrainingSetWriter(model / "learning" / "examples") as out:
+        for number, leaves in enumerate((["1.1"], ["1.1", "0.1"], ["0.1"])):
+            tokens = np.arange(number, number + 3, dtype=np.int32)
+            out.add(Example(tokens, np.array([False, True, True])), map(Path.parse, leaves))
+    return model
+
+
+@pytest.mark.parametrize("named", ["", "bank"])
+def test_the_texts_of_what_is_removed_go_too(run: Run, learnt: pathlib.Path, named: str) -> None:
+    result = run("remove", learnt / named, "1.1", "--yes")
+    assert result.code == 0
+    assert f"dropped  1 text from {learnt / 'learning'}" in result.out
+    assert kept_leaves(learnt) == [["0.1"], ["0.1"]]
+    assert not (learnt / "bank" / "forget.json").exists()
+
+
+def test_a_removal_that_died_before_the_texts_went_is_finished_at_the_next_command(
+    run: Run, learnt: pathlib.Path
+) -> None:
+    edit.remove(learnt / "bank", [Path((1, 1))])
+    assert len(kept_leaves(learnt)) == 3
+    result = run("verify", learnt)
+    assert (result.code, "1 text dropped" in result.err) == (0, True)
+    assert kept_leaves(learnt) == [["0.1"], ["0.1"]]
+    assert run("verify", learnt).err == ""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commit, "finish", lambda _: frozenset())  # the process dies where it would carry it out
+        edit.remove(learnt / "bank", [Path((0, 1))])
+    assert "dropped" not in run("ls", learnt).err
+    assert "dropped  2 texts" in run("remove", learnt, "0.1", "--yes").out
+    assert kept_leaves(learnt) == []
+
+
+def test_texts_that_cannot_be_dropped_are_told_of(run: Run, learnt: pathlib.Path) -> None:
+    edit.remove(learnt / "bank", [Path((1, 1))])
+    with locked(learnt / "learning", "reading"):
+        result = run("ls", learnt)
+    assert (result.code, "texts of removed nodes are still kept: another process" in result.err) == (0, True)
+    assert (learnt / "bank" / "forget.json").exists()
 
 
 def test_remove_asks_in_a_terminal(run: Run, model: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

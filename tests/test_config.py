@@ -17,8 +17,17 @@ def test_path_text_and_rows() -> None:
     assert Path.of_row(path.row(16), 3, 16) == path
 
 
-@pytest.mark.parametrize("text", ["", "a", "1..2", "-1", "1.-2", "1,2"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "a", "1..2", "-1", "1.-2", "1,2", "+1", " 1", "1 . 0", "1_0", "٠", "-0", "01", "1\n", "9" * 10, None],
+)
 def test_bad_path(text: str) -> None:
+    with pytest.raises(HierMemError, match="not a path"):
+        Path.parse(text)
+
+
+@pytest.mark.parametrize("text", ["+1", " 1", "1 . 0", "1_0", "٠", "-0", "01", "1\n", "9" * 10, None])
+def test_a_node_has_one_spelling(text: str) -> None:
     with pytest.raises(HierMemError, match="not a path"):
         Path.parse(text)
 

@@ -10,12 +10,13 @@ import pytest
 from tiny import make_anchor
 
 from mlx_hiermem.convert.coreml import mil, package
-from mlx_hiermem.convert.coreml.anchor import Export, build, matrices
+from mlx_hiermem.convert.coreml.anchor import build
 from mlx_hiermem.convert.coreml.compress import encode, group_of, rounded, size
+from mlx_hiermem.convert.coreml.exported import Runner
 from mlx_hiermem.convert.coreml.interpreter import Program
-from mlx_hiermem.convert.coreml.measure import Distance, Reference
-from mlx_hiermem.convert.coreml.runner import Runner
-from mlx_hiermem.convert.coreml.search import find_plan
+from mlx_hiermem.convert.coreml.measure import Distance, Float32Anchor
+from mlx_hiermem.convert.coreml.mixed_precision import find_plan
+from mlx_hiermem.convert.coreml.shape import Export, matrices
 from mlx_hiermem.errors import CoreMLError, HierMemError
 
 BITS = {"int8": 8, "int8_channel": 8, "int4": 4, "lut4": 4}
@@ -23,10 +24,10 @@ CONTEXT = 48
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Float32Anchor:
     """A tiny llama, on the first texts."""
     folder = make_anchor(tmp_path_factory.mktemp("tiny") / "anchor")
-    made = Reference(folder, longest=CONTEXT)
+    made = Float32Anchor(folder, longest=CONTEXT)
     made.ids, made.logits = made.ids[:6], made.logits[:6]
     return made
 
@@ -58,7 +59,7 @@ def test_unknown_formats_and_large_weights() -> None:
         mil.Weights.check("w", np.array([[1.0, -70_000.0]]))
 
 
-def test_what_may_be_compressed(reference: Reference) -> None:
+def test_what_may_be_compressed(reference: Float32Anchor) -> None:
     """Matrices that are multiplied with; neither norms, rotary tables, nor embeddings that no head shares."""
     names = {one.name for one in matrices(reference.sizes)}
     assert len(names) == 4 * 7 + 1
@@ -69,7 +70,7 @@ def test_what_may_be_compressed(reference: Reference) -> None:
 @pytest.mark.parametrize("form", ["int8_channel", "int4", "lut4"])
 @pytest.mark.slow
 def test_a_package_computes_with_what_the_format_leaves(
-    form: str, reference: Reference, tmp_path: pathlib.Path
+    form: str, reference: Float32Anchor, tmp_path: pathlib.Path
 ) -> None:
     """In the package and in the search the same weights mean the same."""
     plan = {one.name: form for one in matrices(reference.sizes)}
@@ -88,7 +89,7 @@ def test_a_package_computes_with_what_the_format_leaves(
     assert found.kl == pytest.approx(expected.kl, rel=0.2, abs=2e-5)
 
 
-def test_the_search_leaves_the_dearest_alone(reference: Reference) -> None:
+def test_the_search_leaves_the_dearest_alone(reference: Float32Anchor) -> None:
     weights = matrices(reference.sizes)
     whole = reference.with_weights((one, rounded(one.weight, "int4")) for one in weights)
     seen: list[tuple[int, int]] = []
@@ -105,7 +106,7 @@ def test_the_search_leaves_the_dearest_alone(reference: Reference) -> None:
     assert reference.with_weights([]) == Distance.between(reference.logits, reference.logits)
 
 
-def test_bounds(reference: Reference) -> None:
+def test_bounds(reference: Float32Anchor) -> None:
     """All coarse where that is near enough, and an error where not even float16 is."""
     weights = matrices(reference.sizes)
     assert set(find_plan(reference, weights, "int4", 10.0).formats.values()) == {"int4"}

@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlx_hiermem.convert.coreml import anchor, attention, mil, package
-from mlx_hiermem.convert.coreml.anchor import PART, Export, build, matrices
+from mlx_hiermem.convert.coreml import anchor, layers, mil, package
+from mlx_hiermem.convert.coreml.anchor import build
 from mlx_hiermem.convert.coreml.architecture import Norm
 from mlx_hiermem.convert.coreml.compress import rounded
+from mlx_hiermem.convert.coreml.exported import Runner
 from mlx_hiermem.convert.coreml.interpreter import Program
-from mlx_hiermem.convert.coreml.measure import Distance, Reference
+from mlx_hiermem.convert.coreml.limits import Overflow
+from mlx_hiermem.convert.coreml.measure import Distance, Float32Anchor
 from mlx_hiermem.convert.coreml.mil import Var, Weights, half, mb
-from mlx_hiermem.convert.coreml.overflow import Overflow
-from mlx_hiermem.convert.coreml.runner import Runner
-from mlx_hiermem.convert.coreml.search import uniform
+from mlx_hiermem.convert.coreml.mixed_precision import uniform
+from mlx_hiermem.convert.coreml.shape import PART, Export, matrices
 from mlx_hiermem.errors import CoreMLError
 
 CONTEXT, TEXTS = 192, 5
@@ -43,9 +44,9 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def reference(smollm2_anchor: pathlib.Path) -> Reference:
+def reference(smollm2_anchor: pathlib.Path) -> Float32Anchor:
     """On the first texts only, to be quick."""
-    made = Reference(smollm2_anchor, longest=CONTEXT)
+    made = Float32Anchor(smollm2_anchor, longest=CONTEXT)
     made.ids, made.logits = made.ids[:TEXTS], made.logits[:TEXTS]
     return made
 
@@ -54,7 +55,7 @@ Make = Callable[[str], Made]
 
 
 @pytest.fixture(scope="module")
-def make(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Make:
+def make(reference: Float32Anchor, tmp_path_factory: pytest.TempPathFactory) -> Make:
     made: dict[str, Made] = {}
 
     def get(form: str) -> Made:
@@ -70,7 +71,7 @@ def make(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Make
     return get
 
 
-def test_the_same_choices_and_far_from_overflow(make: Make, reference: Reference) -> None:
+def test_the_same_choices_and_far_from_overflow(make: Make, reference: Float32Anchor) -> None:
     """The stream passes 22 560, so that squares are beyond float16; what is written stays the same."""
     made = make("fp16")
     distance = reference.measure(made.runner)
@@ -84,7 +85,7 @@ def test_the_same_choices_and_far_from_overflow(make: Make, reference: Reference
     assert not report.warnings()
 
 
-def test_a_memory_changes_the_logits_and_goes_without_a_trace(make: Make, reference: Reference) -> None:
+def test_a_memory_changes_the_logits_and_goes_without_a_trace(make: Make, reference: Float32Anchor) -> None:
     runner, ids = make("fp16").runner, reference.ids[0]
     rng = np.random.default_rng(0)
     memory = {name: rng.standard_normal((2, 8, 576)) * 0.3 for name in ("gate", "up", "down")}
@@ -96,7 +97,7 @@ def test_a_memory_changes_the_logits_and_goes_without_a_trace(make: Make, refere
     np.testing.assert_array_equal(found[0], found[2])
 
 
-def test_decode_alone_equals_prefill(make: Make, reference: Reference) -> None:
+def test_decode_alone_equals_prefill(make: Make, reference: Float32Anchor) -> None:
     runner, ids = make("fp16").runner, reference.ids[0][:6]
     found = []
     for only in ("prefill", "decode"):
@@ -113,11 +114,11 @@ def plain_norm(x: Var, of: Norm, weights: Weights, name: str) -> Var:
 
 
 def test_a_plain_norm_fails_the_export(
-    reference: Reference, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+    reference: Float32Anchor, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
     """The report names the first tensor that float16 does not hold, at the layer where the stream becomes large."""
     monkeypatch.setattr(anchor, "norm", plain_norm)
-    monkeypatch.setattr(attention, "norm", plain_norm)
+    monkeypatch.setattr(layers, "norm", plain_norm)
     sizes = dataclasses.replace(reference.sizes, layers=reference.sizes.layers[:13])
     shape = Export(CONTEXT)
     mil.save(build(sizes, shape), tmp_path / "plain.mlpackage")
@@ -128,7 +129,7 @@ def test_a_plain_norm_fails_the_export(
         Overflow.of(peaks).check()
 
 
-def test_every_weight_is_stored_once(make: Make, reference: Reference) -> None:
+def test_every_weight_is_stored_once(make: Make, reference: Float32Anchor) -> None:
     """Both functions and both uses of the tied head; what is beyond the weights are tables and paddings."""
     sizes = reference.sizes
     weights = sum(one.weight.size for one in matrices(sizes))
@@ -144,7 +145,7 @@ def test_the_head_comes_in_parts(make: Make) -> None:
     assert PART * 3 == 49_152
 
 
-def test_keys_are_not_repeated(make: Make, reference: Reference) -> None:
+def test_keys_are_not_repeated(make: Make, reference: Float32Anchor) -> None:
     """Nothing of a query head's share of the cache: 9 heads x context x 64, where 3 are kept."""
     sizes = reference.sizes
     for function in make("fp16").program.functions.values():
@@ -169,7 +170,7 @@ def test_select_declares_a_wrong_shape_and_is_found_out(tmp_path: pathlib.Path) 
         Program.load(tmp_path / "m.mlpackage").run("main", {"x": np.ones((2, 3))})
 
 
-def test_eight_bits(make: Make, reference: Reference) -> None:
+def test_eight_bits(make: Make, reference: Float32Anchor) -> None:
     """Two thirds of the size with the head in float16, and the same choices."""
     assert make("int8").weight_bytes < 0.66 * make("fp16").weight_bytes
     distance = reference.measure(make("int8").runner)
@@ -177,7 +178,7 @@ def test_eight_bits(make: Make, reference: Reference) -> None:
     assert distance.agreement >= 0.99
 
 
-def test_the_layer_of_massive_activations(reference: Reference) -> None:
+def test_the_layer_of_massive_activations(reference: Float32Anchor) -> None:
     """Four bits in the down projection of layer 11 alone do more harm than in its neighbours together."""
 
     def harm(*layers: int) -> Distance:

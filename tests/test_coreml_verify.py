@@ -15,7 +15,7 @@ import tiny
 from coremltools.proto import Model_pb2
 
 from mlx_hiermem.apps.cli import main as cli
-from mlx_hiermem.convert.coreml import export, interfaces, text_checks, verify
+from mlx_hiermem.convert.coreml import export, text_checks, verify
 from mlx_hiermem.convert.coreml.exported import Exported
 from mlx_hiermem.convert.coreml.interpreter import Program
 from mlx_hiermem.convert.coreml.references import open_reference
@@ -107,7 +107,7 @@ def test_an_export_passes(model: pathlib.Path, copy: pathlib.Path, tmp_path: pat
 def test_a_memory_by_input(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
     out = tmp_path / "app"
     export.export(model, out, export.Options(context=64, weights="fp16", memory="input"))
-    assert interfaces.check_interfaces(Exported(out)).passed
+    assert verify.check_interfaces(Exported(out)).passed
     assert not failed_texts(out, model)
 
 

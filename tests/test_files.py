@@ -259,3 +259,40 @@ def test_a_type_that_is_not_known_is_passed_on(tmp_path: pathlib.Path) -> None:
     assert read_header(tmp_path / "a").tensors == {"a": StoredTensor("F4", (2,), begin, begin + 8)}
     with pytest.raises(FileError, match=r"cannot read .*nothing: No such file"):
         read_header(tmp_path / "nothing")
+
+
+ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+
+
+@pytest.mark.parametrize(
+    ("rows", "why"),
+    [
+        ({"a": ONE | {"shape": "1"}}, "incomplete"),
+        ({"a": ONE | {"shape": [1.0]}}, "incomplete"),
+        ({"a": ONE | {"shape": [float("inf")]}}, "incomplete"),
+        ({"a": ONE | {"shape": [1] * 40}}, "incomplete"),
+        ({"a": ONE | {"shape": [True]}}, "incomplete"),
+        ({"a": ONE | {"data_offsets": {"0": 0}}}, "incomplete"),
+        ({"a": ONE | {"dtype": None}}, "incomplete"),
+        ({"a": [1]}, "incomplete"),
+        ({"a": ONE, "b": ONE}, "a and b overlap"),
+        ([ONE], "not a table"),
+        (7, "not a table"),
+    ],
+)
+def test_odd_headers(tmp_path: pathlib.Path, rows: Any, why: str) -> None:
+    (tmp_path / "a").write_bytes(safetensors(rows, size=8))
+    with pytest.raises(FileError, match=why):
+        read_header(tmp_path / "a")
+
+
+def test_json_that_is_nested_too_deeply(tmp_path: pathlib.Path) -> None:
+    deep = b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    (tmp_path / "a").write_bytes(len(deep).to_bytes(8, "little") + deep)
+    with pytest.raises(FileError, match="not JSON"):
+        read_header(tmp_path / "a")
+    (tmp_path / "a.json").write_bytes(deep)
+    with pytest.raises(FileError, match="nested too deeply"):
+        read_json(tmp_path / "a.json")
+    with pytest.raises(FileError, match=r"a\.json:1"):
+        list(read_json_lines(tmp_path / "a.json"))

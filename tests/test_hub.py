@@ -382,9 +382,20 @@ def test_missing_file(shared: Repository, tmp_path: pathlib.Path) -> None:
 
 
 def test_no_code_comes_and_no_name_leads_out(shared: Repository, tmp_path: pathlib.Path) -> None:
-    shared.head["anchor/model.py"] = b"print('run me')"
+    unwanted = [
+        "anchor/model.py",
+        "anchor/model.pyc",
+        "anchor/run.sh",
+        "anchor/a.bin",
+        "anchor/.profile",
+        "README.py",
+    ]
+    shared.head.update(dict.fromkeys(unwanted, b"print('run me')"))
+    shared.head.update({"anchor/more/chat.jinja": b"{}", "LICENSE": b"free"})
     pull(REPO, tmp_path / "out", only=["0"])
-    assert not list(tmp_path.rglob("*.py"))
+    came = files_of(tmp_path / "out").keys()
+    assert not came & set(unwanted)
+    assert came >= {"anchor/more/chat.jinja", "LICENSE", "anchor/config.json"}
     for name in ("anchor/../../x", "/etc/passwd"):
         with pytest.raises(HubError, match="leads out of its folder"):
             RemoteFile(name, 1)

@@ -21,6 +21,7 @@ ORDER = [
     "cpu",
     "errors",
     "progress",
+    "printable",
     "files",
     "config",
     "assets",

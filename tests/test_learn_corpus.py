@@ -14,10 +14,8 @@ from tokenizers import Tokenizer
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import CorpusError, OutputError
 from mlx_hiermem.learn.corpus import readers as corpus
-from mlx_hiermem.learn.corpus.corpus import read_corpus
-from mlx_hiermem.learn.corpus.duplicates import Seen
-from mlx_hiermem.learn.corpus.windows import sentences, splintered, split, untruncated
-from mlx_hiermem.learn.records import Document, Skipped
+from mlx_hiermem.learn.corpus.corpus import Seen, read_corpus
+from mlx_hiermem.learn.corpus.windows import Document, Skipped, sentences, splintered, split, untruncated
 from mlx_hiermem.learn.settings import CorpusSettings
 from mlx_hiermem.learn.tree import labels
 from mlx_hiermem.learn.work import SKIPPED, WINDOWS, Work
@@ -307,7 +305,8 @@ def test_memory_does_not_grow_with_the_corpus(
 
 def test_labels_are_what_sets_a_node_apart() -> None:
     from mlx_hiermem.config import Path
-    from mlx_hiermem.learn.records import Placed, Window
+    from mlx_hiermem.learn.corpus.windows import Window
+    from mlx_hiermem.learn.tree.build import Placed
 
     subjects = ["bread dough oven", "bread dough flour", "harbour ship sail", "harbour ship anchor"]
     windows = [Window(i, i // 2, f"d{i // 2}.txt", "", f"the {words} there") for i, words in enumerate(subjects)]
@@ -343,7 +342,8 @@ def test_labels_are_what_sets_a_node_apart() -> None:
 @pytest.mark.slow
 def test_memory_for_labels_does_not_grow_with_the_terms_of_leaves() -> None:
     from mlx_hiermem.config import Path
-    from mlx_hiermem.learn.records import Placed, Window
+    from mlx_hiermem.learn.corpus.windows import Window
+    from mlx_hiermem.learn.tree.build import Placed
 
     def window(number: int) -> Window:
         letters = "abcdefghijklmnop"

@@ -13,9 +13,8 @@ from tiny import make_anchor
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import CorpusError, HierMemError
 from mlx_hiermem.learn.corpus.corpus import Corpus, read_corpus
-from mlx_hiermem.learn.records import Prompt
-from mlx_hiermem.learn.report import study_line
-from mlx_hiermem.learn.settings import CorpusSettings, TreeSettings
+from mlx_hiermem.learn.settings import CorpusSettings, Prompt, TreeSettings
+from mlx_hiermem.learn.stages import study_line
 from mlx_hiermem.learn.study.prompts import about_windows, give, read_prompts
 from mlx_hiermem.learn.train.encoding import make_examples, open_examples
 from mlx_hiermem.learn.tree.build import build_tree

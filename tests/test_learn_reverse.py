@@ -9,14 +9,12 @@ from collections.abc import Sequence
 import pytest
 from books import VILLAGES
 
-from mlx_hiermem.learn.records import Window
+from mlx_hiermem.learn.corpus.windows import Window
 from mlx_hiermem.learn.settings import StudySettings
 from mlx_hiermem.learn.study.facts import SUBJECT, Fact, facts, reversible
-from mlx_hiermem.learn.study.judge import PairJudge, Tried
-from mlx_hiermem.learn.study.patterns import patterns
 from mlx_hiermem.learn.study.study import RIGHT, try_reversed
-from mlx_hiermem.learn.study.teacher import Teacher
-from mlx_hiermem.learn.study.wordings import Wording
+from mlx_hiermem.learn.study.teacher import Teacher, patterns
+from mlx_hiermem.learn.study.wordings import PairJudge, Tried, Wording
 
 
 def of_codes(codes: Sequence[int], letter: str = "K") -> list[Fact]:

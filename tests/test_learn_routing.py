@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from mlx_hiermem.config import Path
-from mlx_hiermem.learn.records import Window
+from mlx_hiermem.learn.corpus.windows import Window
 from mlx_hiermem.learn.settings import CorpusSettings
-from mlx_hiermem.learn.tree import routing
-from mlx_hiermem.learn.tree.kmeans import Shape, grow
+from mlx_hiermem.learn.tree import build, kmeans
+from mlx_hiermem.learn.tree.build import agreement, descend, place
+from mlx_hiermem.learn.tree.kmeans import Separation, Shape, grow
 from mlx_hiermem.learn.tree.probes import FRAME, ProbeVectors, probe_texts, with_subjects
-from mlx_hiermem.learn.tree.routing import Separation, agreement, descend, place
 from mlx_hiermem.tree import ClusterTree
 
 MADE_UP = CorpusSettings(any_language=True)  # the words of `documents` are of none
@@ -84,7 +84,7 @@ def test_the_gradient_is_that_of_the_loss() -> None:
     label, weight = rng.integers(3, size=20), np.full(20, 1 / 20)
 
     def loss(at: np.ndarray) -> float:
-        logits = -routing.SHARPNESS * ((points[:, None] - at) ** 2).sum(-1)
+        logits = -kmeans.SHARPNESS * ((points[:, None] - at) ** 2).sum(-1)
         return float((weight * (np.log(np.exp(logits).sum(1)) - logits[np.arange(20), label])).sum())
 
     found, step = Separation._gradient(centroids, points, label, weight), 1e-5
@@ -95,9 +95,9 @@ def test_the_gradient_is_that_of_the_loss() -> None:
         assert found[place_] == pytest.approx(slope, abs=1e-4)
 
 
-@pytest.mark.parametrize("batch", [routing.BATCH, 300])  # all probes in each step, and a draw of them
+@pytest.mark.parametrize("batch", [kmeans.PROBES_A_MOVE, 300])  # all probes in each step, and a draw of them
 def test_centroids_learn_to_look_past_the_wording(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routing, "BATCH", batch)
+    monkeypatch.setattr(kmeans, "PROBES_A_MOVE", batch)
     probe = worded(48, 12)
     held_out = worded(48, 16)  # the same subjects and wordings, put together anew
     right = {}
@@ -132,18 +132,18 @@ def test_a_draw_of_probes_weighs_windows_as_all_of_them_do(monkeypatch: pytest.M
     owner = np.array([0, 0, 0, 2, 5, 5])  # windows 1, 3 and 4 have none
     probe = ProbeVectors.of(np.eye(6, dtype=np.float32), owner, 6)
     members, rng = np.array([5, 1, 2, 0]), np.random.default_rng(0)
-    whole = routing._Part(probe, members, 0.5)
+    whole = kmeans._Part(probe, members, 0.5)
     _, whose, weight = whole.draw(rng)
     assert whose.tolist() == [0, 0, 2, 3, 3, 3]
     each = np.bincount(whose, weight, 4)
     assert each == pytest.approx([0.125, 0, 0.125, 0.125])
-    monkeypatch.setattr(routing, "BATCH", 5)
-    drawn, parts = np.zeros(4), [routing._Part(probe, members, 0.5).draw(rng) for _ in range(600)]
+    monkeypatch.setattr(kmeans, "PROBES_A_MOVE", 5)
+    drawn, parts = np.zeros(4), [kmeans._Part(probe, members, 0.5).draw(rng) for _ in range(600)]
     for some, whose, weight in parts:
         assert all(owner[point.argmax()] == members[who] for point, who in zip(some, whose, strict=True))
         drawn += np.bincount(whose, weight, 4) / len(parts)
     assert drawn == pytest.approx(each, abs=0.01)
-    assert not routing._Part(probe, np.array([1, 3]), 0.5).any
+    assert not kmeans._Part(probe, np.array([1, 3]), 0.5).any
 
 
 def test_descent_is_the_routers() -> None:
@@ -162,7 +162,7 @@ def likely(tree: ClusterTree, point: np.ndarray) -> dict[Path, float]:
         for node in [path for path in ends if len(path) == depth]:
             distance = tree.distances(point, node)
             if np.isfinite(distance).any():
-                weight = np.exp(-routing.DOUBT * (distance**2 - (distance**2).min()))
+                weight = np.exp(-build.DOUBT * (distance**2 - (distance**2).min()))
                 share = ends.pop(node)
                 for child in np.argsort(distance)[:2]:
                     if np.isfinite(distance[child]):
@@ -180,7 +180,7 @@ def test_windows_are_placed_where_their_probes_are_likely_to_go() -> None:
             for leaf, share in likely(grown.tree, point).items():
                 total[leaf] = total.get(leaf, 0.0) + share / 5
         best = sorted(total, key=lambda leaf: -total[leaf])[:3]
-        assert list(placed[window]) == [leaf for leaf in best if total[leaf] >= routing.LEAST]
+        assert list(placed[window]) == [leaf for leaf in best if total[leaf] >= build.LEAST]
     assert all(len(leaves) == 1 for leaves in place(grown.tree, probe, 1))
 
 

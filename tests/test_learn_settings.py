@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 from mlx_hiermem.apps import demo
 from mlx_hiermem.apps.cli.main import app
 from mlx_hiermem.errors import OutputError, SettingsError
-from mlx_hiermem.learn.records import Prompt
 from mlx_hiermem.learn.settings import (
     CorpusSettings,
     LearnSettings,
     MemorySettings,
+    Prompt,
     TrainingSettings,
     TreeSettings,
     read_settings,

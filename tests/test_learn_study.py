@@ -11,17 +11,17 @@ from books import COUNT, VILLAGES, fact, write_library
 
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.learn.corpus.corpus import Corpus, read_corpus
-from mlx_hiermem.learn.records import Window
+from mlx_hiermem.learn.corpus.windows import Window
 from mlx_hiermem.learn.settings import StudySettings
 from mlx_hiermem.learn.study import study as study_module
 from mlx_hiermem.learn.study.facts import BLANK, OTHER, SUBJECT, Fact, facts, worth_asking
-from mlx_hiermem.learn.study.judge import Tried, in_turns
-from mlx_hiermem.learn.study.patterns import patterns
 from mlx_hiermem.learn.study.study import study
-from mlx_hiermem.learn.study.teacher import Teacher
+from mlx_hiermem.learn.study.teacher import Teacher, patterns
 from mlx_hiermem.learn.study.wordings import (
+    Tried,
     Wording,
     echo,
+    in_turns,
     own_beginning,
     own_words,
     wordings,

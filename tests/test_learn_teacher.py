@@ -12,9 +12,8 @@ from mlx_lm.generate import generate
 from mlx_lm.models.cache import RotatingKVCache
 
 from mlx_hiermem.errors import AnchorError
-from mlx_hiermem.learn.study.judge import named
-from mlx_hiermem.learn.study.patterns import patterns
-from mlx_hiermem.learn.study.teacher import CachedTeacher, Teacher, load_teacher
+from mlx_hiermem.learn.study.teacher import CachedTeacher, Teacher, load_teacher, patterns
+from mlx_hiermem.learn.study.wordings import named
 
 
 def test_lines_are_what_the_model_writes_alone(smollm2_teacher: Teacher) -> None:

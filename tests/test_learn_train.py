@@ -35,12 +35,10 @@ from mlx_hiermem.learn.train import activations
 from mlx_hiermem.learn.train import blocks as blocks_module
 from mlx_hiermem.learn.train import jobs as jobs_module
 from mlx_hiermem.learn.train.activations import TeacherStates
-from mlx_hiermem.learn.train.batches import collate
 from mlx_hiermem.learn.train.blocks import Tensors, new_block
-from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter
-from mlx_hiermem.learn.train.heldout import HeldOut
+from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter, collate
 from mlx_hiermem.learn.train.jobs import JobTrainer, Trainer
-from mlx_hiermem.learn.train.log import TrainingProgress, read_log
+from mlx_hiermem.learn.train.monitor import HeldOut, TrainingProgress, read_log
 from mlx_hiermem.learn.train.step import Inputs, MemoryLoss
 from mlx_hiermem.partial import PartialAnchor, prefill
 from mlx_hiermem.progress import unheard

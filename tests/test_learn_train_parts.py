@@ -26,9 +26,17 @@ from mlx_hiermem.errors import AnchorError, HierMemError, OutputError
 from mlx_hiermem.learn.settings import TrainingSettings
 from mlx_hiermem.learn.train import dataset as dataset_module
 from mlx_hiermem.learn.train.activations import HiddenStates
-from mlx_hiermem.learn.train.batches import collate, first_fit_decreasing, group_by_length, pack, row_length
 from mlx_hiermem.learn.train.blocks import TrainedBlock, TrainedBlocks, new_block
-from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter
+from mlx_hiermem.learn.train.dataset import (
+    Example,
+    TrainingSet,
+    TrainingSetWriter,
+    collate,
+    first_fit_decreasing,
+    group_by_length,
+    pack,
+    row_length,
+)
 from mlx_hiermem.learn.train.schedule import Job, Schedule, jobs_of_rank, list_jobs, nodes_with_block
 from mlx_hiermem.learn.train.step import divergence, next_token, rate_factor, update
 from mlx_hiermem.memory.design import memory_layers

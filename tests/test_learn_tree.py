@@ -16,10 +16,9 @@ from mlx_hiermem.learn.corpus.corpus import read_corpus
 from mlx_hiermem.learn.settings import CorpusSettings, TreeSettings
 from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.tree import probes
-from mlx_hiermem.learn.tree.build import build_tree, given_agreement
+from mlx_hiermem.learn.tree.build import agreement, build_tree, given_agreement
 from mlx_hiermem.learn.tree.labels import describe_nodes
 from mlx_hiermem.learn.tree.probes import is_held_out
-from mlx_hiermem.learn.tree.routing import agreement
 from mlx_hiermem.learn.work import NODES, PROBES, STUDY, TREE, Work, read_rows, write_rows
 
 MADE_UP = CorpusSettings(any_language=True)  # the words of `documents` are of none

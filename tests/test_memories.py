@@ -26,7 +26,7 @@ from mlx_hiermem.config import AnchorIdentity, MemoryConfig, Path
 from mlx_hiermem.convert.key_map import KeyMap
 from mlx_hiermem.convert.memories import AnchorDims, convert_memory
 from mlx_hiermem.convert.memory_settings import MINILM
-from mlx_hiermem.convert.readers import SafetensorsReader
+from mlx_hiermem.convert.readers import SafetensorsFile
 from mlx_hiermem.errors import AnchorMismatchError, CheckpointError, HierMemError, OutputError
 
 ANCHOR = AnchorIdentity("tiny", "c0ffee", "facade", 8, 3)
@@ -101,7 +101,7 @@ def assert_same(bank_folder: pathlib.Path, tensors: Tensors, config: MemoryConfi
     files = {str(file.relative_to(bank_folder)) for file in bank_folder.rglob("*") if file.is_file()}
     assert files == {name for name, _, _ in bank.files()} | {MANIFEST}
     for node in expected:
-        reader, level = SafetensorsReader(bank_folder / block_name(node)), len(node)
+        reader, level = SafetensorsFile(bank_folder / block_name(node)), len(node)
         assert list(reader.tensors) == list(config.widths)
         for part, (dtype, shape) in reader.tensors.items():
             source = tensors[f"memory.level{level}.{documented(part)}"][node.row(config.branching)]
@@ -119,7 +119,7 @@ def test_every_kind_bit_for_bit(tmp_path: pathlib.Path, kind: str, dtype: str, s
     tensors = make_tensors(config, generic=7)
     convert(save(tmp_path / f"m{suffix}", tensors, settings_of(config)), tmp_path / "bank")
     assert_same(tmp_path / "bank", tensors, config)
-    generic = SafetensorsReader(tmp_path / "bank/generic.safetensors")
+    generic = SafetensorsFile(tmp_path / "bank/generic.safetensors")
     for part, (_, shape) in generic.tensors.items():
         assert generic.rows(part, 0, shape[0]).data.tobytes() == bits(tensors[f"memory.generic.{documented(part)}"])
     generic.close()

@@ -57,6 +57,9 @@ CALLS = {
     "sample_utils:apply_min_p": ("logprobs min_p", "sampling.Sampling"),
     "sample_utils:apply_top_k": ("logprobs top_k", "sampling.Sampling"),
     "sample_utils:make_repetition_penalty": ("penalty", "sampling.Sampling"),
+    "sample_utils:make_presence_penalty": ("penalty context_size", "sampling.Sampling"),
+    "sample_utils:make_frequency_penalty": ("penalty context_size", "sampling.Sampling"),
+    "sample_utils:make_logits_processors": ("logit_bias", "sampling.Sampling"),
 }
 
 

@@ -20,7 +20,7 @@ from mlx_hiermem.bank.merge import merge_policies
 from mlx_hiermem.bank.policy import OPEN, POLICY, BankPolicy
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import BankError
-from mlx_hiermem.learn.tree.routing import ROOM, reach_of
+from mlx_hiermem.learn.tree.build import ROOM, reach_of
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.router import Router, Topic
 from mlx_hiermem.tree import ClusterTree

@@ -81,7 +81,8 @@ def alone(model: MemoryModel, memory: str, tokens: list[int], length: int) -> st
 
 
 def test_models(client: openai.OpenAI) -> None:
-    assert [row.id for row in client.models.list()] == ["tiny"]
+    memories = ["none", "generic", "0", "1", "2"]
+    assert [row.id for row in client.models.list()] == ["tiny", *(f"tiny:{memory}" for memory in memories)]
     assert client.models.retrieve("tiny").owned_by == "mlx-hiermem"
     with pytest.raises(openai.NotFoundError, match="there is no model 'other'"):
         client.models.retrieve("other")

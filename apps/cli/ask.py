@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from mlx_hiermem.apps.cli import models
+from mlx_hiermem.apps.cli import models, sampling
 from mlx_hiermem.apps.cli.display import (
     FAR,
     blocked_note,
@@ -37,7 +37,14 @@ def ask(
     memory: str = models.MEMORY,
     plain: bool = typer.Option(False, "--plain", help="Continue the text as it stands, without a chat template."),
     max_tokens: int = typer.Option(256, "--max-tokens", "-n", min=1, help="Longest answer, in tokens."),
-    temperature: float = typer.Option(0.0, "--temperature", "-t", min=0.0, help="0 takes the likeliest token."),
+    temperature: float = sampling.TEMPERATURE,
+    top_p: float = sampling.TOP_P,
+    top_k: int = sampling.TOP_K,
+    min_p: float = sampling.MIN_P,
+    repetition_penalty: float = sampling.REPETITION_PENALTY,
+    presence_penalty: float = sampling.PRESENCE_PENALTY,
+    frequency_penalty: float = sampling.FREQUENCY_PENALTY,
+    chat_template_args: str = sampling.TEMPLATE,
     seed: int = typer.Option(0, help="Seed of the sampler."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of text."),
 ) -> None:
@@ -51,7 +58,8 @@ def ask(
 
     from mlx_hiermem.session import Session
 
-    text = _text(question)
+    drawn = sampling.changed(locals())
+    text, template = _text(question), sampling.template_args(chat_template_args)
     name = model or models.preferred()
     loaded = models.open_model(name)
     mx.random.seed(seed)
@@ -60,10 +68,10 @@ def ask(
     reply: Iterator[str]
     session = None  # where the anchor has no chat template the text is continued as it stands
     if not plain and loaded.tokenizer is not None and loaded.tokenizer.chat_template is not None:
-        session = Session(loaded, memory, max_tokens=max_tokens, temperature=temperature)
+        session = Session(loaded, memory, max_tokens=max_tokens, template=template, **drawn)
         reply = session.ask(text)
     else:
-        reply = loaded.stream(text, memory=memory or None, max_tokens=max_tokens, temperature=temperature)
+        reply = loaded.stream(text, memory=memory or None, max_tokens=max_tokens, **drawn)
     pieces = []
     for piece in reply:
         pieces.append(piece)
@@ -107,7 +115,8 @@ def generate(
 ) -> None:
     """The earlier name of `hiermem ask --plain`."""
     renamed("hiermem generate MODEL PROMPT", "hiermem ask --plain -m MODEL PROMPT")
-    ask([prompt], model, memory, not chat, max_tokens, temperature, seed, as_json)
+    options: dict[str, Any] = dict(sampling.NEUTRAL, temperature=temperature, chat_template_args="")
+    ask([prompt], model, memory, not chat, max_tokens, seed=seed, as_json=as_json, **options)
 
 
 WORDS = typer.Argument(..., metavar="TEXT", help="The text to route; `-` reads standard input.")

@@ -11,6 +11,7 @@ import typer
 from mlx_hiermem.apps.cli import ask, bank_add, bank_copy, bank_hub, bank_policy, bank_remove, models
 from mlx_hiermem.apps.cli.display import console, progress_bar, several, size
 from mlx_hiermem.files import new_file
+from mlx_hiermem.printable import printable
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -121,7 +122,7 @@ def verify(
         console.print_json(json.dumps({"files": files, "remote": remote, "problems": problems}, ensure_ascii=False))
     else:
         for problem in problems:
-            console.print(problem, style="red", markup=False, soft_wrap=True)
+            console.print(printable(problem), style="red", markup=False, soft_wrap=True)
     if problems:
         hint = "Make a change, then verify again." if interrupted(bank.root) else "Pull or convert the bank again."
         raise BankError(f"{several(len(problems), 'problem')} in {bank.root}", hint)

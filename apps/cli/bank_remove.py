@@ -12,7 +12,8 @@ import typer
 
 from mlx_hiermem.apps.cli import models
 from mlx_hiermem.apps.cli.bank_policy import NODES, nodes_named, parse_paths
-from mlx_hiermem.apps.cli.display import UNSAFE, console, progress_bar, several, size
+from mlx_hiermem.apps.cli.display import console, progress_bar, several, size
+from mlx_hiermem.printable import printable
 
 if TYPE_CHECKING:
     from mlx_hiermem.bank.manifest import BankManifest
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     from mlx_hiermem.evaluate.questions import Question
 
 RETAINED = (
-    "{holders} may still hold something of it; only training without those texts would take that away. A program "
-    "that has the bank open keeps the blocks it has read until it ends."
+    "{holders} may still hold something of it; only training without those texts would take that away. A chat or "
+    "server that has the bank open lets go of it before its next question. Revisions that were pushed to the hub "
+    "stay there; delete them there."
 )
 
 
@@ -41,7 +43,7 @@ def remove(
     """
     from mlx_hiermem.bank import edit
     from mlx_hiermem.bank.bank import MemoryBank
-    from mlx_hiermem.bank.commit import interrupted
+    from mlx_hiermem.bank.commit import LEARNING, interrupted
     from mlx_hiermem.evaluate.questions import read_questions
 
     name, paths = nodes_named(words, model)
@@ -58,7 +60,7 @@ def remove(
         typer.confirm(f"Delete {several(len(going), 'block')}, {amount}, from {bank.root}?", abort=True)
     before = _ask(folder, questions, max_tokens, "before")
     removed = edit.remove(bank.root, nodes)
-    forgotten = _forget(folder) if (folder / "learning").is_dir() else 0
+    forgotten = _forget(bank.root)
     after = _ask(folder, questions, max_tokens, "after")
     left = MemoryBank.open(bank.root).manifest
     above = sorted({up for node in nodes for up in node.prefixes() if up in left.blocks})
@@ -81,7 +83,9 @@ def remove(
     console.print(f"removed  {several(len(removed.nodes), 'block')}, {size(removed.bytes)}", markup=False)
     if forgotten:
         console.print(
-            f"dropped  {several(forgotten, 'text')} from {folder / 'learning'}", markup=False, soft_wrap=True
+            f"dropped  {several(forgotten, 'text')} from {bank.root.parent / LEARNING}",
+            markup=False,
+            soft_wrap=True,
         )
     copies = f" The copy in {bank.remote.origin.repo} stays." if bank.remote else ""
     retained = RETAINED.format(holders=_holders(left, above))
@@ -97,7 +101,7 @@ def _ask(model: pathlib.Path, questions: list[Question], max_tokens: int, when: 
     loaded, replies = load(model), []
     with progress_bar(f"asking {when}", unit="questions") as progress:
         for question in questions:
-            reply = loaded.generate(question.prompt, max_tokens=max_tokens).text.translate(UNSAFE)
+            reply = printable(loaded.generate(question.prompt, max_tokens=max_tokens).text)
             replies.append(" ".join(reply.split()))
             if progress:
                 progress(len(replies), len(questions))
@@ -120,11 +124,15 @@ def _print_probe(questions: list[Question], before: list[str], after: list[str])
     console.print(f"right    {right[0]} of {len(questions)} before, {right[1]} after", markup=False)
 
 
-def _forget(model: pathlib.Path) -> int:
-    """Drops the texts that `hiermem learn` has kept of removed leaves."""
+def _forget(root: pathlib.Path) -> int:
+    """Drops the texts that `hiermem learn` has kept of leaves removed from the bank `root`."""
+    from mlx_hiermem.bank.commit import FORGET
+
+    if not (root / FORGET).exists():
+        return 0
     from mlx_hiermem.learn.publish import forget
 
-    return forget(model)
+    return forget(root)
 
 
 def _holders(left: BankManifest, above: Sequence[Path]) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mlx_hiermem.apps.cli import models
+from mlx_hiermem.apps.cli import models, sampling
 from mlx_hiermem.apps.cli.display import (
     FAR,
     console,
@@ -22,6 +22,7 @@ from mlx_hiermem.apps.cli.display import (
     waiting,
     write,
 )
+from mlx_hiermem.printable import printable
 
 if TYPE_CHECKING:
     from mlx_hiermem.apps.cli.keyboard import Paused, ReadLine
@@ -36,7 +37,14 @@ def chat(
     memory: str = models.MEMORY,
     system: str = typer.Option("", help="A system message."),
     max_tokens: int = typer.Option(512, "--max-tokens", "-n", min=1, help="Longest reply, in tokens."),
-    temperature: float = typer.Option(0.0, "--temperature", "-t", min=0.0, help="0 takes the likeliest token."),
+    temperature: float = sampling.TEMPERATURE,
+    top_p: float = sampling.TOP_P,
+    top_k: int = sampling.TOP_K,
+    min_p: float = sampling.MIN_P,
+    repetition_penalty: float = sampling.REPETITION_PENALTY,
+    presence_penalty: float = sampling.PRESENCE_PENALTY,
+    frequency_penalty: float = sampling.FREQUENCY_PENALTY,
+    chat_template_args: str = sampling.TEMPLATE,
     cache: str = typer.Option("512M", help="Memory for blocks: 500M, 2G."),
 ) -> None:
     """Talk with a model; each turn is routed, and what it brings into memory is shown.
@@ -48,10 +56,12 @@ def chat(
     """
     from mlx_hiermem.session import Session
 
+    drawn = sampling.changed(locals())
+    template = sampling.template_args(chat_template_args)
     cache_bytes = parse_size(cache, "--cache")
     name = models.chosen(first_word, model)
     loaded = models.open_model(name, cache_bytes)
-    session = Session(loaded, system=system, max_tokens=max_tokens, temperature=temperature)
+    session = Session(loaded, system=system, max_tokens=max_tokens, template=template, **drawn)
     if memory:
         session.use(memory)
     well = talk(session, models.introduce(name, loaded))
@@ -76,7 +86,7 @@ def talk(session: Session, header: str = "") -> bool:
             elif not slash.run(session, text):
                 break
         except HierMemError as error:
-            notes.print(f"hiermem: {error}", style="red", markup=False, soft_wrap=True)
+            notes.print(printable(f"hiermem: {error}"), style="red", markup=False, soft_wrap=True)
             well = False
         except KeyboardInterrupt:
             console.print("[stopped]", style="dim", markup=False)

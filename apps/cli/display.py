@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from mlx_hiermem.errors import HierMemError
+from mlx_hiermem.printable import printable
 from mlx_hiermem.progress import Progress
 
 if TYPE_CHECKING:
@@ -21,10 +22,6 @@ if TYPE_CHECKING:
 
 console = Console(highlight=False)
 notes = Console(stderr=True, highlight=False)  # beside the output, never in it
-
-
-# Control characters but tab and newline: a reply must not control the terminal.
-UNSAFE = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
 
 
 def size(count: float) -> str:
@@ -93,7 +90,7 @@ def utf8(text: str) -> str:
 
 def write(piece: str) -> None:
     """A piece of a reply, as it is but for control characters."""
-    console.file.write(piece.translate(UNSAFE))  # Rich would turn tabs into spaces
+    console.file.write(printable(piece))  # Rich would turn tabs into spaces
     console.file.flush()
 
 

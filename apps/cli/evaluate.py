@@ -13,6 +13,7 @@ import typer
 from mlx_hiermem.apps.cli import models
 from mlx_hiermem.apps.cli.display import console, notes, progress_bar, several, size, waiting
 from mlx_hiermem.errors import MissingDependencyError, TaskError
+from mlx_hiermem.files import parse_json
 
 if TYPE_CHECKING:
     from mlx_hiermem.evaluate.compare import Column, Comparison, Paired
@@ -170,7 +171,7 @@ def _read_frequencies(file: pathlib.Path | None) -> dict[str, float]:
     if file is None:
         return {}
     try:
-        return {str(name): float(value) for name, value in json.loads(file.read_text(encoding="utf-8")).items()}
+        return {str(name): float(value) for name, value in parse_json(file.read_text(encoding="utf-8")).items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise TaskError(
             f"cannot read frequencies in {file}: {error}", "Give one JSON object of numbers."

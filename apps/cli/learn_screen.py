@@ -13,13 +13,13 @@ from mlx_hiermem.apps.cli.display import console, notes
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
-    from mlx_hiermem.learn.train.log import TrainingProgress
+    from mlx_hiermem.learn.train.monitor import TrainingProgress
 
 LINE_SECONDS = 60.0  # between lines about long work where there is no terminal
 
 
 class Screen:
-    """Shows a run (a `learn.report.Listener`)."""
+    """Shows a run (a `learn.stages.Listener`)."""
 
     def __init__(self, bar: Bar | None, lines: bool) -> None:
         self._bar, self._lines, self._stage, self._said = bar, lines, "", time.monotonic()

@@ -18,6 +18,7 @@ import typer
 from mlx_hiermem import cpu
 from mlx_hiermem.apps.cli import ask, bank, chat, convert, demo, evaluate, export, learn, plan, serve
 from mlx_hiermem.errors import HierMemError
+from mlx_hiermem.printable import printable
 
 START = """\
 A small language model with a large memory on disk.
@@ -141,6 +142,6 @@ def _usage(error: Any) -> str:
 
 
 def _fail(message: str, status: int = 1) -> NoReturn:
-    line = " ".join(message.split())
+    line = " ".join(printable(message).split())
     print(f"hiermem: {line}", file=sys.stderr)
     sys.exit(status)

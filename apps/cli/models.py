@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from mlx_hiermem.apps.cli.display import notes, several, waiting
-from mlx_hiermem.errors import AnchorError, BankError, OutputError
+from mlx_hiermem.errors import AnchorError, BankError, HierMemError, OutputError
 from mlx_hiermem.files import write_text
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ def folder_of(name: str) -> pathlib.Path:
 def open_model(name: str, cache_bytes: int = 512 << 20) -> MemoryModel:
     """Loads a model by folder or hub id, and notes it as the last one used."""
     folder = folder_of(name)  # first: a download has a bar of its own
+    finish_removal(folder / "bank")
     with waiting("loading"):
         from mlx_hiermem.model import load
 
@@ -96,9 +97,25 @@ def open_bank(name: str) -> MemoryBank:
     root = folder / "bank" if (folder / "bank").is_dir() else folder
     if not (root / MANIFEST).is_file():
         raise BankError(f"there is no bank in {name}", "Give a model with a bank/ folder, or a bank's folder.")
+    finish_removal(root)
     bank = MemoryBank.open(root)
     remember(name)
     return bank
+
+
+def finish_removal(root: pathlib.Path) -> None:
+    """Drops the texts of removed nodes where a `bank remove` was killed before it had; says so."""
+    from mlx_hiermem.bank.commit import FORGET
+
+    if not (root / FORGET).exists():
+        return
+    from mlx_hiermem.learn.publish import forget
+
+    try:
+        line = f"finished a removal that was interrupted: {several(forget(root), 'text')} dropped"
+    except HierMemError as error:
+        line = f"texts of removed nodes are still kept: {error}"
+    notes.print(line, style="yellow", markup=False, soft_wrap=True)
 
 
 def introduce(name: str, model: MemoryModel) -> str:

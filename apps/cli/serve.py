@@ -5,15 +5,21 @@ from __future__ import annotations
 import contextlib
 import importlib
 import pathlib
+from typing import TYPE_CHECKING
 
 import typer
 
-from mlx_hiermem.apps.cli import models
+from mlx_hiermem.apps.cli import models, sampling
 from mlx_hiermem.apps.cli.display import console, parse_size
+
+if TYPE_CHECKING:
+    from mlx_hiermem.model import MemoryModel
 
 
 def serve(
-    first_word: str = models.FIRST_WORD,
+    words: list[str] = typer.Argument(
+        None, metavar="[MODEL]...", help="The model, as with `-m`; or several. Banks of one anchor share it."
+    ),
     model: str = models.MODEL,
     host: str = typer.Option("127.0.0.1", help="Address to listen on; other machines need an API key."),
     port: int = typer.Option(8080, "--port", "-p", min=0, max=65535, help="0 takes one that is free."),
@@ -27,28 +33,54 @@ def serve(
     max_queue: int = typer.Option(32, min=0, help="Sequences that may wait; one more is answered 503."),
     max_request_bytes: int = typer.Option(1_000_000, min=1, help="A larger request is answered 413."),
     timeout: float = typer.Option(300.0, min=0.1, help="Seconds that a request may take."),
-    cache: str = typer.Option("512M", help="Memory for blocks: 500M, 2G."),
+    max_tokens: int = typer.Option(
+        0, "--max-tokens", "-n", min=0, help="Longest reply where a request does not say; 0: as OpenAI has it."
+    ),
+    temperature: float = sampling.TEMPERATURE,
+    top_p: float = sampling.TOP_P,
+    top_k: int = sampling.TOP_K,
+    min_p: float = sampling.MIN_P,
+    repetition_penalty: float = sampling.REPETITION_PENALTY,
+    presence_penalty: float = sampling.PRESENCE_PENALTY,
+    frequency_penalty: float = sampling.FREQUENCY_PENALTY,
+    chat_template_args: str = sampling.TEMPLATE,
+    cache: str = typer.Option("512M", help="Memory for each model's blocks: 500M, 2G."),
+    any_model: bool = typer.Option(
+        False, "--any-model", help="Answer whatever model a client names, for programs with a name built in."
+    ),
+    allow_loading: bool = typer.Option(
+        False, "--allow-loading", help="Let clients load and unload banks (`/v1/banks/load`, `unload`)."
+    ),
 ) -> None:
     """Serve a model to OpenAI's clients, and a page to chat and see its memory.
 
     Example: `hiermem serve my-model`
+
+    Example: `hiermem serve my-model my-other-model --any-model`
+
+    How tokens are drawn, and how many, is for requests that do not say it themselves.
     """
     from mlx_hiermem.apps.server.address import address, bind
 
     _check_installed()
-    name, cache_bytes = models.chosen(first_word, model), parse_size(cache, "--cache")
+    defaults = sampling.changed(locals()) | ({"max_tokens": max_tokens} if max_tokens else {})
+    if template := sampling.template_args(chat_template_args):
+        defaults["chat_template_kwargs"] = template
+    first, *more = words or [""]
+    names, cache_bytes = [models.chosen(first, model), *more], parse_size(cache, "--cache")
     with bind(host, port, api_key) as listening, contextlib.suppress(KeyboardInterrupt):
-        with console.status(f"loading {name}"):
+        with console.status(f"loading {', '.join(names)}"):
             from mlx_hiermem.apps.server import listen
             from mlx_hiermem.apps.server.app import Settings
             from mlx_hiermem.apps.server.engine import Engine
-            from mlx_hiermem.model import load
 
-            engine = Engine(lambda: load(name, cache_bytes=cache_bytes), max_batch, max_queue)
+            for name in names:
+                models.finish_removal(models.folder_of(name) / "bank")
+            engine = Engine(lambda: load_all(names, cache_bytes), max_batch, max_queue)
             engine.start()
-        models.remember(name)
-        settings = Settings(model_id(name), api_key, max_request_bytes, timeout)
-        listen.serve(engine, settings, listening, lambda: announce(settings.model, address(listening)))
+        models.remember(names[0])
+        settings = Settings(api_key, max_request_bytes, timeout, any_model, allow_loading, cache_bytes, defaults)
+        listen.serve(engine, settings, listening, lambda: announce(", ".join(engine.models), address(listening)))
 
 
 def _check_installed() -> None:
@@ -68,6 +100,20 @@ def model_id(name: str) -> str:
     """What clients call the model: its hub id without the revision, or its folder's name."""
     folder = pathlib.Path(name)
     return folder.resolve().name if folder.is_dir() else name.partition("@")[0]
+
+
+def load_all(names: list[str], cache_bytes: int) -> dict[str, MemoryModel]:
+    """The models by what clients call them; those of one anchor share it. Raises ArgumentError for a name twice."""
+    from mlx_hiermem.errors import ArgumentError
+    from mlx_hiermem.model import load
+
+    loaded: dict[str, MemoryModel] = {}
+    for name in names:
+        called = model_id(name)
+        if called in loaded:
+            raise ArgumentError(f"two models are called {called}", "Rename one of the folders.")
+        loaded[called] = load(name, cache_bytes=cache_bytes, beside=loaded.values())
+    return loaded
 
 
 def announce(model: str, address: str) -> None:

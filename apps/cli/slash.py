@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mlx_hiermem.apps.cli.display import blocked_note, console, size
 from mlx_hiermem.errors import FileError, HierMemError, OutputError
-from mlx_hiermem.files import read_json, read_text, write_json
+from mlx_hiermem.files import parse_json, read_json, read_text, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -213,7 +212,7 @@ def _save(session: Session, argument: str) -> None:
 def _load(session: Session, argument: str) -> None:
     file = _file(argument, "/load")
     try:
-        session.restore(json.loads(read_text(file)))
+        session.restore(parse_json(read_text(file)))
     except ValueError as error:
         raise HierMemError(f"{file} is not a saved conversation: {error}") from error
     where = f", on {session.topic.path}" if session.topic else ""

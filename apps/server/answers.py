@@ -19,6 +19,7 @@ class Answer:
     """What all answers and chunks of one request have in common."""
 
     prefix = kind = chunk_kind = ""
+    one_prompt = False  # whether all choices are replies to one
 
     def __init__(self, model: str, tokenizer: Any, top: int | None) -> None:
         """`top` is how many of the likeliest tokens are reported beside each; None: no logprobs at all."""
@@ -26,8 +27,8 @@ class Answer:
         self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
 
     def whole(self, pieces: Sequence[Sequence[Piece]], memories: Sequence[dict[str, Any]], usage: Usage) -> Any:
-        """One choice for each sequence, from its pieces. Several sequences have a list of memories."""
-        memory = memories[0] if len(memories) == 1 else list(memories)
+        """One choice for each sequence, from its pieces. Sequences of several prompts have a list of memories."""
+        memory = memories[0] if len(memories) == 1 or self.one_prompt else list(memories)
         choices = [self.choice(index, _joined(each)) for index, each in enumerate(pieces)]
         return self._head(self.kind) | {"choices": choices, "usage": usage_json(usage), "memory": memory}
 
@@ -57,6 +58,7 @@ class Answer:
 
 class ChatAnswer(Answer):
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    one_prompt = True
 
     def choice(self, index: int, piece: Piece) -> dict[str, Any]:
         message = {"role": "assistant", "content": piece.text, "refusal": None}

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import pathlib
-import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -18,14 +17,23 @@ from starlette.responses import FileResponse, JSONResponse
 from starlette.staticfiles import StaticFiles
 
 from mlx_hiermem.apps.server import memory
+from mlx_hiermem.apps.server.catalogue import Catalogue
 from mlx_hiermem.apps.server.engine import Engine
-from mlx_hiermem.apps.server.generate import Service, unknown_model
+from mlx_hiermem.apps.server.generate import Service
 from mlx_hiermem.apps.server.guard import Guard, refused
 from mlx_hiermem.apps.server.metrics import Counting, Metrics
 from mlx_hiermem.apps.server.refusal import ApiError
-from mlx_hiermem.apps.server.schema import ChatRequest, CompletionRequest, RouteRequest, paths
+from mlx_hiermem.apps.server.schema import (
+    ChatRequest,
+    CompletionRequest,
+    LoadRequest,
+    RouteRequest,
+    UnloadRequest,
+    paths,
+)
 from mlx_hiermem.config import MemoryChoice
 from mlx_hiermem.errors import HierMemError
+from mlx_hiermem.model import load
 
 # Resolved, because an editable install links each file, and StaticFiles follows no links.
 PAGE = pathlib.Path(__file__).resolve().parent / "page"
@@ -33,12 +41,15 @@ PAGE = pathlib.Path(__file__).resolve().parent / "page"
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one server. `model` is the name that clients ask for; without `api_key` only this machine is answered."""
+    """Of one server; without `api_key` only this machine is answered."""
 
-    model: str
     api_key: str = ""
     max_request_bytes: int = 1_000_000
     timeout: float = 300.0  # seconds a request may take
+    any_model: bool = False  # answer whatever model's name a program has built in
+    allow_loading: bool = False  # clients may load and unload banks: files of this machine, by their path
+    cache_bytes: int = 512 << 20  # of a bank that is loaded
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # of requests' fields
 
 
 def create_app(engine: Engine, settings: Settings) -> FastAPI:
@@ -54,25 +65,24 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     metrics = Metrics(engine)
     app.add_middleware(Guard, settings.api_key, settings.max_request_bytes, settings.timeout)
     app.add_middleware(Counting, metrics)
-    _add_openai(app, Service(engine, metrics, settings.model, settings.timeout))
+    _add_openai(app, Service(engine, metrics, settings.any_model, settings.timeout, settings.defaults))
     _add_memory(app, engine, settings)
+    if settings.allow_loading:
+        _add_banks(app, engine, settings)
     _add_others(app, engine, metrics, settings)
     _add_errors(app)
     return app
 
 
 def _add_openai(app: FastAPI, service: Service) -> None:
-    row = {"id": service.model, "object": "model", "created": int(time.time()), "owned_by": "mlx-hiermem"}
-
+    # These two look for files: on a thread of their own.
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [row]}
+    def models() -> dict[str, Any]:
+        return {"object": "list", "data": service.catalogue.rows()}
 
     @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
-        if name != service.model:
-            raise unknown_model(name, service.model)
-        return row
+    def model(name: str) -> dict[str, Any]:
+        return service.catalogue.row(service.catalogue.find(name))
 
     @app.post("/v1/chat/completions")
     async def chat(asked: ChatRequest, request: Request) -> Response:
@@ -86,16 +96,18 @@ def _add_openai(app: FastAPI, service: Service) -> None:
 def _add_memory(app: FastAPI, engine: Engine, settings: Settings) -> None:
     # These two look for files: on a thread of their own.
     @app.get("/v1/memory")
-    def overview() -> dict[str, Any]:
-        return memory.overview(settings.model, engine.model)
+    def overview(model: str = "") -> dict[str, Any]:
+        named = Catalogue(engine.models, settings.any_model).find(model)
+        return memory.overview(named.stem, named.model)
 
     @app.get("/v1/memory/state")
-    def changing() -> dict[str, Any]:
-        return memory.changing(engine)
+    def changing(model: str = "") -> dict[str, Any]:
+        return memory.changing(engine, Catalogue(engine.models, settings.any_model).find(model).model)
 
     @app.post("/v1/memory/route")
     async def route(asked: RouteRequest) -> dict[str, Any]:
-        bank, questions = engine.model.bank, asked.questions
+        model = Catalogue(engine.models, settings.any_model).find(asked.model).model
+        bank, questions = model.bank, asked.questions
         blocked = paths(asked.blocked, "blocked")
         if bank is None:
             raise ApiError(400, "this model has no bank")
@@ -105,17 +117,43 @@ def _add_memory(app: FastAPI, engine: Engine, settings: Settings) -> None:
             )
         try:
             async with asyncio.timeout(settings.timeout):
-                chosen = await engine.call(lambda: engine.model.choose(MemoryChoice.FETCHED, questions, blocked))
+                chosen = await engine.call(lambda: model.choose(MemoryChoice.FETCHED, questions, blocked))
         except TimeoutError:
             raise ApiError(503, f"the request took longer than {settings.timeout:g} s", code="timeout") from None
         return memory.routed(bank, chosen)
+
+
+def _add_banks(app: FastAPI, engine: Engine, settings: Settings) -> None:
+    """In the manner of vLLM's load_lora_adapter."""
+
+    @app.post("/v1/banks/load")
+    async def load_bank(asked: LoadRequest) -> dict[str, Any]:
+        if asked.name in engine.models:
+            raise ApiError(400, f"there is a model '{asked.name}' already; unload it first", "name")
+
+        def run() -> None:
+            engine.serve(
+                asked.name, load(asked.path, cache_bytes=settings.cache_bytes, beside=engine.models.values())
+            )
+
+        await engine.call(run)
+        return {"loaded": asked.name}
+
+    @app.post("/v1/banks/unload")
+    async def unload_bank(asked: UnloadRequest) -> dict[str, Any]:
+        if asked.name not in engine.models:
+            raise ApiError(404, f"there is no model '{asked.name}' here", "name", "model_not_found")
+        if len(engine.models) == 1:
+            raise ApiError(400, "the only model stays; load another one first", "name")
+        await engine.call(lambda: engine.drop(asked.name))
+        return {"unloaded": asked.name}
 
 
 def _add_others(app: FastAPI, engine: Engine, metrics: Metrics, settings: Settings) -> None:
     @app.get("/health")
     async def health() -> JSONResponse:
         status = "ok" if engine.alive else "the engine has stopped"
-        return JSONResponse({"status": status, "model": settings.model}, 200 if engine.alive else 503)
+        return JSONResponse({"status": status, "model": next(iter(engine.models))}, 200 if engine.alive else 503)
 
     @app.get("/metrics")
     async def figures() -> Response:

@@ -1,8 +1,9 @@
 """The thread that owns MLX, and what the event loop sees of it.
 
-All arrays are made and used on one thread: it loads the model, chooses memories, and decodes one token of every
-sequence in turn. Requests reach it through an inbox of calls; what comes of them goes back to the event loop. A
-block that is on the hub is brought by a thread pool, so that a slow hub delays no other request.
+All arrays are made and used on one thread: it loads the models, chooses memories, and decodes one token of every
+sequence in turn. It has one batch for each anchor in memory; models that differ in their bank alone share one.
+Requests reach it through an inbox of calls; what comes of them goes back to the event loop. A block that is on the
+hub is brought by a thread pool, so that a slow hub delays no other request.
 """
 
 from __future__ import annotations
@@ -34,20 +35,23 @@ T = TypeVar("T")
 
 
 class Engine:
-    """`start` it, give it the `loop`, `submit` jobs; `stop` it. `model` and `batch` are its thread's own."""
+    """`start` it, give it the `loop`, `submit` jobs; `stop` it. What belongs to the models is its thread's own.
 
-    def __init__(self, load: Callable[[], MemoryModel], max_batch: int = 8, max_queue: int = 32) -> None:
+    `load` gives the models by the names that clients use, the first for requests that name none.
+    """
+
+    def __init__(self, load: Callable[[], dict[str, MemoryModel]], max_batch: int = 8, max_queue: int = 32) -> None:
         self.max_batch, self.max_queue = max_batch, max_queue
         self.loop: asyncio.AbstractEventLoop | None = None
-        self.model: MemoryModel
-        self.batch: MemoryBatch
+        self.models: dict[str, MemoryModel] = {}
+        self._batches: dict[int, MemoryBatch] = {}  # by the anchor's id
         self._rate = 0.0
         self.failure: BaseException | None = None  # what ended the thread
         self._load = load
         self._open: set[Job] = set()  # the event loop's: submitted, and not ended yet
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._ready: deque[Job] = deque()
-        self._running: dict[int, Job] = {}
+        self._running: dict[tuple[MemoryBatch, int], Job] = {}  # by the batch and the sequence's id in it
         self._pool = ThreadPoolExecutor(DOWNLOADS, thread_name_prefix="bring")
         self._thread = threading.Thread(target=self._live, name="engine", daemon=True)
         self._loaded: Future[None] = Future()
@@ -70,6 +74,16 @@ class Engine:
         return self._thread.is_alive() and self.failure is None
 
     @property
+    def model(self) -> MemoryModel:
+        """The one for requests that name none."""
+        return next(iter(self.models.values()))
+
+    @property
+    def batch(self) -> MemoryBatch:
+        """That model's."""
+        return self._batch_of(self.model)
+
+    @property
     def active(self) -> int:
         """Sequences that are decoded now."""
         return len(self._running)
@@ -89,7 +103,7 @@ class Engine:
         self._check_alive()
         if len(jobs) > self.max_batch + self.max_queue:
             most = self.max_batch + self.max_queue
-            raise ApiError(400, f"{len(jobs)} prompts are more than the server takes at once ({most})", "prompt")
+            raise ApiError(400, f"{len(jobs)} replies are more than the server gives at once ({most})", "n")
         if len(self._open) + len(jobs) > self.max_batch + self.max_queue:
             raise ApiError(503, "the queue is full; try again in a moment", code="queue_full")
         self._open.update(jobs)
@@ -140,12 +154,8 @@ class Engine:
 
     def _live(self) -> None:
         try:
-            self.model = self._load()
-            if self.model.tokenizer is None:
-                raise AnchorError("this anchor has no tokenizer", "Convert it again with --tokenizer.")
-            if self.model.bank:
-                _ = self.model.router  # its embedder is loaded now, not at the first request
-            self.batch = MemoryBatch(self.model, self.max_batch)
+            for name, model in self._load().items():
+                self.serve(name, model)
         except BaseException as error:
             self._loaded.set_exception(error)
             return
@@ -153,11 +163,31 @@ class Engine:
         try:
             while self._turn():
                 pass
-            self.batch.close()
+            for batch in self._batches.values():
+                batch.close()
         except BaseException as error:
             log.exception("the engine has stopped")
             self.failure = error
             self._on_loop(self.fail_open, ApiError(500, "the server's engine has stopped", code="engine_stopped"))
+
+    def serve(self, name: str, model: MemoryModel) -> None:
+        """Adds a model, or replaces the one of this name, whose running sequences go on. On the engine's thread."""
+        if model.tokenizer is None:
+            raise AnchorError("this anchor has no tokenizer", "Convert it again with --tokenizer.")
+        if model.bank:
+            _ = model.router  # its embedder is loaded now, not at the first request
+        self._batch_of(model)
+        self.models = {**self.models, name: model}  # others read it meanwhile
+
+    def drop(self, name: str) -> None:
+        """Serves a model no longer; its running sequences go on. On the engine's thread."""
+        self.models = {other: model for other, model in self.models.items() if other != name}
+
+    def _batch_of(self, model: MemoryModel) -> MemoryBatch:
+        key = id(model.anchor)
+        if key not in self._batches:
+            self._batches[key] = MemoryBatch(model, self.max_batch)
+        return self._batches[key]
 
     def _turn(self) -> bool:
         """At most one call from the inbox, and one step. False at the end."""
@@ -167,20 +197,29 @@ class Engine:
             if call is None:
                 return False
             call()
-        for uid in [uid for uid, job in self._running.items() if job.cancelled]:
-            self.batch.remove(uid)
-            del self._running[uid]
+        for batch, uid in [key for key, job in self._running.items() if job.cancelled]:
+            batch.remove(uid)
+            del self._running[batch, uid]
         self._admit()
         self._step()
+        self._forget()
         return True
+
+    def _forget(self) -> None:
+        """Lets an anchor go that no model has any more, once its last sequence has ended."""
+        served = {id(model.anchor) for model in self.models.values()}
+        for key in [key for key, batch in self._batches.items() if key not in served and not batch]:
+            self._batches.pop(key).close()
 
     def _choose(self, job: Job) -> None:
         """Routes a job; it is ready, or waits for the hub."""
         if job.cancelled:
             return
+        model, batch = job.model, self._batch_of(job.model)
         try:
-            job.chosen = self.model.choose(job.memory, job.texts, job.blocked)
-            missing = self.batch.missing(job.chosen)
+            self._refresh(model)
+            job.chosen, job.bank = model.choose(job.memory, job.texts, job.blocked), model.bank
+            missing = batch.missing(job.chosen, model)
         except (AssetError, HubError) as error:
             self._post(job, ApiError(503, str(error)))
         except HierMemError as error:
@@ -191,14 +230,23 @@ class Engine:
             if missing:
                 self._pool.submit(self._bring, job, job.chosen)
             else:
-                if self.model.cache and job.chosen.path and not self.batch.room:
-                    self.model.cache.prefetch(job.chosen.path)  # while it waits for room
+                if model.cache and job.chosen.path and not batch.room:
+                    model.cache.prefetch(job.chosen.path)  # while it waits for room
                 self._ready.append(job)
+
+    def _refresh(self, model: MemoryModel) -> None:
+        """Takes up an edit of the bank. One that cannot be taken up is logged; the bank as it was goes on."""
+        try:
+            if model.refresh():
+                self._batch_of(model).forget()
+                log.info("took up the edited bank %s", model.bank)
+        except HierMemError as error:
+            log.warning("goes on with the bank as it was: %s", error)
 
     def _bring(self, job: Job, chosen: Selection) -> None:
         """Downloads a job's blocks, on a thread of the pool."""
         try:
-            self.batch.bring(chosen)
+            self._batch_of(job.model).bring(chosen, job.model)
         except HierMemError as error:
             self._post(job, ApiError(503, str(error), code="hub_unavailable"))
         except Exception as error:
@@ -207,13 +255,20 @@ class Engine:
             self._inbox.put(lambda: self._ready.append(job))
 
     def _admit(self) -> None:
-        """Moves jobs into the batch while there is room, oldest first."""
-        while self._ready and self.batch.room:
+        """Moves jobs into their batches while there is room, oldest first."""
+        for _ in range(len(self._ready)):
             job = self._ready.popleft()
+            batch = self._batch_of(job.model)
             if job.cancelled or job.chosen is None:
                 continue
+            if not batch.room:
+                self._ready.append(job)
+                continue
+            if job.bank is not job.model.bank:  # edited while it waited: its path may be gone
+                self._choose(job)
+                continue
             try:
-                uid, selection = self.batch.add(job.tokens, job.chosen, job.sampling)
+                uid, selection = batch.add(job.tokens, job.chosen, job.sampling, job.model)
             except BankError as error:
                 self._post(job, ApiError(500, str(error)))
             except HierMemError as error:
@@ -221,42 +276,43 @@ class Engine:
             except Exception as error:
                 self._post(job, unexpected(error))
             else:
-                self._running[uid] = job
-                self._post(job, Started(selection.to_json(), self.batch.cached_tokens(uid)))
+                self._running[batch, uid] = job
+                self._post(job, Started(selection.to_json(), batch.cached_tokens(uid)))
 
     def _step(self) -> None:
         if not self._running:
             self._rate = 0.0
             return
-        start = time.perf_counter()
-        try:
-            tokens = self.batch.step()
-            for token in tokens:
-                self._take(token)
-        except Exception as error:
-            self._start_over(error)
-            return
-        self._rate += SMOOTHING * (len(tokens) / (time.perf_counter() - start) - self._rate)
+        start, count = time.perf_counter(), 0
+        for batch in [batch for batch in self._batches.values() if batch]:
+            try:
+                tokens = batch.step()
+                for token in tokens:
+                    self._take(batch, token)
+            except Exception as error:
+                self._start_over(batch, error)
+            else:
+                count += len(tokens)
+        self._rate += SMOOTHING * (count / (time.perf_counter() - start) - self._rate)
 
-    def _take(self, token: Token) -> None:
+    def _take(self, batch: MemoryBatch, token: Token) -> None:
         """Hands a token's text on. A stop string ends the sequence, which the batch goes on with otherwise."""
-        job = self._running[token.uid]
+        job = self._running[batch, token.uid]
         piece = job.reply.add(token)
         if piece:
             self._post(job, piece)
             if piece.finish_reason:
-                del self._running[token.uid]
+                del self._running[batch, token.uid]
                 if not token.finish_reason:
-                    self.batch.remove(token.uid)
+                    batch.remove(token.uid)
 
-    def _start_over(self, error: Exception) -> None:
-        """After a step that failed nothing is known of the batch's state: its sequences end, a new one goes on."""
-        for job in self._running.values():
-            self._post(job, unexpected(error))
-        self._running.clear()
+    def _start_over(self, batch: MemoryBatch, error: Exception) -> None:
+        """After a step that failed nothing is known of a batch's state: its sequences end, a new one goes on."""
+        for key in [key for key in self._running if key[0] is batch]:
+            self._post(self._running.pop(key), unexpected(error))
         with contextlib.suppress(Exception):
-            self.batch.close()
-        self.batch = MemoryBatch(self.model, self.max_batch)
+            batch.close()
+        self._batches[id(batch.model.anchor)] = MemoryBatch(batch.model, self.max_batch)
 
     def _post(self, job: Job, event: Event) -> None:
         self._on_loop(self._deliver, job, event)

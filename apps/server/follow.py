@@ -57,8 +57,8 @@ async def follow(
             if isinstance(event, ApiError):
                 raise event
             if isinstance(event, Started):
-                usage.prompt += len(job.tokens)
-                usage.cached += event.cached_tokens
+                usage.prompt += len(job.tokens) * job.counted
+                usage.cached += event.cached_tokens * job.counted
             else:
                 if not any(generated.values()):
                     metrics.first_token.observe(time.perf_counter() - start)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from mlx_hiermem.apps.server.answers import Answer, ChatAnswer, CompletionAnswer, usage_json
+from mlx_hiermem.apps.server.catalogue import Catalogue, Named, has
 from mlx_hiermem.apps.server.engine import Engine
 from mlx_hiermem.apps.server.follow import Usage, follow, until_first_piece
 from mlx_hiermem.apps.server.job import Job, Started
@@ -31,100 +32,52 @@ from mlx_hiermem.apps.server.schema import (
 )
 from mlx_hiermem.apps.server.text import Piece, ReplyText
 from mlx_hiermem.config import MemoryChoice, Path
-from mlx_hiermem.errors import AnchorError
+from mlx_hiermem.errors import AnchorError, ArgumentError
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.sampling import Sampling
+
+Prompt = tuple[list[int], list[str]]  # its tokens, and the user's texts in it
+Asked = TypeVar("Asked", ChatRequest, CompletionRequest)
 
 
 @dataclass(frozen=True)
 class Service:
-    """What the routes share. `model` is the name that the server gives to its model."""
+    """What the routes share. Clients that name a model they cannot choose get the first, with `any_model`."""
 
     engine: Engine
     metrics: Metrics
-    model: str
+    any_model: bool
     timeout: float  # seconds
+    defaults: Mapping[str, Any]  # of requests' fields, where a request does not say
+
+    @property
+    def catalogue(self) -> Catalogue:
+        return Catalogue(self.engine.models, self.any_model)
 
     async def chat(self, asked: ChatRequest, request: Request) -> Response:
-        self._check_model(asked)
-        tokens = await run_in_threadpool(self._chat_tokens, asked)
+        named, asked = self.catalogue.find(asked.model), self._filled(asked)
+        tokens = await run_in_threadpool(_chat_tokens, named.model, asked)
         top = asked.top_logprobs if asked.logprobs else None
-        job = self._job(asked, tokens, asked.questions, self._reply_length(asked, tokens), top, asyncio.Queue())
-        answer = ChatAnswer(self.model, self.engine.model.tokenizer, top)
-        return await self._answer(asked, request, answer, [job])
-
-    async def complete(self, asked: CompletionRequest, request: Request) -> Response:
-        self._check_model(asked)
-        prompts = await run_in_threadpool(lambda: [self._prompt(prompt) for prompt in asked.prompt])
-        length, events = asked.max_tokens or COMPLETION, asyncio.Queue[Any]()
-        jobs = [self._job(asked, tokens, [text], length, asked.logprobs, events) for tokens, text in prompts]
-        answer = CompletionAnswer(self.model, self.engine.model.tokenizer, asked.logprobs)
+        length = _reply_length(named.model, asked, tokens)
+        jobs = _jobs(named, asked, [(tokens, asked.questions)], length, top)
+        answer = ChatAnswer(named.name, named.model.tokenizer, top)
         return await self._answer(asked, request, answer, jobs)
 
-    def _check_model(self, asked: Generation) -> None:
-        if asked.model and asked.model != self.model:
-            raise unknown_model(asked.model, self.model)
+    async def complete(self, asked: CompletionRequest, request: Request) -> Response:
+        named, asked = self.catalogue.find(asked.model), self._filled(asked)
+        prompts = await run_in_threadpool(lambda: [_prompt(named.model, prompt) for prompt in asked.prompt])
+        jobs = _jobs(named, asked, prompts, asked.max_tokens or COMPLETION, asked.logprobs)
+        answer = CompletionAnswer(named.name, named.model.tokenizer, asked.logprobs)
+        return await self._answer(asked, request, answer, jobs)
 
-    def _chat_tokens(self, asked: ChatRequest) -> list[int]:
-        from jinja2 import TemplateError
-
-        try:
-            return self.engine.model.chat_tokens([message.to_template() for message in asked.messages])
-        except TemplateError as error:
-            raise ApiError(400, f"the model's chat template refuses the messages: {error}", "messages") from error
-        except AnchorError as error:
-            raise ApiError(400, f"{error.what}; use /v1/completions", "messages") from error
-
-    def _prompt(self, prompt: str | list[int]) -> tuple[list[int], str]:
-        """Token ids and text of a plain prompt."""
-        model = self.engine.model
-        if isinstance(prompt, str):
-            return model.tokens(prompt), prompt
-        if max(prompt) >= vocabulary(model):
-            raise ApiError(400, f"there is no token {max(prompt)}; they end at {vocabulary(model) - 1}", "prompt")
-        return prompt, model.tokenizer.decode(prompt)
-
-    def _reply_length(self, asked: ChatRequest, tokens: list[int]) -> int:
-        """As many tokens as were asked for; else what the context leaves, within bounds."""
-        context = self.engine.model.context
-        room = max(context - len(tokens), 1) if context else REPLY
-        return asked.wanted_tokens or min(REPLY, room)
-
-    def _job(
-        self, asked: Generation, tokens: list[int], texts: list[str], length: int, top: int | None, events: Any
-    ) -> Job:
-        context, model = self.engine.model.context, self.engine.model
-        if context and len(tokens) + length > context:
-            raise ApiError(
-                400,
-                f"the prompt's {len(tokens)} tokens and a reply of {length} are more than the model's {context}",
-                "prompt" if isinstance(asked, CompletionRequest) else "messages",
-                "context_length_exceeded",
-            )
-        memory, blocked = self._memory(asked.memory)
-        if memory == MemoryChoice.FETCHED and not texts:
-            raise ApiError(400, "memory fetched is routed by the user's messages, and there are none", "memory")
-        sampling = Sampling(
-            max_tokens=length,
-            temperature=asked.temperature if asked.top_p else 0.0,  # no mass but the likeliest token's
-            top_p=asked.top_p or 1.0,
-            seed=None if asked.seed is None else asked.seed % 2**64,
-            logprobs=top is not None,
-            top_logprobs=top or 0,
-        )
-        reply = ReplyText(model.tokenizer, tokens, asked.stop)
-        return Job(tokens, memory, texts, blocked, sampling, reply, events)
-
-    def _memory(self, wish: Wish) -> tuple[MemoryChoice, frozenset[Path]]:
-        """The memory that is wanted, and the blocked nodes, which the tree has."""
-        bank = self.engine.model.bank
-        memory, blocked = wish.memory(bank is not None), paths(wish.blocked)
-        if memory == MemoryChoice.GENERIC and (bank is None or bank.manifest.generic is None):
-            raise ApiError(400, "this model has no generic memory", "memory")
-        for node in blocked:
-            if bank is None or not bank.tree.has(node):
-                raise ApiError(400, f"the memory has no node {node}", "memory")
-        return memory, blocked
+    def _filled(self, asked: Asked) -> Asked:
+        """The request with the server's defaults where it does not say."""
+        given = set(asked.model_fields_set)
+        if isinstance(asked, ChatRequest) and asked.max_completion_tokens:
+            given.add("max_tokens")
+        known = type(asked).model_fields
+        more = {name: value for name, value in self.defaults.items() if name in known and name not in given}
+        return asked.model_copy(update=more)
 
     async def _answer(self, asked: Generation, request: Request, answer: Answer, jobs: Sequence[Job]) -> Response:
         usage = Usage()
@@ -139,6 +92,98 @@ class Service:
             raise
         stream = _stream(seen, events, answer, jobs, usage, asked.stream_options.include_usage)
         return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+
+def _chat_tokens(model: MemoryModel, asked: ChatRequest) -> list[int]:
+    from jinja2 import TemplateError
+
+    try:
+        messages = [message.to_template() for message in asked.messages]
+        return model.chat_tokens(messages, **asked.chat_template_kwargs)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise ApiError(400, f"the model's chat template refuses the messages: {error}", "messages") from error
+    except AnchorError as error:
+        raise ApiError(400, f"{error.what}; use /v1/completions", "messages") from error
+
+
+def _prompt(model: MemoryModel, prompt: str | list[int]) -> Prompt:
+    """Token ids and text of a plain prompt."""
+    if isinstance(prompt, str):
+        return model.tokens(prompt), [prompt]
+    if max(prompt) >= model.vocabulary:
+        raise ApiError(400, f"there is no token {max(prompt)}; they end at {model.vocabulary - 1}", "prompt")
+    return prompt, [model.tokenizer.decode(prompt)]
+
+
+def _reply_length(model: MemoryModel, asked: ChatRequest, tokens: list[int]) -> int:
+    """As many tokens as were asked for; else what the context leaves, within bounds."""
+    room = max(model.context - len(tokens), 1) if model.context else REPLY
+    return asked.wanted_tokens or min(REPLY, room)
+
+
+def _jobs(named: Named, asked: Generation, prompts: Sequence[Prompt], length: int, top: int | None) -> list[Job]:
+    """`n` for each prompt, which share a queue. With a seed each reply has a seed of its own, or all were equal."""
+    events, jobs = asyncio.Queue[Any](), list[Job]()
+    for tokens, texts in prompts:
+        job = _job(named, asked, tokens, texts, length, top, events)
+        for number in range(asked.n):
+            seed = None if asked.seed is None else (asked.seed + number) % 2**64
+            reply = ReplyText(named.model.tokenizer, tokens, asked.stop)
+            sampling = replace(job.sampling, seed=seed)
+            jobs.append(replace(job, reply=reply, sampling=sampling, counted=number == 0))
+    return jobs
+
+
+def _job(
+    named: Named, asked: Generation, tokens: list[int], texts: list[str], length: int, top: int | None, events: Any
+) -> Job:
+    model, context = named.model, named.model.context
+    if context and len(tokens) + length > context:
+        raise ApiError(
+            400,
+            f"the prompt's {len(tokens)} tokens and a reply of {length} are more than the model's {context}",
+            "prompt" if isinstance(asked, CompletionRequest) else "messages",
+            "context_length_exceeded",
+        )
+    memory, blocked = _memory(named, asked.memory)
+    if memory == MemoryChoice.FETCHED and not texts:
+        raise ApiError(400, "memory fetched is routed by the user's messages, and there are none", "memory")
+    sampling = Sampling(
+        max_tokens=length,
+        temperature=asked.temperature if asked.top_p else 0.0,  # no mass but the likeliest token's
+        top_p=asked.top_p or 1.0,
+        top_k=max(asked.top_k, 0),
+        min_p=asked.min_p,
+        repetition_penalty=asked.repetition_penalty,
+        presence_penalty=asked.presence_penalty,
+        frequency_penalty=asked.frequency_penalty,
+        logit_bias={int(token): bias for token, bias in asked.logit_bias.items()},
+        logprobs=top is not None,
+        top_logprobs=top or 0,
+    )
+    try:
+        sampling.check_tokens(model.vocabulary)
+    except ArgumentError as error:
+        raise ApiError(400, str(error), "logit_bias") from error
+    reply = ReplyText(model.tokenizer, tokens, asked.stop)
+    return Job(model, tokens, memory, texts, blocked, sampling, reply, events)
+
+
+def _memory(named: Named, wish: Wish) -> tuple[MemoryChoice, frozenset[Path]]:
+    """The memory that is wanted, by the model's name or the field, and the blocked nodes, which the tree has."""
+    bank = named.model.bank
+    memory, blocked = wish.memory(bank is not None), paths(wish.blocked)
+    if named.memory is not None:
+        if "use" in wish.model_fields_set and memory != named.memory:
+            message = f"the model's name asks for memory {named.memory}, the field memory for {memory}; take one"
+            raise ApiError(400, message, "memory")
+        memory = named.memory
+    if memory == MemoryChoice.GENERIC and not has(named.model, memory):
+        raise ApiError(400, "this model has no generic memory", "memory")
+    for node in blocked:
+        if bank is None or not bank.tree.has(node):
+            raise ApiError(400, f"the memory has no node {node}", "memory")
+    return memory, blocked
 
 
 Events = AsyncGenerator[tuple[Job, Started | Piece]]
@@ -187,13 +232,3 @@ async def _stream(
     if include_usage:
         yield answer.chunk([], usage=usage_json(usage))
     yield "data: [DONE]\n\n"
-
-
-def vocabulary(model: MemoryModel) -> int:
-    """Token ids that the anchor has rows for, without those that only pad."""
-    config = {**model.config.get("text_config", {}), **model.config}
-    return int(config.get("effective_vocab_size") or config.get("vocab_size") or len(model.tokenizer))
-
-
-def unknown_model(name: str, ours: str) -> ApiError:
-    return ApiError(404, f"there is no model '{name}' here; the model is '{ours}'", "model", "model_not_found")

@@ -9,7 +9,9 @@ from typing import Any
 
 from mlx_hiermem.apps.server.refusal import ApiError
 from mlx_hiermem.apps.server.text import Piece, ReplyText
+from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.config import MemoryChoice, Path
+from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.sampling import Sampling
 from mlx_hiermem.selection import Selection
 
@@ -29,6 +31,7 @@ Event = Started | Piece | ApiError  # an ApiError, or a Piece with a finish reas
 class Job:
     """One sequence: what is asked, and where its events go. `texts` are the questions that it is routed by."""
 
+    model: MemoryModel
     tokens: list[int]
     memory: MemoryChoice
     texts: Sequence[str]
@@ -36,6 +39,8 @@ class Job:
     sampling: Sampling
     reply: ReplyText
     events: asyncio.Queue[tuple[Job, Event]]
+    counted: bool = True  # of several replies to one prompt only the first counts its tokens
     chosen: Selection | None = field(default=None, init=False)
+    bank: MemoryBank | None = field(default=None, init=False)  # in which it was chosen
     started: bool = field(default=False, init=False)
     cancelled: bool = field(default=False, init=False)  # set on the event loop, heeded before the next step

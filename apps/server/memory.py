@@ -30,9 +30,9 @@ def overview(name: str, model: MemoryModel) -> dict[str, Any]:
     }
 
 
-def changing(engine: Engine) -> dict[str, Any]:
+def changing(engine: Engine, model: MemoryModel) -> dict[str, Any]:
     """What changes while the server runs, in little."""
-    bank, cache = engine.model.bank, engine.model.cache
+    bank, cache = model.bank, model.cache
     stats, remote = cache.stats if cache else None, bank.remote if bank else None
     nodes = bank.manifest.blocks if bank else ()
     return {

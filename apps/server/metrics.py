@@ -66,17 +66,23 @@ class EngineFigures:
         engine = self.engine
         yield GaugeMetricFamily("hiermem_queued_sequences", "Waiting for room or for memory.", engine.queued)
         yield GaugeMetricFamily("hiermem_active_sequences", "Decoded now.", engine.active)
-        cache = engine.model.cache
-        if cache is None:
+        caches = [model.cache for model in engine.models.values() if model.cache]
+        if not caches:
             return
-        stats, remote = cache.stats, cache.bank.remote
-        yield CounterMetricFamily("hiermem_cache_hits", "Blocks found in memory.", stats.hits)
-        yield CounterMetricFamily("hiermem_cache_misses", "Blocks read from disk.", stats.misses)
-        yield CounterMetricFamily("hiermem_cache_evictions", "Blocks that had to leave memory.", stats.evictions)
-        yield CounterMetricFamily("hiermem_cache_read_bytes", "Read from disk.", stats.bytes_read)
-        yield CounterMetricFamily("hiermem_remote_bytes", "Fetched from the hub.", remote.bytes if remote else 0)
-        yield GaugeMetricFamily("hiermem_cache_resident_bytes", "Blocks in memory.", cache.bytes)
-        yield GaugeMetricFamily("hiermem_cache_budget_bytes", "The most they may take.", cache.budget)
+        stats, remotes = [cache.stats for cache in caches], [cache.bank.remote for cache in caches]
+        for name, meaning, value in (
+            ("hits", "Blocks found in memory.", sum(each.hits for each in stats)),
+            ("misses", "Blocks read from disk.", sum(each.misses for each in stats)),
+            ("evictions", "Blocks that had to leave memory.", sum(each.evictions for each in stats)),
+            ("read_bytes", "Read from disk.", sum(each.bytes_read for each in stats)),
+        ):
+            yield CounterMetricFamily(f"hiermem_cache_{name}", meaning, value)
+        remote_bytes = sum(remote.bytes for remote in remotes if remote)
+        yield CounterMetricFamily("hiermem_remote_bytes", "Fetched from the hub.", remote_bytes)
+        yield GaugeMetricFamily("hiermem_cache_resident_bytes", "Blocks in memory.", sum(c.bytes for c in caches))
+        yield GaugeMetricFamily(
+            "hiermem_cache_budget_bytes", "The most they may take.", sum(c.budget for c in caches)
+        )
 
 
 class Counting:

@@ -30,13 +30,9 @@ HARMLESS = {
 }
 # What is not supported, and the values that ask for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -50,6 +46,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "verbosity": ("medium",),
 }
 
+
+# What the server itself gives to a chat template, or to what renders it.
+TEMPLATES_OWN = {
+    *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"),
+    *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+}
 
 # What comes with a reply, and so is sent back with it; `content` is all that the next turn sees.
 REPLY_FIELDS = {"tool_calls", "function_call", "audio", "refusal", "annotations", "reasoning_content", "memory"}
@@ -184,6 +187,13 @@ class Generation(Asked):
     top_p: float = Field(1.0, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     max_tokens: int | None = Field(None, ge=1)
+    n: int = Field(1, ge=1)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = {}
+    top_k: int = Field(0, ge=-1)  # 0, or -1 as vLLM writes it: any token
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0)
     memory: Annotated[Wish, BeforeValidator(_as_wish)] = Wish()
 
     @model_validator(mode="before")
@@ -199,6 +209,13 @@ class Generation(Asked):
                 raise ApiError(400, f"{key} is not supported; leave it out", key, "unsupported_parameter")
         return kept
 
+    @field_validator("logit_bias")
+    @classmethod
+    def _of_ids(cls, value: dict[str, float]) -> dict[str, float]:
+        if not all(token.isdecimal() and token.isascii() for token in value):
+            raise ValueError("its keys are token ids")
+        return value
+
     @model_validator(mode="after")
     def _streamed(self) -> Generation:
         if "stream_options" in self.model_fields_set and not self.stream:
@@ -211,6 +228,7 @@ class ChatRequest(Generation):
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    chat_template_kwargs: dict[str, Any] = {}
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
 
@@ -221,6 +239,13 @@ class ChatRequest(Generation):
         if self.max_tokens and self.max_completion_tokens:
             raise ValueError("max_tokens is the old name of max_completion_tokens; give one of them")
         return self
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _of_the_template(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if taken := value.keys() & TEMPLATES_OWN:
+            raise ValueError(f"{min(taken)} is not for clients to set")
+        return value
 
     @property
     def wanted_tokens(self) -> int | None:
@@ -252,6 +277,7 @@ class CompletionRequest(Generation):
 class RouteRequest(Asked):
     """POST /v1/memory/route. A text, or the messages of a conversation."""
 
+    model: str = ""
     text: str = ""
     messages: list[Message] = []
     blocked: list[str] = []
@@ -259,3 +285,16 @@ class RouteRequest(Asked):
     @property
     def questions(self) -> list[str]:
         return [self.text] if self.text else [m.text for m in self.messages if m.role == "user"]
+
+
+class LoadRequest(Asked):
+    """POST /v1/banks/load: a model's or a bank's folder, or hub id, and the name that clients will use."""
+
+    name: str = Field(min_length=1)
+    path: str = Field(min_length=1)
+
+
+class UnloadRequest(Asked):
+    """POST /v1/banks/unload"""
+
+    name: str = Field(min_length=1)

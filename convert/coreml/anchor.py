@@ -8,7 +8,6 @@ writes a memory once, and no decode step sends it again. The functions share eve
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,38 +15,10 @@ from typing import Any
 import numpy as np
 
 from mlx_hiermem.convert.coreml import mil
-from mlx_hiermem.convert.coreml.architecture import Architecture, Layer, Linear
-from mlx_hiermem.convert.coreml.attention import Cache, Positions, attention, linear, take
+from mlx_hiermem.convert.coreml.architecture import Architecture, Layer
+from mlx_hiermem.convert.coreml.layers import Cache, Positions, attention, linear, norm, take
 from mlx_hiermem.convert.coreml.mil import Var, Weights, half, mb
-from mlx_hiermem.convert.coreml.norm import norm
-
-DECODE, PREFILL, LOAD = "decode", "prefill", "load_block"
-PREFILL_TOKENS = 32  # the Neural Engine takes updates of a slice only of more than one token
-PART = 16_384  # the longest axis that the Neural Engine takes, reportedly
-CACHES, MEMORY = ("k_cache", "v_cache"), ("gate", "up", "down")
-
-
-@dataclass(frozen=True)
-class Export:
-    """What to build. `memory_layers` and `units` are 0 for an anchor without memory; `mode` is state or input."""
-
-    context: int
-    memory_layers: tuple[int, ...] = ()
-    units: int = 0
-    mode: str = "state"
-    load_block: bool = False
-    prefill: int = PREFILL_TOKENS
-
-    @property
-    def functions(self) -> dict[str, int]:
-        """Name -> tokens a call takes."""
-        return {DECODE: 1, PREFILL: self.prefill}
-
-    def memory_shape(self, sizes: Architecture) -> tuple[int, int, int]:
-        return len(self.memory_layers), self.units, sizes.hidden
-
-    def cache_shape(self, sizes: Architecture) -> tuple[int, int, int, int]:
-        return len(sizes.layers), sizes.kv_heads, self.context, sizes.head_dim
+from mlx_hiermem.convert.coreml.shape import CACHES, LOAD, MEMORY, Export, parts
 
 
 def build(sizes: Architecture, export: Export, plan: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -62,32 +33,6 @@ def build(sizes: Architecture, export: Export, plan: Mapping[str, str] | None = 
         new = {f"new_{name}": mil.tensor(shape) for name in MEMORY}
         functions[LOAD] = mil.function(new | _states(sizes, export), _load)
     return functions
-
-
-def matrices(sizes: Architecture) -> list[Linear]:
-    """The weights that may be compressed: what is multiplied with.
-
-    Rotary tables and norms are not among them, nor embeddings that no head shares, of which a call reads a row.
-    """
-    found = parts(sizes.head or sizes.embeddings)
-    for layer in sizes.layers:
-        found += [layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down]
-    return found
-
-
-def parts(table: Linear) -> list[Linear]:
-    """A table [V, d] in equal parts of at most 16 384 rows, the last perhaps shorter."""
-    size = math.ceil(len(table.weight) / math.ceil(len(table.weight) / PART))
-    return [
-        Linear(
-            table.path,
-            table.weight[start : start + size],
-            None if table.bias is None else table.bias[start : start + size],
-            part=number,
-            start=start,
-        )
-        for number, start in enumerate(range(0, len(table.weight), size))
-    ]
 
 
 def _states(sizes: Architecture, export: Export) -> dict[str, Any]:

@@ -5,7 +5,7 @@
     int4           as int8 with codes of 4 bits: 5 bits
     lut4           16 values for each 16 rows, found by k-means; every weight is one of them: 4 bits
 
-All are Core ML's own (iOS 18), unpacked on the device. Which weights get which is settled in `search.py`.
+All are Core ML's own (iOS 18), unpacked on the device. Which weights get which is settled in `mixed_precision.py`.
 """
 
 from __future__ import annotations

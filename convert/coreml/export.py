@@ -14,15 +14,16 @@ from typing import Any
 from mlx_hiermem.anchor import identify
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.convert.coreml import bundle, mil, package, sizes
-from mlx_hiermem.convert.coreml.anchor import PREFILL_TOKENS, Export, build, matrices
+from mlx_hiermem.convert.coreml.anchor import build
 from mlx_hiermem.convert.coreml.architecture import check_memory
 from mlx_hiermem.convert.coreml.bundle import Choice
 from mlx_hiermem.convert.coreml.compress import FORMATS
-from mlx_hiermem.convert.coreml.gate import BOUNDS, WITH_MEMORY, Gate, measure_package
-from mlx_hiermem.convert.coreml.measure import Reference
+from mlx_hiermem.convert.coreml.limits import BOUNDS, WITH_MEMORY, Measured, measure_package
+from mlx_hiermem.convert.coreml.measure import Float32Anchor
+from mlx_hiermem.convert.coreml.mixed_precision import Plan, find_plan
 from mlx_hiermem.convert.coreml.references import read_memory
 from mlx_hiermem.convert.coreml.retriever import export_retriever
-from mlx_hiermem.convert.coreml.search import Plan, find_plan
+from mlx_hiermem.convert.coreml.shape import PREFILL_TOKENS, Export, matrices
 from mlx_hiermem.convert.source import tool_versions
 from mlx_hiermem.convert.staging import partial_folder
 from mlx_hiermem.errors import HierMemError
@@ -113,7 +114,7 @@ class _Exporter:
         if bank:
             bank.manifest.check_anchor(identify(self.anchor))
             self.choice = bundle.choose(bank, options.blocks, options.only, options.url)
-        self.reference = Reference(self.anchor, longest=options.context or CONTEXT)
+        self.reference = Float32Anchor(self.anchor, longest=options.context or CONTEXT)
         longest = self.reference.sizes.longest or CONTEXT
         self.context = options.context or min(CONTEXT, longest)
         package.check_context(self.reference.sizes, self.context, PREFILL_TOKENS)
@@ -145,8 +146,8 @@ class _Exporter:
         mil.save(build(reference.sizes, self.shape, plan.formats), folder / package.ANCHOR)
         anchor = package.describe_anchor(reference.sizes, self.shape, plan.formats)
         memory = package.describe_memory(choice.bank.config, self.options.memory) if choice else None
-        gate = self._measure(folder, anchor, memory)
-        gate.check(self.bound)
+        measured = self._measure(folder, anchor, memory)
+        measured.check(self.bound)
         retriever = self._write_retriever(choice, folder) if choice else None
         bundle.write_tokenizer(self.anchor, reference.tokenizer, folder / package.TOKENIZER)
         sizes.check_files(folder)
@@ -163,12 +164,12 @@ class _Exporter:
         }
         write_json(folder / package.MANIFEST, manifest)
         devices = sizes.on_devices(folder)
-        receipt = self._receipt(plan, gate, devices)
+        receipt = self._receipt(plan, measured, devices)
         write_json(folder / package.RECEIPT, receipt)
-        warnings = [*reference.notes, *gate.overflow.warnings(), *sizes.warnings(devices)]
+        warnings = [*reference.notes, *measured.overflow.warnings(), *sizes.warnings(devices)]
         return Report(manifest, receipt, tuple(warnings))
 
-    def _measure(self, folder: pathlib.Path, anchor: dict[str, Any], memory: dict[str, Any] | None) -> Gate:
+    def _measure(self, folder: pathlib.Path, anchor: dict[str, Any], memory: dict[str, Any] | None) -> Measured:
         """With the first and the last of the longest paths whose blocks are bundled."""
         memories = {}
         if self.choice and self.choice.bundled:
@@ -184,7 +185,7 @@ class _Exporter:
         found = export_retriever(embedder, folder / package.RETRIEVER, folder / package.RETRIEVER_TOKENIZER)
         return {"package": package.RETRIEVER, "tokenizer": package.RETRIEVER_TOKENIZER} | found
 
-    def _receipt(self, plan: Plan, gate: Gate, devices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _receipt(self, plan: Plan, measured: Measured, devices: list[dict[str, Any]]) -> dict[str, Any]:
         """How it was made and what was measured."""
         return {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -192,7 +193,7 @@ class _Exporter:
             "anchor": identify(self.anchor).to_json(),
             "options": asdict(self.options),
             "weights": plan.to_json() | {"bound": self.bound},
-            "measured": gate.distance.to_json(),
-            "overflow": gate.overflow.to_json(),
+            "measured": measured.distance.to_json(),
+            "overflow": measured.overflow.to_json(),
             "devices": devices,
         }

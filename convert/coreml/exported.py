@@ -1,9 +1,13 @@
-"""An exported folder, opened as an app opens it: manifest, packages, bank, tokenizer."""
+"""An exported folder, opened and run as an app does it: manifest, packages, bank, tokenizer.
+
+The anchor takes prompts in calls of 32 tokens, answers in calls of one, and its memory is swapped between them.
+Here the interpreter does what Core ML does on a phone: it is how exports are measured and verified.
+"""
 
 from __future__ import annotations
 
-import json
 import pathlib
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -13,12 +17,13 @@ from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.block import block_name
 from mlx_hiermem.convert.coreml.device import open_package
 from mlx_hiermem.convert.coreml.interpreter import Program
-from mlx_hiermem.convert.coreml.prompts import prompts
-from mlx_hiermem.convert.coreml.runner import Runner
+from mlx_hiermem.convert.coreml.sample_texts import prompts
 from mlx_hiermem.errors import CoreMLError
+from mlx_hiermem.files import parse_json
 from mlx_hiermem.tokenizer import encode_text, load_tokenizer
 
 MANIFEST = "manifest.json"
+MEMORY = ("gate", "up", "down")
 # What is read of the manifest; its parts but the anchor may be null.
 KEYS = {
     "anchor": (
@@ -76,7 +81,7 @@ class Exported:
 
 def _read_manifest(file: pathlib.Path) -> dict[str, Any]:
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = parse_json(file.read_text(encoding="utf-8"))
         found = (manifest["format"], manifest["version"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CoreMLError(
@@ -91,3 +96,85 @@ def _read_manifest(file: pathlib.Path) -> dict[str, Any]:
     if missing:
         raise CoreMLError(f"{file} has no {missing[0]}", "Export the model again.")
     return manifest
+
+
+class Runner:
+    """`anchor` and `memory` are the manifest's. `peaks` and `fp16` are `Program.run`'s."""
+
+    def __init__(
+        self,
+        program: Program,
+        anchor: Mapping[str, Any],
+        memory: Mapping[str, Any] | None = None,
+        peaks: dict[str, float] | None = None,
+        *,
+        fp16: bool = True,
+    ) -> None:
+        self.program, self.anchor, self.memory, self.peaks, self.fp16 = program, anchor, memory, peaks, fp16
+        self.calls = sorted(anchor["functions"].items(), key=lambda call: -call[1])  # longest first
+        self.state = program.make_state(self.calls[0][0])
+        self.inputs: dict[str, np.ndarray] = {}
+        self.position = 0
+        self.set_memory(None)
+
+    def set_memory(self, tensors: Mapping[str, np.ndarray] | None, how: str = "direct") -> None:
+        """Swaps the memory: gate, up, down [L, r, d] with r at most the units there are; None takes it out.
+
+        `how` is `direct` (the states are written by the caller) or `load_block` (by that function). The tokens
+        so far were computed under the old memory: begin again.
+        """
+        if self.memory is None:
+            if tensors is not None:
+                raise CoreMLError("this anchor was exported without memory")
+            return
+        shape = (len(self.memory["layers"]), self.memory["units"], self.memory["hidden"])
+        arrays = {name: np.zeros(shape, np.float16) for name in MEMORY}
+        for name, tensor in (tensors or {}).items():
+            arrays[name][:, : tensor.shape[1]] = tensor
+        self.reset()
+        if self.memory["mode"] == "input":
+            self.inputs = arrays
+        elif how == "load_block":
+            given = {f"new_{name}": array for name, array in arrays.items()}
+            self.program.run(self.anchor["load_block"], given, self.state)
+        else:
+            self.state.update(arrays)
+
+    def reset(self) -> None:
+        """Begins a new text. What the caches hold need not be cleared: it is not seen."""
+        self.position = 0
+
+    def feed(self, ids: np.ndarray, only: str = "") -> np.ndarray:
+        """Token ids [T] that follow those so far -> logits [T, V] in float32.
+
+        The longest calls that fit the context are taken, the last filled up; or those of the function `only`.
+        """
+        rows, ids = [], np.asarray(ids, np.int32)
+        context, vocabulary = self.anchor["context"], self.anchor["vocabulary"]
+        calls = [call for call in self.calls if only in ("", call[0])]
+        while len(ids):
+            fits = [call for call in calls if self.position + call[1] <= context]
+            if not fits:
+                raise CoreMLError(f"the text is longer than the context of {context} tokens")
+            # A single token is a call of its own; more are worth a long call, even one that is not full.
+            name, tokens = fits[-1] if len(ids) == 1 else fits[0]
+            count = min(tokens, len(ids))
+            padded = np.zeros((1, tokens), np.int32)
+            padded[0, :count] = ids[:count]
+            given = {"input_ids": padded, "position": np.array([self.position], np.int32)}
+            out = self.program.run(name, given | self.inputs, self.state, fp16=self.fp16, peaks=self.peaks)
+            logits = np.concatenate([out[part] for part in self.anchor["logits"]], axis=-1)
+            rows.append(logits[0, :count, :vocabulary].astype(np.float32))
+            self.position, ids = self.position + count, ids[count:]
+        return np.concatenate(rows)
+
+    def generate(self, ids: np.ndarray, tokens: int, stop: tuple[int, ...] = ()) -> list[int]:
+        """The greedy continuation of a new text."""
+        self.reset()
+        logits, found = self.feed(ids)[-1], list[int]()
+        while len(found) < tokens:
+            found.append(int(logits.argmax()))
+            if found[-1] in stop or len(found) == tokens:
+                break
+            logits = self.feed(np.array(found[-1:]))[-1]
+        return found

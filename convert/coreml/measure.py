@@ -18,8 +18,8 @@ from mlx_lm.utils import dequantize_model
 
 from mlx_hiermem.anchor import load_anchor
 from mlx_hiermem.convert.coreml.architecture import Architecture, Linear
-from mlx_hiermem.convert.coreml.prompts import token_ids
-from mlx_hiermem.convert.coreml.runner import Runner
+from mlx_hiermem.convert.coreml.exported import Runner
+from mlx_hiermem.convert.coreml.sample_texts import token_ids
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-class Reference:
+class Float32Anchor:
     """The anchor in float32, and its logits on the texts that exports are measured on."""
 
     def __init__(self, folder: pathlib.Path, longest: int) -> None:

@@ -6,7 +6,6 @@ program must have before it can run: every name defined before its use, interfac
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ import numpy as np
 
 from mlx_hiermem.convert.coreml.weights import DTYPES, WeightFile, decode, numpy_dtype
 from mlx_hiermem.errors import CoreMLError, MissingDependencyError
+from mlx_hiermem.files import parse_json
 
 MODEL_PATH = "@model_path/"
 DAMAGED = "Export the model again."
@@ -109,7 +109,7 @@ def read_program(package: pathlib.Path) -> dict[str, FunctionSpec]:
     model = _parse(file)
     if model.WhichOneof("Type") != "mlProgram":
         raise CoreMLError(f"{package} is no ML program but {model.WhichOneof('Type') or 'nothing'}")
-    reader = _Reader(file.parent)
+    reader = _ProtobufReader(file.parent)
     described = {one.name: one for one in model.description.functions} or {"main": model.description}
     functions = model.mlProgram.functions
     if set(described) != set(functions):
@@ -119,7 +119,7 @@ def read_program(package: pathlib.Path) -> dict[str, FunctionSpec]:
 
 def _model_file(package: pathlib.Path) -> pathlib.Path:
     try:
-        manifest = json.loads((package / "Manifest.json").read_text(encoding="utf-8"))
+        manifest = parse_json((package / "Manifest.json").read_text(encoding="utf-8"))
         path = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CoreMLError(f"{package} is no .mlpackage: {error}", DAMAGED) from error
@@ -142,7 +142,7 @@ def _parse(file: pathlib.Path) -> Any:
     return model
 
 
-class _Reader:
+class _ProtobufReader:
     """Reads functions, and each blob once however many functions use it."""
 
     def __init__(self, folder: pathlib.Path) -> None:

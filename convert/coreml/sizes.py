@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_hiermem import plan
-from mlx_hiermem.convert.coreml.anchor import Export, matrices
 from mlx_hiermem.convert.coreml.architecture import Architecture
 from mlx_hiermem.convert.coreml.compress import size
+from mlx_hiermem.convert.coreml.shape import Export, matrices
 from mlx_hiermem.errors import OutputError
 
 # Bytes of one file. Core ML maps weight.bin as a whole; an iPhone XR failed to map 1.3 GB (whisper.cpp #2456).

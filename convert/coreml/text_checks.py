@@ -9,12 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlx_hiermem.convert.checks import Check
-from mlx_hiermem.convert.coreml.exported import Exported
-from mlx_hiermem.convert.coreml.gate import BOUNDS as KL
+from mlx_hiermem.convert.coreml.exported import MEMORY, Exported, Runner
 from mlx_hiermem.convert.coreml.interpreter import Program
+from mlx_hiermem.convert.coreml.limits import BOUNDS as KL
 from mlx_hiermem.convert.coreml.measure import Distance
 from mlx_hiermem.convert.coreml.references import NONE, Reference, read_memory
-from mlx_hiermem.convert.coreml.runner import MEMORY, Runner
 from mlx_hiermem.errors import HierMemError
 from mlx_hiermem.tokenizer import encode_text
 

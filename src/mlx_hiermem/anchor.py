@@ -11,6 +11,7 @@ from mlx_hiermem.config import AnchorIdentity
 from mlx_hiermem.cpu import report_slow_blas
 from mlx_hiermem.errors import AnchorError
 from mlx_hiermem.files import read_header, read_json
+from mlx_hiermem.printable import printable
 from mlx_hiermem.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def identify(folder: pathlib.Path, name: str = "") -> AnchorIdentity:
     stable = {key: value for key, value in config.items() if key not in VOLATILE}
     config_digest = hashlib.sha256(json.dumps(stable, sort_keys=True).encode()).hexdigest()
     return AnchorIdentity(
-        name=name or config.get("_name_or_path") or folder.resolve().name,
+        name=printable(str(name or config.get("_name_or_path") or folder.resolve().name)),
         config_digest=config_digest,
         weights_digest=_weights_digest(folder),
         hidden=config.get("hidden_size") or text.get("hidden_size") or 0,

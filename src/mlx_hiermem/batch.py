@@ -49,7 +49,7 @@ class Token:
 class _Sequence:
     """What is known of a sequence in flight."""
 
-    key: tuple[str, ...]  # its memory's blocks
+    key: tuple[str, ...]  # its memory: the bank and its blocks
     sampling: Sampling
     cached: int  # tokens of its prompt that came from the prefix cache
 
@@ -82,14 +82,15 @@ class MemoryBatch:
     """`add` sequences whenever there is `room`, and `step` while there are any."""
 
     def __init__(self, model: MemoryModel, max_sequences: int = 8, prefix_cache_bytes: int = 512 << 20) -> None:
+        """`model` is the default of `add`; others must have the same anchor in memory (`MemoryModel.beside`)."""
         if not isinstance(max_sequences, int) or max_sequences < 1:
             raise ArgumentError(f"max_sequences is {max_sequences!r}", "It is a whole number, 1 or more.")
         self.model, self.max_sequences = model, max_sequences
         self.prefixes = LRUPromptCache(REMEMBERED_PROMPTS, prefix_cache_bytes)
-        self.table = MemoryTable(model.attachment) if model.attachment else None
+        self._anchor = _Batched(model)
         stop = [[token] for token in model.tokenizer.eos_token_ids] if model.tokenizer else None
         self._generator = BatchGenerator(
-            _Batched(model, self.table),
+            self._anchor,
             stop_tokens=stop,
             completion_batch_size=max_sequences,
             prefill_batch_size=max_sequences,
@@ -101,37 +102,51 @@ class MemoryBatch:
         return len(self._sequences)
 
     @property
+    def table(self) -> MemoryTable | None:
+        """The memories that are attached now; None until a model with a bank is added to."""
+        return self._anchor.table
+
+    @property
     def room(self) -> bool:
         return len(self) < self.max_sequences
 
-    def missing(self, chosen: Selection) -> list[Path]:
+    def missing(self, chosen: Selection, model: MemoryModel | None = None) -> list[Path]:
         """The nodes whose blocks are wanted and still on the hub."""
-        bank = self.model.bank
+        model = model or self.model
+        bank = model.bank
         if bank is None or bank.remote is None or chosen.memory == MemoryChoice.NONE:
             return []
         nodes = [GENERIC_NODE] if chosen.memory == MemoryChoice.GENERIC else bank.nodes_on(chosen.path)
-        cached = self.model.cache
+        cached = model.cache
         return [n for n in nodes if not (cached and n in cached) and not (bank.root / block_name(n)).is_file()]
 
-    def bring(self, chosen: Selection) -> None:
+    def bring(self, chosen: Selection, model: MemoryModel | None = None) -> None:
         """Downloads what is `missing`. Raises HubError."""
-        remote = self.model.bank.remote if self.model.bank else None
+        model = model or self.model
+        remote = model.bank.remote if model.bank else None
         if remote:
-            for node in self.missing(chosen):
+            for node in self.missing(chosen, model):
                 remote.bring(node, block_name(node))
 
-    def add(self, tokens: list[int], chosen: Selection, sampling: Sampling) -> tuple[int, Selection]:
+    def add(
+        self, tokens: list[int], chosen: Selection, sampling: Sampling, model: MemoryModel | None = None
+    ) -> tuple[int, Selection]:
         """Fetches the memory chosen and queues a prompt with it; returns the sequence's id, and what was fetched.
 
+        The memory is of `model`'s bank: banks of one anchor can be in one batch.
         Raises HierMemError where the prompt is empty, or does not fit the model's context with its reply.
         """
         if not self.room:
             raise HierMemError(f"the batch has its {self.max_sequences} sequences", "Wait until one has ended.")
         self._check(tokens, sampling)
+        model = model or self.model
+        if self.table is None and model.attachment is not None:
+            self._anchor.table = MemoryTable(model.attachment)
         start = time.perf_counter()
-        fetch = self.model.fetch(chosen)
+        fetch = model.fetch(chosen)
         fetched = time.perf_counter()
-        key = fetch.blocks if fetch else ()
+        # Another bank, or this one after an edit, may have other weights under the same names.
+        key = (model.bank.key, *fetch.blocks) if fetch and fetch.memory and model.bank else ()
         row = self.table.hold(key, fetch.memory if fetch else None) if self.table is not None else NOTHING
         done = time.perf_counter()
         cache, rest = self.prefixes.fetch_nearest_cache(key, tokens)
@@ -193,6 +208,12 @@ class MemoryBatch:
             self._generator.remove([uid])
             self._forget(uid)
 
+    def forget(self) -> None:
+        """Lets go of what is kept for prompts to come: of a bank that was edited, some may not be used any more."""
+        self.prefixes.trim_to(n_sequences=0)
+        if self.table is not None:
+            self.table.forget()
+
     def close(self) -> None:
         for uid in list(self._sequences):
             self.remove(uid)
@@ -201,6 +222,7 @@ class MemoryBatch:
     def _check(self, tokens: list[int], sampling: Sampling) -> None:
         if not tokens:
             raise HierMemError("the prompt is empty")
+        sampling.check_tokens(self.model.vocabulary)
         context = self.model.context
         if context and len(tokens) + sampling.max_tokens > context:
             raise HierMemError(
@@ -236,8 +258,9 @@ class MemoryBatch:
 class _Batched:
     """The anchor as BatchGenerator calls it: it takes the rows off the caches and attaches them."""
 
-    def __init__(self, model: MemoryModel, table: MemoryTable | None) -> None:
-        self.anchor, self.table = model.anchor, table
+    def __init__(self, model: MemoryModel) -> None:
+        self.anchor = model.anchor
+        self.table = MemoryTable(model.attachment) if model.attachment else None
         self.real_vocabulary = model.config.get("effective_vocab_size")
 
     def __call__(self, tokens: mx.array, cache: list[Any]) -> mx.array:

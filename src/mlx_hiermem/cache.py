@@ -69,6 +69,14 @@ class BlockCache:
     def __contains__(self, node: Path) -> bool:
         return node in self._blocks
 
+    def take_over(self, old: BlockCache) -> None:
+        """After an edit of the bank: the old cache, but for blocks that are changed, gone or closed now."""
+        for node, block in old._blocks.items():
+            mine, theirs = self.bank.digest(node), old.bank.digest(node)
+            if mine and mine == theirs and not self.bank.policy.blocker(node):
+                self._blocks[node] = block
+                self.bytes += block.nbytes
+
     def fetch(self, path: Path) -> Fetch:
         """Joins the blocks of a path, reading those that are not cached."""
         return self._fetch(tuple(self.bank.nodes_on(path)))

@@ -5,16 +5,19 @@ Frozen dataclasses, JSON in and out. Everything else in the project derives shap
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, TypeVar
 
 from mlx_hiermem.errors import BankError, HierMemError
+from mlx_hiermem.printable import printable
 
 KINDS = ("ffn", "lora-qk", "lora-vo", "lora-ffn", "kv")
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}  # name -> bytes per value
 BITS, GROUP_SIZES = (4, 8), (32, 64, 128)  # of quantised blocks; the group sizes are MLX's
 PACKED = "uint32"  # the dtype of quantised values: 32 / bits of them in each
+PATH = re.compile(r"(0|[1-9][0-9]{0,8})(\.(0|[1-9][0-9]{0,8}))*", re.ASCII)
 SCALES, BIASES = ".scales", ".biases"  # after a quantised tensor's name
 
 
@@ -23,14 +26,10 @@ class Path(tuple[int, ...]):
 
     @classmethod
     def parse(cls, text: str) -> Path:
-        """`"10.7.15"` -> Path; raises HierMemError for anything else."""
-        try:
-            path = cls(int(part) for part in text.strip().split("."))
-        except ValueError:
-            path = cls((-1,))
-        if any(child < 0 for child in path):
-            raise HierMemError(f"'{text}' is not a path", "Write child indices with dots between: 10.7.15")
-        return path
+        """`"10.7.15"` -> Path; raises HierMemError for anything else: a node has one spelling."""
+        if not isinstance(text, str) or not PATH.fullmatch(text):
+            raise HierMemError(f"{text!r} is not a path", "Write child indices with dots between: 10.7.15")
+        return cls(map(int, text.split(".")))
 
     def __str__(self) -> str:
         return ".".join(map(str, self))
@@ -240,9 +239,10 @@ class MemoryConfig:
     def from_json(cls, data: Mapping[str, Any]) -> MemoryConfig:
         """Unknown keys are refused: they would be settings that this version silently ignores."""
         try:
-            levels = [level if level is None else Quantization(**level) for level in data.get("quantization") or ()]
-            return cls(**{**data, "quantization": tuple(levels)})
-        except TypeError as error:
+            stored = data.get("quantization") or ()
+            levels = [level if level is None else _typed(Quantization(**level)) for level in stored]
+            return _typed(cls(**{**data, "quantization": tuple(levels)}))
+        except (TypeError, AttributeError) as error:
             raise BankError(f"the memory config does not fit this version: {error}") from error
 
 
@@ -256,8 +256,18 @@ class AnchorIdentity:
     hidden: int
     layers: int
 
+    def is_same(self, other: AnchorIdentity) -> bool:
+        """Whether both are one anchor, whatever they are called."""
+        mine, theirs = ((i.config_digest, i.weights_digest, i.hidden, i.layers) for i in (self, other))
+        return mine == theirs
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> AnchorIdentity:
+        """Raises TypeError for what is none."""
+        return _typed(cls(**{**data, "name": printable(data["name"])}))
 
 
 @dataclass(frozen=True)
@@ -270,3 +280,24 @@ class EmbedderIdentity:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> EmbedderIdentity:
+        """Raises TypeError for what is none."""
+        return _typed(cls(**{**data, "name": printable(data["name"])}))
+
+
+T = TypeVar("T", bound="AnchorIdentity | EmbedderIdentity | MemoryConfig | Quantization")
+
+
+def _typed(made: T) -> T:
+    """The object itself; TypeError where JSON gave one of its simple fields another type."""
+    types: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
+    for field in fields(made):
+        value = getattr(made, field.name)
+        numbers = value if field.type == "tuple[int, ...]" else ()
+        if type(value) not in types.get(str(field.type), (type(value),)) or any(
+            type(n) is not int for n in numbers
+        ):
+            raise TypeError(f"{field.name} is {value!r}")
+    return made

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from typing import Any
 from mlx_hiermem.errors import FileError, HierMemError, OutputError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+AXES = 32  # of a tensor, at most: nothing here has more than four
 HEADER_LIMIT = 100_000_000  # bytes: the safetensors format's own
 # bytes of a value, by the name that safetensors files give its type
 VALUE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1}
@@ -196,10 +198,18 @@ def read_text(file: pathlib.Path, raises: type[HierMemError] = FileError, hint: 
         raise _unreadable(file, error, raises, hint) from error
 
 
+def parse_json(text: str | bytes, **hooks: Any) -> Any:
+    """`json.loads` for what others have written: a ValueError also where it is nested too deeply."""
+    try:
+        return json.loads(text, **hooks)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def read_json(file: pathlib.Path, raises: type[HierMemError] = FileError, hint: str = "") -> Any:
     """The JSON value in a file. Raises `raises` where it cannot be read, or holds something else."""
     try:
-        return json.loads(read_text(file, raises, hint))
+        return parse_json(read_text(file, raises, hint))
     except ValueError as error:
         raise raises(f"cannot read {file}: it is not JSON ({error})", hint) from error
 
@@ -221,7 +231,7 @@ def read_json_lines(
     """(number, value) of each line that has text. Raises `raises`, naming file:line where a line is not JSON."""
     for number, line in read_lines(file, raises, hint):
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except ValueError as error:
             raise raises(f"{file}:{number} is not JSON", hint) from error
         yield number, value
@@ -257,8 +267,8 @@ def read_header(
 ) -> SafetensorsHeader:
     """Reads and checks the header of a safetensors file: eight bytes of length, a JSON table, then the data.
 
-    Every tensor must lie in the file and have the bytes that its shape and type ask for (types that are not in
-    VALUE_BYTES are passed on unchecked). Raises `raises` otherwise.
+    Every tensor must lie in the file, share no byte with another, and have the bytes that its shape and type ask
+    for (types that are not in VALUE_BYTES are passed on unchecked). Raises `raises` otherwise.
     """
 
     def damaged(why: str) -> HierMemError:
@@ -280,8 +290,8 @@ def read_header(
     except OSError as error:
         raise _unreadable(file, error, raises, hint) from error
     try:
-        rows = json.loads(text, object_pairs_hook=table)
-    except (ValueError, RecursionError) as error:
+        rows = parse_json(text, object_pairs_hook=table)
+    except ValueError as error:
         raise damaged("its header is not JSON") from error
     if not isinstance(rows, dict) or not isinstance(metadata := rows.pop("__metadata__", None) or {}, dict):
         raise damaged("its header is not a table of tensors")
@@ -291,14 +301,20 @@ def read_header(
             tensors[name] = _stored(name, row, 8 + length, size)
         except ValueError as error:
             raise damaged(str(error)) from error
+    ordered = sorted((row.begin, row.end, name) for name, row in tensors.items() if row.end > row.begin)
+    for (_, end, one), (begin, _, other) in itertools.pairwise(ordered):
+        if begin < end:
+            raise damaged(f"{one} and {other} overlap")
     return SafetensorsHeader(tensors, {str(key): str(value) for key, value in metadata.items()})
 
 
 def _stored(name: str, row: Any, start: int, size: int) -> StoredTensor:
     """One row of the header of a file of `size` bytes, whose data starts at `start`. Raises ValueError."""
     try:
-        dtype, shape = str(row["dtype"]), tuple(int(n) for n in row["shape"])
-        begin, end = (int(n) for n in row["data_offsets"])
+        dtype, shape, (begin, end) = row["dtype"], tuple(row["shape"]), row["data_offsets"]
+        numbers = (*shape, begin, end)
+        if not isinstance(dtype, str) or len(shape) > AXES or any(type(number) is not int for number in numbers):
+            raise TypeError
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the header entry of {name} is incomplete") from error
     fits = VALUE_BYTES.get(dtype) is None or end - begin == math.prod(shape) * VALUE_BYTES[dtype]

@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import pathlib
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_hiermem.anchor import identify, load_anchor
-from mlx_hiermem.bank.bank import MemoryBank
+from mlx_hiermem.bank.bank import MANIFEST, MemoryBank
 from mlx_hiermem.batch import MemoryBatch
 from mlx_hiermem.cache import BlockCache, Fetch
-from mlx_hiermem.config import MemoryChoice, Path
+from mlx_hiermem.config import AnchorIdentity, MemoryChoice, Path
 from mlx_hiermem.errors import AnchorError, ArgumentError, BankError
 from mlx_hiermem.memory.attach import Attachment, attach
 from mlx_hiermem.response import GrowingText, Response
@@ -54,12 +54,16 @@ class MemoryModel:
         router: Router | None = None,
         cache_bytes: int = 512 << 20,
         name: str = "",
+        identity: AnchorIdentity | None = None,
+        attachment: Attachment | None = None,
     ) -> None:
+        """`attachment`: where the anchor has one already, of another bank's (see `beside`)."""
+        self.identity = identity or (bank.manifest.anchor if bank else None)
         self.name = name or (bank.manifest.anchor.name if bank else str(config.get("model_type", "")))
         self.anchor, self.tokenizer, self.config, self.bank = anchor, tokenizer, config, bank
         self.cache = BlockCache(bank, cache_bytes) if bank else None
         self._router = router
-        self.attachment: Attachment | None = attach(anchor, bank.config) if bank else None
+        self.attachment = attachment or (attach(anchor, bank.config) if bank else None)
         self.selection = Selection()
         self.response: Response | None = None  # the last reply, a session's too
 
@@ -79,11 +83,55 @@ class MemoryModel:
             self._router = Router.of_bank(self.bank)
         return self._router
 
+    def beside(self, bank: MemoryBank | None, name: str, cache_bytes: int = 512 << 20) -> MemoryModel | None:
+        """A model of this one's anchor, which stays in memory once, with another bank.
+
+        None where that cannot be: another anchor, or a memory of another kind or for other layers.
+        """
+        if bank is not None:
+            if self.identity is None or not self.identity.is_same(bank.manifest.anchor):
+                return None
+            if self.attachment is not None and not self.attachment.takes(bank.config):
+                return None
+        made = MemoryModel(
+            self.anchor, self.tokenizer, self.config, bank, None, cache_bytes, name, self.identity, self.attachment
+        )
+        self.attachment = self.attachment or made.attachment
+        return made
+
+    def refresh(self) -> bool:
+        """Takes up the bank again where it was edited since it was opened; whether that was so.
+
+        What is attached stays until the next `select`. Raises BankError where the bank cannot be opened, or is
+        one for another anchor or of another design now; this model is then unchanged.
+        """
+        if self.bank is None or self.cache is None or not self.bank.is_edited:
+            return False
+        bank = MemoryBank.open(self.bank.root)
+        bank.manifest.check_anchor(self.bank.manifest.anchor)
+        _ = bank.policy  # and with it the tree: a damaged one shows now
+        if self.attachment and not self.attachment.takes(bank.config):
+            raise BankError(f"the bank {bank.root} has another design now", "Load the model again.")
+        if self._router is not None:
+            if bank.manifest.embedder != self.bank.manifest.embedder:
+                raise BankError(f"the bank {bank.root} has another embedder now", "Load the model again.")
+            self._router = type(self._router)(bank.tree, self._router.embedder, bank.policy)
+        cache = BlockCache(bank, self.cache.budget, stats=self.cache.stats)
+        cache.take_over(self.cache)
+        self.bank, self.cache = bank, cache
+        return True
+
     @property
     def context(self) -> int | None:
         """Tokens that the anchor was made for, question and answer together; None where it does not say."""
         nested = self.config.get("text_config", {})
         return self.config.get("max_position_embeddings") or nested.get("max_position_embeddings")
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids that the anchor has rows for, without those that only pad."""
+        config = {**self.config.get("text_config", {}), **self.config}
+        return int(config.get("effective_vocab_size") or config.get("vocab_size") or len(self.tokenizer))
 
     @property
     def default_memory(self) -> MemoryChoice:
@@ -138,7 +186,9 @@ class MemoryModel:
     def select(
         self, memory: Wanted, text: Text, blocked: Collection[Path] = (), route: Route | None = None
     ) -> Selection:
-        """Chooses a memory (see `choose`), fetches it and attaches it."""
+        """Chooses a memory (see `choose`), fetches it and attaches it. An edit of the bank is taken up first."""
+        if route is None:
+            self.refresh()
         chosen = self.choose(memory, text, blocked, route)
         start = time.perf_counter()
         fetch = self.fetch(chosen)
@@ -207,6 +257,7 @@ class MemoryModel:
         if len(memories) != len(prompts):
             raise ArgumentError(f"there are {len(memories)} memories for {len(prompts)} prompts")
         sampling, asked = Sampling.of(options), [self._asked(prompt, chat) for prompt in prompts]
+        self.refresh()
         chosen = [self.choose(one, questions) for one, (_, questions) in zip(memories, asked, strict=True)]
         try:
             return MemoryBatch(self, max_sequences).replies([tokens for tokens, _ in asked], chosen, sampling)
@@ -244,11 +295,14 @@ class MemoryModel:
             raise AnchorError("this anchor has no tokenizer", "Convert it again with --tokenizer.")
         return encode_text(self.tokenizer, text)
 
-    def chat_tokens(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation in the anchor's chat template, ready for the assistant's reply."""
+    def chat_tokens(self, messages: list[dict[str, Any]], **template: Any) -> list[int]:
+        """Token ids of a conversation in the anchor's chat template, ready for the assistant's reply.
+
+        `template` are variables of the template, such as `enable_thinking`.
+        """
         if self.tokenizer is None or self.tokenizer.chat_template is None:
             raise AnchorError("this anchor has no chat template", "`hiermem ask --plain` continues a text.")
-        return encode_chat(self.tokenizer, messages)
+        return encode_chat(self.tokenizer, messages, **template)
 
     def responses(
         self, tokens: list[int], sampling: Sampling, prompt_cache: list[Any] | None = None
@@ -256,6 +310,7 @@ class MemoryModel:
         """mlx-lm's generation with whatever memory is attached."""
         from mlx_lm.generate import stream_generate
 
+        sampling.check_tokens(self.vocabulary)
         yield from stream_generate(
             self.anchor,
             self.tokenizer,
@@ -285,9 +340,12 @@ def check_messages(messages: Any) -> list[dict[str, str]]:
     return [dict(message) for message in messages]
 
 
-def load(folder: str | pathlib.Path, *, cache_bytes: int = 512 << 20) -> MemoryModel:
+def load(
+    folder: str | pathlib.Path, *, cache_bytes: int = 512 << 20, beside: Iterable[MemoryModel] = ()
+) -> MemoryModel:
     """Opens a memory model (`anchor/` and `bank/`), or a plain mlx-lm folder without memory, by folder or hub id.
 
+    Where one of the models `beside` has the same anchor in memory, that is used; `folder` may then be a bank alone.
     Raises AnchorError, BankError, HubError, or AnchorMismatchError where the bank was made for another anchor.
     """
     if not isinstance(folder, str | pathlib.Path):
@@ -295,11 +353,27 @@ def load(folder: str | pathlib.Path, *, cache_bytes: int = 512 << 20) -> MemoryM
     name = str(folder) if isinstance(folder, str) and not pathlib.Path(folder).is_dir() else ""
     folder = resolve(folder)
     anchor_folder = folder / "anchor" if (folder / "anchor").is_dir() else folder
+    if (folder / MANIFEST).is_file():
+        return _bank_alone(MemoryBank.open(folder), name or folder.resolve().name, cache_bytes, beside)
     bank = MemoryBank.open(folder / "bank") if (folder / "bank").is_dir() else None
     if bank and bank.remote and anchor_folder == folder:
         bring = f"hiermem bank pull {bank.remote.origin.repo} {folder} --lazy"
         raise AnchorError(f"{folder} was pulled without its anchor", f"`{bring}` brings it.")
+    identity, name = identify(anchor_folder), name or folder.resolve().name
     if bank:
-        bank.manifest.check_anchor(identify(anchor_folder))
+        bank.manifest.check_anchor(identity)
+    for other in beside:
+        if other.identity and other.identity.is_same(identity) and (made := other.beside(bank, name, cache_bytes)):
+            return made
     anchor, tokenizer, config = load_anchor(anchor_folder)
-    return MemoryModel(anchor, tokenizer, config, bank, cache_bytes=cache_bytes, name=name or folder.resolve().name)
+    return MemoryModel(anchor, tokenizer, config, bank, cache_bytes=cache_bytes, name=name, identity=identity)
+
+
+def _bank_alone(bank: MemoryBank, name: str, cache_bytes: int, beside: Iterable[MemoryModel]) -> MemoryModel:
+    for other in beside:
+        if made := other.beside(bank, name, cache_bytes):
+            return made
+    raise AnchorError(
+        f"{bank.root} is a bank without its anchor, {bank.manifest.anchor.name}",
+        "Give the folder of a model, or load the bank beside a model of that anchor.",
+    )

@@ -6,7 +6,6 @@ are arithmetic with them (see `tiers`), not measurements, and are as good as the
 
 from __future__ import annotations
 
-import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from mlx_hiermem.anchor import read_config
 from mlx_hiermem.bank.bank import MANIFEST
 from mlx_hiermem.bank.manifest import BankManifest
 from mlx_hiermem.errors import HierMemError
+from mlx_hiermem.files import parse_json
 from mlx_hiermem.tiers import Stored, Tier, fetch_ms, flat_ms, place
 
 GIB = 1 << 30
@@ -204,7 +204,7 @@ def disks() -> Mapping[str, Disk]:
 
 def _rows() -> dict[str, dict[str, Any]]:
     """Name -> title and figures."""
-    rows = json.loads(pathlib.Path(__file__).with_name("devices.json").read_text(encoding="utf-8"))
+    rows = parse_json(pathlib.Path(__file__).with_name("devices.json").read_text(encoding="utf-8"))
     return {
         name: {key: value if key == "title" else Figure(**value) for key, value in row.items()}
         for name, row in rows.items()
@@ -259,7 +259,7 @@ def levels_of(bank: BankManifest | None) -> tuple[Level, ...]:
 def _exported(folder: pathlib.Path) -> ModelSize:
     """The caches are as long as the context that was chosen on exporting, however short a text is."""
     try:
-        data = json.loads((folder / EXPORT).read_text(encoding="utf-8"))
+        data = parse_json((folder / EXPORT).read_text(encoding="utf-8"))
         anchor, retriever, bank = data["anchor"], data["retriever"], data["bank"]
         layers, heads, context, width = anchor["states"]["k_cache"]["shape"]
         packages = [

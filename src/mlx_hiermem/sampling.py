@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 import mlx.core as mx
-from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_repetition_penalty
+from mlx_lm.sample_utils import (
+    apply_min_p,
+    apply_top_k,
+    apply_top_p,
+    make_frequency_penalty,
+    make_logits_processors,
+    make_presence_penalty,
+    make_repetition_penalty,
+)
 
 from mlx_hiermem.errors import ArgumentError
 
@@ -19,6 +27,8 @@ BOUNDS: dict[str, tuple[Any, float, float]] = {
     "top_k": (int, 0, math.inf),
     "min_p": (int | float, 0, 1),
     "repetition_penalty": (int | float, 0, math.inf),
+    "presence_penalty": (int | float, -math.inf, math.inf),
+    "frequency_penalty": (int | float, -math.inf, math.inf),
     "seed": (int, 0, 2**64 - 1),
 }
 
@@ -35,6 +45,9 @@ class Options(TypedDict, total=False):
     top_k: int
     min_p: float
     repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
     seed: int | None
     stop: str | Sequence[str]
     sampler: Sampler | None
@@ -51,6 +64,9 @@ class Sampling:
     top_k: int = 0  # 0: any token
     min_p: float = 0.0
     repetition_penalty: float = 1.0  # 1: none
+    presence_penalty: float = 0.0  # taken from the logits of tokens that the reply has already
+    frequency_penalty: float = 0.0  # the same, as often as the reply has them
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # token -> what is added to its logit
     seed: int | None = None  # the same seed gives the same text, whoever else is in the batch
     stop: str | Sequence[str] = ()  # strings that end the text, and are not part of it
     sampler: Sampler | None = None  # in place of temperature, top_p, top_k, min_p and seed
@@ -65,9 +81,12 @@ class Sampling:
             value = getattr(self, name)
             number = isinstance(value, kind) and not isinstance(value, bool)
             if not (number and least <= value <= most) and not (name == "seed" and value is None):
-                bounds = f"between {least} and {most}" if most < math.inf else f"{least} or more"
+                bounds = f", between {least} and {most}" if most < math.inf else f", {least} or more"
                 what = "a whole number" if kind is int else "a number"
-                raise ArgumentError(f"{name} is {value!r}", f"It is {what}, {bounds}.")
+                raise ArgumentError(f"{name} is {value!r}", f"It is {what}{bounds if least > -math.inf else ''}.")
+        for token, bias in dict(self.logit_bias).items():
+            if type(token) is not int or not isinstance(bias, int | float) or math.isnan(bias):
+                raise ArgumentError(f"logit_bias has {token!r}: {bias!r}", "It is a number for each token id.")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise ArgumentError(f"stop is {self.stop!r}", "It is a text or several, none of them empty.")
         for function in (self.sampler, *self.logits_processors):
@@ -85,6 +104,12 @@ class Sampling:
             return cls(**{**defaults, **options})
         except TypeError as error:  # what has no items where several are wanted
             raise ArgumentError(f"an option is of the wrong type: {error}") from error
+
+    def check_tokens(self, vocabulary: int) -> None:
+        """Raises ArgumentError where `logit_bias` names a token that the model does not have."""
+        for token in self.logit_bias:
+            if not 0 <= token < vocabulary:
+                raise ArgumentError(f"logit_bias has token {token}", f"The model's end at {vocabulary - 1}.")
 
     def draw(self) -> Sampler | None:
         """Draws tokens; None takes the likeliest, which one call does for all sequences of a batch."""
@@ -109,5 +134,23 @@ class Sampling:
 
     def processors(self) -> list[LogitsProcessor]:
         """What changes the logits before a token is drawn."""
-        repeated = self.repetition_penalty not in (0, 1)
-        return [*([make_repetition_penalty(self.repetition_penalty)] if repeated else []), *self.logits_processors]
+        found = list(make_logits_processors(logit_bias=dict(self.logit_bias) or None))
+        if self.repetition_penalty not in (0, 1):
+            found.append(make_repetition_penalty(self.repetition_penalty))
+        if self.presence_penalty:
+            found.append(_of_the_reply(make_presence_penalty(self.presence_penalty, self.max_tokens)))
+        if self.frequency_penalty:
+            found.append(_of_the_reply(make_frequency_penalty(self.frequency_penalty, self.max_tokens)))
+        return [*found, *self.logits_processors]
+
+
+def _of_the_reply(penalty: LogitsProcessor) -> LogitsProcessor:
+    """Shows it the reply's tokens alone, as OpenAI counts them; the first call is at the prompt's end."""
+    prompt: int | None = None
+
+    def process(tokens: mx.array, logits: mx.array) -> mx.array:
+        nonlocal prompt
+        prompt = len(tokens) if prompt is None else prompt
+        return penalty(tokens[prompt:], logits)
+
+    return process

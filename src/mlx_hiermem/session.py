@@ -8,7 +8,7 @@ the model's context loses its oldest turns, never its system message.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator
+from collections.abc import Collection, Generator, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Unpack
@@ -45,17 +45,19 @@ class Session:
         system: str = "",
         blocked: Collection[Path] = (),
         earlier: int = EARLIER,
+        template: Mapping[str, Any] | None = None,
         **options: Unpack[Options],
     ) -> None:
         """`memory` is fetched by default, where the model has a bank. `blocked` nodes are closed to this talk.
 
-        `earlier` is how many KV caches of earlier paths are kept at most. The options are those of `generate`; a
+        `earlier` is how many KV caches of earlier paths are kept at most. `template` are variables of the anchor's
+        chat template. The options are those of `generate`; a
         reply has at most 512 tokens where they do not say.
         """
         if not isinstance(model, MemoryModel):
             raise ArgumentError(f"{model!r} is no model", "`load` opens one.")
         self.model, self.memory = model, MemoryChoice.parse(memory or model.default_memory)
-        self.system, self.blocked = system, blocked
+        self.system, self.blocked, self.template = system, blocked, dict(template or {})
         self.sampling = Sampling.of(options, max_tokens=REPLY)
         self.messages: list[Message] = []  # the user's and the assistant's
         self.topic: Topic | None = None
@@ -68,6 +70,7 @@ class Session:
         self._cache: list[Any] = []
         self._cached: list[int] = []  # the tokens whose keys and values are in the cache, as far as known
         self._key: tuple[str, ...] = ()  # the blocks that they were computed under
+        self._bank = model.bank  # as it was when it was last looked at; see `_look_again`
         self._earlier = LRUPromptCache(earlier, EARLIER_BYTES)  # by the blocks and the tokens
         self._drafted: tuple[Any, Turn] | None = None  # where the text goes that is being typed
         self._ahead: Future[None] | None = None
@@ -92,6 +95,7 @@ class Session:
 
         Raises BankError or HierMemError where there is no such memory, and changes nothing.
         """
+        self._look_again()
         wanted = MemoryChoice.parse(memory)
         if wanted != MemoryChoice.FETCHED:
             self.selection = self.model.select(wanted, "", self.blocked)
@@ -142,6 +146,7 @@ class Session:
 
     def route(self, text: str) -> Turn:
         """Where a question would go now. Raises BankError where there is no bank."""
+        self._look_again()
         if self._drafted and self._drafted[0] == self._routed_by(text):
             return self._drafted[1]
         return self.model.router.turn(text, self.topic, self.blocked)
@@ -169,10 +174,23 @@ class Session:
 
     def _routed_by(self, text: str) -> tuple[Any, ...]:
         """All that a route depends on."""
-        return text, self.topic, frozenset(self.blocked), self.model.router.policy
+        return text, self.topic, frozenset(self.blocked), self.model.router.policy, self.model.bank
+
+    def _look_again(self) -> None:
+        """Takes up an edit of the bank; keys and values that were computed under blocks of before go."""
+        self.model.refresh()
+        bank = self.model.bank
+        if bank is self._bank:
+            return
+        self._bank, self._drafted = bank, None
+        self._cache, self._cached, self._key = [], [], ()
+        self._earlier.trim_to(n_sequences=0)
+        if self.topic and bank and not bank.tree.has(self.topic.path):
+            self.topic = None
 
     def _prepare(self, text: str) -> list[int]:
         """Routes the question, attaches its memory and returns the prompt's tokens."""
+        self._look_again()
         turn = None
         if self.memory == MemoryChoice.FETCHED:
             turn = self.route(text)
@@ -185,11 +203,12 @@ class Session:
     def _tokens(self, first: int) -> list[int]:
         """The prompt from a message on, behind the system message."""
         if not self.system:
-            return self.model.chat_tokens(self.messages[first:])
+            return self.model.chat_tokens(self.messages[first:], **self.template)
         from jinja2 import TemplateError
 
         try:
-            return self.model.chat_tokens([{"role": "system", "content": self.system}, *self.messages[first:]])
+            system = {"role": "system", "content": self.system}
+            return self.model.chat_tokens([system, *self.messages[first:]], **self.template)
         except TemplateError as error:
             raise AnchorError(f"the anchor's chat template takes no system message: {error}") from error
 

@@ -7,13 +7,13 @@ is encoded around its messages: the chat template's own control tokens count, th
 
 from __future__ import annotations
 
-import json
 import pathlib
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from mlx_hiermem.errors import AnchorError
+from mlx_hiermem.files import parse_json
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PLACE = "\ue000{}\ue001"  # stands for a message in a rendered template; private characters that nobody types
@@ -47,7 +47,7 @@ def end_tokens(folder: pathlib.Path) -> set[int]:
     found: set[int] = set()
     for name in ("config.json", "generation_config.json"):
         try:
-            config = json.loads((folder / name).read_text(encoding="utf-8"))
+            config = parse_json((folder / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:

@@ -23,9 +23,13 @@ MANIFEST, TREE = "bank.json", "tree.safetensors"
 EDIT = "edit"  # the folder of a change that is being made; see `commit`
 
 
+Stamp = tuple[tuple[int, int, int] | None, tuple[int, int, int] | None]
+
+
 class MemoryBank:
-    def __init__(self, root: pathlib.Path, manifest: BankManifest) -> None:
+    def __init__(self, root: pathlib.Path, manifest: BankManifest, stamp: Stamp | None = None) -> None:
         self.root, self.manifest = root, manifest
+        self.stamp = stamp or _stamp(root)  # where it differs later, the bank was edited
 
     @classmethod
     def open(cls, root: pathlib.Path | str) -> MemoryBank:
@@ -33,7 +37,19 @@ class MemoryBank:
         root = pathlib.Path(root)
         if not root.is_dir():
             raise BankError(f"there is no bank at {root}")
-        return cls(root, BankManifest.read(root / MANIFEST))
+        stamp = _stamp(root)  # first: a change in between is seen later
+        return cls(root, BankManifest.read(root / MANIFEST), stamp)
+
+    @property
+    def is_edited(self) -> bool:
+        """Whether the manifest or the policy have been written since; false where the bank is gone."""
+        now = _stamp(self.root)
+        return now != self.stamp and now[0] is not None
+
+    @property
+    def key(self) -> str:
+        """Stands for what the blocks held when the bank was opened."""
+        return f"{self.root}@{self.stamp[0]}"
 
     def __repr__(self) -> str:
         blocks = f"{len(self.manifest.blocks)} blocks ({self.config.kind}, {self.config.precision})"
@@ -79,6 +95,12 @@ class MemoryBank:
         """Where blocks that are not here come from; None where the bank was not pulled from the hub."""
         origin = Origin.read(self.root)
         return RemoteTier(self.root, origin) if origin else None
+
+    def digest(self, node: Path) -> str:
+        """What the manifest says of a node's block, or of the generic block; empty where it has none."""
+        if node == GENERIC_NODE:
+            return self.manifest.generic.sha256 if self.manifest.generic else ""
+        return self.manifest.blocks[node].sha256 if self.manifest.has_block(node) else ""
 
     def nodes_on(self, path: Path) -> list[Path]:
         """The nodes of a path that have a block, level 1 first. A path may lead below them, or be ragged."""
@@ -127,3 +149,16 @@ class MemoryBank:
             done += size
             if progress:
                 progress(done, total)
+
+
+def _stamp(root: pathlib.Path) -> Stamp:
+    """Tells versions of the manifest and of the policy apart. Both are replaced as a whole, never written into."""
+    found: list[tuple[int, int, int] | None] = []
+    for name in (MANIFEST, POLICY):
+        try:
+            status = (root / name).stat()
+        except OSError:
+            found.append(None)
+        else:
+            found.append((status.st_ino, status.st_mtime_ns, status.st_size))
+    return found[0], found[1]

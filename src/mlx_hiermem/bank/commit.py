@@ -28,11 +28,13 @@ from mlx_hiermem.bank.block import block_name
 from mlx_hiermem.bank.policy import POLICY
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import BankError, HierMemError, OutputError
-from mlx_hiermem.files import fsync, locked, reason
+from mlx_hiermem.files import fsync, locked, parse_json, reason
 
 STAGING = f"{EDIT}.partial"
 GONE = "gone.json"  # in the edit's folder: the nodes that are removed, each with all below it
-LAST = (TREE, POLICY, MANIFEST)  # after the blocks, in this order
+LEARNING = "learning"  # the folder beside the bank where `hiermem learn` keeps the texts that the bank has learnt
+FORGET = "forget.json"  # in the bank: nodes were removed, and their texts are still in learning/
+LAST = (TREE, POLICY, MANIFEST, FORGET)  # after the blocks, in this order
 
 
 class Edit:
@@ -90,7 +92,7 @@ def finish(root: pathlib.Path) -> frozenset[Path]:
     if not edit.is_dir():
         return frozenset()
     try:
-        gone = [Path.parse(node) for node in json.loads((edit / GONE).read_text(encoding="utf-8"))]
+        gone = [Path.parse(node) for node in parse_json((edit / GONE).read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError, AttributeError, HierMemError) as error:
         raise BankError(
             f"{edit} is damaged: {error}", "Remove that folder and run `hiermem bank verify`."

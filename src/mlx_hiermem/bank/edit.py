@@ -18,14 +18,14 @@ import numpy as np
 from mlx_hiermem.bank.bank import MANIFEST, TREE, MemoryBank
 from mlx_hiermem.bank.block import MemoryBlock, block_name, read_block, write_block
 from mlx_hiermem.bank.check import require_tree
-from mlx_hiermem.bank.commit import Edit, editing
+from mlx_hiermem.bank.commit import FORGET, LEARNING, Edit, editing
 from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
 from mlx_hiermem.bank.policy import POLICY, BankPolicy
 from mlx_hiermem.bank.quantize import quantized
 from mlx_hiermem.bank.remote import REMOTE, Origin
 from mlx_hiermem.config import MemoryConfig, Path
 from mlx_hiermem.errors import BankError
-from mlx_hiermem.files import file_digest
+from mlx_hiermem.files import file_digest, write_json
 from mlx_hiermem.tree import ClusterTree
 
 
@@ -40,7 +40,8 @@ class Removed:
 def remove(root: pathlib.Path, paths: Iterable[Path]) -> Removed:
     """Removes nodes and all below them. Raises BankError for a node that the bank does not have.
 
-    Repeating a removal that was interrupted is no error.
+    Repeating a removal that was interrupted is no error. Where `hiermem learn` keeps the texts, a note in the bank
+    says that those of the removed nodes are to be dropped (`learn.publish.forget`), whatever becomes of this run.
     """
     with editing(root) as edit:
         bank = _open(root)
@@ -65,6 +66,8 @@ def remove(root: pathlib.Path, paths: Iterable[Path]) -> Removed:
             replace(policy, blocked=open_).write(edit.file(POLICY))
         for node in wanted:
             edit.remove(node)
+        if (root.absolute().parent / LEARNING).is_dir():
+            write_json(edit.file(FORGET), [str(node) for node in sorted(wanted)])
     return removed
 
 

@@ -18,10 +18,12 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from mlx_hiermem.config import AnchorIdentity, EmbedderIdentity, MemoryConfig, Path
 from mlx_hiermem.errors import AnchorMismatchError, BankError, HierMemError
+from mlx_hiermem.files import parse_json
+from mlx_hiermem.printable import printable
 
 FORMAT, VERSION = "mlx-hiermem-bank", 1
 START, END = b',\n "blocks": [\n', b"\n ]\n}\n"  # no string in JSON has a line break
@@ -54,8 +56,21 @@ class BlockEntry:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> BlockEntry:
-        path, sources = Path.parse(row["path"]), tuple(row.get("sources", ()))
-        return cls(**{**row, "path": path, "sources": sources})
+        """Raises KeyError, TypeError, ValueError, AttributeError or HierMemError for what is no row."""
+        sources = tuple(map(printable, row.get("sources", ())))
+        label = printable(row.get("label", ""))
+        return counted(cls(**{**row, "path": Path.parse(row["path"]), "label": label, "sources": sources}))
+
+
+Row = TypeVar("Row", FileEntry, BlockEntry)
+
+
+def counted(row: Row) -> Row:
+    """The row itself; ValueError unless its counts are whole numbers, 0 or more, and its digest a text."""
+    counts = (row.bytes, row.documents, row.tokens) if isinstance(row, BlockEntry) else (row.bytes,)
+    if any(type(count) is not int or count < 0 for count in counts) or not isinstance(row.sha256, str):
+        raise ValueError(f"{row} is not a row of counts and a digest")
+    return row
 
 
 def order(path: Path) -> tuple[int, Path]:
@@ -120,7 +135,7 @@ class BlockTable(Mapping[Path, BlockEntry]):
 
     def _entry(self, line: bytes) -> BlockEntry:
         try:
-            return BlockEntry.from_json(json.loads(line.removesuffix(b",")))
+            return BlockEntry.from_json(parse_json(line.removesuffix(b",")))
         except (ValueError, KeyError, TypeError, AttributeError, HierMemError) as error:
             raise _incomplete(self._file, error) from error
 
@@ -202,7 +217,7 @@ class BankManifest:
         """Raises BankError where the file is missing, damaged or of another version."""
         try:
             parts = _split(file)
-            data = json.loads(parts[0] if parts else file.read_text(encoding="utf-8"))
+            data = parse_json(parts[0] if parts else file.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise BankError(f"no bank.json in {file.parent}", "Is this the bank/ folder of a model?") from error
         except (OSError, ValueError) as error:
@@ -216,17 +231,17 @@ class BankManifest:
             )
         try:
             return cls(
-                anchor=AnchorIdentity(**data["anchor"]),
+                anchor=AnchorIdentity.from_json(data["anchor"]),
                 memory=MemoryConfig.from_json(data["memory"]),
-                embedder=EmbedderIdentity(**data["embedder"]),
+                embedder=EmbedderIdentity.from_json(data["embedder"]),
                 blocks=parts[1] if parts else {row.path: row for row in map(BlockEntry.from_json, data["blocks"])},
-                tree=FileEntry(**data["tree"]),
-                generic=FileEntry(**data["generic"]) if data.get("generic") else None,
-                labels={Path.parse(path): label for path, label in data.get("labels", {}).items()},
-                recipe=data.get("recipe", {}),
-                licence=data.get("licence", ""),
+                tree=counted(FileEntry(**data["tree"])),
+                generic=counted(FileEntry(**data["generic"])) if data.get("generic") else None,
+                labels={Path.parse(path): printable(label) for path, label in data.get("labels", {}).items()},
+                recipe=dict(data.get("recipe", {})),
+                licence=printable(data.get("licence", "")),
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise _incomplete(file, error) from error
 
 

@@ -24,7 +24,7 @@ from mlx_hiermem.bank.bank import MANIFEST, TREE
 from mlx_hiermem.bank.block import write_block
 from mlx_hiermem.bank.manifest import BankManifest, FileEntry
 from mlx_hiermem.errors import BankError, OutputError
-from mlx_hiermem.files import DISK_FULL, file_digest, fsync, locked, partial_name, reason, to_disk
+from mlx_hiermem.files import DISK_FULL, file_digest, fsync, locked, parse_json, partial_name, reason, to_disk
 from mlx_hiermem.tree import ClusterTree
 
 JOURNAL = "journal.jsonl"
@@ -70,7 +70,7 @@ class BankWriter:
             self._note({"fingerprint": fingerprint})
             return
         try:
-            head, *rows = map(json.loads, whole.splitlines())
+            head, *rows = map(parse_json, whole.splitlines())
             self._journaled = {row.pop("name"): FileEntry(**row) for row in rows}
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise OutputError(f"the journal in {self.partial} is damaged", "Remove that folder.") from error

@@ -18,9 +18,9 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
 from mlx_hiermem.errors import TaskError
+from mlx_hiermem.evaluate.encoding import Prompt, Prompter
 from mlx_hiermem.evaluate.examples import SEED, Example, shared_beginning
 from mlx_hiermem.evaluate.generation import Asked, replies
-from mlx_hiermem.evaluate.prompts import Prompt, Prompter
 from mlx_hiermem.evaluate.routes import Placed, attach, by_memory, place
 from mlx_hiermem.evaluate.scoring import Pair, Score, Scorer
 from mlx_hiermem.evaluate.texts import WINDOW, windows

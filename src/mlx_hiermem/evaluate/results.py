@@ -15,6 +15,7 @@ from typing import Any
 
 from mlx_hiermem.errors import OutputError, TaskError
 from mlx_hiermem.evaluate.statistics import Figure, Row, figure
+from mlx_hiermem.files import parse_json
 
 FORMAT, VERSION = "mlx-hiermem-eval", 1
 MEMORIES = ("none", "generic", "fetched", "oracle", "blocked")  # see `routes`
@@ -136,7 +137,7 @@ class ResultFile:
 def _read(file: pathlib.Path) -> list[dict[str, Any]]:
     """The head and the rows. Raises TaskError where the file is of another kind."""
     try:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        rows = [parse_json(line) for line in file.read_text(encoding="utf-8").splitlines()]
         if (rows[0]["format"], rows[0]["version"]) != (FORMAT, VERSION):
             raise ValueError("it is of another version")
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:

@@ -22,9 +22,9 @@ import numpy as np
 from mlx_hiermem.anchor import identify
 from mlx_hiermem.bank.bank import MANIFEST
 from mlx_hiermem.evaluate.answers import is_decided, rule_for
+from mlx_hiermem.evaluate.encoding import NUMBER_ROOM, Prompt, Prompter
 from mlx_hiermem.evaluate.examples import Example, read_examples
 from mlx_hiermem.evaluate.generation import Asked, drafted, replies
-from mlx_hiermem.evaluate.prompts import NUMBER_ROOM, Prompt, Prompter
 from mlx_hiermem.evaluate.results import FIFTHS, FORMAT, VERSION, ResultFile, Run
 from mlx_hiermem.evaluate.routes import Placed, attach, by_memory, check, place
 from mlx_hiermem.evaluate.scoring import Score, Scorer

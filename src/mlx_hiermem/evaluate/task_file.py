@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from mlx_hiermem.errors import TaskError
-from mlx_hiermem.files import read_lines
+from mlx_hiermem.files import parse_json, read_lines
 
 Row = dict[str, Any]
 T = TypeVar("T")
@@ -25,7 +25,7 @@ def read_rows(
     found, bad = list[T](), list[str]()
     for number, line in read_lines(file, TaskError):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             if not isinstance(row, dict):
                 raise ValueError("is no JSON object")
             found.append(parse(number, row))

@@ -15,25 +15,25 @@ that self-study makes of it; texts and vectors stay on disk.
                                                window, in the order of the windows
     prompts   study/prompts  prompts.jsonl     the same, and the prompts that the user gives, each in its
                                                window; only where there are any
-    probes    tree/          probes.jsonl      {"window", "text"}: what somebody may type who wants this
+    probes    tree/probes    probes.jsonl      {"window", "text"}: what somebody may type who wants this
                                                window: its sentences, their beginnings, its generated
                                                questions; then those that ask for its subject ("reversed":
                                                true); last the questions that only measure ("held_out": true)
-    vectors   tree/          probes.npy        [probes, 384] float32, unit length, row for row of probes.jsonl
+    vectors   tree/probes    probes.npy        [probes, 384] float32, unit length, row for row of probes.jsonl
                              means.npy         [windows, 384] float32, unit length: the mean of a window's probes
-    tree      tree/          tree.safetensors  the bank's tree (`ClusterTree`), ragged
+    tree      tree/build     tree.safetensors  the bank's tree (`ClusterTree`), ragged
                              leaves.jsonl      {"window", "leaves": ["0.3", "2.1"]}: line i is window i; the
                                                leaves in which it is learnt, its own first
                              agreement.json    the tree's shape, leaves of a window, and the share of held-out
                                                questions that reach a leaf of their window
-    labels    tree/          nodes.json        {"0.3": {"label", "documents", "windows", "tokens", "sources"}}
-    examples  train/         examples/         token sequences, and the leaves that learn them
+    labels    tree/labels    nodes.json        {"0.3": {"label", "documents", "windows", "tokens", "sources"}}
+    examples  train/encoding examples/         token sequences, and the leaves that learn them
                              heldout/          token sequences that only measure
-    training  train/         training/         a folder for each subtree, log.jsonl, loss.png
+    training  train/jobs     training/         a folder for each subtree, log.jsonl, loss.png
     bank      publish        model/            what becomes OUT
 
 `run` goes through all of it, `add` brings new documents into a bank that is there. `settings` has everything that
-can be chosen, `records` the lines of these files as dataclasses.
+can be chosen.
 """
 
 from __future__ import annotations

@@ -13,14 +13,13 @@ from __future__ import annotations
 import json
 import pathlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from mlx_hiermem.anchor import identify, load_anchor
 from mlx_hiermem.bank.bank import MANIFEST, TREE, MemoryBank
@@ -29,25 +28,22 @@ from mlx_hiermem.bank.commit import editing
 from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
 from mlx_hiermem.bank.policy import POLICY, BankPolicy
 from mlx_hiermem.bank.remote import REMOTE, Origin
-from mlx_hiermem.config import ROOT, Path
+from mlx_hiermem.config import Path
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import BankError
-from mlx_hiermem.files import file_digest, replace_folder
-from mlx_hiermem.learn import publish, report
+from mlx_hiermem.files import file_digest, new_folder, replace_folder
+from mlx_hiermem.learn import publish, stages
 from mlx_hiermem.learn.corpus.corpus import Corpus
-from mlx_hiermem.learn.publish import ANCHOR, BANK, kept_texts
+from mlx_hiermem.learn.publish import ANCHOR, BANK, MovedTexts, kept_texts
 from mlx_hiermem.learn.settings import AddSettings, ExampleSettings
-from mlx_hiermem.learn.stages import StagedRun
 from mlx_hiermem.learn.train.blocks import Tensors
 from mlx_hiermem.learn.train.dataset import TrainingSet, TrainingSetWriter
-from mlx_hiermem.learn.train.encoding import EXAMPLES, TOGETHER, make_examples
+from mlx_hiermem.learn.train.encoding import EXAMPLES, make_examples
 from mlx_hiermem.learn.train.jobs import Trainer
 from mlx_hiermem.learn.train.schedule import nodes_with_block
-from mlx_hiermem.learn.tree.build import CorpusTree, place_in_tree
+from mlx_hiermem.learn.tree.build import CorpusTree, added_node, place_in_tree, with_new_leaf
 from mlx_hiermem.learn.tree.labels import SOURCES, describe_nodes
-from mlx_hiermem.learn.tree.routing import descend
-from mlx_hiermem.learn.work import TRAINING, Work, locked_work, work_folder, write_text
-from mlx_hiermem.router import TextEmbedder
+from mlx_hiermem.learn.work import GO_ON, TRAINING, Work, locked_work, work_folder, write_text
 from mlx_hiermem.tree import ClusterTree
 
 BEFORE, AFTER, JOINED, ALL, ROWS = "before", "after", "joined", "all", "rows.json"
@@ -69,11 +65,11 @@ class Added:
         return asdict(self)
 
 
-DEFAULT, SILENT = AddSettings(), report.Silent()
+DEFAULT, SILENT = AddSettings(), stages.Silent()
 
 
 def add(
-    model: pathlib.Path, sources: Sequence[str], settings: AddSettings = DEFAULT, listener: report.Listener = SILENT
+    model: pathlib.Path, sources: Sequence[str], settings: AddSettings = DEFAULT, listener: stages.Listener = SILENT
 ) -> Added:
     """Learns documents into a model folder's bank. Interrupted, the same call goes on.
 
@@ -91,23 +87,19 @@ def add(
     return added
 
 
-class _Adding(StagedRun):
+class _Adding(stages.StagedRun):
     """One command's work. What it computes is of the bank as it was `before`, however often it is interrupted."""
 
-    def __init__(self, work: Work, model: pathlib.Path, settings: AddSettings, listener: report.Listener) -> None:
+    def __init__(self, work: Work, model: pathlib.Path, settings: AddSettings, listener: stages.Listener) -> None:
         super().__init__(work, listener)
         self.model, self.root, self.settings = model, model / BANK, settings
         self.before = before = work.path(BEFORE)
         if before.is_dir() and not self._is_ours():
             shutil.rmtree(before)  # of a command that was given up: the bank is another by now
         if not before.is_dir():
-            beside = work.path(f"{BEFORE}.tmp")
-            with work.writing():
-                shutil.rmtree(beside, ignore_errors=True)
-                beside.mkdir()
+            with new_folder(before, GO_ON) as beside:
                 for name in (MANIFEST, TREE):
                     shutil.copyfile(self.root / name, beside / name)
-                beside.rename(before)
         self.bank = MemoryBank(self.root, BankManifest.read(before / MANIFEST))
         self.tree, self.digest = ClusterTree.load(before / TREE), file_digest(before / MANIFEST)
 
@@ -223,7 +215,7 @@ class _Adding(StagedRun):
             learns=blocks.__contains__,
         )
         perplexity = trainer.run(self.listener.training)
-        self.listener.end(report.perplexity_line(perplexity, "these texts"))
+        self.listener.end(stages.perplexity_line(perplexity, "these texts"))
         return trainer
 
     def _start(self, node: Path) -> Tensors | None:
@@ -287,69 +279,3 @@ class _Adding(StagedRun):
 def _leaves_line(leaves: Sequence[Path], new_leaf: Path | None) -> str:
     some = ", ".join(map(str, leaves[:8])) + ", …" * (len(leaves) > 8)
     return f"learnt in {len(leaves)} leaves: {some}" + (f"; {new_leaf} is new" if new_leaf else "")
-
-
-# A leaf of its own
-
-
-@dataclass(frozen=True)
-class MovedTexts:
-    """Which old texts go to a new leaf from now on, and so must be learnt there too."""
-
-    tree: ClusterTree
-    leaf: Path
-    embedder: TextEmbedder
-    tokenizer: Any
-
-    def windows(self, old: TrainingSet) -> set[int]:
-        """The windows of which some text goes there, by its prompt, or as a whole where all of it is learnt."""
-        found = set[int]()
-        for start in range(0, len(old), TOGETHER):
-            examples = [old.read(number) for number in range(start, min(start + TOGETHER, len(old)))]
-            firsts = [int(example.learn.argmax()) for example in examples]
-            tokens = [
-                e.tokens if first <= 1 else e.tokens[:first] for e, first in zip(examples, firsts, strict=True)
-            ]
-            texts = [self.tokenizer.decode(some.tolist(), skip_special_tokens=True) for some in tokens]
-            levels, rows = descend(self.tree, self.embedder.embed(texts))
-            for example, level, row in zip(examples, levels.tolist(), rows.tolist(), strict=True):
-                if Path.of_row(row, level, self.tree.branching) == self.leaf:
-                    found.add(example.window)
-        return found
-
-
-def with_new_leaf(tree: ClusterTree) -> Callable[[np.ndarray], ClusterTree]:
-    """Means [n, dim] of new windows -> the tree with a leaf for them, below the node that most of them pass.
-
-    Of the nodes with room the deepest that most pass is taken; the centroid is the middle of them all. Raises
-    BankError where no node on their way has room.
-    """
-
-    def choose(means: np.ndarray) -> ClusterTree:
-        levels, rows = descend(tree, means)
-        passed: dict[Path, int] = {ROOT: len(means)}
-        for level, row in zip(levels.tolist(), rows.tolist(), strict=True):
-            for node in Path.of_row(row, level, tree.branching).prefixes():
-                passed[node] = passed.get(node, 0) + 1
-        roomy = [node for node in passed if len(node) < tree.depth and _room(tree, node) is not None]
-        if not roomy:
-            raise BankError("the bank's tree has no room for a leaf near these documents", "Leave out --new-leaf.")
-        best = max(roomy, key=lambda node: (2 * passed[node] > len(means), len(node), passed[node]))
-        return tree.with_node(Path((*best, _room(tree, best) or 0)), means.mean(0).astype(np.float32))
-
-    return choose
-
-
-def _room(tree: ClusterTree, node: Path) -> int | None:
-    """A child's place that is free at a node."""
-    present = tree.present[len(node)][node.row(tree.branching)]
-    return None if present.all() else int(np.flatnonzero(~present)[0])
-
-
-def added_node(tree: ClusterTree, known: ClusterTree) -> Path | None:
-    """The node that one tree has and the other has not."""
-    for level in range(1, tree.depth + 1):
-        for node in tree.nodes(level):
-            if not known.has(node):
-                return node
-    return None

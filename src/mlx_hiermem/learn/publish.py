@@ -22,19 +22,22 @@ import numpy as np
 
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.block import MemoryBlock, block_name, write_block
+from mlx_hiermem.bank.commit import FORGET, LEARNING
 from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
 from mlx_hiermem.bank.quantize import quantized
 from mlx_hiermem.bank.writer import BankWriter, to_disk
 from mlx_hiermem.config import GENERIC_NODE, AnchorIdentity, EmbedderIdentity, MemoryConfig, Path
 from mlx_hiermem.errors import HierMemError, OutputError
-from mlx_hiermem.files import replace_folder, restore_folder
+from mlx_hiermem.files import locked, replace_folder, restore_folder
 from mlx_hiermem.learn.train.blocks import Tensors
 from mlx_hiermem.learn.train.dataset import TrainingSet, TrainingSetWriter
-from mlx_hiermem.learn.train.encoding import EXAMPLES
+from mlx_hiermem.learn.train.encoding import EXAMPLES, TOGETHER
 from mlx_hiermem.learn.train.jobs import Trainer
+from mlx_hiermem.learn.tree.build import descend
+from mlx_hiermem.router import TextEmbedder
 from mlx_hiermem.tree import ClusterTree
 
-ANCHOR, BANK, LEARNING = "anchor", "bank", "learning"  # folders of a model
+ANCHOR, BANK = "anchor", "bank"  # folders of a model, beside LEARNING
 Nodes = Mapping[str, Mapping[str, Any]]  # as nodes.json has them
 
 
@@ -150,22 +153,32 @@ def publish(folder: pathlib.Path, out: pathlib.Path) -> None:
 # The kept texts
 
 
-def forget(model: pathlib.Path) -> int:
-    """Drops the kept texts of leaves that were removed, unless another leaf has learnt them; returns how many."""
-    kept, tree = kept_texts(model), MemoryBank.open(model / BANK).tree
-    if not kept.is_dir():
-        return 0
-    old, fewer = TrainingSet.open(kept), kept.with_name(f"{EXAMPLES}.fewer")
+def forget(root: pathlib.Path) -> int:
+    """Drops the kept texts of leaves that were removed from a bank, unless another leaf has learnt them.
+
+    Returns how many. The bank's note that this is to be done goes last: a process that dies leaves it.
+    """
+    model, count = root.absolute().parent, 0
+    kept = kept_texts(model)
     try:
-        with TrainingSetWriter(fewer) as out:
-            for number, leaves in still_there(old, tree):
-                out.add(old.read(number), leaves)
-        count = len(old) - len(TrainingSet.open(fewer))
-        replace_folder(fewer, kept)
+        if kept.is_dir():
+            with locked(model / LEARNING, "changing"):
+                count = _drop(kept, MemoryBank.open(root).tree)
+        (root / FORGET).unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(
             f"cannot write {kept}: {error.strerror or error}", "It still has texts of what was removed: delete it."
         ) from error
+    return count
+
+
+def _drop(kept: pathlib.Path, tree: ClusterTree) -> int:
+    old, fewer = TrainingSet.open(kept), kept.with_name(f"{EXAMPLES}.fewer")
+    with TrainingSetWriter(fewer) as out:
+        for number, leaves in still_there(old, tree):
+            out.add(old.read(number), leaves)
+    count = len(old) - len(TrainingSet.open(fewer))
+    replace_folder(fewer, kept)
     return count
 
 
@@ -181,3 +194,29 @@ def still_there(old: TrainingSet, tree: ClusterTree) -> Iterator[tuple[int, list
     for number, leaves in enumerate(old.leaves_of()):
         if present := [leaf for leaf in leaves if tree.has(leaf)]:
             yield number, present
+
+
+@dataclass(frozen=True)
+class MovedTexts:
+    """Which old texts go to a new leaf from now on, and so must be learnt there too."""
+
+    tree: ClusterTree
+    leaf: Path
+    embedder: TextEmbedder
+    tokenizer: Any
+
+    def windows(self, old: TrainingSet) -> set[int]:
+        """The windows of which some text goes there, by its prompt, or as a whole where all of it is learnt."""
+        found = set[int]()
+        for start in range(0, len(old), TOGETHER):
+            examples = [old.read(number) for number in range(start, min(start + TOGETHER, len(old)))]
+            firsts = [int(example.learn.argmax()) for example in examples]
+            tokens = [
+                e.tokens if first <= 1 else e.tokens[:first] for e, first in zip(examples, firsts, strict=True)
+            ]
+            texts = [self.tokenizer.decode(some.tolist(), skip_special_tokens=True) for some in tokens]
+            levels, rows = descend(self.tree, self.embedder.embed(texts))
+            for example, level, row in zip(examples, levels.tolist(), rows.tolist(), strict=True):
+                if Path.of_row(row, level, self.tree.branching) == self.leaf:
+                    found.add(example.window)
+        return found

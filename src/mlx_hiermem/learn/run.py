@@ -20,19 +20,19 @@ import mlx.nn as nn
 
 from mlx_hiermem import __version__
 from mlx_hiermem.anchor import identify, load_anchor
+from mlx_hiermem.bank.commit import LEARNING
 from mlx_hiermem.bank.policy import POLICY, BankPolicy
 from mlx_hiermem.config import EmbedderIdentity, MemoryConfig
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import AnchorError, HierMemError, OutputError
-from mlx_hiermem.learn import report
-from mlx_hiermem.learn.publish import ANCHOR, BANK, LEARNING, About, Nodes, link, publish, write_bank
+from mlx_hiermem.learn import stages
+from mlx_hiermem.learn.publish import ANCHOR, BANK, About, Nodes, link, publish, write_bank
 from mlx_hiermem.learn.settings import (
     ExampleSettings,
     LearnSettings,
     MemorySettings,
     epochs_for,
 )
-from mlx_hiermem.learn.stages import StagedRun
 from mlx_hiermem.learn.train.encoding import EXAMPLES, make_examples, open_examples
 from mlx_hiermem.learn.train.jobs import LOG, PLOT, Trainer
 from mlx_hiermem.learn.tree.build import build_tree, given_agreement
@@ -124,7 +124,7 @@ class Learnt:
         return asdict(self)
 
 
-DEFAULT, SILENT = LearnSettings(), report.Silent()
+DEFAULT, SILENT = LearnSettings(), stages.Silent()
 
 
 def learn(
@@ -132,7 +132,7 @@ def learn(
     out: str | pathlib.Path,
     anchor: Callable[[], AnchorSource] | pathlib.Path | str,
     settings: LearnSettings = DEFAULT,
-    listener: report.Listener = SILENT,
+    listener: stages.Listener = SILENT,
 ) -> Learnt | None:
     """Learns documents into the model folder `out`. On other ranks than the first it returns None.
 
@@ -176,10 +176,10 @@ def _tidy(folder: pathlib.Path) -> Iterator[None]:
         raise
 
 
-class _Run(StagedRun):
+class _Run(stages.StagedRun):
     """Learning a new model."""
 
-    def __init__(self, work: Work, settings: LearnSettings, listener: report.Listener, first: bool = True) -> None:
+    def __init__(self, work: Work, settings: LearnSettings, listener: stages.Listener, first: bool = True) -> None:
         super().__init__(work, listener, first)
         self.settings, self.folder = settings, work.path(BASE) / ANCHOR
 
@@ -205,7 +205,7 @@ class _Run(StagedRun):
             built = build_tree(self.work, corpus, embedder, tree, self.progress("texts embedded"))
             asked = self.settings.questions
             given = given_agreement(built, embedder, asked) if asked else None
-            self.listener.end(report.tree_line(built.agreement, given))
+            self.listener.end(stages.tree_line(built.agreement, given))
         with self.stage("examples"):
             chosen = ExampleSettings(self.settings.heldout, self.settings.training.objective == "distillation")
             make_examples(self.work, built, embedder, tokenizer, chosen, self.progress("windows"))
@@ -236,10 +236,10 @@ class _Run(StagedRun):
                 identity=identify(self.folder).weights_digest,
                 vocabulary=config.get("effective_vocab_size"),
             )
-            self.listener.end(f"{report.memory_line(memory)}, {settings.epochs} epochs")
+            self.listener.end(f"{stages.memory_line(memory)}, {settings.epochs} epochs")
             self.listener.begin("training")
             perplexity = trainer.run(self.listener.training)
-            self.listener.end(report.perplexity_line(perplexity, self._measured))
+            self.listener.end(stages.perplexity_line(perplexity, self._measured))
         return trainer, perplexity
 
     def write(self, name: str, prepared: Prepared, trainer: Trainer, perplexity: dict[str, float]) -> Learnt:

@@ -22,12 +22,26 @@ from typing import Any, TypeVar
 
 from mlx_hiermem.errors import HierMemError, SettingsError
 from mlx_hiermem.files import read_text, write_text
-from mlx_hiermem.learn.records import Prompt
 
 OBJECTIVES = ("next-token", "distillation")
 ENOUGH_TOKENS = 100_000  # learnt by a subtree over all epochs, where the epochs are not set
 FEWEST_EPOCHS, MOST_EPOCHS = 3, 16  # of those
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt that the user gives, and what is to follow it.
+
+    `document` is a title or a source. A `chat` is learnt in the anchor's chat template; a `framed` prompt is put as
+    a question. One without a prompt is a text to learn as it stands.
+    """
+
+    document: str
+    prompt: str
+    answer: str
+    chat: bool = False
+    framed: bool = False
 
 
 @dataclass(frozen=True)

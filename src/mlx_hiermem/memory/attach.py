@@ -24,6 +24,11 @@ class Attachment:
     def __init__(self, config: MemoryConfig, carriers: list[list[tuple[nn.Module, Slot]]]) -> None:
         self.config, self.carriers = config, carriers
 
+    def takes(self, config: MemoryConfig) -> bool:
+        """Whether memories of this design fit the slots: of the same kind and widths, for the same layers."""
+        mine, other = self.config, config
+        return (mine.kind, mine.layers, mine.widths) == (other.kind, other.layers, other.widths)
+
     def set(self, memory: FetchedMemory | None) -> None:
         """Fills every slot from the memory's tensors [L, R, width]; None empties them."""
         if memory is None:

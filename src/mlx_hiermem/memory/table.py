@@ -34,7 +34,7 @@ class MemoryTable:
             [mx.zeros((2, units, widths[name]), slot.dtype) for name in slot.names] for _, slot in self._slots
         ]
         # Row 0 attends to one zero key with a zero value: softmax over nothing would not be a number.
-        self._real = mx.zeros((2, units), mx.bool_)
+        self._real = mx.zeros((2, units), mx.bool_)  # which units of a row are no padding
         self._real[NOTHING, 0] = True
         self._rows: OrderedDict[Hashable, int] = OrderedDict()  # least recently used first
         self._users: dict[Hashable, int] = {}
@@ -68,6 +68,16 @@ class MemoryTable:
         if key in self._users:
             self._users[key] -= 1
 
+    def forget(self) -> None:
+        """Empties the rows that no sequence uses."""
+        for key in [key for key in self._rows if not self._users.get(key)]:
+            row = self._rows.pop(key)
+            self._users.pop(key, None)
+            for tables in self._tables:
+                for table in tables:
+                    table[row] = 0
+            self._real[row] = False
+
     def use(self, rows: mx.array) -> None:
         """Attaches the table for the next forward pass: rows [B] of its sequences."""
         for (_, slot), tables in zip(self._slots, self._tables, strict=True):
@@ -85,7 +95,15 @@ class MemoryTable:
         self._real = _doubled(self._real)
         return first
 
+    def _widen(self, units: int) -> None:
+        """Makes room for a memory that is longer than all before: another bank's, or a larger generic block."""
+        more = units - self._real.shape[1]
+        self._tables = [[mx.pad(table, [(0, 0), (0, more), (0, 0)]) for table in tables] for tables in self._tables]
+        self._real = mx.pad(self._real, [(0, 0), (0, more)])
+
     def _write(self, row: int, memory: FetchedMemory) -> None:
+        if memory.units > self._real.shape[1]:
+            self._widen(memory.units)
         written: list[mx.array] = []
         layers = {name: memory.by_layer(name) for name in memory.tensors}
         for (layer, slot), tables in zip(self._slots, self._tables, strict=True):

@@ -7,6 +7,7 @@ time; each file takes its place only after its digest was right.
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import pathlib
 import re
@@ -32,6 +33,9 @@ from mlx_hiermem.progress import Progress
 
 WORKERS = 8  # downloads at a time: blocks are small, and most of a small download is waiting
 INCOMING = ".incoming"
+# What a pull may bring, beside the bank's own files. Nothing that Python, a shell or a browser would run.
+ANCHOR = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE", "NOTICE")
+TEXTS = ("README", "README.md", "README.txt", "LICENSE", "LICENSE.md", "LICENSE.txt")
 
 
 @dataclass(frozen=True)
@@ -146,12 +150,17 @@ def _manifest(folder: pathlib.Path, origin: Origin) -> BankManifest:
 
 
 def _beside_the_bank(origin: Origin) -> list[RemoteFile]:
-    """The anchor, the model card and the licence; no Python code, which nothing here would run anyway."""
+    """The anchor, the model card and the licence: files of the kinds that are read here, and no others."""
     anchor = listing(origin.repo, origin.revision, "anchor", recursive=True)
     if not anchor:
         raise HubError(f"{origin.repo} is not a memory model: it has no anchor/", "Check the name.")
-    texts = [file for file in listing(origin.repo, origin.revision) if file.name.startswith(("README", "LICENSE"))]
-    return texts + [file for file in anchor if not file.name.endswith(".py")]
+    texts = [file for file in listing(origin.repo, origin.revision) if _is_one_of(file, TEXTS)]
+    return texts + [file for file in anchor if _is_one_of(file, ANCHOR)]
+
+
+def _is_one_of(file: RemoteFile, patterns: Iterable[str]) -> bool:
+    name = pathlib.PurePosixPath(file.name).name
+    return not name.startswith(".") and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def find(manifest: BankManifest, terms: Iterable[str]) -> list[Path]:

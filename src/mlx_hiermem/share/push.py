@@ -15,6 +15,7 @@ from typing import Any
 from mlx_hiermem.anchor import identify
 from mlx_hiermem.bank.bank import EDIT, MANIFEST, MemoryBank
 from mlx_hiermem.bank.check import check
+from mlx_hiermem.bank.commit import FORGET
 from mlx_hiermem.bank.hub import quiet, speaking
 from mlx_hiermem.bank.remote import FETCHED, REMOTE
 from mlx_hiermem.errors import AnchorError, BankError, HubError
@@ -22,7 +23,7 @@ from mlx_hiermem.files import read_text, write_text
 from mlx_hiermem.share import card
 
 UPLOADED = ["anchor/*", "bank/*", "README.md", "LICENSE*"]
-NOT_UPLOADED = [f"bank/{REMOTE}", f"bank/{FETCHED}", f"bank/{EDIT}/*", "*.partial", "*/.*"]
+NOT_UPLOADED = [f"bank/{REMOTE}", f"bank/{FETCHED}", f"bank/{EDIT}/*", f"bank/{FORGET}", "*.partial", "*/.*"]
 REPLACED = ["anchor/*", "bank/*"]  # what lies there and is not pushed goes
 NO_TOKEN = "Log in with `hf auth login`, or set HF_TOKEN to a token with write access."
 

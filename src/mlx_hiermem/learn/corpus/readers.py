@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from mlx_hiermem.errors import CorpusError, MissingDependencyError
-from mlx_hiermem.learn.records import Document, Skipped
+from mlx_hiermem.learn.corpus.windows import Document, Skipped
 from mlx_hiermem.learn.work import STAGES, SUFFIX
 
 Found = Document | Skipped

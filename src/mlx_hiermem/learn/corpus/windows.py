@@ -1,4 +1,4 @@
-"""A document's text in windows: whole sentences, as many as fit into a given number of tokens.
+"""A document, and its text in windows: whole sentences, as many as fit into a given number of tokens.
 
 Tokens are the embedder's. It reads the first 256 of a text, so a longer window would be routed by its beginning
 only.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
@@ -19,6 +20,37 @@ from mlx_hiermem.learn.settings import CorpusSettings
 BETWEEN = re.compile(
     r"(?<=[.!?…])[\"'”’)\]]*\s+(?=[\"'“‘(\[]*[^\W_a-z])|(?<=[^\W\d_]{5}[.!?])\s+|(?<=[。！？])|\n\s*\n"
 )
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document as a reader gives it. `source` says where it was: a file, or a file and a line."""
+
+    source: str
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """What was not learnt, and why, in words for the user."""
+
+    what: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Window:
+    """A piece of a document that is learnt as a whole: full sentences, up to a number of tokens.
+
+    `id` counts the windows of a corpus from 0, `document` its documents.
+    """
+
+    id: int
+    document: int
+    source: str
+    title: str
+    text: str
 
 
 def untruncated(tokenizer: Tokenizer) -> Tokenizer:

@@ -25,10 +25,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from mlx_hiermem.errors import CorpusError, FileError
+from mlx_hiermem.errors import FileError
 from mlx_hiermem.files import read_lines
-from mlx_hiermem.learn.corpus.corpus import Corpus
-from mlx_hiermem.learn.records import Prompt
+from mlx_hiermem.learn.corpus.corpus import Corpus, not_there
+from mlx_hiermem.learn.settings import Prompt
 from mlx_hiermem.learn.tree.probes import FRAME, names, with_subjects
 from mlx_hiermem.learn.work import PROMPTS, STUDY, Row, Work, read_rows, write_rows
 
@@ -126,11 +126,3 @@ def _rows(one: Prompt, window: int, subject: str) -> list[Row]:
         return [row]
     row |= {"both": True}  # these two take turns
     return [row | {"question": one.prompt, "prompt": FRAME.format(one.prompt)}, row | {"chat": True}]
-
-
-def not_there(document: str, what: str) -> CorpusError:
-    """The error for a document that `what` is about, but the corpus has not."""
-    return CorpusError(
-        f"no document is called '{document}', which {what} is about",
-        "Name documents by their title, or by their source as windows.jsonl has it.",
-    )

@@ -24,13 +24,22 @@ from functools import partial
 from typing import Any
 
 from mlx_hiermem.learn.corpus.corpus import Corpus
-from mlx_hiermem.learn.records import Window
+from mlx_hiermem.learn.corpus.windows import Window
 from mlx_hiermem.learn.settings import StudySettings
 from mlx_hiermem.learn.study.facts import COMMON, Fact, facts, mention, reversible, worth_asking
-from mlx_hiermem.learn.study.judge import PairJudge, Tried, WindowJudge, try_out
-from mlx_hiermem.learn.study.patterns import patterns
-from mlx_hiermem.learn.study.teacher import CachedTeacher, Teacher
-from mlx_hiermem.learn.study.wordings import Wording, echo, names_of, own_beginning, reversed_wordings, wordings
+from mlx_hiermem.learn.study.teacher import CachedTeacher, Teacher, patterns
+from mlx_hiermem.learn.study.wordings import (
+    PairJudge,
+    Tried,
+    WindowJudge,
+    Wording,
+    echo,
+    names_of,
+    own_beginning,
+    reversed_wordings,
+    try_out,
+    wordings,
+)
 from mlx_hiermem.learn.tree.probes import FRAME, with_subjects
 from mlx_hiermem.learn.work import STUDY, Work, read_rows, write_rows
 from mlx_hiermem.progress import FractionDone, Progress, unheard

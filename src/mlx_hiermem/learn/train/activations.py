@@ -18,8 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_hiermem.config import GENERIC_NODE
-from mlx_hiermem.learn.train.batches import Batch, collate
-from mlx_hiermem.learn.train.dataset import Example, TrainingSet
+from mlx_hiermem.learn.train.dataset import Batch, Example, TrainingSet, collate
 from mlx_hiermem.learn.train.schedule import Job
 from mlx_hiermem.learn.train.step import Inputs, MemoryLoss
 from mlx_hiermem.partial import PartialAnchor, prefill, repeat_cache

@@ -22,12 +22,11 @@ from typing import Any
 import numpy as np
 
 from mlx_hiermem.config import Path
-from mlx_hiermem.learn.records import Window
+from mlx_hiermem.learn.corpus.windows import Window
 from mlx_hiermem.learn.settings import ExampleSettings
 from mlx_hiermem.learn.train.dataset import ALWAYS, FRAMED, IN_CHAT, Example, TrainingSet, TrainingSetWriter
-from mlx_hiermem.learn.tree.build import CorpusTree
+from mlx_hiermem.learn.tree.build import CorpusTree, descend
 from mlx_hiermem.learn.tree.probes import FRAME, about, is_held_out, with_subjects
-from mlx_hiermem.learn.tree.routing import descend
 from mlx_hiermem.learn.work import Work, with_rows
 from mlx_hiermem.router import TextEmbedder
 from mlx_hiermem.tokenizer import encode_chat, encode_text, spells_control

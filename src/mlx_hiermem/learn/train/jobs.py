@@ -30,9 +30,17 @@ from mlx_hiermem.learn.settings import TrainingSettings
 from mlx_hiermem.learn.train.activations import JobStates
 from mlx_hiermem.learn.train.blocks import GO_ON, Tensors, TrainedBlocks, new_block
 from mlx_hiermem.learn.train.dataset import TrainingSet
-from mlx_hiermem.learn.train.heldout import HeldOut, perplexities
 from mlx_hiermem.learn.train.known import Known
-from mlx_hiermem.learn.train.log import Listener, Log, ProgressMeter, merge_logs, plot, read_log
+from mlx_hiermem.learn.train.monitor import (
+    HeldOut,
+    Listener,
+    Log,
+    ProgressMeter,
+    merge_logs,
+    perplexities,
+    plot,
+    read_log,
+)
 from mlx_hiermem.learn.train.schedule import Group, Job, Schedule, jobs_of_rank, list_jobs, nodes_with_block
 from mlx_hiermem.learn.train.step import MemoryLoss, rate_factor, update
 from mlx_hiermem.progress import Progress
@@ -173,7 +181,8 @@ class Trainer:
         """Writes what this work folder is for, or checks it."""
         text, file = json.dumps(made_of, sort_keys=True), self.work / "training.json"
         if not file.is_file():
-            own = file.with_name(f"{file.name}.{self.group.rank()}")  # ranks may write it at one time
+            # Ranks may write it at one time, so each has a name of its own beside it; the last one's stays.
+            own = file.with_name(f"{file.name}.{self.group.rank()}")
             write_text(own, text)
             os.replace(own, file)
         elif file.read_text(encoding="utf-8") != text:

@@ -20,8 +20,7 @@ import numpy as np
 
 from mlx_hiermem.config import GENERIC_NODE, MemoryConfig, Path
 from mlx_hiermem.learn.settings import TrainingSettings
-from mlx_hiermem.learn.train.batches import group_by_length
-from mlx_hiermem.learn.train.dataset import TrainingSet
+from mlx_hiermem.learn.train.dataset import TrainingSet, group_by_length
 
 FEW = 1 << 15  # ways to divide jobs among ranks that are all tried
 

@@ -19,8 +19,8 @@ from mlx.optimizers import AdamW, clip_grad_norm
 from mlx_hiermem.bank.block import FetchedMemory, MemoryBlock
 from mlx_hiermem.config import MemoryConfig
 from mlx_hiermem.learn.settings import TrainingSettings
-from mlx_hiermem.learn.train.batches import Batch
 from mlx_hiermem.learn.train.blocks import Tensors, TrainedBlock
+from mlx_hiermem.learn.train.dataset import Batch
 from mlx_hiermem.memory.attach import attach
 from mlx_hiermem.partial import PartialAnchor
 

@@ -6,6 +6,11 @@ room, all having room for an even share, and the children are split in their tur
 a leaf, so the tree is ragged. Each node has a random generator of its own, made of the seed and the node, so the
 order of work does not matter.
 
+Once a node's windows are divided among its children, its centroids are moved until the windows' probes are nearest
+to their own child (`Separation`): k-means puts them where the windows are, but nearest-centroid routing is a linear
+classifier, and this one is trained to tell the subjects apart in whatever wording.
+benchmarks/results/routing_agreement.md has what that is worth.
+
 Vectors may be a memory map: only samples and chunks of it are read. Nine bytes a window are held.
 """
 
@@ -19,6 +24,7 @@ import numpy as np
 
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import CorpusError
+from mlx_hiermem.learn.tree.probes import ProbeVectors
 from mlx_hiermem.tree import ClusterTree
 
 STEPS, SAMPLE = 20, 6400  # App. C
@@ -28,6 +34,9 @@ SMALLEST = 3  # windows in a child, on average, for a node to be split at all
 LEAF = 8  # windows in a leaf that the default shape aims at
 WIDEST, DEEPEST = 16, 4  # the paper's tree
 CHUNK = 1 << 14  # rows compared with the centroids at a time
+MOVES, PROBES_A_MOVE, RATE = 150, 8192, 0.02  # of `Separation`'s Adam
+SHARPNESS = 30.0  # turns squared distances of about 0.1 into logits that differ by a few units
+HOLD = 3e-2  # pulls the centroids to where k-means put them: else text of other kinds is no farther than probes
 
 # (the node's windows, the child of each, its [k, dim] centroids, random numbers) -> better centroids
 Tune = Callable[[np.ndarray, np.ndarray, np.ndarray, np.random.Generator], np.ndarray]
@@ -210,3 +219,88 @@ def squared(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     products = points @ centroids.T
     lengths = np.einsum("nd,nd->n", points, points)[:, None] + np.einsum("kd,kd->k", centroids, centroids)
     return np.maximum(lengths - 2 * products, 0)
+
+
+# Centroids that tell subjects apart
+
+
+@dataclass(frozen=True, eq=False)
+class Separation:
+    """Moves a node's centroids until its windows' probes are nearest to their own child; a `Tune`.
+
+    `turned` are questions for what a window is about, given something that it says. They weigh half as much, and
+    shape neither clusters nor places: by these a window would be far from its like.
+    """
+
+    probes: ProbeVectors
+    turned: ProbeVectors | None = None
+
+    def __call__(
+        self, members: np.ndarray, child: np.ndarray, centroids: np.ndarray, rng: np.random.Generator
+    ) -> np.ndarray:
+        """members [m] and the child of each [m], centroids [k, dim] -> better centroids [k, dim]."""
+        start, moving = centroids.astype(np.float32), centroids.astype(np.float32)  # [k, dim]
+        mean, spread = np.zeros_like(moving), np.zeros_like(moving)  # Adam's moments
+        parts = [_Part(self.probes, members, 1.0)]
+        if self.turned and (turned := _Part(self.turned, members, 1 / 3)).any:
+            parts = [_Part(self.probes, members, 2 / 3), turned]
+        for step in range(1, MOVES + 1):
+            gradient = 2 * HOLD * (moving - start)
+            for points, owner, weight in (part.draw(rng) for part in parts):
+                gradient += self._gradient(moving, points, child[owner], weight)
+            mean = 0.9 * mean + 0.1 * gradient
+            spread = 0.999 * spread + 0.001 * gradient**2
+            rate = RATE * (1 - (step - 1) / MOVES)  # at a constant one some nodes end in the middle of a leap
+            moving -= rate * (mean / (1 - 0.9**step)) / (np.sqrt(spread / (1 - 0.999**step)) + 1e-8)
+        return moving
+
+    @staticmethod
+    def _gradient(centroids: np.ndarray, points: np.ndarray, label: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        """The gradient [k, dim] of the weighted cross-entropy of softmax(-SHARPNESS * squared distance).
+
+        points [b, dim], their right child `label` [b], weight [b].
+        """
+        logits = -SHARPNESS * squared(points, centroids)  # [b, k]
+        logits -= logits.max(1, keepdims=True)
+        wrong = np.exp(logits)  # the softmax, less 1 at the labels
+        wrong /= wrong.sum(1, keepdims=True)
+        wrong[np.arange(len(label)), label] -= 1
+        wrong *= weight[:, None]
+        return -2 * SHARPNESS * (centroids * wrong.sum(0)[:, None] - wrong.T @ points)
+
+
+class _Part:
+    """Probes of some windows, for the steps of `Separation`.
+
+    Each window weighs the same, one in all `members` times `weight`; one without probes weighs nothing.
+    """
+
+    def __init__(self, probes: ProbeVectors, members: np.ndarray, weight: float) -> None:
+        self._probes, self._members, self._weight = probes, members, weight
+        self._counts = probes.first[members + 1] - probes.first[members]  # [m]
+        self._having = np.flatnonzero(self._counts)  # places among the members
+        self.any = len(self._having) > 0
+        self._fixed = self._all() if self._counts.sum() <= PROBES_A_MOVE else None
+
+    def draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(points [b, dim], whose they are among the members [b], weights [b]): every probe.
+
+        Where these are many, the same in expectation: windows drawn evenly, of each one probe.
+        """
+        if self._fixed:
+            return self._fixed
+        owner = self._having[rng.integers(len(self._having), size=PROBES_A_MOVE)]
+        chosen = self._probes.first[self._members[owner]]
+        chosen = chosen + (rng.random(PROBES_A_MOVE) * self._counts[owner]).astype(np.int64)
+        order = np.argsort(chosen)  # a memory map is read forwards
+        weight = self._weight * len(self._having) / len(self._members) / PROBES_A_MOVE
+        return (
+            np.asarray(self._probes.vectors[chosen[order]]),
+            owner[order],
+            np.full(PROBES_A_MOVE, weight, np.float32),
+        )
+
+    def _all(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        chosen, owner = self._probes.of_windows(self._members)
+        weight = self._weight / (self._counts[owner] * len(self._members))
+        return np.asarray(self._probes.vectors[chosen]), owner, weight.astype(np.float32)

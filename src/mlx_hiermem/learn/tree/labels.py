@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from mlx_hiermem.config import Path
-from mlx_hiermem.learn.records import Placed, Window
+from mlx_hiermem.learn.corpus.windows import Window
 from mlx_hiermem.learn.train.dataset import TrainingSet
-from mlx_hiermem.learn.tree.build import CorpusTree
+from mlx_hiermem.learn.tree.build import CorpusTree, Placed
 from mlx_hiermem.learn.work import NODES, Work, write_text
 
 TERMS = 3  # in a label

@@ -25,8 +25,7 @@ import numpy as np
 
 from mlx_hiermem.files import file_digest, new_file
 from mlx_hiermem.learn.corpus.corpus import Corpus
-from mlx_hiermem.learn.corpus.windows import sentences
-from mlx_hiermem.learn.records import Window
+from mlx_hiermem.learn.corpus.windows import Window, sentences
 from mlx_hiermem.learn.work import (
     GO_ON,
     MEANS,
@@ -234,7 +233,7 @@ def embed_to_file(
 
     `progress` counts texts.
     """
-    part = file.with_name(file.name + ".part")
+    part = file.with_name(file.name + ".part")  # unlike `new_file`'s, it stays where the block fails
     dim = embedder.embed([""]).shape[1]
     header = _header(count, dim)
     with part.open("r+b" if part.exists() else "w+b") as stream:

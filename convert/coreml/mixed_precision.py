@@ -13,7 +13,7 @@ from typing import Any
 
 from mlx_hiermem.convert.coreml.architecture import Linear
 from mlx_hiermem.convert.coreml.compress import rounded, size
-from mlx_hiermem.convert.coreml.measure import Distance, Reference
+from mlx_hiermem.convert.coreml.measure import Distance, Float32Anchor
 from mlx_hiermem.errors import HierMemError
 from mlx_hiermem.progress import Progress
 
@@ -39,7 +39,7 @@ class Plan:
 
 
 def find_plan(
-    reference: Reference, weights: Sequence[Linear], form: str, bound: float, progress: Progress | None = None
+    reference: Float32Anchor, weights: Sequence[Linear], form: str, bound: float, progress: Progress | None = None
 ) -> Plan:
     """As many weights in `form` as keep the mean KL at most `bound`; the others in 8 bits, or else in 16.
 
@@ -64,18 +64,23 @@ def uniform(weights: Sequence[Linear], form: str) -> dict[str, str]:
     return {weight.name: "fp16" if form == "int8" and weight.part is not None else form for weight in weights}
 
 
-def _uniform(reference: Reference, weights: Sequence[Linear], form: str) -> Plan:
+def _uniform(reference: Float32Anchor, weights: Sequence[Linear], form: str) -> Plan:
     formats = uniform(weights, form)
     return Plan(formats, _measure(reference, weights, formats))
 
 
-def _measure(reference: Reference, weights: Sequence[Linear], formats: dict[str, str]) -> Distance:
+def _measure(reference: Float32Anchor, weights: Sequence[Linear], formats: dict[str, str]) -> Distance:
     changes = ((weight, rounded(weight.weight, formats[weight.name])) for weight in weights)
     return reference.with_weights(changes)
 
 
 def _search(
-    reference: Reference, weights: Sequence[Linear], fine: Plan, form: str, bound: float, progress: Progress | None
+    reference: Float32Anchor,
+    weights: Sequence[Linear],
+    fine: Plan,
+    form: str,
+    bound: float,
+    progress: Progress | None,
 ) -> Plan:
     """Coarsens the matrices that cost the least KL per megabyte; how many, by bisection."""
     costs = []

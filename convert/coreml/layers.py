@@ -1,4 +1,9 @@
-"""Attention over a cache that is a state of the program.
+"""What the layers are made of: norms that float16 can hold, and attention over a cache that is a state.
+
+SmolLM2's residual stream reaches 22 560, whose square is far beyond float16's 65 504. So values are divided by
+their largest before they are squared; every step below stays between about 1e-4 and 1e4:
+
+    m = max(|x|, sqrt(eps))        x · 1 / (m · sqrt(mean((x / m)²) + (sqrt(eps) / m)²))
 
 k_cache and v_cache are [layers, key/value heads, context, head dim]. A call writes its tokens' keys and values at
 `position` and attends to all that stands there up to each token; what lies beyond is masked, so it may be anything.
@@ -6,6 +11,7 @@ k_cache and v_cache are [layers, key/value heads, context, head dim]. A call wri
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +19,6 @@ import numpy as np
 
 from mlx_hiermem.convert.coreml.architecture import Architecture, Layer, Linear, Norm
 from mlx_hiermem.convert.coreml.mil import Var, Weights, half, mb
-from mlx_hiermem.convert.coreml.norm import norm
 
 MASKED = 30_000.0  # taken off a score: nothing is left of its share, and float16 holds the difference
 
@@ -159,3 +164,23 @@ def take(x: Var, index: int, name: str) -> Var:
     return mb.slice_by_index(
         x=x, begin=[index, *rest], end=[index + 1, *rest], end_mask=keep, squeeze_mask=squeeze, name=name
     )
+
+
+def norm(x: Var, of: Norm, weights: Weights, name: str) -> Var:
+    """RMSNorm or LayerNorm over the last axis, which is `of.width` wide."""
+    if of.centred:
+        x = mb.sub(x=x, y=mb.reduce_mean(x=x, axes=[-1], keep_dims=True), name=f"{name}_centred")
+    root = half(math.sqrt(of.eps))
+    peak = mb.reduce_max(x=mb.abs(x=x), axes=[-1], keep_dims=True, name=f"{name}_peak")
+    peak = mb.maximum(x=peak, y=root)
+    unit = mb.real_div(x=x, y=peak, name=f"{name}_unit")
+    mean = mb.reduce_mean(x=mb.mul(x=unit, y=unit), axes=[-1], keep_dims=True, name=f"{name}_mean_square")
+    floor = mb.real_div(x=root, y=peak)
+    length = mb.sqrt(x=mb.add(x=mean, y=mb.mul(x=floor, y=floor)))
+    # x and not x / m goes on: most of x / m is below what float16 holds exactly where one value is huge.
+    x = mb.mul(x=x, y=mb.real_div(x=mb.real_div(x=half(1.0), y=length), y=peak), name=f"{name}_normed")
+    if of.gain is not None:
+        x = mb.mul(x=x, y=weights.constant(f"{name}_gain", of.gain), name=f"{name}_scaled")
+    if of.bias is not None:
+        x = mb.add(x=x, y=weights.constant(f"{name}_bias", of.bias), name=f"{name}_shifted")
+    return x
