@@ -25,9 +25,9 @@ import common
 import numpy as np
 
 from mlx_hiermem.apps.demo.evaluate import HERE
-from mlx_hiermem.learn.corpus.windows import sentences
 from mlx_hiermem.learn.tree.kmeans import BALANCE, Shape, assign, grow, kmeans, squared
 from mlx_hiermem.learn.tree.probes import write_vectors
+from mlx_hiermem.sentences import sentences
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 DIM, CENTRES, K = 384, 200, 16

@@ -26,10 +26,11 @@ import numpy as np
 from mlx_hiermem.apps.demo.evaluate import HERE
 from mlx_hiermem.config import Path
 from mlx_hiermem.embedder import Embedder
-from mlx_hiermem.learn.corpus.windows import Window, sentences
+from mlx_hiermem.learn.corpus.windows import Window
 from mlx_hiermem.learn.tree.build import agreement, descend, place
 from mlx_hiermem.learn.tree.kmeans import BALANCE, Separation, Shape, grow
 from mlx_hiermem.learn.tree.probes import ProbeVectors, framed, probe_texts, statements, with_subjects
+from mlx_hiermem.sentences import sentences
 from mlx_hiermem.tree import ClusterTree
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "routing_agreement.json"

@@ -16,10 +16,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+from mlx_hiermem.convert.readers import plain_name
 from mlx_hiermem.errors import CheckpointError
 
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
-WRAPPERS = re.compile(r"((module|_orig_mod)\.)+")  # added by DistributedDataParallel and torch.compile
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class KeyMap:
         for name in names:
             if any(fnmatchcase(name, pattern) for pattern in self.ignore):
                 continue
-            bare = WRAPPERS.sub("", name, count=1) if WRAPPERS.match(name) else name
+            bare = plain_name(name)
             ours = self._translate(name) or self._translate(bare) or bare
             if ours in found:
                 raise CheckpointError(f"both {found[ours]} and {name} would be {ours}", "Change the key map.")

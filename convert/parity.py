@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import pathlib
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
@@ -23,11 +24,14 @@ from mlx_lm.utils import dequantize_model
 
 from mlx_hiermem.cache import BlockCache
 from mlx_hiermem.config import GENERIC_LEVEL, MemoryConfig, Path, Quantization
-from mlx_hiermem.convert import reference_memory
+from mlx_hiermem.convert import reference_adapter, reference_memory
+from mlx_hiermem.convert.anchors import adapters
 from mlx_hiermem.convert.anchors.gguf import GGUF, ROPE_FACTORS
 from mlx_hiermem.convert.anchors.huggingface import one_line
-from mlx_hiermem.convert.checkpoint import TensorSource
+from mlx_hiermem.convert.checkpoint import TensorSource, open_checkpoint
+from mlx_hiermem.convert.dcp_reader import METADATA
 from mlx_hiermem.convert.memory_layout import MemoryLayout
+from mlx_hiermem.convert.readers import plain_name
 from mlx_hiermem.convert.reference import load_openlm, to_torch
 from mlx_hiermem.convert.source import Source
 from mlx_hiermem.errors import CheckpointError
@@ -77,9 +81,9 @@ class TorchSide:
 
     def __init__(self, model: Any, config: MemoryConfig | None = None, read: MemoryReader | None = None) -> None:
         self.model, self.read = model, read
-        self.layers = model.layers if hasattr(model, "layers") else model.model.layers
+        self.layers = reference_memory.layers_of(model)
         self.attachment = reference_memory.attach(model, config) if config else None
-        self.vocabulary = model.config.vocab_size
+        self.vocabulary = getattr(model.config, "text_config", model.config).vocab_size
 
     def round(self, dtype: str, quantization: Mapping[str, Any] | None) -> None:
         """Rounds the parameters as the anchor's were: to its dtype, matrices to MLX's integers too.
@@ -235,20 +239,45 @@ def load_source(source: Source, config: pathlib.Path | None = None) -> Any:
             model = _from_gguf(source.path) if source.kind == "gguf" else _from_folder(source.path)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"transformers cannot load {source.path}: {one_line(error)}") from error
-    if model.config.model_type == "gemma3_text":
+    if model.config.model_type in ("gemma3_text", "gemma3"):
         # Gemma's embeddings are scaled by sqrt(hidden) as bfloat16 has it, in which it was trained; transformers
         # rounds it to the dtype at hand, float32 here.
-        scale = model.model.embed_tokens.embed_scale
-        model.model.embed_tokens.embed_scale = scale.bfloat16().float()
+        embeddings = model.get_input_embeddings()
+        embeddings.embed_scale = embeddings.embed_scale.bfloat16().float()
     return model.eval()
 
 
 def _from_folder(folder: pathlib.Path) -> Any:
-    from transformers import AutoModelForCausalLM
+    """transformers' own reading; of a distributed checkpoint its class, filled by PyTorch's reader."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
-    )
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    known = AutoModelForCausalLM._model_mapping  # a model that also sees is one of the other kind, or of both
+    kind = AutoModelForCausalLM if type(config) in known else AutoModelForImageTextToText
+    how = {"dtype": torch.float32, "attn_implementation": "eager"}
+    with open_checkpoint(folder) as weights:
+        if weights.files[0].name == METADATA:
+            model = kind.from_config(config, **how)
+            tensors = {plain_name(name): to_torch(weights.read(name)).float() for name in weights.names()}
+            _fill(model, tensors, folder)
+            return model
+    with (
+        tempfile.TemporaryDirectory() as temporary
+    ):  # without the adapter, which PEFT would load if it is installed
+        for file in folder.iterdir():
+            if file.name != adapters.CONFIG:
+                (pathlib.Path(temporary) / file.name).symlink_to(file.resolve())
+        model = kind.from_pretrained(temporary, local_files_only=True, **how)
+    return reference_adapter.merge(model, folder)
+
+
+def _fill(model: Any, tensors: dict[str, torch.Tensor], where: pathlib.Path) -> None:
+    """Gives a model all its tensors; CheckpointError where some are missing or left over."""
+    left = model.load_state_dict(tensors, strict=False)
+    tied = {"lm_head.weight"} if getattr(model.config, "tie_word_embeddings", False) else set()
+    if left.unexpected_keys or set(left.missing_keys) - tied:
+        raise CheckpointError(f"transformers does not read all of {where}: {left.missing_keys[:4]}")
+    model.tie_weights()
 
 
 def _from_gguf(file: pathlib.Path) -> Any:
@@ -261,11 +290,7 @@ def _from_gguf(file: pathlib.Path) -> Any:
     # It is asked for its names only, but of every submodule again, which takes minutes for a large model.
     names = SimpleNamespace(config=config, state_dict=model.state_dict, named_children=tuple)
     tensors = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=names)["tensors"]
-    left = model.load_state_dict(tensors, strict=False)
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    if left.unexpected_keys or set(left.missing_keys) - tied:
-        raise CheckpointError(f"transformers does not read all of {file}: {left.missing_keys[:4]}")
-    model.tie_weights()
+    _fill(model, tensors, file)
     source = GGUF(file)
     if ROPE_FACTORS in source.tensors:
         model.model.rotary_emb.inv_freq /= torch.from_numpy(np.array(source.dequantised(ROPE_FACTORS)))

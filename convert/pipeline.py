@@ -120,10 +120,8 @@ def _write_anchor(
     warn: Warn,
     progress: Progress | None,
 ) -> None:
-    """Converts into a sibling first: a folder named anchor is a whole one."""
+    """Converts into a sibling first: a folder named anchor is a whole one. What a killed run left is continued."""
     new = partial_name(anchor)
-    for left in (new, *anchor.parent.glob(".staging-*")):  # of a run that was killed
-        shutil.rmtree(left, ignore_errors=True)
     if source.kind == "gguf":
         convert_gguf(source.path, new, quantize=quantize, tokenizer=tokenizer, warn=warn, progress=progress)
     elif source.kind == "openlm":
@@ -131,7 +129,7 @@ def _write_anchor(
             source.path, new, config=config, tokenizer=tokenizer, quantize=quantize, warn=warn, progress=progress
         )
     else:
-        convert_huggingface(source.path, new, quantize=quantize, tokenizer=tokenizer, progress=progress)
+        convert_huggingface(source.path, new, quantize=quantize, tokenizer=tokenizer, warn=warn, progress=progress)
     new.rename(anchor)
 
 

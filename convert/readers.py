@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -52,6 +53,10 @@ SAME_WIDTH_INTEGERS = {  # of a float's bits: exponent all ones and no sign, i.e
     "bfloat16": ("<i2", "<u2", 0x7F80),
 }
 READ_LIMIT = 1 << 30  # bytes per pread: macOS refuses 2 GiB and more
+# what DistributedDataParallel puts in front of names, and torch.compile, FSDP and activation checkpoints anywhere
+WRAPPERS = re.compile(
+    r"^(?:module\.)+|(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
 
 
 @dataclass(frozen=True)
@@ -102,9 +107,10 @@ def is_finite(raw: RawTensor) -> bool:
 
 
 class CheckpointFile(Protocol):
-    """One file: its tensors' dtypes and shapes, and rows of their data."""
+    """One file, or several that belong together: its tensors' dtypes and shapes, and rows of their data."""
 
     file: pathlib.Path
+    files: list[pathlib.Path]
     tensors: dict[str, tuple[str, tuple[int, ...]]]
     metadata: dict[str, str]
     extras: dict[str, Any]
@@ -118,7 +124,7 @@ class SafetensorsFile:
     """One .safetensors file."""
 
     def __init__(self, file: pathlib.Path) -> None:
-        self.file = file
+        self.file, self.files = file, [file]
         self._fd = os.open(file, os.O_RDONLY)
         try:
             header = read_header(file, CheckpointError)
@@ -176,6 +182,13 @@ def size_of(dtype: str, shape: Sequence[int]) -> int:
     for n in shape:
         count *= n
     return count * np.dtype(NUMPY_DTYPES[dtype]).itemsize
+
+
+def plain_name(name: str) -> str:
+    """A tensor's name without what training puts into it: `_orig_mod.module.a.weight` is `a.weight`."""
+    while (plain := WRAPPERS.sub("", name)) != name:
+        name = plain
+    return name
 
 
 def some(names: Sequence[str], limit: int = 8) -> str:

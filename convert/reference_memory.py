@@ -226,12 +226,19 @@ class Attachment:
         yield sites.projections["o"].linear.register_forward_pre_hook(add)
 
 
+def layers_of(model: Any) -> Sequence[nn.Module]:
+    """The layers of `OpenLM` or of a Hugging Face model, also of one that sees."""
+    if hasattr(model, "layers"):
+        return model.layers
+    return getattr(model.model, "language_model", model.model).layers
+
+
 def attach(model: Any, config: MemoryConfig) -> Attachment:
     """Gives `OpenLM` or a Hugging Face causal language model the places that `config` describes.
 
     Raises AnchorError where the model has no such layers.
     """
-    layers = model.layers if hasattr(model, "layers") else model.model.layers
+    layers = layers_of(model)
     if max(config.layers) >= len(layers):
         raise AnchorError(f"the memory is for layer {max(config.layers)}, the model has {len(layers)} layers")
     return Attachment(config, layers)

@@ -11,12 +11,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_hiermem.anchor import read_config
+from mlx_hiermem.convert.anchors.adapters import adapter_files, refuse_alone
 from mlx_hiermem.convert.anchors.huggingface import download, is_hub_id
 from mlx_hiermem.convert.checkpoint import open_checkpoint
+from mlx_hiermem.convert.dcp_reader import METADATA, find_dcp
+from mlx_hiermem.convert.foreign import refuse_foreign
 from mlx_hiermem.convert.readers import TORCH_SUFFIXES
 from mlx_hiermem.errors import CheckpointError
 from mlx_hiermem.files import file_digest
 
+HF_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")  # llama.cpp's names for the parts of a split file
 TOOLS = ("mlx-hiermem", "mlx", "mlx-lm", "numpy", "coremltools", "gguf", "torch", "transformers")
 
@@ -53,6 +57,9 @@ def find_source(src: str) -> Source:
         raise CheckpointError(f"there is no file or folder {src}", "Hub ids have the form owner/name.")
     if path.is_dir():
         return _in_folder(path)
+    refuse_foreign(str(path), [path.name])
+    if path.suffix == ".distcp" or path.name == METADATA:
+        raise CheckpointError(f"{path} is a part of a distributed checkpoint", f"Give its folder, {path.parent}.")
     if path.suffix == ".gguf":
         return Source("gguf", path, path.stem, tuple(parts_of(path)))
     if (path.parent / "config.json").is_file() and "model_type" in read_config(path.parent):
@@ -70,11 +77,16 @@ def _in_folder(folder: pathlib.Path) -> Source:
     if (folder / "config.json").is_file():
         config = read_config(folder)
     ggufs = tuple(sorted(folder.glob("*.gguf")))
+    if not any(any(folder.glob(pattern)) for pattern in HF_WEIGHTS):
+        refuse_foreign(str(folder), (entry.name for entry in folder.iterdir()))
     has_pt = any(file.suffix in (".pt", ".pth") for file in folder.iterdir())
     if _is_openlm(config) or (has_pt and "model_type" not in config):
         return Source("openlm", folder, name, _weights(folder))
     if config:
-        return Source("huggingface", folder, name, _weights(folder))
+        return Source("huggingface", folder, name, (*_weights(folder), *adapter_files(folder)))
+    refuse_alone(folder)
+    if find_dcp(folder):
+        return _distributed(folder)
     if ggufs and ggufs == tuple(parts_of(ggufs[0])):
         return Source("gguf", ggufs[0], ggufs[0].stem, ggufs)
     if ggufs:
@@ -82,6 +94,19 @@ def _in_folder(folder: pathlib.Path) -> Source:
     raise CheckpointError(
         f"{folder} is no model: it has no config.json, no .pt and no .gguf file",
         "Give the folder that holds config.json, the weights and the tokenizer.",
+    )
+
+
+def _distributed(folder: pathlib.Path) -> Source:
+    """A distributed checkpoint without a config.json beside it: OpenLM's, or one whose config is a folder up."""
+    if (folder.parent / "config.json").is_file() and find_dcp(folder.parent) == folder / METADATA:
+        return _in_folder(folder.parent)
+    with open_checkpoint(folder) as weights:
+        if any(name.endswith("attention.in_proj.weight") for name in weights.names()):
+            return Source("openlm", folder, folder.resolve().name, tuple(weights.files))
+    raise CheckpointError(
+        f"{folder} holds a distributed checkpoint, but no config.json",
+        "Copy config.json and the tokenizer's files from the model that was trained into that folder.",
     )
 
 

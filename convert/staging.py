@@ -37,11 +37,17 @@ def partial_folder(out: pathlib.Path, resume: bool, overwrite: bool = False) -> 
         else:
             os.rename(partial, out)
     except BaseException as error:
+        told = _told(out, error)
         interrupted = not isinstance(error, Exception)
-        if not (continued or interrupted or (resume and isinstance(error, OutputError))):
+        if not (continued or interrupted or (resume and isinstance(told, OutputError))):
             shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, RuntimeError) and "Unable to write" in str(error):  # all that MLX says of a full disk
-            raise OutputError(f"cannot write {out}: the disk is full", "Free some space.") from error
-        if isinstance(error, OSError):
-            raise OutputError(f"cannot write {out}: {reason(error)}") from error
-        raise
+        if told is error:
+            raise
+        raise told from error
+
+
+def _told(out: pathlib.Path, error: BaseException) -> BaseException:
+    """An OutputError for what the operating system refuses; any other error as it is."""
+    if isinstance(error, RuntimeError) and "Unable to write" in str(error):  # all that MLX says of a full disk
+        return OutputError(f"cannot write {out}: the disk is full", "Free some space.")
+    return OutputError(f"cannot write {out}: {reason(error)}") if isinstance(error, OSError) else error

@@ -27,7 +27,7 @@ class TorchFile:
     """One PyTorch file. Tensors of nested dicts get dotted names; plain values beside them are `extras`."""
 
     def __init__(self, file: pathlib.Path) -> None:
-        self.file = file
+        self.file, self.files = file, [file]
         self.metadata: dict[str, str] = {}
         self.extras: dict[str, Any] = {}
         self.tensors: dict[str, tuple[str, tuple[int, ...]]] = {}

@@ -49,7 +49,7 @@ PATHS = 3  # paths of the tree that are compared, beside the generic block
 # source's own values (also in float16 or bfloat16) only the order of sums differs. Where values were rounded, the
 # bound is what that does to SmolLM2-135M, with room to spare; the source rounded alike must be EXACT again.
 EXACT = 1e-4
-EXACT_GELU = 1e-3  # Gemma 1: mlx-lm computes the exact GELU, the original its tanh form
+EXACT_GELU = 2e-3  # Gemma 1: mlx-lm computes the exact GELU, the original its tanh form
 ROUNDED = {"float16": 1e-2, "bfloat16": 1e-1}
 QUANTISED = {8: 0.2, 4: 1.5}
 

@@ -14,7 +14,12 @@ import pytest
 from mlx_hiermem import cpu
 
 if TYPE_CHECKING:
+    import openai
+    from hub_server import HubServer
+    from serving import Running
+
     from mlx_hiermem.embedder import Embedder
+    from mlx_hiermem.learn.corpus.corpus import Corpus
     from mlx_hiermem.learn.study.teacher import Teacher
 
 cpu.enable()
@@ -111,6 +116,67 @@ def smollm2_teacher(smollm2_anchor: pathlib.Path) -> Teacher:
     from mlx_hiermem.learn.study.teacher import Teacher
 
     return Teacher(*load_anchor(smollm2_anchor)[:2])
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The folder of a tiny random model with a memory. Do not write into it."""
+    from tiny import make_model
+
+    return make_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def anchor(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The folder of a tiny random model without memory, for `learn`. Do not write into it."""
+    from tiny import make_anchor
+
+    folder = tmp_path_factory.mktemp("plain") / "tiny"
+    make_anchor(folder / "anchor")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A tiny random model as Hugging Face saves one. Do not write into it."""
+    from sources import make_hf
+
+    return make_hf(tmp_path_factory.mktemp("source") / "tiny-llama")
+
+
+@pytest.fixture
+def corpus(tmp_path: pathlib.Path, minilm: Embedder) -> Corpus:
+    """The books of books.py, in windows."""
+    from books import write_library
+
+    from mlx_hiermem.learn.corpus.corpus import read_corpus
+    from mlx_hiermem.learn.work import Work
+
+    return read_corpus(Work(tmp_path / "work"), [str(write_library(tmp_path / "books"))], minilm.tokenizer)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Iterator[HubServer]:
+    """A model hub of our own, which this process takes for the real one."""
+    from hub_server import serving, use_in_this_process
+
+    with serving() as server:
+        use_in_this_process(monkeypatch, server.url, tmp_path)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def server(folder: pathlib.Path) -> Iterator[Running]:
+    """A server of the model in `folder`, which a test file may give another meaning."""
+    from serving import serving, tiny_model
+
+    with serving(lambda: tiny_model(folder)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> openai.OpenAI:
+    return server.client
 
 
 @pytest.fixture(scope="session")

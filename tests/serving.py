@@ -14,26 +14,22 @@ from typing import Any
 
 import openai
 import pytest
-from tiny import HashEmbedder
+from tiny import load_tiny
 
-from mlx_hiermem import load
 from mlx_hiermem.apps.server.address import address, bind
 from mlx_hiermem.apps.server.app import Settings
 from mlx_hiermem.apps.server.engine import Engine
 from mlx_hiermem.apps.server.listen import Server
 from mlx_hiermem.batch import MemoryBatch, Token
 from mlx_hiermem.model import MemoryModel
-from mlx_hiermem.router import Router
 
 CONTEXT = 250  # tokens; a tiny model's token is a byte
 
 
 def tiny_model(folder: pathlib.Path) -> MemoryModel:
     """With an embedder that needs no weights, and a context with an end."""
-    model = load(folder)
+    model = load_tiny(folder)
     model.config["max_position_embeddings"] = CONTEXT
-    if model.bank:
-        model._router = Router(model.bank.tree, HashEmbedder(), model.bank.policy)  # type: ignore[arg-type]
     return model
 
 

@@ -1,20 +1,26 @@
 """Banks on disk: what is refused, what is noticed, and that nothing is read before it is needed."""
 
 import json
+import os
 import pathlib
 import sys
+from dataclasses import replace
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from tiny import CONFIG, make_anchor, make_bank, make_model
 
 from mlx_hiermem.anchor import identify
+from mlx_hiermem.bank import commit, edit
 from mlx_hiermem.bank.bank import MANIFEST, MemoryBank
-from mlx_hiermem.bank.block import block_name
+from mlx_hiermem.bank.block import MemoryBlock, block_name, is_finite
 from mlx_hiermem.bank.manifest import BankManifest
 from mlx_hiermem.cache import BlockCache, read_ahead
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import AnchorError, AnchorMismatchError, BankError
+from mlx_hiermem.files import file_digest
+from mlx_hiermem.tree import ClusterTree
 
 
 @pytest.fixture
@@ -132,6 +138,86 @@ def test_problems_sees_one_changed_bit(bank: MemoryBank) -> None:
     data[-1] ^= 1
     file.write_bytes(data)
     assert list(bank.problems()) == ["blocks/0/1.safetensors has changed: its sha256 is not the manifest's"]
+
+
+def flip(file: pathlib.Path, at: int = -1, bits: int = 1) -> None:
+    data = bytearray(file.read_bytes())
+    data[at] ^= bits
+    file.write_bytes(data)
+
+
+def test_a_changed_bit_is_seen_when_the_block_is_first_read(
+    bank: MemoryBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of the same size and shapes used to be taken as it was."""
+    for name in ("blocks/1/0.safetensors", "generic.safetensors", "tree.safetensors"):
+        flip(bank.root / name, at=-2)
+    opened = MemoryBank.open(bank.root)
+    for read in (lambda: opened.read(Path((1, 0))), opened.read_generic, lambda: opened.tree):
+        with pytest.raises(BankError, match="has changed: its sha256 is not the manifest's"):
+            read()
+    opened.read(Path((1, 1)))
+    flip(bank.root / "blocks/1/1.safetensors")
+    opened.read(Path((1, 1)))  # it was right when it was first read
+    with pytest.raises(BankError, match="has changed"):
+        MemoryBank.open(bank.root).read(Path((1, 1)))
+    unchecked = MemoryBank.open(bank.root, verify=False)
+    assert unchecked.tree
+    unchecked.read(Path((1, 0)))
+    monkeypatch.setenv("HIERMEM_VERIFY", "0")
+    MemoryBank.open(bank.root).read(Path((1, 0)))
+
+
+def test_values_that_are_no_numbers_are_refused(bank: MemoryBank) -> None:
+    node, file = Path((1, 0)), bank.root / "blocks/1/0.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-4:] = np.float32(np.inf).tobytes()
+    file.write_bytes(data)
+    rows = {**bank.manifest.blocks, node: replace(bank.manifest.blocks[node], sha256=file_digest(file))}
+    with pytest.raises(BankError, match="not finite"):
+        MemoryBank(bank.root, replace(bank.manifest, blocks=rows)).read(node)
+    centroids = [np.array(level) for level in bank.tree.centroids]
+    centroids[1][2, 1, 7] = np.nan
+    tree = ClusterTree(centroids, bank.tree.present)
+    with pytest.raises(BankError, match="not finite"):
+        tree.route(tree.centroids[0][0, 2])
+    tree.route(tree.centroids[0][0, 1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_finite_numbers(dtype: str, value: float) -> None:
+    numbers = mx.array([[0.0, -1.5], [3e4, 1e-30]]).astype(getattr(mx, dtype))
+    packed = mx.array([0xFFFFFFFF], mx.uint32)
+    assert is_finite(MemoryBlock({"gate": numbers, "up": packed}, 0))
+    numbers[1, 0] = value
+    assert not is_finite(MemoryBlock({"up": packed, "gate": numbers}, 0))
+
+
+def test_a_block_of_an_edit_that_is_being_carried_out_is_no_damage(bank: MemoryBank) -> None:
+    """Its new file is there before its new manifest, and a reader may still have the old one."""
+    node = Path((1, 0))
+    old, new = MemoryBank.open(bank.root), bank.root.parent / "new.safetensors"
+    new.write_bytes((bank.root / "blocks/1/1.safetensors").read_bytes())
+    names = list[str]()
+
+    def dies(source: pathlib.Path, target: pathlib.Path) -> None:
+        names.append(pathlib.Path(target).name)
+        if pathlib.Path(target).name == "bank.json":
+            raise KeyboardInterrupt
+        os.rename(source, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", dies)
+        with pytest.raises(KeyboardInterrupt):
+            edit.add(bank.root, new, node, replacing=True)
+    assert names[-1] == "bank.json"
+    for reader in (old, MemoryBank.open(bank.root)):
+        assert mx.array_equal(reader.read(node).tensors["up"], bank.read(Path((1, 1))).tensors["up"])
+    commit.finish(bank.root)
+    assert mx.array_equal(
+        MemoryBank(bank.root, bank.manifest).read(node).tensors["up"], old.read(node).tensors["up"]
+    )
 
 
 def test_unknown_node(bank: MemoryBank) -> None:

@@ -8,7 +8,7 @@ import pathlib
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny import CONFIG, HashEmbedder, make_anchor, make_bank, make_model
+from tiny import CONFIG, load_tiny, make_anchor, make_bank, make_model
 
 from mlx_hiermem import load
 from mlx_hiermem.anchor import load_anchor
@@ -18,7 +18,6 @@ from mlx_hiermem.config import KINDS, Path
 from mlx_hiermem.errors import BankError, HierMemError
 from mlx_hiermem.memory.table import MemoryTable
 from mlx_hiermem.model import MemoryModel
-from mlx_hiermem.router import Router
 from mlx_hiermem.sampling import Sampling
 from mlx_hiermem.selection import Selection
 
@@ -30,18 +29,12 @@ PROMPTS = ("short", "another prompt that is longer", "a", "of four", "five five 
 def model(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> MemoryModel:
     """Path 2.0 is ragged: its leaf has no block, so its memory is shorter than the others."""
     config = dataclasses.replace(CONFIG, kind=request.param)
-    loaded = load(make_model(tmp_path / "model", config, absent=("2.0",)))
-    assert loaded.bank
-    loaded._router = Router(loaded.bank.tree, HashEmbedder())
-    return loaded
+    return load_tiny(make_model(tmp_path / "model", config, absent=("2.0",)))
 
 
 @pytest.fixture
 def ffn(tmp_path: pathlib.Path) -> MemoryModel:
-    loaded = load(make_model(tmp_path / "model"))
-    assert loaded.bank
-    loaded._router = Router(loaded.bank.tree, HashEmbedder())
-    return loaded
+    return load_tiny(make_model(tmp_path / "model"))
 
 
 def run(batch: MemoryBatch, steps: int = 1000) -> dict[int, list[Token]]:

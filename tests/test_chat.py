@@ -15,7 +15,7 @@ import pytest
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
-from tiny import Aimed, make_model
+from tiny import Aimed
 
 from mlx_hiermem import load
 from mlx_hiermem.apps.cli import chat, keyboard, models, slash
@@ -31,11 +31,6 @@ from mlx_hiermem.session import Session
 from mlx_hiermem.tree import Route
 
 NAMES = {"neon": Path((0, 1)), "iron": Path((2, 0))}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return make_model(tmp_path_factory.mktemp("chat") / "model")
 
 
 @pytest.fixture

@@ -11,10 +11,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 
 import pytest
-from hub_server import TOKEN, HubServer, Repository, environment, serving, use_in_this_process
+from hub_server import TOKEN, HubServer, Repository, environment, use_in_this_process
 from tiny import make_anchor, make_bank, make_model
 
 from mlx_hiermem import load
@@ -42,13 +41,6 @@ BLOCKS = {"0", "1", "2"} | {f"{a}.{b}" for a in range(3) for b in range(3)}
 def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """Labels are `topic 0` to `topic 2.2`."""
     return make_model(tmp_path_factory.mktemp("hub") / "model")
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Iterator[HubServer]:
-    with serving() as server:
-        use_in_this_process(monkeypatch, server.url, tmp_path)
-        yield server
 
 
 @pytest.fixture

@@ -24,12 +24,14 @@ ORDER = [
     "printable",
     "files",
     "config",
+    "sentences",
     "assets",
     "tree",
     "bank",
     "embedder",
     "cache",
     "router",
+    "sources",
     "memory",
 ]
 ORDER += [
@@ -41,6 +43,7 @@ ORDER += [
     "tiers",
     "plan",
     "selection",
+    "grammar",
     "sampling",
     "response",
     "batch",
@@ -69,7 +72,9 @@ CONVERT_MAY_IMPORT = {
 # An export for phones brings the retriever and a part of a bank, and says what fits a device.
 COREML_MAY_IMPORT = CONVERT_MAY_IMPORT | {"embedder", "router", "share", "plan"}
 # The PyTorch definition and its comparison.
-TORCH_MODULES = {f"{PACKAGE}.convert.{name}" for name in ("reference", "reference_memory", "parity")}
+TORCH_MODULES = {
+    f"{PACKAGE}.convert.{name}" for name in ("reference", "reference_adapter", "reference_memory", "parity")
+}
 # What builds Core ML programs, and so names coremltools' builder on every line; apps load it inside functions.
 COREML_BUILDER = f"{PACKAGE}.convert.coreml.mil"
 HEAVY = ("mlx", "mlx_lm", "transformers", "torch", "numpy", "huggingface_hub", "tokenizers", "safetensors", "gguf")

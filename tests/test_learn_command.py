@@ -20,7 +20,7 @@ import pytest
 from books import COUNT, VILLAGES, write_library
 from mlx.utils import tree_flatten
 from mlx_lm.models import mamba
-from tiny import make_anchor, make_tokenizer
+from tiny import make_tokenizer
 
 from mlx_hiermem.apps.cli.main import main
 from mlx_hiermem.bank.bank import MemoryBank
@@ -58,14 +58,6 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> R
         return Result(code, *capfd.readouterr())
 
     return call
-
-
-@pytest.fixture(scope="module")
-def anchor(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """The folder of a tiny model without memory."""
-    folder = tmp_path_factory.mktemp("tiny") / "tiny"
-    make_anchor(folder / "anchor")
-    return folder
 
 
 @pytest.fixture(scope="module")

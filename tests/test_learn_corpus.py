@@ -15,10 +15,11 @@ from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import CorpusError, OutputError
 from mlx_hiermem.learn.corpus import readers as corpus
 from mlx_hiermem.learn.corpus.corpus import Seen, read_corpus
-from mlx_hiermem.learn.corpus.windows import Document, Skipped, sentences, splintered, split, untruncated
+from mlx_hiermem.learn.corpus.windows import Document, Skipped, splintered, split, untruncated
 from mlx_hiermem.learn.settings import CorpusSettings
 from mlx_hiermem.learn.tree import labels
 from mlx_hiermem.learn.work import SKIPPED, WINDOWS, Work
+from mlx_hiermem.sentences import sentences
 
 PAGE = """<html><head><title>Salt</title></head><body><nav><a href="/">Home</a> <a href="/all">All pages</a></nav>
 <article><h1>Salt</h1><p>Salt is a mineral composed primarily of sodium chloride. It is present in vast quantities
@@ -147,6 +148,28 @@ def test_long_text_comes_in_pieces(folder: pathlib.Path, monkeypatch: pytest.Mon
     assert "".join(d.text for d in read(folder)[0]) == "x" * 1000
 
 
+def test_windows_know_their_place(tmp_path: pathlib.Path, tokenizer: Tokenizer) -> None:
+    def places(name: str) -> list[tuple[str, str]]:
+        work = Work(tmp_path / f"work-{name}")
+        corpus = read_corpus(work, [str(tmp_path / name)], tokenizer, CorpusSettings(tokens=8))
+        return [(window.place, window.text) for window in corpus.windows()]
+
+    (tmp_path / "a.txt").write_text("Copper conducts heat very well.\nIt is red.\n\n  Gold does not rust at all.\n")
+    assert places("a.txt") == [
+        ("line 1", "Copper conducts heat very well."),
+        ("line 2", "It is red."),
+        ("line 4", "Gold does not rust at all."),
+    ]
+    (tmp_path / "b.md").write_text(
+        "---\ntitle: Metals\n---\n\n# Copper\n\nIt conducts heat very well.\n\n# Gold\nIt is soft.\n"
+    )
+    assert [place for place, _ in places("b.md")] == ["line 7", "line 10"]
+    (tmp_path / "c.jsonl").write_text('{"text": "Copper conducts heat."}\n')
+    assert places("c.jsonl") == [("", "Copper conducts heat.")]
+    pages = Document("d.pdf", "", "Page one.\n\nPage two.\n\n", pages=(0, 11))
+    assert [pages.place(at) for at in (0, 8, 11, 15)] == ["page 1", "page 1", "page 2", "page 2"]
+
+
 def test_sentences() -> None:
     assert sentences('He said "Go." Then\n he left (soon). It cost 3.5 e.g. once! Why?  “So.”') == [
         'He said "Go."',
@@ -162,7 +185,7 @@ def test_sentences() -> None:
 
 def test_windows_are_whole_sentences(tokenizer: Tokenizer) -> None:
     text = " ".join(f"Sentence number {i} is here." for i in range(30))
-    windows = list(split(text, tokenizer, 40))
+    windows = [window for _, window in split(text, tokenizer, 40)]
     assert " ".join(windows) == text
     sizes = [len(tokenizer.encode(w, add_special_tokens=False)) for w in windows]
     assert max(sizes) <= 40
@@ -172,7 +195,7 @@ def test_windows_are_whole_sentences(tokenizer: Tokenizer) -> None:
 
 def test_a_long_sentence_is_cut_between_words(tokenizer: Tokenizer) -> None:
     text = "incomprehensibilities " * 100
-    windows = list(split(text, tokenizer, 50))
+    windows = [window for _, window in split(text, tokenizer, 50)]
     assert " ".join(windows) == text.strip()
     assert all(len(tokenizer.encode(w, add_special_tokens=False)) <= 50 for w in windows)
     assert list(split("a" * 400, tokenizer, 8))  # one word longer than a window still ends

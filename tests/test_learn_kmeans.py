@@ -7,16 +7,13 @@ import pathlib
 
 import numpy as np
 import pytest
+from tiny import unit
 
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import CorpusError
 from mlx_hiermem.learn.tree import kmeans as kmeans_module
 from mlx_hiermem.learn.tree.kmeans import BALANCE, Shape, assign, grow, kmeans, plus_plus, rebalance, squared
 from mlx_hiermem.learn.tree.probes import write_vectors
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
 def clouds(

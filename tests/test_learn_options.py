@@ -14,20 +14,12 @@ import hub_server
 import pytest
 from books import COUNT, VILLAGES, fact, text, write_library
 from test_learn_command import digests
-from tiny import make_anchor
 
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.learn.train.dataset import TrainingSet
 from mlx_hiermem.learn.work import read_rows
 
 pytestmark = pytest.mark.real  # the sentence embedder
-
-
-@pytest.fixture(scope="module")
-def anchor(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("tiny") / "tiny"
-    make_anchor(folder / "anchor")
-    return folder
 
 
 def command(source: pathlib.Path | str, out: pathlib.Path, anchor: pathlib.Path, *options: str) -> list[str]:

@@ -7,7 +7,7 @@ import pathlib
 from typing import Any
 
 import pytest
-from books import COUNT, VILLAGES, fact, write_library, write_study
+from books import COUNT, VILLAGES, fact, write_study
 from tiny import make_anchor
 
 from mlx_hiermem.embedder import Embedder
@@ -34,12 +34,6 @@ LINES: list[dict[str, Any]] = [
         ],
     },
 ]
-
-
-@pytest.fixture
-def corpus(tmp_path: pathlib.Path, minilm: Embedder) -> Corpus:
-    work = Work(tmp_path / "work")
-    return read_corpus(work, [str(write_library(tmp_path / "books"))], minilm.tokenizer)
 
 
 def written(folder: pathlib.Path, *lines: Any) -> pathlib.Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tiny import unit
 
 from mlx_hiermem.config import Path
 from mlx_hiermem.learn.corpus.windows import Window
@@ -15,10 +16,6 @@ from mlx_hiermem.learn.tree.probes import FRAME, ProbeVectors, probe_texts, with
 from mlx_hiermem.tree import ClusterTree
 
 MADE_UP = CorpusSettings(any_language=True)  # the words of `documents` are of none
-
-
-def unit(values: np.ndarray) -> np.ndarray:
-    return (values / np.linalg.norm(values, axis=-1, keepdims=True)).astype(np.float32)
 
 
 def worded(windows: int, each: int, seed: int = 0, dim: int = 24) -> ProbeVectors:

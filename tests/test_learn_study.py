@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import pathlib
 
 import pytest
-from books import COUNT, VILLAGES, fact, write_library
+from books import COUNT, VILLAGES, fact
 
-from mlx_hiermem.embedder import Embedder
-from mlx_hiermem.learn.corpus.corpus import Corpus, read_corpus
+from mlx_hiermem.learn.corpus.corpus import Corpus
 from mlx_hiermem.learn.corpus.windows import Window
 from mlx_hiermem.learn.settings import StudySettings
 from mlx_hiermem.learn.study import study as study_module
@@ -189,12 +187,6 @@ class TestInTurns:
         ]
         found = [tried.wording.text for tried in in_turns(tries)]
         assert found == ["The speed is", "What speed?", "What pace?", "Which speed?"]
-
-
-@pytest.fixture
-def corpus(tmp_path: pathlib.Path, minilm: Embedder) -> Corpus:
-    work = Work(tmp_path / "work")
-    return read_corpus(work, [str(write_library(tmp_path / "books"))], minilm.tokenizer)
 
 
 class TestStudy:

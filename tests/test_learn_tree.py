@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from tiny import unit
 
 from mlx_hiermem.apps.demo import evaluate
 from mlx_hiermem.embedder import Embedder
@@ -22,10 +23,6 @@ from mlx_hiermem.learn.tree.probes import is_held_out
 from mlx_hiermem.learn.work import NODES, PROBES, STUDY, TREE, Work, read_rows, write_rows
 
 MADE_UP = CorpusSettings(any_language=True)  # the words of `documents` are of none
-
-
-def unit(values: np.ndarray) -> np.ndarray:
-    return (values / np.linalg.norm(values, axis=-1, keepdims=True)).astype(np.float32)
 
 
 class Letters:

@@ -5,7 +5,7 @@ import pathlib
 
 import mlx.core as mx
 import pytest
-from tiny import CONFIG, LLAMA, HashEmbedder, make_anchor, make_bank, make_model
+from tiny import CONFIG, LLAMA, load_tiny, make_anchor, make_bank, make_model
 
 from mlx_hiermem import load
 from mlx_hiermem.bank.bank import MemoryBank
@@ -13,17 +13,13 @@ from mlx_hiermem.config import KINDS, Path
 from mlx_hiermem.errors import AnchorError, AnchorMismatchError, BankError, HierMemError
 from mlx_hiermem.memory.attach import attach
 from mlx_hiermem.model import MemoryModel
-from mlx_hiermem.router import Router
 from mlx_hiermem.sampling import Sampling
 from mlx_hiermem.session import Session
 
 
 @pytest.fixture
 def model(tmp_path: pathlib.Path) -> MemoryModel:
-    loaded = load(make_model(tmp_path / "model"))
-    assert loaded.bank
-    loaded._router = Router(loaded.bank.tree, HashEmbedder())
-    return loaded
+    return load_tiny(make_model(tmp_path / "model"))
 
 
 def _logits(model: MemoryModel, text: str) -> mx.array:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import transformers
-from sources import BASE, KINDS, hf_model, make_gguf, make_hf, make_memory, memory_config
+from sources import BASE, KINDS, hf_model, make_gguf, make_memory, memory_config
 from tiny_openlm import random_openlm, save_openlm
 
 from mlx_hiermem import load
@@ -23,11 +23,6 @@ from mlx_hiermem.convert.source import find_source
 from mlx_hiermem.errors import AnchorMismatchError, CheckpointError, HierMemError, OutputError
 
 CONFIG = memory_config(transformers.LlamaConfig(**{**BASE, **KINDS["llama"][1]}))
-
-
-@pytest.fixture(scope="module")
-def hf(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return make_hf(tmp_path_factory.mktemp("source") / "tiny-llama")
 
 
 @pytest.fixture

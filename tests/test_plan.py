@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import pathlib
 import sys
-from collections.abc import Iterator
 
 import pytest
-from hub_server import HubServer, serving, use_in_this_process
+from hub_server import HubServer
 from tiny import LLAMA, make_model
 
 from mlx_hiermem import load, plan
@@ -138,13 +137,6 @@ def test_every_figure_has_a_basis_and_a_source() -> None:
             assert len(figure.source) > 10
     with pytest.raises(HierMemError, match=r"no device 'nokia' in the table. Known: iphone-15, "):
         plan.device("nokia")
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Iterator[HubServer]:
-    with serving() as server:
-        use_in_this_process(monkeypatch, server.url, tmp_path)
-        yield server
 
 
 def test_model_on_the_hub_is_planned_without_its_weights(hub: HubServer, model: pathlib.Path) -> None:

@@ -9,12 +9,11 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from tiny import HashEmbedder, make_anchor, make_model
+from tiny import load_tiny, make_anchor, make_model
 
 import mlx_hiermem
 from mlx_hiermem import ArgumentError, HierMemError, MemoryBank, MemoryModel, Path, Response, Session, load
 from mlx_hiermem.response import GrowingText
-from mlx_hiermem.router import Router
 from mlx_hiermem.sampling import Options, Sampling
 
 TALK = [
@@ -26,10 +25,7 @@ TALK = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> MemoryModel:
-    opened = load(make_model(tmp_path_factory.mktemp("python") / "model"))
-    assert opened.bank
-    opened._router = Router(opened.bank.tree, HashEmbedder())
-    return opened
+    return load_tiny(make_model(tmp_path_factory.mktemp("python") / "model"))
 
 
 def texts(responses: list[Response]) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import pathlib
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,7 +11,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from serving import CONTEXT, Running, events, serving, tiny_model
-from tiny import make_anchor, make_model
+from tiny import make_anchor
 
 from mlx_hiermem import load
 from mlx_hiermem.bank.policy import BankPolicy
@@ -22,22 +21,6 @@ from mlx_hiermem.sampling import Sampling
 
 CHAT = [{"role": "user", "content": "hello there"}]
 SEVERAL = ("fetched", "none", "generic", "0.1", "2.2", "1", "2.0", "0.1")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return make_model(tmp_path_factory.mktemp("server") / "model")
-
-
-@pytest.fixture(scope="module")
-def server(folder: pathlib.Path) -> Iterator[Running]:
-    with serving(lambda: tiny_model(folder)) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(server: Running) -> openai.OpenAI:
-    return server.client
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ import hub_server
 import openai
 import pytest
 from serving import CONTEXT, Gate, Running, events, eventually, serving, tiny_model
-from tiny import make_model
 
 from mlx_hiermem.apps.server import listen
 from mlx_hiermem.apps.server.address import address, bind
@@ -28,18 +27,9 @@ from mlx_hiermem.share.pull import pull
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = {"messages": [{"role": "user", "content": "hello"}], "memory": "none", "max_tokens": 5}
 DEEP = b'{"messages": [{"role": "user", "content": "x"}], "memory": ' + b"[" * 900 + b"]" * 900 + b"}"
+IMPOSSIBLE = {"type": "integer", "minimum": 5, "maximum": 3}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": IMPOSSIBLE}}
 PROMPT = {"prompt": "hello", "memory": "none", "max_tokens": 5}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return make_model(tmp_path_factory.mktemp("bounds") / "model")
-
-
-@pytest.fixture(scope="module")
-def server(folder: pathlib.Path) -> Iterator[Running]:
-    with serving(lambda: tiny_model(folder)) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +80,10 @@ def posted(running: Running, path: str, body: Any) -> http.client.HTTPConnection
         ),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0]", None, "no Unicode text"),
         ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter", "not supported"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter", "not supported"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", None, "json_schema"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", None, "go together"),
+        ({"response_format": SCHEMA | {"type": "text"}}, "response_format", None, "go together"),
+        ({"response_format": SCHEMA}, "response_format", None, "cannot be met: Unsatisfiable schema: minimum (5)"),
         ({"top_a": 5}, "top_a", "unknown_parameter", "unknown field top_a"),
         ({"\ud800": 5}, None, None, "no Unicode text"),
         ({"stop": ["a", "\udfff"]}, None, None, "no Unicode text"),
@@ -109,7 +102,12 @@ def posted(running: Running, path: str, body: Any) -> http.client.HTTPConnection
         ({"top_logprobs": 2}, None, None, "logprobs: true"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", None, "less than or equal to 20"),
         ({"max_tokens": CONTEXT}, "messages", "context_length_exceeded", f"more than the model's {CONTEXT}"),
-        ({"memory": "lots"}, "memory", None, "no memory 'lots'; take fetched, none, generic, or a path"),
+        (
+            {"memory": "lots"},
+            "memory",
+            None,
+            "no memory 'lots'; take none, generic, fetched, source, fetched+source, or a path",
+        ),
         ({"memory": 5}, "memory", None, "memory: it is fetched, none, generic, a path, a list of blocked nodes"),
         ({"memory": "9"}, "memory", None, "no node 9"),
         ({"memory": ["x"]}, "memory", None, "'x' is not a path"),

@@ -6,7 +6,6 @@ import json
 import pathlib
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -34,17 +33,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     settings["chat_template"] += THINKING
     file.write_text(json.dumps(settings))
     return folder
-
-
-@pytest.fixture(scope="module")
-def server(folder: pathlib.Path) -> Iterator[Running]:
-    with serving(lambda: tiny_model(folder)) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(server: Running) -> openai.OpenAI:
-    return server.client
 
 
 @pytest.fixture(scope="module")

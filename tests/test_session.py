@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import Aimed, make_model
+from tiny import Aimed
 
 from mlx_hiermem import cache, load
 from mlx_hiermem.bank import edit
@@ -27,11 +27,6 @@ from mlx_hiermem.tree import ClusterTree
 
 CONVERSATIONS = pathlib.Path(__file__).parent / "conversations.jsonl"
 A, B, C = Path((0, 1)), Path((2, 0)), Path((2, 2))  # C is where a text goes that names nothing
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return make_model(tmp_path_factory.mktemp("session") / "model")
 
 
 @pytest.fixture

@@ -53,11 +53,6 @@ def config(kind: str = "ffn", anchor: str = "llama") -> MemoryConfig:
 
 
 @pytest.fixture(scope="module")
-def hf(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return make_hf(tmp_path_factory.mktemp("source") / "tiny-llama")
-
-
-@pytest.fixture(scope="module")
 def memory(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return make_memory(tmp_path_factory.mktemp("memory") / "memory.safetensors", config(), generic=6)
 

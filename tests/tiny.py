@@ -5,17 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from mlx_hiermem import load
 from mlx_hiermem.anchor import identify
-from mlx_hiermem.bank.bank import MANIFEST, TREE
+from mlx_hiermem.bank.bank import MANIFEST, TREE, MemoryBank
 from mlx_hiermem.bank.block import GENERIC_FILE, block_name, write_block
-from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
+from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry, order
+from mlx_hiermem.bank.sources import LeafSources, SourceWindow, write_sources
 from mlx_hiermem.config import EmbedderIdentity, MemoryConfig, Path
 from mlx_hiermem.files import file_digest
+from mlx_hiermem.model import MemoryModel
+from mlx_hiermem.router import Router
 from mlx_hiermem.tree import ClusterTree
 
 LLAMA = {
@@ -124,6 +128,19 @@ def make_model(folder: pathlib.Path, config: MemoryConfig = CONFIG, absent: tupl
     return folder
 
 
+def load_tiny(folder: pathlib.Path) -> MemoryModel:
+    """The model of a folder, routed by HashEmbedder."""
+    model = load(folder)
+    if model.bank:
+        model._router = Router(model.bank.tree, HashEmbedder(), model.bank.policy)
+    return model
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """The vectors [..., dim], each of length 1."""
+    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
+
+
 class HashEmbedder:
     """Stands in for MiniLM where a test is about what happens after embedding: a unit vector per text."""
 
@@ -147,3 +164,19 @@ class Aimed:
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         rows = [sum((v for name, v in self.names.items() if name in text), self.faint) for text in texts]
         return np.stack([row / np.linalg.norm(row) for row in rows]).astype(np.float32)
+
+
+def give_sources(
+    bank: pathlib.Path, texts: dict[str, list[tuple[str, str]]], embed: Callable[[list[str]], np.ndarray]
+) -> None:
+    """Gives a bank windows: leaf -> (title, text) of each. Documents are `TITLE.txt`, places `line 1`, `line 2`."""
+    opened = MemoryBank.open(bank)
+    found = []
+    for leaf in sorted(map(Path.parse, texts), key=order):
+        windows = [
+            SourceWindow(f"{title}.txt", title, f"line {number}", text)
+            for number, (title, text) in enumerate(texts[str(leaf)], 1)
+        ]
+        found.append(LeafSources(leaf, windows, embed([window.text for window in windows])))
+    entry = write_sources(bank, found, opened.tree.branching, opened.tree.dim)
+    dataclasses.replace(opened.manifest, sources=entry).write(bank / MANIFEST)

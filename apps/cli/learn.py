@@ -54,6 +54,11 @@ def learn(
     questions: pathlib.Path | None = typer.Option(
         None, help="Questions to measure the routing by: a JSON line each, with question and document."
     ),
+    sources: bool | None = typer.Option(
+        None,
+        "--sources/--no-sources",
+        help="Keep the texts in the bank, so that an answer can show where it comes from. Default: yes.",
+    ),
     cache: str | None = typer.Option(
         None, help="Disk for what the anchor computes once and uses often: 500M, 20G. Less is slower. Default: 20G."
     ),
@@ -90,6 +95,7 @@ def learn(
         ),
         self_study=self_study,
         teacher=teacher,
+        sources=sources,
         keep=keep or None,
     )
     if write_config:

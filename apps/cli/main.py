@@ -8,6 +8,7 @@ understood with 2; `--debug` shows the traceback.
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import shlex
 import sys
@@ -16,7 +17,7 @@ from typing import Any, NoReturn
 import typer
 
 from mlx_hiermem import cpu
-from mlx_hiermem.apps.cli import ask, bank, chat, convert, demo, evaluate, export, learn, plan, serve
+from mlx_hiermem.apps.cli import ask, bank, chat, convert, demo, evaluate, export, learn, mcp, plan, serve
 from mlx_hiermem.errors import HierMemError
 from mlx_hiermem.printable import printable
 
@@ -29,6 +30,7 @@ A small language model with a large memory on disk.
   hiermem chat       talk with a model
   hiermem ask        answer one question, as the line above does
   hiermem serve      OpenAI's API, and a page that shows the memory at work
+  hiermem mcp        the model as tools of a larger assistant
   hiermem route      show the path that a text takes through the memory
 
   hiermem learn      make a model of your documents
@@ -57,6 +59,7 @@ for command in (
     chat.chat,
     ask.ask,
     serve.serve,
+    mcp.mcp,
     ask.route,
     learn.learn,
     convert.convert,
@@ -89,6 +92,9 @@ def options(
 def main() -> None:
     """Entry point of the console script."""
     debug = "--debug" in sys.argv
+    for stream in (sys.stdout, sys.stderr):  # a file name that is no Unicode must not end a command
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its warnings are for programmers
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     if not arguments:

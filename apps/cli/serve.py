@@ -62,7 +62,7 @@ def serve(
     """
     from mlx_hiermem.apps.server.address import address, bind
 
-    _check_installed()
+    check_installed()
     defaults = sampling.changed(locals()) | ({"max_tokens": max_tokens} if max_tokens else {})
     if template := sampling.template_args(chat_template_args):
         defaults["chat_template_kwargs"] = template
@@ -83,11 +83,11 @@ def serve(
         listen.serve(engine, settings, listening, lambda: announce(", ".join(engine.models), address(listening)))
 
 
-def _check_installed() -> None:
+def check_installed(*more: str) -> None:
     """Raises MissingDependencyError without the extra `server`."""
     from mlx_hiermem.errors import MissingDependencyError
 
-    for package in ("fastapi", "prometheus_client", "uvicorn"):
+    for package in ("fastapi", "prometheus_client", "uvicorn", *more):
         try:
             importlib.import_module(package)
         except ImportError as error:

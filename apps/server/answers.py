@@ -1,4 +1,4 @@
-"""OpenAI's answers, whole and in chunks, with the field `memory` beside theirs."""
+"""OpenAI's answers, whole and in chunks, with the fields `memory` and `sources` beside theirs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from mlx_hiermem.apps.server.follow import Usage
 from mlx_hiermem.apps.server.text import Piece
 from mlx_hiermem.batch import Token
+from mlx_hiermem.sources import Source
 
 LEAST = -9999.0  # stands for a logprob of minus infinity, which JSON does not have
 
@@ -27,10 +28,13 @@ class Answer:
         self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
 
     def whole(self, pieces: Sequence[Sequence[Piece]], memories: Sequence[dict[str, Any]], usage: Usage) -> Any:
-        """One choice for each sequence, from its pieces. Sequences of several prompts have a list of memories."""
+        """One choice for each sequence, from its pieces. Several have a list of memories and of sources."""
         memory = memories[0] if len(memories) == 1 or self.one_prompt else list(memories)
         choices = [self.choice(index, _joined(each)) for index, each in enumerate(pieces)]
-        return self._head(self.kind) | {"choices": choices, "usage": usage_json(usage), "memory": memory}
+        found = [sources_json(each[-1].sources) for each in pieces]
+        sources = found[0] if len(found) == 1 else found
+        data = {"choices": choices, "usage": usage_json(usage), "memory": memory, "sources": sources}
+        return self._head(self.kind) | data
 
     def chunk(self, choices: list[dict[str, Any]], **more: Any) -> str:
         """One server-sent event."""
@@ -112,6 +116,11 @@ class CompletionAnswer(Answer):
         """The likeliest ones, and always the one that was taken."""
         rows = [*token.top, (token.token, token.logprob)]
         return {self._text(other): max(logprob, LEAST) for other, logprob in rows}
+
+
+def sources_json(sources: Sequence[Source] | None) -> list[dict[str, Any]] | None:
+    """Best first; empty where nothing in the leaf says the reply, None where there was nothing to look through."""
+    return None if sources is None else [source.to_json() for source in sources]
 
 
 def usage_json(usage: Usage) -> dict[str, Any]:

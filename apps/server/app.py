@@ -18,6 +18,7 @@ from starlette.staticfiles import StaticFiles
 
 from mlx_hiermem.apps.server import memory
 from mlx_hiermem.apps.server.catalogue import Catalogue
+from mlx_hiermem.apps.server.embeddings import embed
 from mlx_hiermem.apps.server.engine import Engine
 from mlx_hiermem.apps.server.generate import Service
 from mlx_hiermem.apps.server.guard import Guard, refused
@@ -26,6 +27,7 @@ from mlx_hiermem.apps.server.refusal import ApiError
 from mlx_hiermem.apps.server.schema import (
     ChatRequest,
     CompletionRequest,
+    EmbeddingRequest,
     LoadRequest,
     RouteRequest,
     UnloadRequest,
@@ -87,6 +89,10 @@ def _add_openai(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions")
     async def chat(asked: ChatRequest, request: Request) -> Response:
         return await service.chat(asked, request)
+
+    @app.post("/v1/embeddings")
+    async def embeddings(asked: EmbeddingRequest) -> dict[str, Any]:
+        return await embed(service.engine, service.catalogue, asked)
 
     @app.post("/v1/completions")
     async def complete(asked: CompletionRequest, request: Request) -> Response:

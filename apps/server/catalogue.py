@@ -78,6 +78,8 @@ def has(model: MemoryModel, memory: MemoryChoice) -> bool:
     bank = model.bank
     if bank is None or memory in (MemoryChoice.NONE, MemoryChoice.FETCHED):
         return bank is not None or memory in (MemoryChoice.NONE, MemoryChoice.FETCHED)
+    if memory.has_passage:
+        return bank.sources is not None
     if memory == MemoryChoice.GENERIC:
         return bank.manifest.generic is not None
     return bank.tree.has(memory.path)
@@ -89,4 +91,5 @@ def _listed(model: MemoryModel) -> list[MemoryChoice]:
         return []
     top = [MemoryChoice(str(node)) for node in model.bank.manifest.blocks if len(node) == 1]
     open_top = [memory for memory in top if not model.bank.policy.blocker(Path.parse(memory))]
-    return [memory for memory in (MemoryChoice.NONE, MemoryChoice.GENERIC, *open_top) if has(model, memory)]
+    words = [MemoryChoice(word) for word in MemoryChoice.WORDS if word != MemoryChoice.FETCHED]
+    return [memory for memory in (*words, *open_top) if has(model, memory)]

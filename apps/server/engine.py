@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from mlx_hiermem.apps.server.job import Event, Job, Started
@@ -219,6 +220,8 @@ class Engine:
         try:
             self._refresh(model)
             job.chosen, job.bank = model.choose(job.memory, job.texts, job.blocked), model.bank
+            if passage := job.chosen.passage:
+                job.tokens = job.encode(passage)
             missing = batch.missing(job.chosen, model)
         except (AssetError, HubError) as error:
             self._post(job, ApiError(503, str(error)))
@@ -300,11 +303,20 @@ class Engine:
         job = self._running[batch, token.uid]
         piece = job.reply.add(token)
         if piece:
-            self._post(job, piece)
+            self._post(job, self._with_sources(job, piece) if piece.finish_reason else piece)
             if piece.finish_reason:
                 del self._running[batch, token.uid]
                 if not token.finish_reason:
                     batch.remove(token.uid)
+
+    def _with_sources(self, job: Job, last: Piece) -> Piece:
+        """A reply's last piece with what in the bank says the reply. That there is no telling ends no reply."""
+        try:
+            found = job.model.sources_of(job.chosen, job.texts, job.reply.text) if job.chosen else None
+        except HierMemError as error:
+            log.warning("no sources: %s", error)
+            return last
+        return replace(last, sources=found)
 
     def _start_over(self, batch: MemoryBatch, error: Exception) -> None:
         """After a step that failed nothing is known of a batch's state: its sequences end, a new one goes on."""

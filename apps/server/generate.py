@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from mlx_hiermem.apps.server.answers import Answer, ChatAnswer, CompletionAnswer, usage_json
+from mlx_hiermem.apps.server.answers import Answer, ChatAnswer, CompletionAnswer, sources_json, usage_json
 from mlx_hiermem.apps.server.catalogue import Catalogue, Named, has
 from mlx_hiermem.apps.server.engine import Engine
 from mlx_hiermem.apps.server.follow import Usage, follow, until_first_piece
@@ -27,17 +28,28 @@ from mlx_hiermem.apps.server.schema import (
     ChatRequest,
     CompletionRequest,
     Generation,
+    ResponseFormat,
     Wish,
     paths,
 )
 from mlx_hiermem.apps.server.text import Piece, ReplyText
+from mlx_hiermem.bank.sources import SourceWindow
 from mlx_hiermem.config import MemoryChoice, Path
-from mlx_hiermem.errors import AnchorError, ArgumentError
+from mlx_hiermem.errors import AnchorError, ArgumentError, ChatTemplateError
+from mlx_hiermem.grammar import Grammar
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.sampling import Sampling
+from mlx_hiermem.sources import PASSAGE_TOKENS, messages_with, text_with
 
-Prompt = tuple[list[int], list[str]]  # its tokens, and the user's texts in it
 Asked = TypeVar("Asked", ChatRequest, CompletionRequest)
+
+
+class Prompt(NamedTuple):
+    """A prompt's tokens, the user's texts in it, and what makes its tokens with a passage in it."""
+
+    tokens: list[int]
+    texts: list[str]
+    encode: Callable[[SourceWindow], list[int]]
 
 
 @dataclass(frozen=True)
@@ -56,11 +68,8 @@ class Service:
 
     async def chat(self, asked: ChatRequest, request: Request) -> Response:
         named, asked = self.catalogue.find(asked.model), self._filled(asked)
-        tokens = await run_in_threadpool(_chat_tokens, named.model, asked)
-        top = asked.top_logprobs if asked.logprobs else None
-        length = _reply_length(named.model, asked, tokens)
-        jobs = _jobs(named, asked, [(tokens, asked.questions)], length, top)
-        answer = ChatAnswer(named.name, named.model.tokenizer, top)
+        jobs = await run_in_threadpool(chat_jobs, named, asked)
+        answer = ChatAnswer(named.name, named.model.tokenizer, asked.top)
         return await self._answer(asked, request, answer, jobs)
 
     async def complete(self, asked: CompletionRequest, request: Request) -> Response:
@@ -94,50 +103,77 @@ class Service:
         return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
 
-def _chat_tokens(model: MemoryModel, asked: ChatRequest) -> list[int]:
-    from jinja2 import TemplateError
+def chat_jobs(named: Named, asked: ChatRequest) -> list[Job]:
+    """The sequences of a request. Raises ApiError. Takes a moment, so not for the event loop."""
+    encode = partial(_chat_tokens, named.model, asked)
+    prompt = Prompt(encode(), asked.questions, encode)
+    length = _reply_length(named, asked, prompt.tokens)
+    grammar = _grammar(named.model, asked.response_format)
+    return _jobs(named, asked, [prompt], length, asked.top, grammar)
 
+
+def _chat_tokens(model: MemoryModel, asked: ChatRequest, passage: SourceWindow | None = None) -> list[int]:
+    messages = messages_with([message.to_template() for message in asked.messages], passage)
     try:
-        messages = [message.to_template() for message in asked.messages]
         return model.chat_tokens(messages, **asked.chat_template_kwargs)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise ApiError(400, f"the model's chat template refuses the messages: {error}", "messages") from error
+    except ChatTemplateError as error:
+        reason = error.__cause__ or error
+        raise ApiError(400, f"the model's chat template refuses the messages: {reason}", "messages") from error
     except AnchorError as error:
         raise ApiError(400, f"{error.what}; use /v1/completions", "messages") from error
 
 
 def _prompt(model: MemoryModel, prompt: str | list[int]) -> Prompt:
-    """Token ids and text of a plain prompt."""
+    """A plain prompt, given as its text or as its token ids."""
     if isinstance(prompt, str):
-        return model.tokens(prompt), [prompt]
+        return Prompt(model.tokens(prompt), [prompt], lambda passage: model.tokens(text_with(prompt, passage)))
     if max(prompt) >= model.vocabulary:
         raise ApiError(400, f"there is no token {max(prompt)}; they end at {model.vocabulary - 1}", "prompt")
-    return prompt, [model.tokenizer.decode(prompt)]
+    text = model.tokenizer.decode(prompt)
+    return Prompt(prompt, [text], lambda passage: model.tokens(text_with(text, passage)))
 
 
-def _reply_length(model: MemoryModel, asked: ChatRequest, tokens: list[int]) -> int:
+def _reply_length(named: Named, asked: ChatRequest, tokens: list[int]) -> int:
     """As many tokens as were asked for; else what the context leaves, within bounds."""
-    room = max(model.context - len(tokens), 1) if model.context else REPLY
+    context, (memory, _) = named.model.context, _memory(named, asked.memory)
+    taken = len(tokens) + (PASSAGE_TOKENS if memory.has_passage else 0)
+    room = max(context - taken, 1) if context else REPLY
     return asked.wanted_tokens or min(REPLY, room)
 
 
-def _jobs(named: Named, asked: Generation, prompts: Sequence[Prompt], length: int, top: int | None) -> list[Job]:
+def _grammar(model: MemoryModel, wanted: ResponseFormat | None) -> Grammar | None:
+    """Takes a moment for a large schema."""
+    schema = wanted.schema_wanted if wanted else None
+    if schema is None:
+        return None
+    try:
+        return model.grammars.json(schema)
+    except ArgumentError as error:
+        raise ApiError(400, str(error), "response_format") from error
+
+
+def _jobs(
+    named: Named,
+    asked: Generation,
+    prompts: Sequence[Prompt],
+    length: int,
+    top: int | None,
+    grammar: Grammar | None = None,
+) -> list[Job]:
     """`n` for each prompt, which share a queue. With a seed each reply has a seed of its own, or all were equal."""
     events, jobs = asyncio.Queue[Any](), list[Job]()
-    for tokens, texts in prompts:
-        job = _job(named, asked, tokens, texts, length, top, events)
+    for prompt in prompts:
+        job = _job(named, asked, prompt, length, top, events)
         for number in range(asked.n):
             seed = None if asked.seed is None else (asked.seed + number) % 2**64
-            reply = ReplyText(named.model.tokenizer, tokens, asked.stop)
-            sampling = replace(job.sampling, seed=seed)
+            reply = ReplyText(named.model.tokenizer, prompt.tokens, asked.stop)
+            sampling = replace(job.sampling, seed=seed, grammar=grammar)
             jobs.append(replace(job, reply=reply, sampling=sampling, counted=number == 0))
     return jobs
 
 
-def _job(
-    named: Named, asked: Generation, tokens: list[int], texts: list[str], length: int, top: int | None, events: Any
-) -> Job:
-    model, context = named.model, named.model.context
+def _job(named: Named, asked: Generation, prompt: Prompt, length: int, top: int | None, events: Any) -> Job:
+    model, context, tokens = named.model, named.model.context, prompt.tokens
     if context and len(tokens) + length > context:
         raise ApiError(
             400,
@@ -146,8 +182,8 @@ def _job(
             "context_length_exceeded",
         )
     memory, blocked = _memory(named, asked.memory)
-    if memory == MemoryChoice.FETCHED and not texts:
-        raise ApiError(400, "memory fetched is routed by the user's messages, and there are none", "memory")
+    if memory.is_routed and not prompt.texts:
+        raise ApiError(400, f"memory {memory} is routed by the user's messages, and there are none", "memory")
     sampling = Sampling(
         max_tokens=length,
         temperature=asked.temperature if asked.top_p else 0.0,  # no mass but the likeliest token's
@@ -166,7 +202,7 @@ def _job(
     except ArgumentError as error:
         raise ApiError(400, str(error), "logit_bias") from error
     reply = ReplyText(model.tokenizer, tokens, asked.stop)
-    return Job(model, tokens, memory, texts, blocked, sampling, reply, events)
+    return Job(model, tokens, memory, prompt.texts, blocked, sampling, reply, events, prompt.encode)
 
 
 def _memory(named: Named, wish: Wish) -> tuple[MemoryChoice, frozenset[Path]]:
@@ -180,6 +216,8 @@ def _memory(named: Named, wish: Wish) -> tuple[MemoryChoice, frozenset[Path]]:
         memory = named.memory
     if memory == MemoryChoice.GENERIC and not has(named.model, memory):
         raise ApiError(400, "this model has no generic memory", "memory")
+    if memory.has_passage and not has(named.model, memory):
+        raise ApiError(400, "this model's bank keeps no sources", "memory")
     for node in blocked:
         if bank is None or not bank.tree.has(node):
             raise ApiError(400, f"the memory has no node {node}", "memory")
@@ -208,7 +246,10 @@ async def _stream(
     usage: Usage,
     include_usage: bool,
 ) -> AsyncIterator[str]:
-    """A choice's first and last chunk carry its memory. An error ends the stream, as an event of its own."""
+    """A choice's first and last chunk carry its memory, the last one its sources too.
+
+    An error ends the stream, as an event of its own.
+    """
     indices = {job: index for index, job in enumerate(jobs)}
     memories: dict[Job, dict[str, Any]] = {}
     none = {"usage": None} if include_usage else {}
@@ -217,7 +258,9 @@ async def _stream(
         if isinstance(event, Started):
             memories[job] = event.memory
             return answer.chunk([answer.opening(indices[job])], **none, memory=event.memory)
-        last = {"memory": memories[job]} if event.finish_reason else {}
+        last: dict[str, Any] = {}
+        if event.finish_reason:
+            last = {"memory": memories[job], "sources": sources_json(event.sources)}
         return answer.chunk([answer.delta(indices[job], event)], **none, **last)
 
     async with aclosing(events):

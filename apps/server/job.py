@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_hiermem.apps.server.refusal import ApiError
 from mlx_hiermem.apps.server.text import Piece, ReplyText
 from mlx_hiermem.bank.bank import MemoryBank
+from mlx_hiermem.bank.sources import SourceWindow
 from mlx_hiermem.config import MemoryChoice, Path
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.sampling import Sampling
@@ -29,7 +30,10 @@ Event = Started | Piece | ApiError  # an ApiError, or a Piece with a finish reas
 
 @dataclass(eq=False)
 class Job:
-    """One sequence: what is asked, and where its events go. `texts` are the questions that it is routed by."""
+    """One sequence: what is asked, and where its events go. `texts` are the questions that it is routed by.
+
+    `encode` makes the tokens of the prompt with a passage in it.
+    """
 
     model: MemoryModel
     tokens: list[int]
@@ -39,6 +43,7 @@ class Job:
     sampling: Sampling
     reply: ReplyText
     events: asyncio.Queue[tuple[Job, Event]]
+    encode: Callable[[SourceWindow], list[int]]
     counted: bool = True  # of several replies to one prompt only the first counts its tokens
     chosen: Selection | None = field(default=None, init=False)
     bank: MemoryBank | None = field(default=None, init=False)  # in which it was chosen

@@ -19,13 +19,15 @@ def overview(name: str, model: MemoryModel) -> dict[str, Any]:
     data = {"model": name, "context": model.context, "cache": cache_json(cache)}
     if bank is None or cache is None:
         data["anchor"] = model.config.get("model_type", "")
-        return data | {"memory": None, "branching": 0, "depth": 0, "generic": False, "nodes": []}
+        return data | {"memory": None, "sources": None, "branching": 0, "depth": 0, "generic": False, "nodes": []}
+    kept = bank.manifest.sources
     return data | {
         "anchor": bank.manifest.anchor.name,
         "memory": bank.config.to_json(),
         "branching": bank.config.branching,
         "depth": bank.config.depth,
         "generic": bank.manifest.generic is not None,
+        "sources": {"windows": kept.windows, "documents": kept.documents} if kept and bank.sources else None,
         "nodes": [row(entry, state(bank, cache, path)) for path, entry in bank.manifest.blocks.items()],
     }
 

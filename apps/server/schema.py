@@ -6,16 +6,17 @@ refused too. Nothing that would change the answer is passed over in silence.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from mlx_hiermem.apps.server.refusal import ApiError
 from mlx_hiermem.config import MemoryChoice, Path
 from mlx_hiermem.errors import HierMemError
 
 REPLY = 512  # tokens of a chat reply at most, where the request does not say; as for `hiermem chat`
-DEEPEST = 16  # lists and objects within one another
+DEEPEST = 64  # lists and objects within one another; OpenAI takes schemas of ten levels, each of which is three
 COMPLETION = 16  # the same for a completion; OpenAI's own default
 
 # They change nothing about the answer.
@@ -93,6 +94,18 @@ def _is_deep(value: Any, left: int = DEEPEST) -> bool:
     return left == 0 or any(_is_deep(item, left - 1) for item in inner)
 
 
+def _with_unicode(value: dict[str, Any]) -> dict[str, Any]:
+    """An object of any shape, all of whose texts can be encoded."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair is no Unicode text") from None
+    return value
+
+
+AnyObject = Annotated[dict[str, Any], AfterValidator(_with_unicode)]
+
+
 def _in_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -120,7 +133,7 @@ def paths(texts: list[str], param: str = "memory") -> frozenset[Path]:
 
 
 class Wish(Asked):
-    """The field `memory`: fetched, none, generic or a path; nodes that are closed to this request."""
+    """The field `memory`: a word of `MemoryChoice` or a path; nodes that are closed to this request."""
 
     use: str = "fetched"
     blocked: list[str] = []
@@ -130,7 +143,8 @@ class Wish(Asked):
         try:
             wanted = MemoryChoice.parse(self.use)
         except HierMemError:
-            message = f"there is no memory '{self.use}'; take fetched, none, generic, or a path such as 10.7"
+            words = ", ".join(MemoryChoice.WORDS)
+            message = f"there is no memory '{self.use}'; take {words}, or a path such as 10.7"
             raise ApiError(400, message, "memory") from None
         return MemoryChoice.NONE if wanted == MemoryChoice.FETCHED and not has_bank else wanted
 
@@ -223,12 +237,42 @@ class Generation(Asked):
         return self
 
 
+class JsonSchema(Asked):
+    """OpenAI's wrapping of a schema. Ours is always met, so `strict` changes nothing."""
+
+    name: str = ""
+    description: str = ""
+    strict: bool = False
+    json_schema: AnyObject = Field(alias="schema")
+
+
+class ResponseFormat(Asked):
+    """What a reply may be: any text, any JSON object, or JSON by a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _together(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("type json_schema and the field json_schema go together")
+        return self
+
+    @property
+    def schema_wanted(self) -> dict[str, Any] | None:
+        """The schema to keep to; None where any text is right."""
+        if self.json_schema is not None:
+            return self.json_schema.json_schema
+        return {"type": "object"} if self.type == "json_object" else None
+
+
 class ChatRequest(Generation):
     """POST /v1/chat/completions"""
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    chat_template_kwargs: dict[str, Any] = {}
+    response_format: ResponseFormat | None = None
+    chat_template_kwargs: AnyObject = {}
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
 
@@ -246,6 +290,11 @@ class ChatRequest(Generation):
         if taken := value.keys() & TEMPLATES_OWN:
             raise ValueError(f"{min(taken)} is not for clients to set")
         return value
+
+    @property
+    def top(self) -> int | None:
+        """How many of the likeliest tokens are reported; None: no logprobs at all."""
+        return self.top_logprobs if self.logprobs else None
 
     @property
     def wanted_tokens(self) -> int | None:
@@ -298,3 +347,13 @@ class UnloadRequest(Asked):
     """POST /v1/banks/unload"""
 
     name: str = Field(min_length=1)
+
+
+class EmbeddingRequest(Asked):
+    """POST /v1/embeddings. `input` is one text or several."""
+
+    input: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_in_list), Field(min_length=1)]
+    model: str = ""
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+    user: str = ""

@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_hiermem.batch import Token
 from mlx_hiermem.response import held_back
+from mlx_hiermem.sources import Source
 
 TAIL = 4  # tokens of the prompt that the reply's first ones are decoded behind
 LONGEST = 4  # tokens that one character can take: its UTF-8 bytes
@@ -27,6 +28,7 @@ class Piece:
     offsets: tuple[int, ...]
     generated: int
     finish_reason: str | None = None
+    sources: tuple[Source, ...] | None = None  # of the last piece: what in the bank says the reply
 
 
 class Detokenizer:
@@ -72,6 +74,11 @@ class ReplyText:
         self._detokenizer, self._stops = Detokenizer(tokenizer, prompt), stops
         self._text, self._shown, self._generated = "", 0, 0
         self._waiting: deque[tuple[int, Token]] = deque()  # tokens not shown yet, and where their text begins
+
+    @property
+    def text(self) -> str:
+        """What was shown so far."""
+        return self._text[: self._shown]
 
     def add(self, token: Token) -> Piece | None:
         """What can be shown now; None where that is nothing. After a piece with a finish reason comes no other."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import pathlib
 import re
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 
 from mlx_hiermem.convert.anchors.gguf_tokenizer import end_tokens, write_tokenizer
 from mlx_hiermem.convert.anchors.huggingface import copy_tokenizer, one_line, write_anchor
+from mlx_hiermem.convert.anchors.shards import staging_folder, write_shards
 from mlx_hiermem.convert.source import parts_of
 from mlx_hiermem.errors import AnchorError, CheckpointError, MissingDependencyError
 from mlx_hiermem.progress import Progress
@@ -74,8 +74,7 @@ def convert_gguf(
     source = GGUF(file)
     if types := source.quantised_types():
         warn(f"the file's weights are {', '.join(types)}; the anchor has them dequantised, as float16")
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".staging-") as temporary:
-        staging = pathlib.Path(temporary)
+    with staging_folder(out) as staging:
         config = source.config()
         if tokenizer:
             copy_tokenizer(tokenizer, tokenizer, staging)
@@ -85,9 +84,7 @@ def convert_gguf(
         ends = end_tokens(source.metadata)
         generation = json.dumps({"eos_token_id": ends} if ends else {}, indent=2)
         (staging / "generation_config.json").write_text(generation + "\n", encoding="utf-8")
-        weights = source.weights(config, progress or (lambda done, total: None))
-        mx.save_safetensors(str(staging / "model.safetensors"), weights, metadata={"format": "mlx"})
-        del weights
+        source.write_weights(staging, config, progress or (lambda done, total: None))
         write_anchor(staging, out, quantize)
 
 
@@ -233,26 +230,27 @@ class GGUF:
             )
         return settings
 
-    def weights(self, config: dict[str, Any], progress: Progress) -> dict[str, mx.array]:
-        """All tensors under their Hugging Face names, in the anchor's one dtype."""
+    def write_weights(self, folder: pathlib.Path, config: dict[str, Any], progress: Progress) -> None:
+        """Writes all tensors under their Hugging Face names, in the anchor's one dtype."""
         names = {name: self.target(name) for name in self.tensors if name != ROPE_FACTORS}
         unknown = [name for name, target in names.items() if target is None]
         if unknown:
             raise CheckpointError(f"{self.file} holds tensors that no {self.architecture} has: {unknown[:8]}")
         dtype, total, done = self.dtype(), sum(t.n_bytes for t in self.tensors.values()), 0
-        weights = {}
-        for name, target in names.items():
+
+        def read(name: str) -> dict[str, mx.array]:
+            nonlocal done
             values = self.restored(name, config)
             if dtype == mx.float16 and FLOAT16_MAX < np.abs(values).max() < np.inf:
                 raise CheckpointError(
                     f"{self.file}: {name} has values too large for float16",
                     "Convert a BF16 or F32 file of the model.",
                 )
-            weights[str(target)] = mx.array(values).astype(dtype)
-            mx.eval(weights[str(target)])  # else the float32 values stay until the end
             done += self.tensors[name].n_bytes
             progress(done, total)
-        return weights
+            return {str(names[name]): mx.array(values).astype(dtype)}
+
+        write_shards(folder, {name: int(self.tensors[name].n_elements) * dtype.size for name in names}, read)
 
     def restored(self, name: str, config: dict[str, Any]) -> np.ndarray:
         """A tensor's float32 values as the original model has them."""

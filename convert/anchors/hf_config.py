@@ -8,6 +8,7 @@ others silently compute with their own defaults.
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Iterable
 from typing import Any
@@ -159,8 +160,38 @@ def _reject_ignored(config: dict[str, Any], kind: str) -> None:
     part = config.get("partial_rotary_factor", 1)
     if part != 1 and fields and not {"partial_rotary_factor", "rope_parameters", "text_config"} & fields:
         ignored.append(f"partial_rotary_factor {part}")
+    ignored += _ignored_scaling(config.get("rope_scaling") or {})
     if ignored:
         raise AnchorError(f"mlx-lm's {kind} model ignores {', '.join(ignored)}", "It would answer differently.")
+
+
+def _ignored_scaling(scaling: dict[str, Any]) -> list[str]:
+    """Settings of scaled positions that mlx-lm's classes do not read."""
+    kind = scaling.get("rope_type") or scaling.get("type")
+    ignored = []
+    if kind in ("longrope", "su") and scaling.get("short_factor") != scaling.get("long_factor"):
+        ignored.append(f"rope_scaling {kind}'s short_factor")  # which texts of up to the original length have
+    if kind == "yarn":
+        if (given := scaling.get("attention_factor")) is not None:
+            usual = 0.1 * math.log(scaling.get("factor", 1)) + 1
+            if abs(given - usual) > 1e-6:
+                ignored.append(f"rope_scaling yarn's attention_factor {given}")
+        if scaling.get("truncate") is False:
+            ignored.append("rope_scaling yarn's truncate false")
+    return ignored
+
+
+def check_positions(config: dict[str, Any], model: nn.Module) -> None:
+    """AnchorError where positions are scaled by config.json, and no layer of mlx-lm's class does so."""
+    scaling = config.get("rope_scaling") or {}
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind in ("default", "mrope") or (kind == "linear" and scaling.get("factor", 1) == 1):
+        return
+    ropes = [module for _, module in model.named_modules() if "rope" in type(module).__name__.lower()]
+    if ropes and all(isinstance(rope, nn.RoPE) and rope.scale == 1 for rope in ropes):
+        raise AnchorError(
+            f"mlx-lm's {config.get('model_type')} model ignores rope_scaling {kind}", "It would answer differently."
+        )
 
 
 def _fields(config: dict[str, Any]) -> set[str]:

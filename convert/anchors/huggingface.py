@@ -13,8 +13,7 @@ import json
 import pathlib
 import re
 import shutil
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -22,11 +21,16 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_hiermem.anchor import model_classes, read_config
-from mlx_hiermem.convert.anchors.hf_config import check_activation, normalise, reject_foreign
+from mlx_hiermem.convert.anchors.adapters import MLX_FILE, PeftAdapter, adapter_files, merge_mlx
+from mlx_hiermem.convert.anchors.hf_config import check_activation, check_positions, normalise, reject_foreign
+from mlx_hiermem.convert.anchors.shards import is_begun, save_weights, staging_folder, write_shards
+from mlx_hiermem.convert.anchors.text_part import is_other, left_out, text_config, text_name
 from mlx_hiermem.convert.checkpoint import RawTensor, TensorSource, open_checkpoint
+from mlx_hiermem.convert.readers import plain_name
 from mlx_hiermem.errors import AnchorError, CheckpointError
 from mlx_hiermem.memory.ffn import activation, feed_forward, projections
 from mlx_hiermem.progress import Progress
+from mlx_hiermem.tokenizer import load_tokenizer
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.json", "tokenizer.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
@@ -65,12 +69,14 @@ def convert_huggingface(
     *,
     quantize: int | None = None,
     tokenizer: pathlib.Path | None = None,
+    warn: Callable[[str], None] = print,
     progress: Progress | None = None,
 ) -> None:
     """Writes the anchor of a Hugging Face folder to the new folder `out`, in the source's dtype.
 
-    `quantize` is 4 or 8 bits; `tokenizer` is a folder to take the tokenizer from instead of the source;
-    `progress` is called with bytes done and in all.
+    `quantize` is 4 or 8 bits; `tokenizer` is a folder to take the tokenizer from instead of the source; `warn` is
+    called with what the user should know, `progress` with bytes done and in all. A LoRA adapter in the folder is
+    merged.
     Raises CheckpointError where the source is damaged, AnchorError where mlx-lm or a memory cannot carry it.
     """
     if not (source / "config.json").is_file():
@@ -80,25 +86,32 @@ def convert_huggingface(
         )
     config = read_config(source)
     reject_foreign(config, source)
-    with (
-        open_checkpoint(source) as weights,
-        tempfile.TemporaryDirectory(dir=out.parent, prefix=".staging-") as temporary,
-    ):
-        staging = pathlib.Path(temporary)
+    with open_checkpoint(source) as weights, staging_folder(out) as staging:
+        config = plain_names(weights, config, warn)
+        reject_foreign(config, source)
         config = normalise(config, weights.names())
         check_tie(config, weights)
-        stage_weights(weights, staging)
         (staging / "config.json").write_text(json.dumps(config), encoding="utf-8")
         copy_tokenizer(source, tokenizer or source, staging)
-        write_anchor(staging, out, quantize, progress)
+        stage_weights(weights, source, staging, warn)
+        is_mlx = MLX_FILE in [file.name for file in adapter_files(source)]
+        write_anchor(staging, out, quantize, progress, source if is_mlx else None)
 
 
 def write_anchor(
-    staging: pathlib.Path, out: pathlib.Path, quantize: int | None, progress: Progress | None = None
+    staging: pathlib.Path,
+    out: pathlib.Path,
+    quantize: int | None,
+    progress: Progress | None = None,
+    adapter: pathlib.Path | None = None,
 ) -> None:
-    """Loads a complete Hugging Face style folder strictly with mlx-lm, checks it and saves it to `out`."""
-    from mlx_lm.utils import load_model, save_config, save_model
+    """Loads a complete Hugging Face style folder strictly with mlx-lm, checks it and saves it to `out`.
 
+    `adapter` is a folder with an adapter of mlx-lm's, which is merged.
+    """
+    from mlx_lm.utils import load_model, save_config
+
+    check_tokenizer(staging)
     try:
         model, config = load_model(staging, lazy=True, get_model_classes=model_classes)
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, AssertionError, ImportError) as error:
@@ -107,17 +120,39 @@ def write_anchor(
         ) from error
     except SystemExit as error:  # what mlx-lm's olmo does where a package is missing
         raise AnchorError("mlx-lm cannot load this architecture here: it needs another package") from error
-    check_finite(tree_flatten(model.parameters()), progress)
+    if adapter:
+        model = merge_mlx(model, adapter)
+    if not is_begun(out):
+        check_finite(tree_flatten(model.parameters()), progress)
     check_dense(model)
     check_activation(config, model)
+    check_positions(config, model)
     if quantize is not None:
         model, config = quantized(model, config, quantize)
-    save_model(out, model)
+    out.mkdir(exist_ok=True)
+    save_weights(out, model)
     save_config(config, out / "config.json")
     for file in sorted(staging.iterdir()):
         if file.name != "config.json" and file.suffix != ".safetensors":
             shutil.copyfile(file, out / file.name)
     mx.clear_cache()
+
+
+def plain_names(weights: TensorSource, config: dict[str, Any], warn: Callable[[str], None]) -> dict[str, Any]:
+    """Gives the tensors the names that a text model has; returns that model's config.
+
+    What training puts into names goes, and so does what sees or hears (`text_part`).
+    """
+    if line := left_out(weights):
+        warn(line)
+    text = text_config(config)
+    names = {plain_name(name): name for name in weights.names()}
+    if len(names) != len(weights.names()):
+        raise CheckpointError(f"{weights.files[0]} holds tensors twice, with and without `module.` or the like")
+    if "text_config" in config and "text_config" not in text:
+        names = {text_name(plain): name for plain, name in names.items() if not is_other(plain)}
+    weights.rename(names)
+    return text
 
 
 def check_tie(config: dict[str, Any], weights: TensorSource) -> None:
@@ -132,14 +167,28 @@ def check_tie(config: dict[str, Any], weights: TensorSource) -> None:
             )
 
 
-def stage_weights(weights: TensorSource, staging: pathlib.Path) -> None:
-    """Puts the tensors where mlx-lm finds them: safetensors as links, PyTorch files rewritten."""
-    if all(file.suffix == ".safetensors" for file in weights.files):
-        for number, file in enumerate(weights.files):
-            (staging / f"model-{number:05d}.safetensors").symlink_to(file.resolve())
+def stage_weights(
+    weights: TensorSource, source: pathlib.Path, staging: pathlib.Path, warn: Callable[[str], None]
+) -> None:
+    """Puts the tensors where mlx-lm finds them: safetensors as links, others rewritten, PEFT's adapter merged."""
+    files = adapter_files(source)
+    if files and files[1].name == MLX_FILE:
+        warn(f"the adapter beside the model ({MLX_FILE}, by mlx-lm) is merged into it")
+    elif files:
+        with PeftAdapter(files[0], files[1], lambda name: text_name(plain_name(name))) as adapter:
+            adapter.check(set(weights.names()), source)
+            warn(f"the adapter beside the model ({adapter}) is merged into it")
+            sizes = {name: weights.nbytes(name) for name in weights.names()}
+            write_shards(staging, sizes, lambda name: {name: adapter.merged(name, to_mlx(weights.read(name)))})
         return
-    tensors = {name: to_mlx(weights.read(name)) for name in weights.names()}
-    mx.save_safetensors(str(staging / "model.safetensors"), tensors, metadata={"format": "mlx"})
+    if weights.is_plain and all(file.suffix == ".safetensors" for file in weights.files):
+        for number, file in enumerate(weights.files):
+            link = staging / f"model-{number:05d}.safetensors"
+            link.unlink(missing_ok=True)  # of an interrupted run
+            link.symlink_to(file.resolve())
+        return
+    sizes = {name: weights.nbytes(name) for name in weights.names()}
+    write_shards(staging, sizes, lambda name: {name: to_mlx(weights.read(name))})
 
 
 def to_mlx(raw: RawTensor) -> mx.array:
@@ -192,6 +241,26 @@ def copy_tokenizer(source: pathlib.Path, tokenizer: pathlib.Path, staging: pathl
         for pattern in KEPT_FILES:
             for file in filter(pathlib.Path.is_file, folder.glob(pattern)):
                 shutil.copyfile(file, staging / file.name)
+
+
+def check_tokenizer(folder: pathlib.Path) -> None:
+    """Raises CheckpointError where the tokenizer cannot be loaded, or chats need tokens without an embedding."""
+    try:
+        tokenizer = load_tokenizer(folder)
+    except AnchorError as error:
+        what = error.what.replace(str(folder), "the source")
+        raise CheckpointError(what, "Copy the tokenizer's files again, or give --tokenizer.") from error
+    config = read_config(folder)
+    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    if tokenizer is None or not size:
+        return
+    template = str(getattr(tokenizer, "chat_template", None))
+    beyond = [token for token, index in tokenizer.get_vocab().items() if index >= size and token in template]
+    if beyond:
+        raise CheckpointError(
+            f"the chat template has {', '.join(beyond[:4])}, for which the model has no embeddings (it has {size})",
+            "Is it another model's tokenizer, or were the embeddings not resized?",
+        )
 
 
 def one_line(error: object, limit: int = 300) -> str:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import pathlib
 import shutil
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -20,6 +19,7 @@ from mlx_hiermem.anchor import OPENLM_FILE
 from mlx_hiermem.convert.anchors.huggingface import TOKENIZERS, copy_tokenizer, to_mlx, write_anchor
 from mlx_hiermem.convert.anchors.openlm_checkpoint import EMBEDDINGS, OUTPUT, describe, read_finite
 from mlx_hiermem.convert.anchors.openlm_config import NORMS, OpenLMConfig, read_settings
+from mlx_hiermem.convert.anchors.shards import staging_folder, write_shards
 from mlx_hiermem.convert.checkpoint import TensorSource, open_checkpoint
 from mlx_hiermem.errors import CheckpointError
 
@@ -55,11 +55,7 @@ def convert_openlm(
     Raises CheckpointError where the source is damaged or incomplete, AnchorError where it is no dense OpenLM.
     """
     beside = source if source.is_dir() else source.parent
-    with (
-        open_checkpoint(source) as tensors,
-        tempfile.TemporaryDirectory(dir=out.parent, prefix=".staging-") as temporary,
-    ):
-        staging = pathlib.Path(temporary)
+    with open_checkpoint(source) as tensors, staging_folder(out) as staging:
         model, names = describe(tensors, read_settings(source, config))
         if tokenizer or any((beside / name).is_file() for name in TOKENIZERS):
             copy_tokenizer(beside, tokenizer or beside, staging)
@@ -67,22 +63,18 @@ def convert_openlm(
             warn("the anchor has no tokenizer: give one by --tokenizer (the paper's is EleutherAI/gpt-neox-20b)")
         settings = anchor_config(model) | _effective_vocabulary(staging, model)
         (staging / "config.json").write_text(json.dumps(settings), encoding="utf-8")
-        weights = anchor_weights(tensors, names)
-        mx.save_safetensors(str(staging / "model.safetensors"), weights, metadata={"format": "mlx"})
-        del weights
+        sizes = {name: tensors.nbytes(stored) for name, stored in names.items()}
+        write_shards(staging, sizes, lambda name: anchor_weights(tensors, name, names[name]))
         write_anchor(staging, out, quantize, progress)
     if settings["model_type"] == "openlm":
         _add_model_file(out)
 
 
-def anchor_weights(tensors: TensorSource, names: Mapping[str, str]) -> dict[str, mx.array]:
-    """All tensors under mlx-lm's names, fused ones split into their projections."""
-    weights: dict[str, mx.array] = {}
-    for name, stored in names.items():
-        value = to_mlx(read_finite(tensors, stored))
-        targets = mlx_names(name)
-        weights |= dict(zip(targets, mx.split(value, len(targets)), strict=True))
-    return weights
+def anchor_weights(tensors: TensorSource, name: str, stored: str) -> dict[str, mx.array]:
+    """An OpenLM tensor under mlx-lm's names, a fused one split into its projections."""
+    value = to_mlx(read_finite(tensors, stored))
+    targets = mlx_names(name)
+    return dict(zip(targets, mx.split(value, len(targets)), strict=True))
 
 
 def mlx_names(name: str) -> list[str]:

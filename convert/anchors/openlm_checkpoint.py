@@ -22,10 +22,10 @@ from mlx_hiermem.convert.anchors.openlm_config import (
     reject_foreign,
 )
 from mlx_hiermem.convert.checkpoint import RawTensor, TensorSource, is_finite, open_checkpoint
-from mlx_hiermem.convert.readers import some
+from mlx_hiermem.convert.readers import plain_name, some
 from mlx_hiermem.errors import AnchorError, CheckpointError
 
-PREFIXES = re.compile(r"^(module\.|_orig_mod\.|model\.)+")
+PREFIXES = re.compile(r"^(module\.|model\.)+")
 INV_FREQ = re.compile(r"\.attention\.pos_embed\.inv_freq$")  # a buffer of both rotary kinds in stock OpenLM
 EMBEDDINGS, OUTPUT = "tok_embeddings.weight", "output.weight"
 
@@ -44,7 +44,7 @@ def describe(tensors: TensorSource, settings: Mapping[str, Any]) -> tuple[OpenLM
     reject_foreign(tensors.names(), settings)
     names: dict[str, str] = {}
     for name in tensors.names():
-        plain = PREFIXES.sub("", name)
+        plain = PREFIXES.sub("", plain_name(name))
         if plain in names:
             raise CheckpointError(f"the checkpoint holds {plain} twice, as {names[plain]} and {name}")
         names[plain] = name

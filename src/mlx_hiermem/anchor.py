@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_hiermem.config import AnchorIdentity
 from mlx_hiermem.cpu import report_slow_blas
-from mlx_hiermem.errors import AnchorError
+from mlx_hiermem.errors import AnchorError, HierMemError
 from mlx_hiermem.files import read_header, read_json
 from mlx_hiermem.printable import printable
 from mlx_hiermem.tokenizer import load_tokenizer
@@ -113,7 +113,9 @@ def load_anchor(folder: pathlib.Path, dtype: mx.Dtype | None = None) -> tuple[nn
     own_class = {"model_file": None}  # of an OpenLM; mlx-lm is not told of the file beside its weights
     try:
         model, _ = load_model(folder, lazy=True, get_model_classes=model_classes, model_config=own_class)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except HierMemError:
+        raise
+    except Exception as error:  # a config of anything raises anything in mlx-lm's classes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise AnchorError(f"cannot load the anchor {folder}: {reason}") from error
     if dtype is None and mx.default_device().type == mx.DeviceType.cpu:

@@ -49,7 +49,8 @@ class Token:
 class _Sequence:
     """What is known of a sequence in flight."""
 
-    key: tuple[str, ...]  # its memory: the bank and its blocks
+    blocks: tuple[str, ...]  # its memory: the bank and its blocks
+    key: tuple[str, ...]  # of its prefix in the cache
     sampling: Sampling
     cached: int  # tokens of its prompt that came from the prefix cache
 
@@ -114,7 +115,7 @@ class MemoryBatch:
         """The nodes whose blocks are wanted and still on the hub."""
         model = model or self.model
         bank = model.bank
-        if bank is None or bank.remote is None or chosen.memory == MemoryChoice.NONE:
+        if bank is None or bank.remote is None or not chosen.memory.has_blocks:
             return []
         nodes = [GENERIC_NODE] if chosen.memory == MemoryChoice.GENERIC else bank.nodes_on(chosen.path)
         cached = model.cache
@@ -146,9 +147,11 @@ class MemoryBatch:
         fetch = model.fetch(chosen)
         fetched = time.perf_counter()
         # Another bank, or this one after an edit, may have other weights under the same names.
-        key = (model.bank.key, *fetch.blocks) if fetch and fetch.memory and model.bank else ()
-        row = self.table.hold(key, fetch.memory if fetch else None) if self.table is not None else NOTHING
+        blocks = (model.bank.key, *fetch.blocks) if fetch and fetch.memory and model.bank else ()
+        row = self.table.hold(blocks, fetch.memory if fetch else None) if self.table is not None else NOTHING
         done = time.perf_counter()
+        selection = chosen.attached(fetch, (fetched - start) * 1e3, (done - fetched) * 1e3)
+        key = (chosen.memory, *blocks) if chosen.memory.has_passage else blocks
         cache, rest = self.prefixes.fetch_nearest_cache(key, tokens)
         if cache is None or not rest:  # the last token is always computed
             cache, rest = make_prompt_cache(self.model.anchor), tokens
@@ -161,8 +164,8 @@ class MemoryBatch:
             samplers=[sampling.draw()],
             logits_processors=[sampling.processors()],
         )[0]
-        self._sequences[uid] = _Sequence(key, sampling, len(prefix))
-        return uid, chosen.attached(fetch, (fetched - start) * 1e3, (done - fetched) * 1e3)
+        self._sequences[uid] = _Sequence(blocks, key, sampling, len(prefix))
+        return uid, selection
 
     def cached_tokens(self, uid: int) -> int:
         """Tokens of a sequence's prompt that were not computed again."""
@@ -252,7 +255,7 @@ class MemoryBatch:
     def _forget(self, uid: int) -> None:
         sequence = self._sequences.pop(uid)
         if self.table is not None:
-            self.table.drop(sequence.key)
+            self.table.drop(sequence.blocks)
 
 
 class _Batched:

@@ -62,17 +62,41 @@ EARLIER_WORDS = {"auto": "fetched", "on": "fetched", "routed": "fetched", "off":
 
 
 class MemoryChoice(str):
-    """Which memory is wanted: `none`, `generic`, `fetched` (by the text's own path), or a path such as `3.1`."""
+    """Which memory is wanted, in a word or as a path such as `3.1`.
 
-    WORDS = ("none", "generic", "fetched")
+    none            the anchor alone
+    generic         the control block, the same for every text
+    fetched         the blocks on the text's own path
+    source          retrieval: the best passage of the path's leaf in the prompt, and no block
+    fetched+source  both
+    """
+
+    WORDS = ("none", "generic", "fetched", "source", "fetched+source")
     NONE: ClassVar[MemoryChoice]
     GENERIC: ClassVar[MemoryChoice]
     FETCHED: ClassVar[MemoryChoice]
+    SOURCE: ClassVar[MemoryChoice]
+    FETCHED_SOURCE: ClassVar[MemoryChoice]
 
     @property
     def path(self) -> Path:
         """The path that was named; the root where none was."""
         return ROOT if self in self.WORDS else Path.parse(self)
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether each text goes by a path of its own."""
+        return self in (self.FETCHED, self.SOURCE, self.FETCHED_SOURCE)
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether blocks are attached."""
+        return self not in (self.NONE, self.SOURCE)
+
+    @property
+    def has_passage(self) -> bool:
+        """Whether a passage goes into the prompt."""
+        return self in (self.SOURCE, self.FETCHED_SOURCE)
 
     @classmethod
     def parse(cls, wanted: Path | str) -> MemoryChoice:
@@ -86,7 +110,8 @@ class MemoryChoice(str):
             raise HierMemError(f"unknown memory {wanted!r}", hint) from error
 
 
-MemoryChoice.NONE, MemoryChoice.GENERIC, MemoryChoice.FETCHED = map(MemoryChoice, MemoryChoice.WORDS)
+MemoryChoice.NONE, MemoryChoice.GENERIC, MemoryChoice.FETCHED = map(MemoryChoice, MemoryChoice.WORDS[:3])
+MemoryChoice.SOURCE, MemoryChoice.FETCHED_SOURCE = map(MemoryChoice, MemoryChoice.WORDS[3:])
 
 
 @dataclass(frozen=True)

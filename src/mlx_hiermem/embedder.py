@@ -23,6 +23,7 @@ from mlx_hiermem.cpu import report_slow_blas
 from mlx_hiermem.cpu.vector import attention, gelu
 from mlx_hiermem.errors import AssetError
 from mlx_hiermem.files import file_digest
+from mlx_hiermem.printable import require_unicode
 
 ASSET, WEIGHTS = "all-minilm-l6-v2", "model.safetensors"
 # What this encoder implements; a folder that says otherwise is another model.
@@ -79,6 +80,8 @@ class Embedder:
 
     def embed(self, texts: Sequence[str], batch_size: int = 32) -> np.ndarray:
         """n texts -> [n, dim] float32 of length 1; of a long text the first `identity.max_tokens` tokens count."""
+        for text in texts:
+            require_unicode(text)
         encodings = self.tokenizer.encode_batch(list(texts))
         vectors = np.empty((len(encodings), self.dim), dtype=np.float32)
         # Texts of like length share a batch, so that little of it is padding; the longest come first.

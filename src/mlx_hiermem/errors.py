@@ -39,6 +39,10 @@ class AnchorError(HierMemError):
     """An anchor cannot be loaded, or its architecture cannot carry memories."""
 
 
+class ChatTemplateError(AnchorError):
+    """An anchor's chat template refuses a conversation, or fails on it. The cause is what the template raised."""
+
+
 class BankError(HierMemError):
     """A bank on disk is missing, damaged, or of another format version."""
 

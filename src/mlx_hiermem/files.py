@@ -11,6 +11,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -19,11 +20,14 @@ import pathlib
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_hiermem.errors import FileError, HierMemError, OutputError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 AXES = 32  # of a tensor, at most: nothing here has more than four
@@ -264,11 +268,13 @@ def read_header(
     file: pathlib.Path,
     raises: type[HierMemError] = FileError,
     hint: str = "Copy or download it again.",
+    data: bytes | None = None,
 ) -> SafetensorsHeader:
     """Reads and checks the header of a safetensors file: eight bytes of length, a JSON table, then the data.
 
     Every tensor must lie in the file, share no byte with another, and have the bytes that its shape and type ask
-    for (types that are not in VALUE_BYTES are passed on unchecked). Raises `raises` otherwise.
+    for (types that are not in VALUE_BYTES are passed on unchecked). Raises `raises` otherwise. `data` is the whole
+    file, where it has been read already.
     """
 
     def damaged(why: str) -> HierMemError:
@@ -281,8 +287,8 @@ def read_header(
         return dict(pairs)
 
     try:
-        with file.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
+        with file.open("rb") if data is None else io.BytesIO(data) as stream:
+            size = os.fstat(stream.fileno()).st_size if data is None else len(data)
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(size - 8, HEADER_LIMIT):
                 raise damaged("its header is longer than the file")
@@ -306,6 +312,26 @@ def read_header(
         if begin < end:
             raise damaged(f"{one} and {other} overlap")
     return SafetensorsHeader(tensors, {str(key): str(value) for key, value in metadata.items()})
+
+
+def map_tensors(
+    file: pathlib.Path, dtypes: Sequence[str], raises: type[HierMemError] = FileError, hint: str = ""
+) -> dict[str, np.ndarray]:
+    """Name -> read-only memory-mapped array of a safetensors file; its own reader copies whole tensors.
+
+    Raises `raises` where the file is damaged, or has a tensor that is not of these dtypes.
+    """
+    import numpy as np  # here, because every command imports this module
+
+    header = read_header(file, raises, hint)
+    names = {"F32": "<f4", "F16": "<f2", "I64": "<i8", "BOOL": "?"}
+    data = np.memmap(file, dtype=np.uint8, mode="r")
+    arrays: dict[str, np.ndarray] = {}
+    for name, tensor in header.tensors.items():
+        if tensor.dtype not in dtypes:
+            raise raises(f"{file} has {name} as {tensor.dtype}, not as {' or '.join(dtypes)}", hint)
+        arrays[name] = data[tensor.begin : tensor.end].view(np.dtype(names[tensor.dtype])).reshape(tensor.shape)
+    return arrays
 
 
 def _stored(name: str, row: Any, start: int, size: int) -> StoredTensor:

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import pathlib
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Unpack
 
 import mlx.core as mx
@@ -19,15 +21,18 @@ import mlx.nn as nn
 
 from mlx_hiermem.anchor import identify, load_anchor
 from mlx_hiermem.bank.bank import MANIFEST, MemoryBank
+from mlx_hiermem.bank.sources import SourceWindow
 from mlx_hiermem.batch import MemoryBatch
 from mlx_hiermem.cache import BlockCache, Fetch
 from mlx_hiermem.config import AnchorIdentity, MemoryChoice, Path
 from mlx_hiermem.errors import AnchorError, ArgumentError, BankError
+from mlx_hiermem.grammar import Grammars
 from mlx_hiermem.memory.attach import Attachment, attach
 from mlx_hiermem.response import GrowingText, Response
 from mlx_hiermem.sampling import LogitsProcessor, Options, Sampling
 from mlx_hiermem.selection import Selection
 from mlx_hiermem.share.resolve import resolve
+from mlx_hiermem.sources import Source, SourceSearch, Text, asked, messages_with, text_with
 from mlx_hiermem.tokenizer import encode_chat, encode_text
 from mlx_hiermem.tree import Route
 
@@ -39,7 +44,6 @@ if TYPE_CHECKING:
 Wanted = Path | str  # what callers may write for a MemoryChoice
 Message = Mapping[str, str]  # of a conversation: role and content
 Prompt = str | Sequence[Message]
-Text = str | Sequence[str]  # what is routed: a text, or a conversation's questions
 
 
 class MemoryModel:
@@ -107,7 +111,7 @@ class MemoryModel:
         """
         if self.bank is None or self.cache is None or not self.bank.is_edited:
             return False
-        bank = MemoryBank.open(self.bank.root)
+        bank = MemoryBank.open(self.bank.root, self.bank.verify)
         bank.manifest.check_anchor(self.bank.manifest.anchor)
         _ = bank.policy  # and with it the tree: a damaged one shows now
         if self.attachment and not self.attachment.takes(bank.config):
@@ -133,6 +137,11 @@ class MemoryModel:
         config = {**self.config.get("text_config", {}), **self.config}
         return int(config.get("effective_vocab_size") or config.get("vocab_size") or len(self.tokenizer))
 
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Grammars that a reply can be held to."""
+        return Grammars(self.tokenizer)
+
     @property
     def default_memory(self) -> MemoryChoice:
         """Fetched where the model has a bank."""
@@ -141,24 +150,55 @@ class MemoryModel:
     def choose(
         self, memory: Wanted, text: Text, blocked: Collection[Path] = (), route: Route | None = None
     ) -> Selection:
-        """Which memory: `none`, `generic`, `fetched` (routed by `text`), or a path such as `10.7`. Fetches nothing.
+        """Which memory: a word of `MemoryChoice` (routed by `text`), or a path such as `10.7`. Fetches no block.
 
         `text` may be the questions of a conversation, of which the last is routed. `blocked` nodes are closed
-        beside those of the bank's policy. With `route`, fetched is what the caller has found already. Raises
+        beside those of the bank's policy. With `route`, that is where the caller has found the text to go. Raises
         HierMemError for a memory there is not, BankError for a path that the tree does not have, or that leads
         through a blocked node.
         """
         wanted = MemoryChoice.parse(memory)
         if wanted == MemoryChoice.NONE:
             return Selection()
-        if self.bank is None:
-            raise BankError("this model has no bank", "Use memory none, or convert or learn a bank for it.")
-        if wanted == MemoryChoice.FETCHED:
+        bank = self.bank_for(wanted)
+        if wanted.is_routed:
             route = route or self._route(text, blocked)
         else:
             self._check_open(wanted.path, blocked)
             route = Route(wanted.path)
-        return Selection(wanted, route, tuple(self.bank.manifest.label(node) for node in route.path.prefixes()))
+        labels = tuple(bank.manifest.label(node) for node in route.path.prefixes())
+        search = self.search if wanted.has_passage else None
+        return Selection(wanted, route, labels, search.passage(route.path, asked(text, route)) if search else None)
+
+    def bank_for(self, wanted: MemoryChoice) -> MemoryBank:
+        """The bank. Raises BankError where there is none, or none that has what is wanted."""
+        if self.bank is None:
+            raise BankError("this model has no bank", "Use memory none, or convert or learn a bank for it.")
+        if wanted.has_passage and self.search is None:
+            raise BankError("this bank keeps no sources", "Use memory fetched, or learn it without --no-sources.")
+        return self.bank
+
+    @property
+    def search(self) -> SourceSearch | None:
+        """Looks through the bank's sources; None where it keeps none."""
+        sources = self.bank.sources if self.bank else None
+        return SourceSearch(sources, self.router.embedder) if sources else None
+
+    def sources(self, question: Text, answer: str = "") -> tuple[Source, ...]:
+        """What the question's leaf has on it, best first; with an answer, only what says that answer.
+
+        Raises BankError where the bank keeps no sources.
+        """
+        self.bank_for(MemoryChoice.SOURCE)
+        chosen = self.choose(MemoryChoice.FETCHED, question)
+        return self.sources_of(chosen, question, answer) or ()
+
+    def sources_of(self, chosen: Selection, text: Text, answer: str) -> tuple[Source, ...] | None:
+        """What says an answer that came with a memory; None where there is nothing to look through."""
+        search = self.search
+        if not chosen.path or search is None:
+            return None
+        return search.find(chosen.path, asked(text, chosen.route), answer)
 
     def _route(self, text: Text, blocked: Collection[Path]) -> Route:
         if isinstance(text, str):
@@ -178,7 +218,7 @@ class MemoryModel:
 
     def fetch(self, chosen: Selection) -> Fetch | None:
         """Brings the blocks of what was chosen into memory; None where there is no memory."""
-        if self.cache is None or chosen.memory == MemoryChoice.NONE:
+        if self.cache is None or not chosen.memory.has_blocks:
             return None
         generic = chosen.memory == MemoryChoice.GENERIC
         return self.cache.fetch_generic() if generic else self.cache.fetch(chosen.path)
@@ -189,7 +229,10 @@ class MemoryModel:
         """Chooses a memory (see `choose`), fetches it and attaches it. An edit of the bank is taken up first."""
         if route is None:
             self.refresh()
-        chosen = self.choose(memory, text, blocked, route)
+        return self.use(self.choose(memory, text, blocked, route))
+
+    def use(self, chosen: Selection) -> Selection:
+        """Fetches and attaches what was chosen."""
         start = time.perf_counter()
         fetch = self.fetch(chosen)
         fetched = time.perf_counter()
@@ -213,9 +256,9 @@ class MemoryModel:
         fetched where the model has a bank, and is routed by what the user said alone. `Options` lists the other
         options. Raises ArgumentError for what is no prompt, or no option.
         """
-        sampling, (tokens, questions) = Sampling.of(options), self._asked(prompt, chat)
+        sampling, asked_ = Sampling.of(options), self._asked(prompt, chat)
         wanted = MemoryChoice.parse(self.default_memory if memory is None else memory)
-        return self._reply(tokens, questions, wanted, sampling)
+        return self._reply(asked_, wanted, sampling)
 
     def generate(
         self,
@@ -258,36 +301,41 @@ class MemoryModel:
             raise ArgumentError(f"there are {len(memories)} memories for {len(prompts)} prompts")
         sampling, asked = Sampling.of(options), [self._asked(prompt, chat) for prompt in prompts]
         self.refresh()
-        chosen = [self.choose(one, questions) for one, (_, questions) in zip(memories, asked, strict=True)]
+        chosen = [self.choose(one, each.questions) for one, each in zip(memories, asked, strict=True)]
+        tokens = [each.tokens(memory.passage) for each, memory in zip(asked, chosen, strict=True)]
         try:
-            return MemoryBatch(self, max_sequences).replies([tokens for tokens, _ in asked], chosen, sampling)
+            found = MemoryBatch(self, max_sequences).replies(tokens, chosen, sampling)
+            return [
+                replace(response, find=partial(self.sources_of, response.selection, each.questions, response.text))
+                for response, each in zip(found, asked, strict=True)
+            ]
         finally:
             self.selection = Selection()
             if self.attachment:
                 self.attachment.clear()
 
-    def _reply(
-        self, tokens: list[int], questions: Sequence[str], memory: MemoryChoice, sampling: Sampling
-    ) -> Iterator[str]:
+    def _reply(self, asked: _Asked, memory: MemoryChoice, sampling: Sampling) -> Iterator[str]:
         self.response, text, last = None, GrowingText(tuple(sampling.stop)), None
-        selection = self.select(memory, questions)
+        selection = self.select(memory, asked.questions)
         try:
-            for last in self.responses(tokens, sampling):
+            for last in self.responses(asked.tokens(selection.passage), sampling):
                 yield text.add(last.text, last=last.finish_reason is not None)
                 if text.stopped:
                     break
         finally:  # whoever has read enough is told of it too
             if last is not None:
-                self.response = Response.of(text, last, selection)
+                find = partial(self.sources_of, selection, asked.questions, text.text)
+                self.response = Response.of(text, last, selection, find)
 
-    def _asked(self, prompt: Prompt, chat: bool) -> tuple[list[int], list[str]]:
-        """Token ids of a prompt, and the user's words in it. Raises ArgumentError for what is none."""
+    def _asked(self, prompt: Prompt, chat: bool) -> _Asked:
+        """A prompt, looked at. Raises ArgumentError for what is none."""
         if not prompt:
             raise ArgumentError("the prompt is empty", "Give a text, or a list of messages.")
         if isinstance(prompt, str) and not chat:
-            return self.tokens(prompt), [prompt]
+            return _Asked.of([prompt], lambda passage: self.tokens(text_with(prompt, passage)))
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else check_messages(prompt)
-        return self.chat_tokens(messages), [one["content"] for one in messages if one["role"] == "user"]
+        questions = [one["content"] for one in messages if one["role"] == "user"]
+        return _Asked.of(questions, lambda passage: self.chat_tokens(messages_with(messages, passage)))
 
     def tokens(self, text: str) -> list[int]:
         """Token ids of a plain prompt, with the tokenizer's beginning; no text in it is a control token."""
@@ -329,6 +377,23 @@ class MemoryModel:
         return [lambda _, logits: mx.where(mx.arange(logits.shape[-1]) < real, logits, -mx.inf)]
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A prompt: the user's words in it, its token ids, and what makes these, with a passage in the prompt."""
+
+    questions: list[str]
+    plain: list[int]
+    encode: Callable[[SourceWindow | None], list[int]]
+
+    @classmethod
+    def of(cls, questions: list[str], encode: Callable[[SourceWindow | None], list[int]]) -> _Asked:
+        """Encodes at once, so that what cannot be asked is refused before anything is chosen or fetched."""
+        return cls(questions, encode(None), encode)
+
+    def tokens(self, passage: SourceWindow | None) -> list[int]:
+        return self.encode(passage) if passage else self.plain
+
+
 def check_messages(messages: Any) -> list[dict[str, str]]:
     """The messages of a conversation; ArgumentError for what are none."""
     if not isinstance(messages, Sequence):
@@ -341,11 +406,16 @@ def check_messages(messages: Any) -> list[dict[str, str]]:
 
 
 def load(
-    folder: str | pathlib.Path, *, cache_bytes: int = 512 << 20, beside: Iterable[MemoryModel] = ()
+    folder: str | pathlib.Path,
+    *,
+    cache_bytes: int = 512 << 20,
+    beside: Iterable[MemoryModel] = (),
+    verify: bool | None = None,
 ) -> MemoryModel:
     """Opens a memory model (`anchor/` and `bank/`), or a plain mlx-lm folder without memory, by folder or hub id.
 
     Where one of the models `beside` has the same anchor in memory, that is used; `folder` may then be a bank alone.
+    `verify` has each file of the bank checked when it is first read; by default so, unless HIERMEM_VERIFY is 0.
     Raises AnchorError, BankError, HubError, or AnchorMismatchError where the bank was made for another anchor.
     """
     if not isinstance(folder, str | pathlib.Path):
@@ -354,8 +424,8 @@ def load(
     folder = resolve(folder)
     anchor_folder = folder / "anchor" if (folder / "anchor").is_dir() else folder
     if (folder / MANIFEST).is_file():
-        return _bank_alone(MemoryBank.open(folder), name or folder.resolve().name, cache_bytes, beside)
-    bank = MemoryBank.open(folder / "bank") if (folder / "bank").is_dir() else None
+        return _bank_alone(MemoryBank.open(folder, verify), name or folder.resolve().name, cache_bytes, beside)
+    bank = MemoryBank.open(folder / "bank", verify) if (folder / "bank").is_dir() else None
     if bank and bank.remote and anchor_folder == folder:
         bring = f"hiermem bank pull {bank.remote.origin.repo} {folder} --lazy"
         raise AnchorError(f"{folder} was pulled without its anchor", f"`{bring}` brings it.")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from mlx_hiermem.selection import Selection
+from mlx_hiermem.sources import Source
+
+Find = Callable[[], "tuple[Source, ...] | None"]
 
 if TYPE_CHECKING:
     from mlx_lm.generate import GenerationResponse
@@ -22,10 +26,25 @@ class Response:
     prompt_tokens: int
     generation_tokens: int
     tokens_per_second: float  # of the generation
+    find: Find = field(default=lambda: None, repr=False, compare=False)  # looks for the sources
+
+    @cached_property
+    def sources(self) -> tuple[Source, ...] | None:
+        """What in the bank says this, best first; looked for when first asked, while the model is there.
+
+        Empty where the path's leaf has nothing that does. None where there was nothing to look through: no path,
+        or a bank without sources.
+        """
+        return self.find()
 
     @classmethod
     def of(
-        cls, text: GrowingText, last: GenerationResponse, selection: Selection, prompt_tokens: int | None = None
+        cls,
+        text: GrowingText,
+        last: GenerationResponse,
+        selection: Selection,
+        find: Find,
+        prompt_tokens: int | None = None,
     ) -> Response:
         """From the last piece that mlx-lm gave. `prompt_tokens`: where a part of the prompt was in the cache."""
         return cls(
@@ -35,6 +54,7 @@ class Response:
             prompt_tokens=last.prompt_tokens if prompt_tokens is None else prompt_tokens,
             generation_tokens=last.generation_tokens,
             tokens_per_second=last.generation_tps,
+            find=find,
         )
 
     def __str__(self) -> str:

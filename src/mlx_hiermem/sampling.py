@@ -19,6 +19,7 @@ from mlx_lm.sample_utils import (
 )
 
 from mlx_hiermem.errors import ArgumentError
+from mlx_hiermem.grammar import Grammar
 
 BOUNDS: dict[str, tuple[Any, float, float]] = {
     "max_tokens": (int, 1, math.inf),
@@ -71,6 +72,7 @@ class Sampling:
     stop: str | Sequence[str] = ()  # strings that end the text, and are not part of it
     sampler: Sampler | None = None  # in place of temperature, top_p, top_k, min_p and seed
     logits_processors: Sequence[LogitsProcessor] = ()
+    grammar: Grammar | None = None  # what the reply may be
     logprobs: bool = False
     top_logprobs: int = 0  # how many of the likeliest tokens each Token reports
 
@@ -141,7 +143,8 @@ class Sampling:
             found.append(_of_the_reply(make_presence_penalty(self.presence_penalty, self.max_tokens)))
         if self.frequency_penalty:
             found.append(_of_the_reply(make_frequency_penalty(self.frequency_penalty, self.max_tokens)))
-        return [*found, *self.logits_processors]
+        last = [self.grammar.processor()] if self.grammar else []  # so that nothing can allow what it forbids
+        return [*found, *self.logits_processors, *last]
 
 
 def _of_the_reply(penalty: LogitsProcessor) -> LogitsProcessor:

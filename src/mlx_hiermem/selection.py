@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mlx_hiermem.bank.sources import SourceWindow
 from mlx_hiermem.cache import Fetch
 from mlx_hiermem.config import MemoryChoice, Path
 from mlx_hiermem.tree import Route
@@ -19,6 +20,7 @@ class Selection:
     memory: MemoryChoice = MemoryChoice.NONE
     route: Route = UNROUTED
     labels: tuple[str, ...] = ()  # of the path's nodes
+    passage: SourceWindow | None = None  # what goes into the prompt, where that was wanted and there is one
     blocks: tuple[str, ...] = ()  # what is attached: equal blocks mean equal weights
     memory_bytes: int = 0
     bytes_read: int = 0  # from disk
@@ -28,6 +30,11 @@ class Selection:
     @property
     def path(self) -> Path:
         return self.route.path
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Of a KV cache: keys and values are shared under equal keys alone."""
+        return (self.memory, *self.blocks) if self.memory.has_passage else self.blocks
 
     def attached(self, fetch: Fetch | None, fetch_ms: float, attach_ms: float) -> Selection:
         """The same, now that it is fetched and attached."""
@@ -41,7 +48,7 @@ class Selection:
         )
 
     def to_json(self) -> dict[str, Any]:
-        route = self.route
+        route, passage = self.route, self.passage
         return {
             "memory": self.memory,
             "path": str(route.path),
@@ -51,6 +58,9 @@ class Selection:
             "stayed": route.stayed,
             "far": route.far,
             "blocks": list(self.blocks),
+            "passage": {"document": passage.document, "title": passage.title, "place": passage.place}
+            if passage
+            else None,
             "memory_bytes": self.memory_bytes,
             "bytes_read": self.bytes_read,
             "route_ms": route.milliseconds,

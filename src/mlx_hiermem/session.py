@@ -11,17 +11,20 @@ from __future__ import annotations
 from collections.abc import Collection, Generator, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
 
 from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
+from mlx_hiermem.bank.sources import SourceWindow
 from mlx_hiermem.config import MemoryChoice, Path
-from mlx_hiermem.errors import AnchorError, ArgumentError, BankError, HierMemError
+from mlx_hiermem.errors import ArgumentError, ChatTemplateError, HierMemError
 from mlx_hiermem.model import MemoryModel, Wanted
 from mlx_hiermem.response import GrowingText, Response
 from mlx_hiermem.router import Topic, Turn
 from mlx_hiermem.sampling import Options, Sampling
 from mlx_hiermem.selection import Selection
+from mlx_hiermem.sources import messages_with
 
 if TYPE_CHECKING:
     from mlx_lm.generate import GenerationResponse
@@ -56,7 +59,7 @@ class Session:
         """
         if not isinstance(model, MemoryModel):
             raise ArgumentError(f"{model!r} is no model", "`load` opens one.")
-        self.model, self.memory = model, MemoryChoice.parse(memory or model.default_memory)
+        self.model, self._memory = model, MemoryChoice.parse(memory or model.default_memory)
         self.system, self.blocked, self.template = system, blocked, dict(template or {})
         self.sampling = Sampling.of(options, max_tokens=REPLY)
         self.messages: list[Message] = []  # the user's and the assistant's
@@ -69,9 +72,9 @@ class Session:
         self.selection = Selection(self.memory)
         self._cache: list[Any] = []
         self._cached: list[int] = []  # the tokens whose keys and values are in the cache, as far as known
-        self._key: tuple[str, ...] = ()  # the blocks that they were computed under
+        self._key: tuple[str, ...] = ()  # of the memory that they were computed under
         self._bank = model.bank  # as it was when it was last looked at; see `_look_again`
-        self._earlier = LRUPromptCache(earlier, EARLIER_BYTES)  # by the blocks and the tokens
+        self._earlier = LRUPromptCache(earlier, EARLIER_BYTES)  # by that key and the tokens
         self._drafted: tuple[Any, Turn] | None = None  # where the text goes that is being typed
         self._ahead: Future[None] | None = None
 
@@ -79,6 +82,15 @@ class Session:
         turns = sum(message["role"] == "user" for message in self.messages)
         tokens = f"{self.kv_tokens} of {self.context or 'any number of'} tokens"
         return f"<Session with {self.model.name}: memory {self.memory}, {turns} turns, {tokens}>"
+
+    @property
+    def memory(self) -> MemoryChoice:
+        """The memory of the turns to come. `use` changes it too, and looks whether there is such a memory."""
+        return self._memory
+
+    @memory.setter
+    def memory(self, wanted: Wanted) -> None:
+        self._memory = MemoryChoice.parse(wanted)
 
     @property
     def context(self) -> int | None:
@@ -97,13 +109,12 @@ class Session:
         """
         self._look_again()
         wanted = MemoryChoice.parse(memory)
-        if wanted != MemoryChoice.FETCHED:
-            self.selection = self.model.select(wanted, "", self.blocked)
-        elif self.model.bank is None:
-            raise BankError("this model has no bank", "Use memory none, or convert or learn a bank for it.")
-        else:
+        if wanted.is_routed:
+            self.model.bank_for(wanted)
             self.selection = Selection(wanted)
-        self.memory, self.topic, self.turn = wanted, None, None
+        else:
+            self.selection = self.model.select(wanted, "", self.blocked)
+        self._memory, self.topic, self.turn = wanted, None, None
 
     def ask(self, question: str) -> Generator[str, None, None]:
         """Streams the reply. A reply that is broken off keeps what was said so far; nothing said, nothing asked.
@@ -138,7 +149,8 @@ class Session:
             self._cached = tokens + generated
             self._check_cache()
             if self.last is not None:
-                self.model.response = Response.of(text, self.last, self.selection, len(tokens))
+                find = partial(self.model.sources_of, self.selection, self.questions, text.text)
+                self.model.response = Response.of(text, self.last, self.selection, find, len(tokens))
             if reply or complete:
                 self.messages.append({"role": "assistant", "content": reply})
             else:
@@ -156,13 +168,13 @@ class Session:
 
         Nothing is attached, and nothing is remembered but the route, for the case that the text stays as it is.
         """
-        if self.memory != MemoryChoice.FETCHED or not text.strip():
+        if not self.memory.is_routed or not text.strip():
             return
         turn = self.route(text)
         self._drafted = self._routed_by(text), turn
         if self._ahead:
             self._ahead.cancel()  # if it has not begun
-        if self.model.cache:
+        if self.model.cache and self.memory.has_blocks:
             self._ahead = self.model.cache.prefetch(turn.topic.path)
 
     def reset(self) -> None:
@@ -171,6 +183,11 @@ class Session:
         self.first, self.topic, self.turn = 0, None, None
         self._cache, self._cached = [], []
         self._earlier.trim_to(n_sequences=0)
+
+    @property
+    def questions(self) -> list[str]:
+        """The user's messages."""
+        return [message["content"] for message in self.messages if message["role"] == "user"]
 
     def _routed_by(self, text: str) -> tuple[Any, ...]:
         """All that a route depends on."""
@@ -191,37 +208,36 @@ class Session:
     def _prepare(self, text: str) -> list[int]:
         """Routes the question, attaches its memory and returns the prompt's tokens."""
         self._look_again()
-        turn = None
-        if self.memory == MemoryChoice.FETCHED:
-            turn = self.route(text)
-        first, dropped, tokens = self._fit()
-        self.selection = self.model.select(self.memory, text, self.blocked, turn.route if turn else None)
+        turn = self.route(text) if self.memory.is_routed else None
+        chosen = self.model.choose(self.memory, self.questions, self.blocked, turn.route if turn else None)
+        first, dropped, tokens = self._fit(chosen.passage)
+        self.selection = self.model.use(chosen)
         self.first, self.dropped, self.turn = first, dropped, turn
         self.topic = turn.topic if turn else None
         return tokens
 
-    def _tokens(self, first: int) -> list[int]:
-        """The prompt from a message on, behind the system message."""
+    def _tokens(self, first: int, passage: SourceWindow | None) -> list[int]:
+        """The prompt from a message on, behind the system message. A passage is for the last question alone."""
+        messages = messages_with(self.messages[first:], passage)
         if not self.system:
-            return self.model.chat_tokens(self.messages[first:], **self.template)
-        from jinja2 import TemplateError
-
+            return self.model.chat_tokens(messages, **self.template)
         try:
             system = {"role": "system", "content": self.system}
-            return self.model.chat_tokens([system, *self.messages[first:]], **self.template)
-        except TemplateError as error:
-            raise AnchorError(f"the anchor's chat template takes no system message: {error}") from error
+            return self.model.chat_tokens([system, *messages], **self.template)
+        except ChatTemplateError as error:
+            reason = error.__cause__ or error
+            raise ChatTemplateError(f"the anchor's chat template takes no system message: {reason}") from error
 
-    def _fit(self) -> tuple[int, int, list[int]]:
+    def _fit(self, passage: SourceWindow | None) -> tuple[int, int, list[int]]:
         """(first message, turns dropped now, prompt): the newest turns that leave room for the reply."""
-        tokens = self._tokens(self.first)
+        tokens = self._tokens(self.first, passage)
         if self.context is None or len(tokens) <= self.context - self._reserve:
             return self.first, 0, tokens
         # What is left must be prefilled again as a whole, so make room for more than this turn.
         goal = KEPT * (self.context - self._reserve)
         starts = [i for i, m in enumerate(self.messages) if m["role"] == "user" and i >= self.first]
-        start = next((i for i in starts[1:] if len(self._tokens(i)) <= goal), starts[-1])
-        tokens = self._tokens(start)
+        start = next((i for i in starts[1:] if len(self._tokens(i, passage)) <= goal), starts[-1])
+        tokens = self._tokens(start, passage)
         if len(tokens) > self.context - self._reserve:
             raise HierMemError(
                 f"the question has {len(tokens)} tokens, system message included; the model has room for "
@@ -241,7 +257,7 @@ class Session:
 
     def _reuse(self, tokens: list[int]) -> list[int]:
         """Makes the cache a prefix of `tokens`, as long as it can be; returns the tokens still to compute."""
-        if self._key != self.selection.blocks:
+        if self._key != self.selection.key:
             self._change_cache(tokens)
         shared = 0
         if self._cache:
@@ -263,7 +279,7 @@ class Session:
         if known and (not surplus or can_trim_prompt_cache(self._cache)):
             trim_prompt_cache(self._cache, surplus)
             self._earlier.insert_cache(self._key, known, self._cache)
-        self._key = self.selection.blocks
+        self._key = self.selection.key
         cache, rest = self._earlier.fetch_nearest_cache(self._key, tokens)
         self._cache, self._cached = cache or [], tokens[: len(tokens) - len(rest)]
 

@@ -12,8 +12,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from mlx_hiermem.errors import AnchorError
+from mlx_hiermem.errors import AnchorError, ChatTemplateError, HierMemError
 from mlx_hiermem.files import parse_json
+from mlx_hiermem.printable import require_unicode
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PLACE = "\ue000{}\ue001"  # stands for a message in a rendered template; private characters that nobody types
@@ -33,7 +34,7 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
     logging.set_verbosity_error()  # it warns of model types that it does not know
     try:
         tokenizer = mlx_lm.utils.load_tokenizer(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # tokenizers raises plain Exception, and a damaged file anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise AnchorError(f"cannot load the tokenizer of {folder}: {reason}") from error
     finally:
@@ -60,6 +61,7 @@ def end_tokens(folder: pathlib.Path) -> set[int]:
 
 def encode_text(tokenizer: Any, text: str, special: bool = True) -> list[int]:
     """Token ids of a text in which nothing is markup; `special` puts the tokenizer's own beginning before it."""
+    require_unicode(text)
     return list(tokenizer.encode(text, add_special_tokens=special, split_special_tokens=True))
 
 
@@ -73,9 +75,21 @@ def encode_chat(
 ) -> list[int]:
     """Token ids of a conversation in the chat template; with `reply`, ready for the assistant's words.
 
-    Where no message spells a control token, this is what the template and the tokenizer make of it.
+    Where no message spells a control token, this is what the template and the tokenizer make of it. Raises
+    ChatTemplateError for whatever the template raises: it is a program of the model's.
     """
-    options["add_generation_prompt"] = reply
+    for message in messages:
+        require_unicode(_content(message))
+    try:
+        return _encode_chat(tokenizer, messages, options | {"add_generation_prompt": reply})
+    except HierMemError:
+        raise
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise ChatTemplateError(f"the anchor's chat template refuses the messages: {reason}") from error
+
+
+def _encode_chat(tokenizer: Any, messages: Sequence[dict[str, Any]], options: dict[str, Any]) -> list[int]:
     if not any(spells_control(tokenizer, _content(message)) for message in messages):
         return list(tokenizer.apply_chat_template(list(messages), tokenize=True, **options))
     ids = _control(tokenizer)

@@ -16,7 +16,7 @@ import numpy as np
 
 from mlx_hiermem.config import ROOT, Path
 from mlx_hiermem.errors import BankError
-from mlx_hiermem.files import read_header
+from mlx_hiermem.files import map_tensors
 
 ON_BLOCKED = ("sibling", "parent")
 
@@ -115,7 +115,9 @@ class ClusterTree:
                 break
             rows = range(row * self.branching, (row + 1) * self.branching)
             distance = np.where(present[row], np.linalg.norm(centroids[row] - vector, axis=1), np.inf)
-            child = int(distance.argmin())
+            child = int(distance.argmin())  # of a NaN, where there is one
+            if not np.isfinite(distance[child]):
+                raise BankError("the bank's tree has centroids that are not finite", "Pull or convert it again.")
             if (level, rows[child]) in barred:
                 avoided.append(Path((*children, child)))
                 allowed = present[row] & [(level, r) not in barred for r in rows]
@@ -182,7 +184,7 @@ class ClusterTree:
     @classmethod
     def load(cls, file: pathlib.Path) -> ClusterTree:
         """Opens a tree file; centroids stay memory-mapped."""
-        arrays = _map_safetensors(file)
+        arrays = map_tensors(file, ("F32", "BOOL"), BankError, "Fetch or convert the bank again.")
         centroids: list[np.ndarray] = []
         present: list[np.ndarray] = []
         while f"level{len(centroids) + 1}.centroids" in arrays:
@@ -191,16 +193,3 @@ class ClusterTree:
             centroids.append(c)
             present.append(arrays.get(f"level{level}.present", np.ones(c.shape[:2], dtype=bool)))
         return cls(centroids, present)
-
-
-def _map_safetensors(file: pathlib.Path) -> dict[str, np.ndarray]:
-    """name -> read-only memory-mapped array; safetensors' own reader copies whole tensors. Raises BankError."""
-    header = read_header(file, BankError, "Fetch or convert the bank again.")
-    types = {"F32": np.dtype("<f4"), "BOOL": np.dtype(bool)}
-    data = np.memmap(file, dtype=np.uint8, mode="r")
-    arrays = {}
-    for name, tensor in header.tensors.items():
-        if tensor.dtype not in types:
-            raise BankError(f"the tree {file} has {name} as {tensor.dtype}, not as {' or '.join(types)}")
-        arrays[name] = data[tensor.begin : tensor.end].view(types[tensor.dtype]).reshape(tensor.shape)
-    return arrays

@@ -1,10 +1,13 @@
-"""A memory bank on disk: opened by its manifest, read a block at a time, checked on demand.
+"""A memory bank on disk: opened by its manifest, read a block at a time, checked as it is read.
 
-Opening reads bank.json and maps the tree; a block file is opened when that block is asked for, never before.
+Opening reads bank.json and maps the tree; a block file is opened when that block is asked for, never before. At its
+first reading a file's digest must be the manifest's, and its numbers finite. HIERMEM_VERIFY=0 leaves that out.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 import pathlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,13 +16,15 @@ from functools import cached_property
 from mlx_hiermem.bank.block import GENERIC_FILE, MemoryBlock, block_name, read_block
 from mlx_hiermem.bank.manifest import BankManifest
 from mlx_hiermem.bank.policy import POLICY, BankPolicy
-from mlx_hiermem.bank.remote import Origin, RemoteTier
-from mlx_hiermem.config import GENERIC_NODE, MemoryConfig, Path
+from mlx_hiermem.bank.remote import Origin, RemoteTier, node_of
+from mlx_hiermem.bank.sources import INDEX, TEXTS, BankSources
+from mlx_hiermem.config import GENERIC_LEVEL, GENERIC_NODE, MemoryConfig, Path
 from mlx_hiermem.errors import BankError
 from mlx_hiermem.files import file_digest
 from mlx_hiermem.tree import ClusterTree
 
 MANIFEST, TREE = "bank.json", "tree.safetensors"
+VERIFY = "HIERMEM_VERIFY"  # in the environment: 0 reads files unchecked
 EDIT = "edit"  # the folder of a change that is being made; see `commit`
 
 
@@ -27,18 +32,23 @@ Stamp = tuple[tuple[int, int, int] | None, tuple[int, int, int] | None]
 
 
 class MemoryBank:
-    def __init__(self, root: pathlib.Path, manifest: BankManifest, stamp: Stamp | None = None) -> None:
+    def __init__(
+        self, root: pathlib.Path, manifest: BankManifest, stamp: Stamp | None = None, verify: bool | None = None
+    ) -> None:
+        """`verify`: whether files are checked when they are first read; None asks HIERMEM_VERIFY."""
         self.root, self.manifest = root, manifest
+        self.verify = os.environ.get(VERIFY) != "0" if verify is None else verify
+        self._verified: set[str] = set()  # files that were right when they were first read
         self.stamp = stamp or _stamp(root)  # where it differs later, the bank was edited
 
     @classmethod
-    def open(cls, root: pathlib.Path | str) -> MemoryBank:
+    def open(cls, root: pathlib.Path | str, verify: bool | None = None) -> MemoryBank:
         """Reads the manifest; no block is touched."""
         root = pathlib.Path(root)
         if not root.is_dir():
             raise BankError(f"there is no bank at {root}")
         stamp = _stamp(root)  # first: a change in between is seen later
-        return cls(root, BankManifest.read(root / MANIFEST), stamp)
+        return cls(root, BankManifest.read(root / MANIFEST), stamp, verify)
 
     @property
     def is_edited(self) -> bool:
@@ -61,6 +71,8 @@ class MemoryBank:
 
     @cached_property
     def tree(self) -> ClusterTree:
+        if self.verify and (self.root / TREE).is_file():
+            self._require(TREE, file_digest(self.root / TREE))
         tree = ClusterTree.load(self.root / TREE)
         if (tree.branching, tree.depth) != (self.config.branching, self.config.depth):
             raise BankError(
@@ -82,6 +94,16 @@ class MemoryBank:
             )
         return replace(policy, blocked=policy.blocked - unknown)
 
+    @cached_property
+    def sources(self) -> BankSources | None:
+        """The windows that were learnt; None where the bank was made or shared without them."""
+        if self.manifest.sources is None or (self.remote and not (self.root / INDEX).is_file()):
+            return None
+        for name in (TEXTS, INDEX) if self.verify else ():
+            if (self.root / name).is_file():
+                self._require(name, file_digest(self.root / name))
+        return BankSources(self.root)
+
     def state(self, node: Path) -> str:
         """Of a node's block: `blocked` (itself or above), `on disk`, `remote` (on the hub), or `missing`."""
         if self.policy.blocker(node):
@@ -98,9 +120,7 @@ class MemoryBank:
 
     def digest(self, node: Path) -> str:
         """What the manifest says of a node's block, or of the generic block; empty where it has none."""
-        if node == GENERIC_NODE:
-            return self.manifest.generic.sha256 if self.manifest.generic else ""
-        return self.manifest.blocks[node].sha256 if self.manifest.has_block(node) else ""
+        return _digest_in(self.manifest, block_name(node))
 
     def nodes_on(self, path: Path) -> list[Path]:
         """The nodes of a path that have a block, level 1 first. A path may lead below them, or be ragged."""
@@ -112,7 +132,7 @@ class MemoryBank:
             raise BankError(f"the bank has no block {node}", "`hiermem route` shows the paths of a text.")
         if self.remote:
             self.remote.bring(node, block_name(node))
-        return read_block(self.root / block_name(node), self.config, len(node))
+        return self._read(block_name(node), len(node))
 
     def read_generic(self) -> MemoryBlock:
         """Reads the control block of the fetched size."""
@@ -120,13 +140,42 @@ class MemoryBank:
             raise BankError(f"the bank {self.root} has no generic block", "Use memory none or fetched.")
         if self.remote:
             self.remote.bring(GENERIC_NODE, GENERIC_FILE)
-        return read_block(self.root / GENERIC_FILE, self.config)
+        return self._read(GENERIC_FILE, GENERIC_LEVEL)
+
+    def _read(self, name: str, level: int) -> MemoryBlock:
+        """Reads a block file, checked where it is the first time."""
+
+        def check(data: bytes) -> None:
+            self._require(name, hashlib.sha256(data).hexdigest())
+
+        new = self.verify and name not in self._verified
+        block = read_block(self.root / name, self.config, level, check if new else None)
+        self._verified.add(name)
+        return block
+
+    def _require(self, name: str, found: str) -> None:
+        """Raises BankError where the manifest has another digest for a file.
+
+        The manifest on disk counts too, and that of an edit which is being carried out: of an edit the blocks come
+        first, then the tree, then the manifest.
+        """
+        if found == _digest_in(self.manifest, name):
+            return
+        later = [file for file in (self.root / EDIT / MANIFEST, self.root / MANIFEST) if file.is_file()]
+        if found not in [_digest_in(BankManifest.read(file), name) for file in later]:
+            raise BankError(
+                f"{self.root / name} has changed: its sha256 is not the manifest's",
+                "`hiermem bank verify` says what else has; pull or convert the bank again.",
+            )
 
     def files(self) -> Iterator[tuple[str, int, str]]:
         """(name, bytes, sha256) of every file that the manifest vouches for."""
         yield TREE, self.manifest.tree.bytes, self.manifest.tree.sha256
         if self.manifest.generic:
             yield GENERIC_FILE, self.manifest.generic.bytes, self.manifest.generic.sha256
+        if sources := self.manifest.sources:
+            yield TEXTS, sources.texts.bytes, sources.texts.sha256
+            yield INDEX, sources.index.bytes, sources.index.sha256
         for path, entry in self.manifest.blocks.items():
             yield block_name(path), entry.bytes, entry.sha256
 
@@ -149,6 +198,19 @@ class MemoryBank:
             done += size
             if progress:
                 progress(done, total)
+
+
+def _digest_in(manifest: BankManifest, name: str) -> str:
+    """The sha256 of a bank's file; empty where the manifest has no such file."""
+    if name == TREE:
+        return manifest.tree.sha256
+    if name == GENERIC_FILE:
+        return manifest.generic.sha256 if manifest.generic else ""
+    if name in (TEXTS, INDEX):
+        sources = manifest.sources
+        return (sources.texts if name == TEXTS else sources.index).sha256 if sources else ""
+    node = node_of(name)
+    return manifest.blocks[node].sha256 if manifest.has_block(node) else ""
 
 
 def _stamp(root: pathlib.Path) -> Stamp:

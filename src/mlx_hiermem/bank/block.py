@@ -8,19 +8,27 @@ quantised block is three: integers, scales and biases. They stay so in memory un
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_hiermem.config import BIASES, GENERIC_LEVEL, GENERIC_NODE, SCALES, MemoryConfig, Path, Quantization
 from mlx_hiermem.errors import BankError
+from mlx_hiermem.files import read_header, reason
 
 GENERIC_FILE = "generic.safetensors"
-SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32"}
+SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32", "int64": "I64"}
+
+
+DTYPE_NAMES = {stored: name for name, stored in SAFETENSORS_DTYPES.items()}
+# dtype -> the integers that its numbers can be looked at as, and the bits of the exponent in them
+EXPONENTS = {"float32": (mx.uint32, 0x7F800000), "float16": (mx.uint16, 0x7C00), "bfloat16": (mx.uint16, 0x7F80)}
 
 
 @dataclass(frozen=True)
@@ -83,22 +91,28 @@ def block_name(path: Path) -> str:
     return "blocks/" + "/".join(map(str, path)) + ".safetensors"
 
 
-def read_block(file: pathlib.Path, config: MemoryConfig, level: int = GENERIC_LEVEL) -> MemoryBlock:
+def read_block(
+    file: pathlib.Path,
+    config: MemoryConfig,
+    level: int = GENERIC_LEVEL,
+    check: Callable[[bytes], None] | None = None,
+) -> MemoryBlock:
     """Reads a block of a level whole; level 0 is the generic block, which may have any number of units.
 
-    Raises BankError if the file is missing, damaged or of other tensors than `MemoryConfig.stored` says.
+    Raises BankError if the file is missing, damaged or of other tensors than `MemoryConfig.stored` says. The header
+    is compared before any tensor is made. `check` is shown the bytes that these are made of; all numbers must be
+    finite then.
     """
+    again = "Run `hiermem bank verify`; fetch or convert the block again."
     try:
-        tensors = mx.load(str(file), format="safetensors")
-        assert isinstance(tensors, dict)
-        mx.eval(tensors)
-        nbytes = file.stat().st_size
-    except (OSError, RuntimeError, ValueError) as error:
-        raise BankError(
-            f"cannot read the block {file}: {error}",
-            "Run `hiermem verify`; fetch or convert the block again.",
-        ) from error
-    found = {name: (str(tensor.dtype).removeprefix("mlx.core."), tensor.shape) for name, tensor in tensors.items()}
+        data = file.read_bytes() if check else None
+        header = read_header(file, BankError, data=data)
+    except OSError as error:
+        raise BankError(f"cannot read the block {file}: {reason(error)}", again) from error
+    except BankError as error:
+        why = error.what.removeprefix(f"cannot read {file}: ").replace(str(file), "it")
+        raise BankError(f"cannot read the block {file}: {why}", again) from error
+    found = {name: (DTYPE_NAMES.get(row.dtype, row.dtype), row.shape) for name, row in header.tensors.items()}
     some_shape = next((shape for _, shape in found.values() if len(shape) == 3), (0, 0, 0))
     expected = config.stored(level, config.block_sizes[level - 1] if level else some_shape[1])
     for name in expected | found:
@@ -107,7 +121,31 @@ def read_block(file: pathlib.Path, config: MemoryConfig, level: int = GENERIC_LE
                 f"the block {file} holds {_described(found, name)}, expected {_described(expected, name)}",
                 "It belongs to another bank or another version of this one.",
             )
-    return MemoryBlock({name: tensors[name] for name in expected}, nbytes, config.quantized(level))
+    if check and data is not None:
+        check(data)
+    try:
+        tensors = mx.load(str(file) if data is None else io.BytesIO(data), format="safetensors")
+        assert isinstance(tensors, dict)
+        mx.eval(tensors)
+        nbytes = file.stat().st_size if data is None else len(data)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise BankError(f"cannot read the block {file}: {error}", again) from error
+    block = MemoryBlock({name: tensors[name] for name in expected}, nbytes, config.quantized(level))
+    if check and not is_finite(block):
+        raise BankError(f"the block {file} has values that are not finite numbers", "Convert or pull it again.")
+    return block
+
+
+def is_finite(block: MemoryBlock) -> bool:
+    """Whether no number of a block is infinite or NaN: those have all bits of their exponent set."""
+    for tensor in block.tensors.values():
+        name = str(tensor.dtype).removeprefix("mlx.core.")
+        if name in EXPONENTS:  # packed integers have none
+            bits, exponent = EXPONENTS[name]
+            raw = np.array(tensor.view(bits), copy=False)
+            if raw.size and int((raw & exponent).max()) == exponent:
+                return False
+    return True
 
 
 def _described(tensors: Mapping[str, tuple[str, Sequence[int]]], name: str) -> str:

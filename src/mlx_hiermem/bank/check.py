@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from mlx_hiermem.bank.bank import TREE, MemoryBank
 from mlx_hiermem.bank.block import block_name
 from mlx_hiermem.bank.commit import interrupted
+from mlx_hiermem.bank.sources import TEXTS
 from mlx_hiermem.errors import BankError
 from mlx_hiermem.files import file_digest
 
@@ -18,6 +19,7 @@ def check(bank: MemoryBank, progress: Callable[[int, int], None] | None = None) 
     node the tree lacks, and block files that the manifest does not know.
     """
     yield from bank.problems(progress)
+    bank = MemoryBank(bank.root, bank.manifest, verify=False)  # a tree that was found changed is looked at even so
     if line := interrupted(bank.root):
         yield line
     try:
@@ -28,6 +30,8 @@ def check(bank: MemoryBank, progress: Callable[[int, int], None] | None = None) 
         for node in bank.manifest.blocks:
             if not bank.tree.has(node):
                 yield f"block {node} has no node in the tree"
+    if bank.manifest.sources is None and (bank.root / TEXTS).exists():
+        yield f"{TEXTS} is not in the manifest"
     known = {block_name(node) for node in bank.manifest.blocks}
     for file in sorted((bank.root / "blocks").rglob("*.safetensors")):
         if (name := file.relative_to(bank.root).as_posix()) not in known:

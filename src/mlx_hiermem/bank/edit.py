@@ -2,7 +2,8 @@
 
 That a block of its own cluster holds what the cluster's texts taught is what makes this possible
 (arXiv:2510.02375, §1, §4). A removal takes the block, its row of the table and its centroid; what the same
-texts may have taught the blocks above it, the generic block or the anchor stays there.
+texts may have taught the blocks above it, the generic block or the anchor stays there. Sources go and come with the
+block of their leaf.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from mlx_hiermem.bank.bank import MANIFEST, TREE, MemoryBank
 from mlx_hiermem.bank.block import MemoryBlock, block_name, read_block, write_block
 from mlx_hiermem.bank.check import require_tree
 from mlx_hiermem.bank.commit import FORGET, LEARNING, Edit, editing
-from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
+from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry, SourcesEntry, order
 from mlx_hiermem.bank.policy import POLICY, BankPolicy
 from mlx_hiermem.bank.quantize import quantized
-from mlx_hiermem.bank.remote import REMOTE, Origin
+from mlx_hiermem.bank.remote import REMOTE, Origin, node_of
+from mlx_hiermem.bank.sources import INDEX, LeafSources, write_sources
 from mlx_hiermem.config import MemoryConfig, Path
 from mlx_hiermem.errors import BankError
 from mlx_hiermem.files import file_digest, write_json
@@ -59,6 +61,8 @@ def remove(root: pathlib.Path, paths: Iterable[Path]) -> Removed:
             blocks={path: row for path, row in blocks.items() if not goes(path)},
             labels={path: label for path, label in bank.manifest.labels.items() if not goes(path)},
         )
+        left = (one for one in bank.sources.all() if not goes(one.leaf)) if bank.sources else None
+        manifest = replace(manifest, sources=_stage_sources(edit, bank, left))
         _write(edit, manifest, bank.tree.without(wanted))
         policy = BankPolicy.read(root / POLICY)
         if any(map(goes, policy.blocked)):
@@ -85,8 +89,8 @@ def add(
     """A block file becomes the block of `path`; returns its row of the table.
 
     A node that the tree lacks needs a `centroid` [dim], by which texts are routed to it; its parent must be
-    there. A file from another bank brings its row along, of which label, documents and sources can be set. A plain
-    block is quantised where the bank is.
+    there. A file from another bank brings its row along, of which label, documents and sources can be set, and the
+    windows of its leaf; those of the block whose place it takes go. A plain block is quantised where the bank is.
     Raises BankError where the block does not fit, or where there is one already and `replacing` is not set.
     """
     row = _provenance(root, file, path)
@@ -118,7 +122,8 @@ def add(
             sorted({**bank.manifest.blocks, path: entry}.items(), key=lambda item: (len(item[0]), item[0]))
         )
         labels = {node: text for node, text in bank.manifest.labels.items() if node != path}
-        _write(edit, replace(bank.manifest, blocks=blocks, labels=labels), tree)
+        manifest = replace(bank.manifest, blocks=blocks, labels=labels)
+        _write(edit, replace(manifest, sources=_stage_sources(edit, bank, _exchanged(bank, path, file))), tree)
         if origin := Origin.read(root):  # the hub does not have this block: it is here to stay
             replace(origin, subtrees=origin.subtrees | {path}).write(edit.file(REMOTE).parent)
     return entry
@@ -166,6 +171,24 @@ def _write(edit: Edit, manifest: BankManifest, tree: ClusterTree | None) -> None
     manifest.write(edit.file(MANIFEST))
 
 
+def _stage_sources(edit: Edit, bank: MemoryBank, found: Iterable[LeafSources] | None) -> SourcesEntry | None:
+    """Stages the sources as they are after the edit. A bank whose sources are not here has none from now on: those
+    on the hub have windows that this edit may have taken away."""
+    if found is None:
+        return None
+    return write_sources(edit.file(INDEX).parent.parent, found, bank.tree.branching, bank.tree.dim)
+
+
+def _exchanged(bank: MemoryBank, path: Path, file: pathlib.Path) -> Iterable[LeafSources] | None:
+    """The bank's sources, those of `path` exchanged for what `file` brings along; None where the bank has none."""
+    if bank.sources is None:
+        return None
+    rows = {one.leaf: one for one in bank.sources.all() if one.leaf != path}
+    if brought := _windows_of(file, bank, path):
+        rows[path] = brought
+    return (rows[leaf] for leaf in sorted(rows, key=order))
+
+
 def _with_node(tree: ClusterTree, path: Path, centroid: np.ndarray | None) -> ClusterTree:
     if centroid is None:
         tree.check_place(path)
@@ -176,18 +199,33 @@ def _with_node(tree: ClusterTree, path: Path, centroid: np.ndarray | None) -> Cl
     return tree.with_node(path, centroid)
 
 
+def _bank_of(file: pathlib.Path) -> pathlib.Path | None:
+    """The folder of the bank that a block file is in."""
+    return next((folder for folder in file.resolve().parents if (folder / MANIFEST).is_file()), None)
+
+
+def _windows_of(file: pathlib.Path, bank: MemoryBank, path: Path) -> LeafSources | None:
+    """What the leaf of a file out of another bank has learnt, as windows of `path`."""
+    if (folder := _bank_of(file)) is None:
+        return None
+    other = MemoryBank.open(folder)
+    if other.sources is None or other.manifest.embedder != bank.manifest.embedder:
+        return None
+    found = other.sources.read(node_of(file.resolve().relative_to(folder).as_posix()))
+    return replace(found, leaf=path) if found else None
+
+
 def _provenance(root: pathlib.Path, file: pathlib.Path, path: Path) -> BlockEntry:
     """The file's row in the table of its bank, which must be of our anchor; else an empty row for `path`."""
     if not file.is_file():
         raise BankError(f"there is no block file {file}")
-    for folder in file.resolve().parents:
-        if (folder / MANIFEST).is_file():
-            manifest = BankManifest.read(folder / MANIFEST)
-            MemoryBank.open(root).manifest.check_anchor(manifest.anchor)
-            name = file.resolve().relative_to(folder).as_posix()
-            found = (row for node, row in manifest.blocks.items() if block_name(node) == name)
-            return next(found, BlockEntry(path, 0, ""))
-    return BlockEntry(path, 0, "")
+    if (folder := _bank_of(file)) is None:
+        return BlockEntry(path, 0, "")
+    manifest = BankManifest.read(folder / MANIFEST)
+    MemoryBank.open(root).manifest.check_anchor(manifest.anchor)
+    name = file.resolve().relative_to(folder).as_posix()
+    found = (row for node, row in manifest.blocks.items() if block_name(node) == name)
+    return next(found, BlockEntry(path, 0, ""))
 
 
 def _fit(file: pathlib.Path, given: pathlib.Path, bank: MemoryBank, path: Path) -> None:

@@ -40,6 +40,22 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
+class SourcesEntry:
+    """The two files of the sources; see `bank.sources`."""
+
+    windows: int
+    documents: int
+    texts: FileEntry
+    index: FileEntry
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> SourcesEntry:
+        """Raises as `BlockEntry.from_json`."""
+        files = counted(FileEntry(**data["texts"])), counted(FileEntry(**data["index"]))
+        return cls(int(data["windows"]), int(data["documents"]), *files)
+
+
+@dataclass(frozen=True)
 class BlockEntry:
     """One row of the block table."""
 
@@ -159,6 +175,7 @@ class BankManifest:
     labels: dict[Path, str] = field(default_factory=dict)  # of nodes that have no block of their own
     recipe: dict[str, Any] = field(default_factory=dict)
     licence: str = ""
+    sources: SourcesEntry | None = None
 
     def has_block(self, node: Path) -> bool:
         """Whether a node has a block. The table is not asked for levels that have none."""
@@ -198,6 +215,7 @@ class BankManifest:
             "embedder": self.embedder.to_json(),
             "tree": asdict(self.tree),
             "generic": asdict(self.generic) if self.generic else None,
+            **({"sources": asdict(self.sources)} if self.sources else {}),
             "totals": self.totals(),
             "recipe": self.recipe,
             "licence": self.licence,
@@ -240,6 +258,7 @@ class BankManifest:
                 labels={Path.parse(path): printable(label) for path, label in data.get("labels", {}).items()},
                 recipe=dict(data.get("recipe", {})),
                 licence=printable(data.get("licence", "")),
+                sources=SourcesEntry.from_json(data["sources"]) if data.get("sources") else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise _incomplete(file, error) from error

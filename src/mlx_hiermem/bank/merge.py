@@ -6,6 +6,7 @@ Without a shared parameter between subtrees that costs nothing (arXiv:2510.02375
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Iterator
 from dataclasses import fields, replace
 
 import numpy as np
@@ -13,8 +14,9 @@ import numpy as np
 from mlx_hiermem.bank.bank import MANIFEST, MemoryBank
 from mlx_hiermem.bank.block import GENERIC_FILE, block_name
 from mlx_hiermem.bank.check import require_whole
-from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
+from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry, order
 from mlx_hiermem.bank.policy import OPEN, POLICY, BankPolicy
+from mlx_hiermem.bank.sources import LeafSources
 from mlx_hiermem.bank.writer import BankWriter
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import BankError
@@ -67,7 +69,10 @@ def merge(
         policy = merge_policies(first.policy, second.policy)
         if policy != OPEN:
             policy.write(writer.partial / POLICY)
-        writer.finish(replace(merge_manifests(above.manifest, below.manifest), tree=writer.write_tree(tree)))
+        manifest = replace(merge_manifests(above.manifest, below.manifest), tree=writer.write_tree(tree))
+        if above.sources or below.sources:
+            manifest = replace(manifest, sources=writer.write_sources(merge_sources(above, below), tree))
+        writer.finish(manifest)
     return MemoryBank.open(out)
 
 
@@ -133,6 +138,18 @@ def merge_manifests(above: BankManifest, below: BankManifest) -> BankManifest:
         recipe=recipe,
         licence="; ".join(dict.fromkeys(filter(None, (above.licence, below.licence)))),
     )
+
+
+def merge_sources(above: MemoryBank, below: MemoryBank) -> Iterator[LeafSources]:
+    """Each leaf's windows from the bank whose block counts there: `above`, unless it says nothing of that block."""
+    leaves = {leaf for bank in (above, below) if bank.sources for leaf in bank.sources.leaves()}
+    for leaf in sorted(leaves, key=order):
+        found = above.sources.read(leaf) if above.sources else None
+        ours, theirs = (bank.manifest.blocks.get(leaf) for bank in (above, below))
+        if not found and below.sources and (not ours or (theirs and ours.sha256 == theirs.sha256)):
+            found = below.sources.read(leaf)
+        if found:
+            yield found
 
 
 def _files(above: MemoryBank, below: MemoryBank) -> dict[str, tuple[MemoryBank, FileEntry]]:

@@ -7,12 +7,13 @@ the sibling, and the next one continues there; a failure that repeating would no
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
 import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from types import TracebackType
@@ -22,7 +23,8 @@ from safetensors import SafetensorError
 
 from mlx_hiermem.bank.bank import MANIFEST, TREE
 from mlx_hiermem.bank.block import write_block
-from mlx_hiermem.bank.manifest import BankManifest, FileEntry
+from mlx_hiermem.bank.manifest import BankManifest, FileEntry, SourcesEntry
+from mlx_hiermem.bank.sources import LeafSources, write_sources
 from mlx_hiermem.errors import BankError, OutputError
 from mlx_hiermem.files import DISK_FULL, file_digest, fsync, locked, parse_json, partial_name, reason, to_disk
 from mlx_hiermem.tree import ClusterTree
@@ -55,15 +57,18 @@ class BankWriter:
                 self.partial.mkdir(exist_ok=True)
                 stack.enter_context(locked(self.partial, "writing"))
                 self._journal = stack.enter_context((self.partial / JOURNAL).open("a+", encoding="utf-8"))
+                self._read_journal(fingerprint)
             except OSError as error:
                 raise self._failed(error) from error
-            self._read_journal(fingerprint)
             self._held = stack.pop_all()  # the lock and the journal, until __exit__
 
     def _read_journal(self, fingerprint: str) -> None:
         """Takes over the entries of an interrupted run, or starts a journal."""
         self._journal.seek(0)
-        text = self._journal.read()
+        try:
+            text = self._journal.read()
+        except UnicodeDecodeError as error:
+            raise OutputError(f"the journal in {self.partial} is damaged", "Remove that folder.") from error
         whole = text[: text.rfind("\n") + 1]  # a killed process may leave half a line
         self._journal.truncate(len(whole.encode()))
         if not whole:
@@ -137,9 +142,16 @@ class BankWriter:
         file = self.partial / TREE
         try:
             tree.save(file)
+            return FileEntry(file.stat().st_size, file_digest(file))
         except (OSError, SafetensorError) as error:
             raise self._failed(error) from error
-        return FileEntry(file.stat().st_size, file_digest(file))
+
+    def write_sources(self, found: Iterable[LeafSources], tree: ClusterTree) -> SourcesEntry:
+        """The windows that the leaves have learnt, in the order of level and path."""
+        try:
+            return write_sources(self.partial, found, tree.branching, tree.dim)
+        except OSError as error:
+            raise self._failed(error) from error
 
     def finish(self, manifest: BankManifest) -> None:
         """Writes the manifest, brings everything safely to disk and gives the folder its name."""
@@ -166,12 +178,14 @@ class BankWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Removes what was written, unless it is complete or worth continuing: interrupted, or out of space."""
-        self._journal.close()
+        with contextlib.suppress(OSError):  # a full disk has been told of; closing writes once more
+            self._journal.close()
         interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
         continuable = interrupted or (self.resume and isinstance(error, OutputError))
         if not (continuable and self._journaled):
             shutil.rmtree(self.partial, ignore_errors=True)
-        self._held.close()
+        with contextlib.suppress(OSError):
+            self._held.close()
 
 
 def _start_writeback(file: pathlib.Path) -> None:

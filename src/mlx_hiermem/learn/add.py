@@ -28,6 +28,7 @@ from mlx_hiermem.bank.commit import editing
 from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
 from mlx_hiermem.bank.policy import POLICY, BankPolicy
 from mlx_hiermem.bank.remote import REMOTE, Origin
+from mlx_hiermem.bank.sources import INDEX, write_sources
 from mlx_hiermem.config import Path
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import BankError
@@ -36,6 +37,7 @@ from mlx_hiermem.learn import publish, stages
 from mlx_hiermem.learn.corpus.corpus import Corpus
 from mlx_hiermem.learn.publish import ANCHOR, BANK, MovedTexts, kept_texts
 from mlx_hiermem.learn.settings import AddSettings, ExampleSettings
+from mlx_hiermem.learn.sources import more_sources
 from mlx_hiermem.learn.train.blocks import Tensors
 from mlx_hiermem.learn.train.dataset import TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.train.encoding import EXAMPLES, make_examples
@@ -130,8 +132,7 @@ class _Adding(stages.StagedRun):
             self.work.stage(
                 "rows", [self.digest, sorted(map(str, blocks))], [digest], lambda: self._note_rows(blocks, nodes)
             )
-            reach = built.agreement["reach"]
-            self._write(dict(trainer.blocks()), built.tree if new_leaf else None, reach)
+            self._write(dict(trainer.blocks()), built, new_leaf)
             self.listener.end(f"{len(blocks)} blocks have learnt, the others are what they were")
         return Added(
             corpus.documents,
@@ -237,8 +238,9 @@ class _Adding(stages.StagedRun):
             rows.append(row.to_json())
         write_text(self.work.path(ROWS), json.dumps(rows))
 
-    def _write(self, weights: dict[Path, Tensors], tree: ClusterTree | None, reach: float) -> None:
+    def _write(self, weights: dict[Path, Tensors], built: CorpusTree, new_leaf: Path | None) -> None:
         """The bank's edit, and the texts for the next time."""
+        tree, reach = built.tree, built.agreement["reach"]
         with editing(self.root) as edit:
             rows = map(BlockEntry.from_json, json.loads(self.work.path(ROWS).read_text(encoding="utf-8")))
             blocks = dict(self.bank.manifest.blocks)
@@ -249,10 +251,14 @@ class _Adding(stages.StagedRun):
                 blocks[row.path] = replace(row, bytes=file.bytes, sha256=file.sha256)
             labels = {node: label for node, label in self.bank.manifest.labels.items() if node not in blocks}
             manifest = replace(self.bank.manifest, blocks=publish.in_order(blocks), labels=labels)
-            if tree is not None:
+            if new_leaf:
                 tree.save(edit.file(TREE))
                 size, digest = edit.file(TREE).stat().st_size, file_digest(edit.file(TREE))
                 manifest = replace(manifest, tree=FileEntry(size, digest))
+            if old := self.bank.sources:
+                found = more_sources(old, built, new_leaf)
+                entry = write_sources(edit.file(INDEX).parent.parent, found, tree.branching, tree.dim)
+                manifest = replace(manifest, sources=entry)
             manifest.write(edit.file(MANIFEST))
             write_text(self.work.path(AFTER), file_digest(edit.file(MANIFEST)))
             if not self._is_ours():

@@ -13,7 +13,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from mlx_hiermem.bank.block import MemoryBlock, block_name, write_block
 from mlx_hiermem.bank.commit import FORGET, LEARNING
 from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
 from mlx_hiermem.bank.quantize import quantized
+from mlx_hiermem.bank.sources import LeafSources
 from mlx_hiermem.bank.writer import BankWriter, to_disk
 from mlx_hiermem.config import GENERIC_NODE, AnchorIdentity, EmbedderIdentity, MemoryConfig, Path
 from mlx_hiermem.errors import HierMemError, OutputError
@@ -52,8 +53,17 @@ class About:
     licence: str = ""
 
 
-def write_bank(folder: pathlib.Path, trainer: Trainer, tree: ClusterTree, about: About) -> BankManifest:
-    """Writes the trained blocks as the bank `folder`. Raises OutputError where the disk is full."""
+def write_bank(
+    folder: pathlib.Path,
+    trainer: Trainer,
+    tree: ClusterTree,
+    about: About,
+    sources: Iterable[LeafSources] | None = None,
+) -> BankManifest:
+    """Writes the trained blocks as the bank `folder`, and the windows that they were made of where there are any.
+
+    Raises OutputError where the disk is full.
+    """
     config, blocks, generic = trainer.config, dict[Path, BlockEntry](), None
     made_of = json.dumps([config.to_json(), about.recipe, about.anchor.to_json()], sort_keys=True)
     with BankWriter(folder, hashlib.sha256(made_of.encode()).hexdigest()) as writer:
@@ -78,6 +88,7 @@ def write_bank(folder: pathlib.Path, trainer: Trainer, tree: ClusterTree, about:
             },
             recipe=about.recipe,
             licence=about.licence,
+            sources=writer.write_sources(sources, tree) if sources is not None else None,
         )
         writer.finish(manifest)
     return manifest

@@ -33,9 +33,10 @@ from mlx_hiermem.learn.settings import (
     MemorySettings,
     epochs_for,
 )
+from mlx_hiermem.learn.sources import learnt_sources
 from mlx_hiermem.learn.train.encoding import EXAMPLES, make_examples, open_examples
 from mlx_hiermem.learn.train.jobs import LOG, PLOT, Trainer
-from mlx_hiermem.learn.tree.build import build_tree, given_agreement
+from mlx_hiermem.learn.tree.build import CorpusTree, build_tree, given_agreement
 from mlx_hiermem.learn.tree.kmeans import check_size
 from mlx_hiermem.learn.tree.labels import describe_nodes
 from mlx_hiermem.learn.work import (
@@ -103,6 +104,7 @@ class Prepared:
     given: float | None
     nodes: Nodes
     embedder: EmbedderIdentity
+    built: CorpusTree
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,9 @@ class _Run(stages.StagedRun):
             learnt, _ = open_examples(self.work)
             nodes = describe_nodes(self.work, built, lambda text: len(tokenizer.encode(text)), learnt)
             self.listener.end(f"{len(learnt):,} texts, {int(learnt.lengths.sum()):,} tokens")
-        return Prepared(corpus.documents, corpus.count, skipped, built.agreement, given, nodes, embedder.identity)
+        return Prepared(
+            corpus.documents, corpus.count, skipped, built.agreement, given, nodes, embedder.identity, built
+        )
 
     def train(self) -> tuple[Trainer, dict[str, float]]:
         """Trains this rank's share; returns the perplexities too."""
@@ -258,7 +262,8 @@ class _Run(stages.StagedRun):
             about = About(
                 identify(model / ANCHOR, name), prepared.embedder, prepared.nodes, recipe, settings.licence
             )
-            manifest = write_bank(model / BANK, trainer, ClusterTree.load(self.work.path(TREE)), about)
+            sources = learnt_sources(prepared.built) if settings.sources else None
+            manifest = write_bank(model / BANK, trainer, ClusterTree.load(self.work.path(TREE)), about, sources)
             BankPolicy(reach=prepared.agreement["reach"]).write(model / BANK / POLICY)
             for file in (SKIPPED, AGREEMENT, EXAMPLES):
                 link(self.work.path(file), model / LEARNING / file)

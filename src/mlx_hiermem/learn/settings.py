@@ -155,6 +155,7 @@ class LearnSettings:
     questions: tuple[tuple[str, str], ...] = ()  # (question, document that answers it), to measure the routing by
     prompts: tuple[Prompt, ...] = ()  # learnt beside self-study's
     licence: str = ""  # of the documents, for the bank's manifest
+    sources: bool = True  # keep the windows in the bank, so that an answer can show where it comes from
     keep: bool = False  # keep the work folder
 
     def to_json(self) -> dict[str, Any]:

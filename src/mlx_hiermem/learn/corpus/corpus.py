@@ -181,8 +181,8 @@ def _new_documents(
 def _windows(documents: Iterable[Document], tokenizer: Tokenizer, tokens: int) -> Iterator[Window]:
     count = 0
     for number, document in enumerate(documents):
-        for text in split(document.text, tokenizer, tokens):
-            yield Window(count, number, document.source, document.title, text)
+        for start, text in split(document.text, tokenizer, tokens):
+            yield Window(count, number, document.source, document.title, text, document.place(start))
             count += 1
 
 

@@ -152,8 +152,10 @@ def _encoding(path: pathlib.Path) -> str:
 
 
 def _read_text(path: pathlib.Path, source: str) -> Iterator[Found]:
+    line = 1
     for text in _pieces(path):
-        yield Document(source, _title_of(path), text)
+        yield Document(source, _title_of(path), text, line)
+        line += text.count("\n")
     yield from _damage(path, source)
 
 
@@ -192,14 +194,15 @@ def _damage(path: pathlib.Path, source: str) -> Iterator[Skipped]:
 
 
 def _read_markdown(path: pathlib.Path, source: str) -> Iterator[Found]:
-    yield from _sections("".join(_pieces(path)), _title_of(path), source)
+    yield from _sections("".join(_pieces(path)), _title_of(path), source, line=1)
     yield from _damage(path, source)
 
 
-def _sections(text: str, title: str, source: str) -> Iterator[Document]:
+def _sections(text: str, title: str, source: str, line: int = 0) -> Iterator[Document]:
     """One document a section, called by the file's title and its own: what stands below is about both.
 
-    The title is that of the front matter, else the first heading, else the file's name.
+    The title is that of the front matter, else the first heading, else the file's name. `line` is the text's first
+    in the file; 0 where its lines are not the file's.
     """
     from markdown_it import MarkdownIt
 
@@ -208,12 +211,15 @@ def _sections(text: str, title: str, source: str) -> Iterator[Document]:
         found = re.search(r"^title:[ \t]*(.+)$", front[1], re.MULTILINE)
         called = found[1].strip(" \t\"'") if found else ""
         text = text[front.end() :]
+        line += front[0].count("\n") if line else 0
     lines = text.splitlines()
 
     def document(end: int) -> Iterator[Document]:
-        if body := "\n".join(lines[start:end]).strip():
+        section_text = "\n".join(lines[start:end])
+        if body := section_text.strip():
             titles = dict.fromkeys(filter(None, (called or title, section)))
-            yield Document(source, ": ".join(titles), body)
+            above = start + section_text[: section_text.index(body)].count("\n")
+            yield Document(source, ": ".join(titles), body, line + above if line else 0)
 
     tokens = MarkdownIt("commonmark").parse("\n".join(lines))
     for heading, inside in itertools.pairwise(tokens):
@@ -260,10 +266,11 @@ def _read_pdf(path: pathlib.Path, source: str) -> Found:
     reader = pypdf.PdfReader(io.BytesIO(path.read_bytes()))  # opens what is encrypted for permissions only
     if reader.is_encrypted and not reader.decrypt(""):
         return Skipped(source, "it needs a password")
-    text = "\n\n".join(page.extract_text() for page in reader.pages)
+    texts = [page.extract_text() + "\n\n" for page in reader.pages]
+    text, pages = "".join(texts)[:-2], tuple(itertools.accumulate(map(len, texts[:-1]), initial=0))
     if not text.strip():
         return Skipped(source, f"no text in its {len(reader.pages)} pages (scanned?)")
-    return Document(source, (reader.metadata and reader.metadata.title) or _title_of(path), text)
+    return Document(source, (reader.metadata and reader.metadata.title) or _title_of(path), text, pages=pages)
 
 
 def _read_jsonl(path: pathlib.Path, source: str, field: str, title: str) -> Iterator[Found]:

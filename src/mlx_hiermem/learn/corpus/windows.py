@@ -6,29 +6,41 @@ only.
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from tokenizers import Tokenizer
 
 from mlx_hiermem.learn.settings import CorpusSettings
-
-# A sentence ends with its mark, closing quotes and brackets included, before something that can begin one: a small
-# letter can where the mark follows a word too long for an abbreviation. It also ends with a blank line, and scripts
-# without spaces end theirs with a mark of their own.
-BETWEEN = re.compile(
-    r"(?<=[.!?…])[\"'”’)\]]*\s+(?=[\"'“‘(\[]*[^\W_a-z])|(?<=[^\W\d_]{5}[.!?])\s+|(?<=[。！？])|\n\s*\n"
-)
+from mlx_hiermem.sentences import placed
 
 
 @dataclass(frozen=True)
 class Document:
-    """One document as a reader gives it. `source` says where it was: a file, or a file and a line."""
+    """One document as a reader gives it. `source` says where it was: a file, or a file and a line.
+
+    `line` is the one at which the text begins, where its lines are those of the file; `pages` are the places in the
+    text at which the file's pages begin, where it has pages.
+    """
 
     source: str
     title: str
     text: str
+    line: int = 0
+    pages: tuple[int, ...] = ()
+
+    def place(self, at: int) -> str:
+        """Where in the file a character of the text stands: `page 3`, `line 12`; empty where that is not known."""
+        if self.pages:
+            return f"page {bisect.bisect_right(self.pages, at)}"
+        return f"line {self.line + bisect.bisect_left(self._breaks, at)}" if self.line else ""
+
+    @cached_property
+    def _breaks(self) -> list[int]:
+        return [found.start() for found in re.finditer("\n", self.text)]
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,8 @@ class Skipped:
 class Window:
     """A piece of a document that is learnt as a whole: full sentences, up to a number of tokens.
 
-    `id` counts the windows of a corpus from 0, `document` its documents.
+    `id` counts the windows of a corpus from 0, `document` its documents. `place` is where in the file it begins,
+    where that is known.
     """
 
     id: int
@@ -51,6 +64,7 @@ class Window:
     source: str
     title: str
     text: str
+    place: str = ""
 
 
 def untruncated(tokenizer: Tokenizer) -> Tokenizer:
@@ -72,34 +86,26 @@ def splintered(text: str, tokenizer: Tokenizer) -> float:
     return sum(token.startswith("##") or token == "[UNK]" for token in tokens) / max(len(tokens), 1)
 
 
-def sentences(text: str) -> list[str]:
-    """The sentences of a text, white space between them dropped and made single within them."""
-    pieces, start = [], 0
-    for mark in BETWEEN.finditer(text):
-        # What closes the sentence belongs to it.
-        pieces.append(text[start : mark.end()])
-        start = mark.end()
-    pieces.append(text[start:])
-    return [sentence for piece in pieces if (sentence := " ".join(piece.split()))]
+def split(text: str, tokenizer: Tokenizer, tokens: int = CorpusSettings.tokens) -> Iterator[tuple[int, str]]:
+    """The windows of a text, each at most `tokens` long, and where in the text their first sentence begins.
 
-
-def split(text: str, tokenizer: Tokenizer, tokens: int = CorpusSettings.tokens) -> Iterator[str]:
-    """The windows of a text, each at most `tokens` long. A longer sentence is cut, if possible between words.
+    A longer sentence is cut, if possible between words.
 
     The tokenizer must be one that does not truncate: see `untruncated`.
     """
     if tokenizer.truncation:
         raise ValueError("a tokenizer that truncates loses the ends of long sentences")
-    window, used = list[str](), 0
-    for sentence in sentences(text):
+    window, used, start = list[str](), 0, 0
+    for begins, sentence in placed(text):
         for piece, size in _cut(sentence, tokenizer, tokens):
             if window and used + size > tokens:
-                yield " ".join(window)
+                yield start, " ".join(window)
                 window, used = [], 0
+            start = start if window else begins
             window.append(piece)
             used += size
     if window:
-        yield " ".join(window)
+        yield start, " ".join(window)
 
 
 def _cut(sentence: str, tokenizer: Tokenizer, tokens: int) -> Iterator[tuple[str, int]]:

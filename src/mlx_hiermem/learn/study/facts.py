@@ -18,9 +18,10 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mlx_hiermem.learn.corpus.windows import Window, sentences
+from mlx_hiermem.learn.corpus.windows import Window
 from mlx_hiermem.learn.study.teacher import patterns
 from mlx_hiermem.learn.tree.probes import about, names
+from mlx_hiermem.sentences import sentences
 
 SUBJECT, BLANK, OTHER = "\u2983", "\u2984", "\u2985"  # in a shape: the subject, the answer, other answers
 FACTS = 10  # of a window, at most

@@ -25,23 +25,16 @@ from mlx_hiermem.learn.corpus.windows import Window
 from mlx_hiermem.learn.train.dataset import TrainingSet
 from mlx_hiermem.learn.tree.build import CorpusTree, Placed
 from mlx_hiermem.learn.work import NODES, Work, write_text
+from mlx_hiermem.sentences import PLAIN_WORDS
 
 TERMS = 3  # in a label
 CANDIDATES = 512  # terms a node keeps while it is counted
 BUCKETS = 1 << 20
 SOURCES = 100  # named in a manifest, of a node
 WORD = re.compile(r"[^\W\d_]{3,}")
-TELLING = 1.5  # times as frequent in the node as everywhere: less says nothing about the node
-# Function words of English, which a small node may have more often by chance; other languages have only `TELLING`.
-PLAIN = """
-about above after again all also although among and another any are because been before being below between both
-but can could did does down during each either few first for from had has have her him his how however into its
-itself just made many may more most much must near neither never not now off often one only other others our out
-over own same she should since some such than that the their them then there these they this those through too
-two under until upon use used very was were what when where which while who whose why will with within without
-would years yet you your
-"""
-PLAIN_WORDS = frozenset(PLAIN.split())
+# Times as frequent in the node as everywhere: less says nothing about the node. Function words of English are left
+# out, since a small node may have them more often by chance; other languages have only this.
+TELLING = 1.5
 
 Again = Callable[[np.ndarray], Iterable[Window]]
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from mlx_hiermem.files import file_digest, new_file
 from mlx_hiermem.learn.corpus.corpus import Corpus
-from mlx_hiermem.learn.corpus.windows import Window, sentences
+from mlx_hiermem.learn.corpus.windows import Window
 from mlx_hiermem.learn.work import (
     GO_ON,
     MEANS,
@@ -41,6 +41,7 @@ from mlx_hiermem.learn.work import (
 )
 from mlx_hiermem.progress import Progress, unheard
 from mlx_hiermem.router import TextEmbedder
+from mlx_hiermem.sentences import sentences
 
 BEGINNINGS = (0.4, 0.7)  # of a sentence's words
 FRAME = "Question: {}\nAnswer:"

@@ -1,0 +1,139 @@
+"""A bank's sources: the windows that its leaves have learnt, so that an answer can show where it comes from.
+
+    sources/windows.jsonl        a window a line, leaf after leaf
+    sources/index.safetensors    the windows' vectors, and which lines are a leaf's
+
+They are opened when somebody asks for them, never with the bank. A leaf is found by bisection in the mapped index;
+then its lines and vectors are read, and no others. So the path is the index: what is looked through is one leaf,
+however large the bank is. A window that two leaves have learnt is there twice, so that either can be removed alone.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from mlx_hiermem.bank.block import write_block
+from mlx_hiermem.bank.manifest import FileEntry, SourcesEntry
+from mlx_hiermem.config import Path
+from mlx_hiermem.errors import BankError
+from mlx_hiermem.files import map_tensors, parse_json
+from mlx_hiermem.printable import printable
+
+TEXTS, INDEX = "sources/windows.jsonl", "sources/index.safetensors"
+AGAIN = "Pull, convert or learn the bank again, or remove its sources/."
+
+
+@dataclass(frozen=True)
+class SourceWindow:
+    """A stretch of a document that was learnt as a whole."""
+
+    document: str  # the file, or the file and the line of a row
+    title: str
+    place: str  # where it begins: `page 3`, `line 12`; empty where that is not known
+    text: str
+
+
+@dataclass(frozen=True)
+class LeafSources:
+    """One leaf's windows, and their vectors [n, dim] of length 1."""
+
+    leaf: Path
+    windows: Sequence[SourceWindow]
+    vectors: np.ndarray
+
+
+class BankSources:
+    """Opened for reading. Raises BankError where the two files are damaged, or do not belong together."""
+
+    def __init__(self, root: pathlib.Path) -> None:
+        self._texts, file = root / TEXTS, root / INDEX
+        tensors = map_tensors(file, ("F16", "I64"), BankError, AGAIN)
+        try:
+            self._leaves, self._first = tensors["leaves"], tensors["first"]  # [m, 2] level and row, [m + 1]
+            self._starts, self._vectors = tensors["starts"], tensors["vectors"]  # [n + 1] bytes, [n, dim]
+            self.branching = int(tensors["branching"][0])
+            shapes = (len(self._first) - len(self._leaves), len(self._starts) - len(self._vectors))
+            size = self._texts.stat().st_size
+        except (KeyError, IndexError, OSError) as error:
+            raise BankError(f"the sources in {root} are damaged: {error!r}", AGAIN) from error
+        if shapes != (1, 1) or int(self._starts[-1]) != size:
+            raise BankError(f"{self._texts} is not what {file.name} was made for", AGAIN)
+
+    def __len__(self) -> int:
+        """Windows, each counted once for each leaf that has it."""
+        return len(self._vectors)
+
+    def leaves(self) -> list[Path]:
+        """The leaves that have windows, in the order of the files."""
+        return [Path.of_row(int(row), int(level), self.branching) for level, row in self._leaves]
+
+    def read(self, leaf: Path) -> LeafSources | None:
+        """A leaf's windows; None where it has none."""
+        wanted = (len(leaf), leaf.row(self.branching))
+        at = bisect.bisect_left(self._leaves, wanted, key=lambda pair: (int(pair[0]), int(pair[1])))
+        if at == len(self._leaves) or tuple(self._leaves[at].tolist()) != wanted:
+            return None
+        begin, end = int(self._first[at]), int(self._first[at + 1])
+        windows, vectors = self._lines(begin, end), np.asarray(self._vectors[begin:end], np.float32)
+        if not 0 < len(windows) == len(vectors):
+            raise BankError(f"{self._texts} has {len(windows)} windows of {leaf}, not {len(vectors)}", AGAIN)
+        return LeafSources(leaf, windows, vectors)
+
+    def all(self) -> Iterator[LeafSources]:
+        """Leaf after leaf."""
+        return (found for leaf in self.leaves() if (found := self.read(leaf)))
+
+    def _lines(self, begin: int, end: int) -> list[SourceWindow]:
+        try:
+            with self._texts.open("rb") as stream:
+                stream.seek(int(self._starts[begin]))
+                lines = stream.read(int(self._starts[end] - self._starts[begin])).splitlines()
+            rows = map(parse_json, lines)
+            parts = ("document", "title", "place", "text")
+            return [SourceWindow(*(printable(row[part]) for part in parts)) for row in rows]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+            raise BankError(f"cannot read {self._texts}: {error!r}", AGAIN) from error
+
+
+def write_sources(root: pathlib.Path, found: Iterable[LeafSources], branching: int, dim: int) -> SourcesEntry:
+    """Writes both files below a bank's folder; leaves must come in the order of level and path.
+
+    Texts go straight to the disk; what is held is a vector and an offset for each window.
+    """
+    texts, digest = root / TEXTS, hashlib.sha256()
+    texts.parent.mkdir(parents=True, exist_ok=True)
+    leaves, first, starts, documents = list[tuple[int, int]](), [0], [0], set[str]()
+    vectors = [np.zeros((0, dim), np.float16)]
+    with texts.open("wb") as stream:
+        for one in found:
+            for window in one.windows:
+                line = json.dumps({"leaf": str(one.leaf)} | asdict(window), ensure_ascii=False).encode() + b"\n"
+                stream.write(line)
+                digest.update(line)
+                starts.append(starts[-1] + len(line))
+                documents.add(window.document)
+            leaves.append((len(one.leaf), one.leaf.row(branching)))
+            first.append(len(starts) - 1)
+            vectors.append(one.vectors.astype(np.float16))
+    if leaves != sorted(set(leaves)):
+        raise ValueError("leaves are out of order")
+    arrays: dict[str, Any] = {
+        "branching": np.array([branching], np.int64),
+        "leaves": np.array(leaves, np.int64).reshape(-1, 2),
+        "first": np.array(first, np.int64),
+        "starts": np.array(starts, np.int64),
+        "vectors": np.concatenate(vectors),
+    }
+    # A buffer without a byte is not cast by `write_block`.
+    tensors = {name: (array.shape, array.view(np.uint8) if array.size else b"") for name, array in arrays.items()}
+    index = write_block(root / INDEX, tensors, {name: str(array.dtype) for name, array in arrays.items()})
+    entry = FileEntry(starts[-1], digest.hexdigest())
+    return SourcesEntry(len(starts) - 1, len(documents), entry, FileEntry(*index))

@@ -1,0 +1,84 @@
+"""The windows that a bank keeps as its sources: each in the leaves that have learnt it, with its vector."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from mlx_hiermem.bank.manifest import order
+from mlx_hiermem.bank.sources import BankSources, LeafSources, SourceWindow
+from mlx_hiermem.config import Path
+from mlx_hiermem.learn.corpus.windows import Window
+from mlx_hiermem.learn.tree.build import CorpusTree, descend
+from mlx_hiermem.learn.work import PROBE_VECTORS, PROBES, read_rows
+from mlx_hiermem.tree import ClusterTree
+
+
+def learnt_sources(built: CorpusTree) -> Iterator[LeafSources]:
+    """Leaf after leaf, in the order that `write_sources` wants."""
+    members, first = _members(built), _first_probes(built)
+    probes = np.load(built.corpus.work.path(PROBE_VECTORS), mmap_mode="r")  # [p, dim]
+    for leaf in sorted(members, key=order):
+        windows = [_kept(window) for window in built.corpus.read(members[leaf])]
+        yield LeafSources(leaf, windows, probes[first[members[leaf]]])
+
+
+def more_sources(old: BankSources, built: CorpusTree, new_leaf: Path | None) -> Iterator[LeafSources]:
+    """A bank's sources and those of documents that are added. A new leaf has the old windows that now go there."""
+    added = {one.leaf: one for one in learnt_sources(built)}
+    if new_leaf and (moved := _moved(old, built.tree, new_leaf)):
+        added[new_leaf] = _together(moved, added.get(new_leaf))
+    for leaf in sorted({*old.leaves(), *added}, key=order):
+        if found := old.read(leaf):
+            yield _together(found, added.get(leaf))
+        else:
+            yield added[leaf]
+
+
+def _kept(window: Window) -> SourceWindow:
+    return SourceWindow(window.source, window.title, window.place, window.text)
+
+
+def _members(built: CorpusTree) -> Mapping[Path, list[int]]:
+    """Leaf -> the numbers of its windows, in order."""
+    found: dict[Path, list[int]] = {}
+    for placed in built.placed():
+        for leaf in placed.leaves:
+            found.setdefault(leaf, []).append(placed.window)
+    return found
+
+
+def _first_probes(built: CorpusTree) -> np.ndarray:
+    """Each window's first probe [windows]: the window as a whole, so that it need not be embedded again."""
+    first: list[int] = []
+    for number, row in enumerate(read_rows(built.corpus.work.path(PROBES))):
+        if len(first) == built.corpus.count:
+            break
+        if row["window"] == len(first):
+            first.append(number)
+    return np.array(first, np.int64)
+
+
+def _moved(old: BankSources, tree: ClusterTree, leaf: Path) -> LeafSources | None:
+    """The old windows that the tree with its new leaf takes there."""
+    windows, vectors = dict[SourceWindow, None](), list[np.ndarray]()
+    for one in old.all():
+        levels, rows = descend(tree, one.vectors)
+        for window, vector, level, row in zip(
+            one.windows, one.vectors, levels.tolist(), rows.tolist(), strict=True
+        ):
+            if window not in windows and Path.of_row(row, level, tree.branching) == leaf:
+                windows[window] = None
+                vectors.append(vector)
+    return LeafSources(leaf, list(windows), np.stack(vectors)) if windows else None
+
+
+def _together(first: LeafSources, second: LeafSources | None) -> LeafSources:
+    """The windows of both. One that both have is there once: an interrupted command adds its documents again."""
+    if second is None:
+        return first
+    known = set(first.windows)
+    new = [number for number, window in enumerate(second.windows) if window not in known]
+    windows: Sequence[SourceWindow] = [*first.windows, *(second.windows[number] for number in new)]
+    return LeafSources(first.leaf, windows, np.concatenate([first.vectors, second.vectors[new]]))

@@ -1,0 +1,56 @@
+"""Embeddings by OpenAI's client, with the real embedder."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+import openai
+import pytest
+from serving import Running, serving, tiny_model
+from tiny import make_anchor, make_model
+
+from mlx_hiermem import load
+from mlx_hiermem.embedder import Embedder
+from mlx_hiermem.model import MemoryModel
+from mlx_hiermem.router import Router
+
+TEXTS = ["Neon glows red.", "Gold is heavy.", "Which gas glows red in signs?"]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, minilm: Embedder) -> Iterator[Running]:
+    folder = make_model(tmp_path_factory.mktemp("embeddings") / "model")
+
+    def made() -> MemoryModel:
+        model = tiny_model(folder)
+        assert model.bank
+        model._router = Router(model.bank.tree, Embedder.load(), model.bank.policy)  # arrays are the thread's own
+        return model
+
+    with serving(made) as running:
+        yield running
+
+
+def test_vectors_are_the_embedders(server: Running, minilm: Embedder) -> None:
+    expected = minilm.embed(TEXTS)
+    for model in ("tiny", "tiny:none", "all-minilm-l6-v2"):
+        reply = server.client.embeddings.create(model=model, input=TEXTS)
+        assert np.allclose([row.embedding for row in reply.data], expected, atol=1e-5)
+        assert [row.index for row in reply.data] == [0, 1, 2]
+    single = server.client.embeddings.create(model="tiny", input=TEXTS[0], encoding_format="float", dimensions=384)
+    assert np.allclose(single.data[0].embedding, expected[0], atol=1e-5)
+    assert single.usage.prompt_tokens == len(minilm.tokenizer.encode(TEXTS[0]).ids)
+
+
+def test_what_is_refused(server: Running, tmp_path: pathlib.Path) -> None:
+    create = server.client.embeddings.create
+    for wrong in ({"input": ""}, {"input": []}, {"input": [[1, 2]]}, {"input": "x", "dimensions": 64}):
+        with pytest.raises(openai.BadRequestError):
+            create(model="tiny", **wrong)  # type: ignore[arg-type]
+    with pytest.raises(openai.NotFoundError):
+        create(model="text-embedding-3-small", input="x")
+    anchor = make_anchor(tmp_path / "anchor")
+    with serving(lambda: load(anchor)) as running, pytest.raises(openai.BadRequestError, match="no embedder"):
+        running.client.embeddings.create(model="tiny", input="x")
