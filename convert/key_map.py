@@ -19,7 +19,7 @@ from fnmatch import fnmatchcase
 from mlx_hiermem.convert.readers import plain_name
 from mlx_hiermem.errors import CheckpointError
 
-PLACEHOLDER = re.compile(r"\{(\w+)\}")
+PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class KeyMap:
         for foreign, ours in self.keys.items():
             match = _pattern(foreign).fullmatch(name)
             if match:
-                return ours.format_map(match.groupdict())
+                return PLACEHOLDER.sub(lambda found, match=match: match[found[1]], ours)
         return None
 
 
