@@ -175,10 +175,10 @@ def test_a_rank_learns_that_the_first_one_failed(tmp_path: pathlib.Path) -> None
     with pytest.raises(KeyError), ranks.leading():
         raise KeyError
     with pytest.raises(OutputError, match="the first rank stopped"):
-        ranks.follow()
+        ranks.follow({})
     with ranks.leading():
         pass
-    ranks.follow()
+    ranks.follow({})
 
 
 @pytest.fixture

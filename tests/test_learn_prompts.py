@@ -19,7 +19,7 @@ from mlx_hiermem.learn.study.prompts import about_windows, give, read_prompts
 from mlx_hiermem.learn.train.encoding import make_examples, open_examples
 from mlx_hiermem.learn.tree.build import build_tree
 from mlx_hiermem.learn.tree.probes import FRAME
-from mlx_hiermem.learn.work import PROBES, PROMPTS, STUDY, Work, read_rows
+from mlx_hiermem.learn.work import PROBES, PROMPTS, STUDIED, STUDY, Work, read_rows
 from mlx_hiermem.tokenizer import load_tokenizer
 
 NAME, THING, PEOPLE = fact(3)
@@ -91,7 +91,7 @@ def test_they_join_those_of_self_study_in_their_windows(corpus: Corpus, tmp_path
         f"How many live in {NAME}?",
     ]
     assert (
-        study_line(corpus.studied)
+        study_line(corpus.studied, work.path(STUDIED))
         == f"{len(studied) + 4} prompts with answers, 12 of them questions, 4 of them given"
     )
     assert give(work, about_windows(corpus, own), "of the study") == digest != give(work, [], "of the study")

@@ -68,6 +68,9 @@ def test_a_file_may_say_little(tmp_path: pathlib.Path) -> None:
         ("[memory]\nsizes = [8, 2.5]", r"memory\.sizes is .* a list of numbers"),
         ("[memory]\nplacement = 3", r"memory\.placement is 3. It must be a text or a list of numbers"),
         ('[training]\nobjective = "guess"', "objective 'guess' is not known"),
+        ("[study]\namount = 0", "amount must be more than 0"),
+        ('teacher = "a"\nteacher_url = "http://127.0.0.1/v1"', "a model or a server, not both"),
+        ('teacher_url = "127.0.0.1:1234"', "'127.0.0.1:1234' is no address"),
         ("keep = ", "is not TOML"),
     ],
 )

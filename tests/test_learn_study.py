@@ -11,9 +11,10 @@ from books import COUNT, VILLAGES, fact
 from mlx_hiermem.learn.corpus.corpus import Corpus
 from mlx_hiermem.learn.corpus.windows import Window
 from mlx_hiermem.learn.settings import StudySettings
+from mlx_hiermem.learn.study import stage as stage_module
 from mlx_hiermem.learn.study import study as study_module
 from mlx_hiermem.learn.study.facts import BLANK, OTHER, SUBJECT, Fact, facts, worth_asking
-from mlx_hiermem.learn.study.study import study
+from mlx_hiermem.learn.study.stage import Teaching, study
 from mlx_hiermem.learn.study.teacher import Teacher, patterns
 from mlx_hiermem.learn.study.wordings import (
     Tried,
@@ -191,7 +192,7 @@ class TestInTurns:
 
 class TestStudy:
     def test_smollm2_asks_for_what_the_villages_make(self, corpus: Corpus, smollm2_teacher: Teacher) -> None:
-        study(corpus.work, corpus, lambda: smollm2_teacher, "smollm2", QUICK)
+        study(corpus.work, corpus, Teaching(QUICK, "smollm2", lambda: smollm2_teacher))
         rows = list(read_rows(corpus.work.path(STUDY)))
         texts = [one.text for one in corpus.windows()]
         assert [row["window"] for row in rows] == sorted(row["window"] for row in rows)
@@ -208,14 +209,14 @@ class TestStudy:
     def test_an_interrupted_study_goes_on(
         self, corpus: Corpus, tiny_teacher: Teacher, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(study_module, "TOGETHER", 5)
-        study(corpus.work, corpus, lambda: tiny_teacher, "tiny", QUICK)
+        monkeypatch.setattr(stage_module, "TOGETHER", 5)
+        study(corpus.work, corpus, Teaching(QUICK, "tiny", lambda: tiny_teacher))
         whole = corpus.work.path(STUDY).read_text()
         again = Corpus(Work(corpus.work.folder), corpus.digest)
         monkeypatch.setattr(study_module, "_studied", _must_not_run)
-        study(again.work, again, lambda: tiny_teacher, "tiny", QUICK)  # done: nothing runs
+        study(again.work, again, Teaching(QUICK, "tiny", lambda: tiny_teacher))  # done: nothing runs
         monkeypatch.undo()
-        monkeypatch.setattr(study_module, "TOGETHER", 5)
+        monkeypatch.setattr(stage_module, "TOGETHER", 5)
 
         def stop(done: int, total: int) -> None:
             if done > 10:  # in the last of three parts
@@ -223,16 +224,16 @@ class TestStudy:
 
         other = StudySettings(**(QUICK.__dict__ | {"seed": 1}))
         with pytest.raises(KeyboardInterrupt):
-            study(again.work, again, lambda: tiny_teacher, "tiny", other, stop)
+            study(again.work, again, Teaching(other, "tiny", lambda: tiny_teacher), progress=stop)
         seen: list[int] = []
         own = study_module._studied
         monkeypatch.setattr(study_module, "_studied", lambda some, *a: seen.append(len(some)) or own(some, *a))
-        study(again.work, again, lambda: tiny_teacher, "tiny", other)
+        study(again.work, again, Teaching(other, "tiny", lambda: tiny_teacher))
         assert seen == [COUNT - 10]
         went_on = again.work.path(STUDY).read_text()
-        study(again.work, again, lambda: tiny_teacher, "tiny", QUICK)
+        study(again.work, again, Teaching(QUICK, "tiny", lambda: tiny_teacher))
         assert again.work.path(STUDY).read_text() == whole
-        study(again.work, again, lambda: tiny_teacher, "tiny", other)
+        study(again.work, again, Teaching(other, "tiny", lambda: tiny_teacher))
         assert again.work.path(STUDY).read_text() == went_on
 
     def test_answers_of_a_killed_study_are_not_asked_for_again(
@@ -255,7 +256,7 @@ class TestStudy:
             for name in ("lines", "finds"):
                 counted(name, fails_at)
             try:
-                study(corpus.work, corpus, lambda: tiny_teacher, f"tiny {seed}", QUICK)
+                study(corpus.work, corpus, Teaching(QUICK, f"tiny {seed}", lambda: tiny_teacher))
             finally:
                 monkeypatch.undo()
             return corpus.work.path(STUDY).read_text()
@@ -276,9 +277,9 @@ class TestStudy:
             seed += 1
 
     def test_without_self_study_there_is_no_file(self, corpus: Corpus, tiny_teacher: Teacher) -> None:
-        study(corpus.work, corpus, lambda: tiny_teacher, "tiny", QUICK)
+        study(corpus.work, corpus, Teaching(QUICK, "tiny", lambda: tiny_teacher))
         first = corpus.work.path(STUDY).exists()
-        study(corpus.work, corpus, None, "", QUICK)
+        study(corpus.work, corpus, None)
         assert (first, corpus.work.path(STUDY).exists()) == (True, False)
 
     def test_answers_that_are_not_found_are_not_asked_for(self, corpus: Corpus, tiny_teacher: Teacher) -> None:
@@ -286,7 +287,9 @@ class TestStudy:
             def finds(self, beginning: str, asked: object, others: object) -> list[float]:
                 return [-math.inf for _ in asked]  # type: ignore[attr-defined]
 
-        study(corpus.work, corpus, lambda: Blind(tiny_teacher.model, tiny_teacher.tokenizer), "blind", QUICK)
+        study(
+            corpus.work, corpus, Teaching(QUICK, "blind", lambda: Blind(tiny_teacher.model, tiny_teacher.tokenizer))
+        )
         rows = list(read_rows(corpus.work.path(STUDY)))
         asked = {row["question"].rsplit(" ", 2)[1:] == ["makes", "what?"] for row in rows if row.get("question")}
         assert asked == {True}  # what plain sentences ask by themselves

@@ -94,8 +94,8 @@ def loading(folder: pathlib.Path) -> Callable[[], MemoryModel]:
 def short_replies() -> Iterator[None]:
     real = MemoryBatch.add
 
-    def add(self: MemoryBatch, tokens: Any, choice: Any, sampling: Any) -> Any:
-        return real(self, tokens, choice, replace(sampling, max_tokens=min(LENGTH, sampling.max_tokens)))
+    def add(self: MemoryBatch, tokens: Any, choice: Any, sampling: Any, *more: Any) -> Any:
+        return real(self, tokens, choice, replace(sampling, max_tokens=min(LENGTH, sampling.max_tokens)), *more)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MemoryBatch, "add", add)

@@ -27,6 +27,7 @@ from mlx_hiermem.share.pull import pull
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = {"messages": [{"role": "user", "content": "hello"}], "memory": "none", "max_tokens": 5}
 DEEP = b'{"messages": [{"role": "user", "content": "x"}], "memory": ' + b"[" * 900 + b"]" * 900 + b"}"
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
 IMPOSSIBLE = {"type": "integer", "minimum": 5, "maximum": 3}
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": IMPOSSIBLE}}
 PROMPT = {"prompt": "hello", "memory": "none", "max_tokens": 5}
@@ -70,7 +71,13 @@ def posted(running: Running, path: str, body: Any) -> http.client.HTTPConnection
         ({"messages": []}, "messages", None, "at least 1"),
         ({"messages": "hello"}, "messages", None, "list"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", None, "'user'"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", None, "'user'"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0]", None, "tool_call_id"),
+        (
+            {"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]},
+            "messages",
+            "unsupported_parameter",
+            "no tools",
+        ),
         ({"messages": [{"role": "user"}]}, "messages[0].content", None, "required"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
@@ -79,7 +86,9 @@ def posted(running: Running, path: str, body: Any) -> http.client.HTTPConnection
             "",
         ),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0]", None, "no Unicode text"),
-        ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter", "not supported"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function", None, "required"),
+        ({"tools": TOOLS}, "tools", "unsupported_parameter", "no tools"),
+        ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice", None, "auto or none"),
         ({"response_format": {"type": "xml"}}, "response_format.type", None, "json_schema"),
         ({"response_format": {"type": "json_schema"}}, "response_format", None, "go together"),
         ({"response_format": SCHEMA | {"type": "text"}}, "response_format", None, "go together"),

@@ -33,6 +33,11 @@ def add(
     epochs: int = typer.Option(4, min=1, help="How often each text is learnt."),
     rate: float = typer.Option(6e-3, min=0.0, help="Learning rate at its highest."),
     teacher: str = typer.Option("", help="Who writes questions about them. Default: the anchor."),
+    teacher_url: str = typer.Option("", help="Or a server that speaks OpenAI's protocol."),
+    teacher_model: str = typer.Option("", help="What the model is called there. Default: the first one."),
+    study: float = typer.Option(
+        10.0, min=0.1, help="Tokens of study for each token of the documents, of a teacher that can write."
+    ),
     self_study: bool = typer.Option(True, "--self-study/--no-self-study", help="Have questions written."),
     prompts: pathlib.Path | None = typer.Option(
         None, help="Prompts of your own to learn, as `hiermem learn` takes them."
@@ -48,7 +53,7 @@ def add(
     """
     from mlx_hiermem.errors import HierMemError
     from mlx_hiermem.learn import add as adding
-    from mlx_hiermem.learn.settings import AddSettings, CorpusSettings, TrainingSettings
+    from mlx_hiermem.learn.settings import AddSettings, CorpusSettings, StudySettings, TrainingSettings
     from mlx_hiermem.learn.study.prompts import read_prompts
 
     name, docs = models.split(words, model, lambda word: len(words) > 1 and models.is_model_folder(word))
@@ -57,6 +62,9 @@ def add(
         new_leaf=new_leaf,
         self_study=self_study,
         teacher=teacher,
+        teacher_url=teacher_url,
+        teacher_model=teacher_model,
+        study=StudySettings(amount=study),
         training=TrainingSettings(epochs=epochs, rate=rate),
         prompts=read_prompts(prompts) if prompts else (),
         keep=keep,

@@ -48,6 +48,17 @@ def learn(
     teacher: str | None = typer.Option(
         None, help="Who writes them: a model that mlx-lm loads. Default: the anchor."
     ),
+    teacher_url: str | None = typer.Option(
+        None, help="Or a server that speaks OpenAI's protocol; its key is in OPENAI_API_KEY, if it needs one."
+    ),
+    teacher_model: str | None = typer.Option(
+        None, help="What the model is called there. Default: the first one that the server names."
+    ),
+    study: float | None = typer.Option(
+        None,
+        min=0.1,
+        help="Tokens of study for each token of the documents, of a teacher that can write. Default: 10.",
+    ),
     prompts: pathlib.Path | None = typer.Option(
         None, help="Prompts of your own to learn: a JSON line each, with document, prompt and completion."
     ),
@@ -95,6 +106,9 @@ def learn(
         ),
         self_study=self_study,
         teacher=teacher,
+        teacher_url=teacher_url,
+        teacher_model=teacher_model,
+        study=_changed(settings.study, amount=study),
         sources=sources,
         keep=keep or None,
     )

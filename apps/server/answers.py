@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlx_hiermem.apps.server.follow import Usage
-from mlx_hiermem.apps.server.text import Piece
+from mlx_hiermem.apps.server.text import Call, Piece
 from mlx_hiermem.batch import Token
 from mlx_hiermem.sources import Source
 
@@ -25,6 +25,7 @@ class Answer:
     def __init__(self, model: str, tokenizer: Any, top: int | None) -> None:
         """`top` is how many of the likeliest tokens are reported beside each; None: no logprobs at all."""
         self.model, self.tokenizer, self.top = model, tokenizer, top
+        self._calls: dict[int, int] = {}  # how many a choice has made in a stream
         self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
 
     def whole(self, pieces: Sequence[Sequence[Piece]], memories: Sequence[dict[str, Any]], usage: Usage) -> Any:
@@ -65,7 +66,9 @@ class ChatAnswer(Answer):
     one_prompt = True
 
     def choice(self, index: int, piece: Piece) -> dict[str, Any]:
-        message = {"role": "assistant", "content": piece.text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": piece.text, "refusal": None}
+        if piece.calls:
+            message |= {"content": piece.text or None, "tool_calls": [_call_json(call) for call in piece.calls]}
         return self._choice(index, "message", message, piece)
 
     def opening(self, index: int) -> dict[str, Any]:
@@ -73,7 +76,13 @@ class ChatAnswer(Answer):
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def delta(self, index: int, piece: Piece) -> dict[str, Any]:
-        return self._choice(index, "delta", {"content": piece.text} if piece.text else {}, piece)
+        delta: dict[str, Any] = {"content": piece.text} if piece.text else {}
+        if piece.calls:
+            first = self._calls.get(index, 0)
+            self._calls[index] = first + len(piece.calls)
+            rows = [{"index": number} | _call_json(call) for number, call in enumerate(piece.calls, first)]
+            delta["tool_calls"] = rows
+        return self._choice(index, "delta", delta, piece)
 
     def _choice(self, index: int, name: str, value: dict[str, Any], piece: Piece) -> dict[str, Any]:
         logprobs = None if self.top is None else {"content": self._logprobs(piece), "refusal": None}
@@ -123,6 +132,10 @@ def sources_json(sources: Sequence[Source] | None) -> list[dict[str, Any]] | Non
     return None if sources is None else [source.to_json() for source in sources]
 
 
+def _call_json(call: Call) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
 def usage_json(usage: Usage) -> dict[str, Any]:
     return {
         "prompt_tokens": usage.prompt,
@@ -140,4 +153,5 @@ def _joined(pieces: Sequence[Piece]) -> Piece:
         tuple(offset for piece in pieces for offset in piece.offsets),
         pieces[-1].generated,
         pieces[-1].finish_reason,
+        tuple(call for piece in pieces for call in piece.calls),
     )

@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from mlx_hiermem.apps.server.answers import Answer, ChatAnswer, CompletionAnswer, sources_json, usage_json
+from mlx_hiermem.apps.server.calls import CallingReply
 from mlx_hiermem.apps.server.catalogue import Catalogue, Named, has
 from mlx_hiermem.apps.server.engine import Engine
 from mlx_hiermem.apps.server.follow import Usage, follow, until_first_piece
@@ -40,6 +41,7 @@ from mlx_hiermem.grammar import Grammar
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.sampling import Sampling
 from mlx_hiermem.sources import PASSAGE_TOKENS, messages_with, text_with
+from mlx_hiermem.tokenizer import spells_control
 
 Asked = TypeVar("Asked", ChatRequest, CompletionRequest)
 
@@ -105,6 +107,7 @@ class Service:
 
 def chat_jobs(named: Named, asked: ChatRequest) -> list[Job]:
     """The sequences of a request. Raises ApiError. Takes a moment, so not for the event loop."""
+    _check_calls(named.model, asked)
     encode = partial(_chat_tokens, named.model, asked)
     prompt = Prompt(encode(), asked.questions, encode)
     length = _reply_length(named, asked, prompt.tokens)
@@ -112,10 +115,30 @@ def chat_jobs(named: Named, asked: ChatRequest) -> list[Job]:
     return _jobs(named, asked, [prompt], length, asked.top, grammar)
 
 
+def _check_calls(model: MemoryModel, asked: ChatRequest) -> None:
+    """Raises ApiError where a request has tools, or calls of before, and the model cannot have any."""
+    if not asked.has_calls:
+        return
+    param = "tools" if asked.offered else "messages"
+    if not model.tokenizer.has_tool_calling:
+        raise ApiError(400, "this model's chat template has no tools", param, "unsupported_parameter")
+    written = [asked.offered, *(call.to_template() for message in asked.messages for call in message.tool_calls)]
+    if spells_control(model.tokenizer, json.dumps(written, ensure_ascii=False)):
+        raise ApiError(400, "tools and calls may not spell a control token of the model", param)
+
+
+def _reply(model: MemoryModel, asked: Generation, tokens: list[int]) -> ReplyText | CallingReply:
+    """What makes text of a sequence's tokens, and calls where it may call."""
+    if isinstance(asked, ChatRequest) and asked.offered:
+        return CallingReply(model.tokenizer, tokens, asked.stop, asked.offered)
+    return ReplyText(model.tokenizer, tokens, asked.stop)
+
+
 def _chat_tokens(model: MemoryModel, asked: ChatRequest, passage: SourceWindow | None = None) -> list[int]:
     messages = messages_with([message.to_template() for message in asked.messages], passage)
     try:
-        return model.chat_tokens(messages, **asked.chat_template_kwargs)
+        tools = {"tools": asked.offered} if asked.offered else {}
+        return model.chat_tokens(messages, **asked.chat_template_kwargs, **tools)
     except ChatTemplateError as error:
         reason = error.__cause__ or error
         raise ApiError(400, f"the model's chat template refuses the messages: {reason}", "messages") from error
@@ -166,7 +189,7 @@ def _jobs(
         job = _job(named, asked, prompt, length, top, events)
         for number in range(asked.n):
             seed = None if asked.seed is None else (asked.seed + number) % 2**64
-            reply = ReplyText(named.model.tokenizer, prompt.tokens, asked.stop)
+            reply = _reply(named.model, asked, prompt.tokens)
             sampling = replace(job.sampling, seed=seed, grammar=grammar)
             jobs.append(replace(job, reply=reply, sampling=sampling, counted=number == 0))
     return jobs
@@ -201,7 +224,7 @@ def _job(named: Named, asked: Generation, prompt: Prompt, length: int, top: int 
         sampling.check_tokens(model.vocabulary)
     except ArgumentError as error:
         raise ApiError(400, str(error), "logit_bias") from error
-    reply = ReplyText(model.tokenizer, tokens, asked.stop)
+    reply = _reply(model, asked, tokens)
     return Job(model, tokens, memory, prompt.texts, blocked, sampling, reply, events, prompt.encode)
 
 

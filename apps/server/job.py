@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlx_hiermem.apps.server.calls import CallingReply
 from mlx_hiermem.apps.server.refusal import ApiError
 from mlx_hiermem.apps.server.text import Piece, ReplyText
 from mlx_hiermem.bank.bank import MemoryBank
@@ -41,7 +42,7 @@ class Job:
     texts: Sequence[str]
     blocked: frozenset[Path]
     sampling: Sampling
-    reply: ReplyText
+    reply: ReplyText | CallingReply
     events: asyncio.Queue[tuple[Job, Event]]
     encode: Callable[[SourceWindow], list[int]]
     counted: bool = True  # of several replies to one prompt only the first counts its tokens

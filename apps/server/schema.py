@@ -6,17 +6,17 @@ refused too. Nothing that would change the answer is passed over in silence.
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from mlx_hiermem.apps.server.asked import AnyObject, Asked, in_list
+from mlx_hiermem.apps.server.messages import Message, Tool, ToolChoice
 from mlx_hiermem.apps.server.refusal import ApiError
 from mlx_hiermem.config import MemoryChoice, Path
 from mlx_hiermem.errors import HierMemError
 
 REPLY = 512  # tokens of a chat reply at most, where the request does not say; as for `hiermem chat`
-DEEPEST = 64  # lists and objects within one another; OpenAI takes schemas of ten levels, each of which is three
 COMPLETION = 16  # the same for a completion; OpenAI's own default
 
 # They change nothing about the answer.
@@ -34,8 +34,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
@@ -54,64 +52,6 @@ TEMPLATES_OWN = {
     *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
     *("return_assistant_tokens_mask", "tokenizer_kwargs"),
 }
-
-# What comes with a reply, and so is sent back with it; `content` is all that the next turn sees.
-REPLY_FIELDS = {"tool_calls", "function_call", "audio", "refusal", "annotations", "reasoning_content", "memory"}
-
-
-class Asked(BaseModel):
-    """Base of all: JSON types are not converted, unknown fields are errors, null means not given."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _given(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        if not all(_is_unicode(item) for row in data.items() for item in row):
-            raise ValueError("half of a surrogate pair is no Unicode text")
-        if any(_is_deep(value) for value in data.values()):
-            raise ApiError(400, f"the request is more than {DEEPEST} lists or objects deep")
-        return {key: value for key, value in data.items() if value is not None}
-
-
-def _is_unicode(value: Any, left: int = DEEPEST) -> bool:
-    """Whether a text, or each text of a list, can be encoded: JSON can write what is none."""
-    if isinstance(value, list):
-        return left == 0 or all(_is_unicode(item, left - 1) for item in value)
-    try:
-        return not isinstance(value, str) or bool(value.encode()) or not value
-    except UnicodeEncodeError:
-        return False
-
-
-def _is_deep(value: Any, left: int = DEEPEST) -> bool:
-    """Whether lists and objects are nested beyond `DEEPEST`; no field that there is needs so many."""
-    if not isinstance(value, list | dict):
-        return False
-    inner = value.values() if isinstance(value, dict) else value
-    return left == 0 or any(_is_deep(item, left - 1) for item in inner)
-
-
-def _with_unicode(value: dict[str, Any]) -> dict[str, Any]:
-    """An object of any shape, all of whose texts can be encoded."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise ValueError("half of a surrogate pair is no Unicode text") from None
-    return value
-
-
-AnyObject = Annotated[dict[str, Any], AfterValidator(_with_unicode)]
-
-
-def _in_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-def _as_parts(value: Any) -> Any:
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
 def _as_wish(value: Any) -> Any:
@@ -149,42 +89,6 @@ class Wish(Asked):
         return MemoryChoice.NONE if wanted == MemoryChoice.FETCHED and not has_bank else wanted
 
 
-class TextPart(Asked):
-    type: Literal["text"]
-    text: str
-
-
-class Message(Asked):
-    """A turn, as clients send it; also a reply as they send it back, with the fields that a reply comes with.
-
-    `name` is taken and not used: chat templates know none.
-    """
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[TextPart], BeforeValidator(_as_parts)]
-    name: str = ""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _sent_back(cls, data: Any) -> Any:
-        """A reply's empty `tool_calls`, its `annotations` and so on say nothing; its content may be null."""
-        if not isinstance(data, dict) or data.get("role") != "assistant":
-            return data
-        for key in ("tool_calls", "function_call", "audio", "refusal"):
-            if data.get(key):
-                raise ApiError(400, f"messages with {key} are not supported; leave them out", "messages")
-        data = {key: value for key, value in data.items() if key not in REPLY_FIELDS}
-        return data | {"content": data.get("content") or ""}
-
-    @property
-    def text(self) -> str:
-        return "".join(part.text for part in self.content)
-
-    def to_template(self) -> dict[str, str]:
-        """As chat templates take it: developer is OpenAI's later word for system."""
-        return {"role": "system" if self.role == "developer" else self.role, "content": self.text}
-
-
 class StreamOptions(Asked):
     include_usage: bool = False
     include_obfuscation: bool = False  # it would only pad the stream
@@ -196,7 +100,7 @@ class Generation(Asked):
     model: str = ""
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_in_list), Field(max_length=4)] = []
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(in_list), Field(max_length=4)] = []
     temperature: float = Field(0.0, ge=0, le=2)
     top_p: float = Field(1.0, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
@@ -272,6 +176,8 @@ class ChatRequest(Generation):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     response_format: ResponseFormat | None = None
+    tools: list[Tool] = []
+    tool_choice: ToolChoice = "auto"
     chat_template_kwargs: AnyObject = {}
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
@@ -290,6 +196,16 @@ class ChatRequest(Generation):
         if taken := value.keys() & TEMPLATES_OWN:
             raise ValueError(f"{min(taken)} is not for clients to set")
         return value
+
+    @property
+    def offered(self) -> list[dict[str, Any]]:
+        """The tools that the model may call, as chat templates take them."""
+        return [tool.to_template() for tool in self.tools] if self.tool_choice == "auto" else []
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether tools were called before, or may be now."""
+        return bool(self.offered) or any(message.tool_calls or message.role == "tool" for message in self.messages)
 
     @property
     def top(self) -> int | None:
@@ -352,7 +268,7 @@ class UnloadRequest(Asked):
 class EmbeddingRequest(Asked):
     """POST /v1/embeddings. `input` is one text or several."""
 
-    input: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_in_list), Field(min_length=1)]
+    input: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(in_list), Field(min_length=1)]
     model: str = ""
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None

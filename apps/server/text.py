@@ -17,6 +17,15 @@ UNFINISHED = "\ufffd"  # what a decoder makes of half a character
 
 
 @dataclass(frozen=True)
+class Call:
+    """A tool that the model calls, with its arguments as JSON text."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
 class Piece:
     """A stretch of the reply, with the tokens that begin in it and their places in the reply's text.
 
@@ -28,6 +37,7 @@ class Piece:
     offsets: tuple[int, ...]
     generated: int
     finish_reason: str | None = None
+    calls: tuple[Call, ...] = ()
     sources: tuple[Source, ...] | None = None  # of the last piece: what in the bank says the reply
 
 
@@ -38,8 +48,8 @@ class Detokenizer:
     behind the one before it, for whichever tokenizer.
     """
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, prompt: Sequence[int], with_special: bool = False) -> None:
+        self._tokenizer, self._with_special = tokenizer, with_special
         self._advance(list(prompt[-TAIL:]))
 
     def add(self, token: int) -> str:
@@ -63,15 +73,17 @@ class Detokenizer:
         return self._decode(self._before + self._new)[self._known :]
 
     def _decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=not self._with_special)
         return text
 
 
 class ReplyText:
     """One reply: `add` its tokens, take the pieces. It ends at the first stop string, which is not part of it."""
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str] = ()) -> None:
-        self._detokenizer, self._stops = Detokenizer(tokenizer, prompt), stops
+    def __init__(
+        self, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str] = (), with_special: bool = False
+    ) -> None:
+        self._detokenizer, self._stops = Detokenizer(tokenizer, prompt, with_special), stops
         self._text, self._shown, self._generated = "", 0, 0
         self._waiting: deque[tuple[int, Token]] = deque()  # tokens not shown yet, and where their text begins
 

@@ -31,6 +31,7 @@ from mlx_hiermem.errors import (
     OutputError,
     SettingsError,
     TaskError,
+    TeacherError,
     VerificationError,
 )
 
@@ -65,6 +66,7 @@ __all__ = [
     "Session",
     "SettingsError",
     "TaskError",
+    "TeacherError",
     "VerificationError",
     "load",
 ]

@@ -55,6 +55,10 @@ class CorpusError(HierMemError):
     """What is to be learnt is missing, has none of the fields named, or is too little."""
 
 
+class TeacherError(HierMemError):
+    """A teacher's server cannot be reached, or what a teacher writes is not what was asked for."""
+
+
 class SettingsError(HierMemError):
     """A file of settings cannot be read, has a setting that is not known, or one of the wrong type."""
 

@@ -191,6 +191,22 @@ def locked(folder: pathlib.Path, doing: str) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def try_lock(file: pathlib.Path) -> Iterator[bool]:
+    """Tells whether this process has a file's lock now, and lets go of it in the end. The file is made."""
+    with writing(file):
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        free = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            free = False
+        yield free
+    finally:
+        os.close(descriptor)
+
+
 # Reading
 
 

@@ -119,7 +119,10 @@ def _content(message: dict[str, Any]) -> str:
 
 def _parts(tokenizer: Any, messages: Sequence[dict[str, Any]], options: dict[str, Any]) -> list[tuple[str, bool]]:
     """The rendered conversation in parts: (text, whether it is a message's)."""
-    marked = [message | {"content": PLACE.format(number)} for number, message in enumerate(messages)]
+    marked = [  # a turn that only calls tools stays without content
+        message | {"content": PLACE.format(number)} if _content(message) else message
+        for number, message in enumerate(messages)
+    ]
     rendered = tokenizer.apply_chat_template(marked, tokenize=False, **options)
     whole = tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
     pieces = re.split(PLACE.format(r"(\d+)"), rendered)  # text, number, text, number, ..., text

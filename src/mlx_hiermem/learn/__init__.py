@@ -11,8 +11,10 @@ that self-study makes of it; texts and vectors stay on disk.
     stage     code           file              a line, or an array
     corpus    corpus/corpus  windows.jsonl     {"id", "document", "source", "title", "text"}: line i is window i
                              skipped.jsonl     {"what", "why"}
-    study     study/study    study.jsonl       {"window", "question", "answer", ...}: any number of lines for a
+    study     study/stage    study.jsonl       {"window", "question", "answer", ...}: any number of lines for a
                                                window, in the order of the windows
+                             written.jsonl     what a teacher wrote freely, in the forms of prompts
+                             studied.json      and how many of its replies and records were not kept
     prompts   study/prompts  prompts.jsonl     the same, and the prompts that the user gives, each in its
                                                window; only where there are any
     probes    tree/probes    probes.jsonl      {"window", "text"}: what somebody may type who wants this

@@ -112,7 +112,8 @@ class _Adding(stages.StagedRun):
         corpus, skipped = self.read(sources, embedder.tokenizer, settings)
         # The tree stands, and was not made to take reversed questions to the new documents.
         asked = replace(settings.study, reversed_questions=0, reversed_statements=0)
-        self.study(corpus, settings, asked, (model, tokenizer), self.bank.manifest.anchor.weights_digest)
+        digest = self.bank.manifest.anchor.weights_digest
+        self.study(corpus, settings.prompts, stages.teaching_of(settings, asked, (model, tokenizer), digest))
         built, new_leaf = self._place(corpus, embedder)
         with self.stage("examples"):
             teachers = settings.training.objective == "distillation"

@@ -2,7 +2,7 @@
 
     learnt = learn(["./docs"], pathlib.Path("my-model"), "anchor-folder", LearnSettings())
 
-Of several ranks (`mlx.launch`) the first does everything but the training, which they share.
+Of several ranks (`mlx.launch`) the first leads. They share the study, the embedding and the training.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from mlx_hiermem.config import EmbedderIdentity, MemoryConfig
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import AnchorError, HierMemError, OutputError
 from mlx_hiermem.learn import stages
+from mlx_hiermem.learn.corpus.corpus import Corpus
 from mlx_hiermem.learn.publish import ANCHOR, BANK, About, Nodes, link, publish, write_bank
 from mlx_hiermem.learn.settings import (
     ExampleSettings,
@@ -34,16 +35,19 @@ from mlx_hiermem.learn.settings import (
     epochs_for,
 )
 from mlx_hiermem.learn.sources import learnt_sources
+from mlx_hiermem.learn.study.stage import Teaching, help_study
 from mlx_hiermem.learn.train.encoding import EXAMPLES, make_examples, open_examples
 from mlx_hiermem.learn.train.jobs import LOG, PLOT, Trainer
 from mlx_hiermem.learn.tree.build import CorpusTree, build_tree, given_agreement
 from mlx_hiermem.learn.tree.kmeans import check_size
 from mlx_hiermem.learn.tree.labels import describe_nodes
+from mlx_hiermem.learn.tree.probes import help_embed
 from mlx_hiermem.learn.work import (
     AGREEMENT,
     SKIPPED,
     TRAINING,
     TREE,
+    WRITTEN,
     Ranks,
     Work,
     locked_work,
@@ -149,12 +153,12 @@ def learn(
         raise OutputError(f"{out} exists already", "Choose another folder, or remove it first.")
     ranks = Ranks(work_folder(out))
     if ranks.rank:
-        ranks.follow()
-        _Run(Work(work_folder(out)), settings, listener, first=False).train()
+        _help(ranks, work_folder(out), settings, listener)
+        _Run(Work(work_folder(out)), settings, listener, ranks).train()
         return None
     tidy = _tidy(work_folder(out)) if ranks.count == 1 else contextlib.nullcontext()  # others look into it
     with tidy, locked_work(work_folder(out)) as work:
-        run = _Run(work, settings, listener)
+        run = _Run(work, settings, listener, ranks)
         with ranks.leading():
             source = anchor() if callable(anchor) else AnchorSource.of(pathlib.Path(anchor))
             prepared = run.prepare(sources, source)
@@ -164,6 +168,20 @@ def learn(
     if not settings.keep:
         shutil.rmtree(work.folder, ignore_errors=True)
     return learnt
+
+
+def _help(ranks: Ranks, folder: pathlib.Path, settings: LearnSettings, listener: stages.Listener) -> None:
+    """What another rank than the first does until the training."""
+
+    def studying(wanted: Callable[[], bool]) -> None:
+        run = _Run(Work(folder), settings, listener, ranks)
+        if run.teaching:
+            help_study(run.work, Corpus(run.work, run.work.digest("corpus")), run.teaching, wanted)
+
+    def embedding(wanted: Callable[[], bool]) -> None:
+        help_embed(Work(folder), Embedder.load(), wanted)
+
+    ranks.follow({"study": studying, "vectors": embedding})
 
 
 @contextlib.contextmanager
@@ -181,14 +199,21 @@ def _tidy(folder: pathlib.Path) -> Iterator[None]:
 class _Run(stages.StagedRun):
     """Learning a new model."""
 
-    def __init__(self, work: Work, settings: LearnSettings, listener: stages.Listener, first: bool = True) -> None:
-        super().__init__(work, listener, first)
+    def __init__(
+        self, work: Work, settings: LearnSettings, listener: stages.Listener, ranks: Ranks | None = None
+    ) -> None:
+        super().__init__(work, listener, ranks)
         self.settings, self.folder = settings, work.path(BASE) / ANCHOR
 
     @cached_property
     def loaded(self) -> tuple[nn.Module, Any, dict[str, Any]]:
         """The anchor's model, tokenizer and configuration."""
         return load_anchor(self.folder)
+
+    @cached_property
+    def teaching(self) -> Teaching | None:
+        digest = identify(self.folder).weights_digest
+        return stages.teaching_of(self.settings, self.settings.study, self.loaded[:2], digest)
 
     def prepare(self, sources: Sequence[str], anchor: AnchorSource) -> Prepared:
         """Everything before the training."""
@@ -199,12 +224,11 @@ class _Run(stages.StagedRun):
         embedder, tokenizer = Embedder.load(), self.loaded[1]
         corpus, skipped = self.read(sources, embedder.tokenizer, self.settings)
         check_size(corpus.count)  # before anything that takes long
-        digest = identify(self.folder).weights_digest
-        self.study(corpus, self.settings, self.settings.study, self.loaded[:2], digest)
+        self.study(corpus, self.settings.prompts, self.teaching)
         with self.stage("tree"):
             tree = self.settings.tree
             tree = replace(tree, depth=tree.depth or len(self.settings.memory.sizes))  # a size for each level
-            built = build_tree(self.work, corpus, embedder, tree, self.progress("texts embedded"))
+            built = build_tree(self.work, corpus, embedder, tree, self.progress("texts embedded"), self.ranks)
             asked = self.settings.questions
             given = given_agreement(built, embedder, asked) if asked else None
             self.listener.end(stages.tree_line(built.agreement, given))
@@ -265,11 +289,9 @@ class _Run(stages.StagedRun):
             sources = learnt_sources(prepared.built) if settings.sources else None
             manifest = write_bank(model / BANK, trainer, ClusterTree.load(self.work.path(TREE)), about, sources)
             BankPolicy(reach=prepared.agreement["reach"]).write(model / BANK / POLICY)
-            for file in (SKIPPED, AGREEMENT, EXAMPLES):
-                link(self.work.path(file), model / LEARNING / file)
-            for file in (LOG, PLOT):
-                if (source := self.work.path(TRAINING) / file).exists():
-                    link(source, model / LEARNING / file)
+            for file in (SKIPPED, AGREEMENT, EXAMPLES, WRITTEN, f"{TRAINING}/{LOG}", f"{TRAINING}/{PLOT}"):
+                if (source := self.work.path(file)).exists():
+                    link(source, model / LEARNING / source.name)
         learnt = Learnt(
             prepared.documents,
             prepared.windows,

@@ -56,8 +56,11 @@ class CorpusSettings:
 
 @dataclass(frozen=True)
 class StudySettings:
-    """How many questions self-study writes, and how they are tried before they are kept."""
+    """How much self-study writes, and how it is tried before it is kept."""
 
+    amount: float = 10.0  # tokens of study for each token of a document, where the teacher writes freely
+    at_once: int = 8  # requests that a teacher's server is sent at a time
+    timeout: float = 600.0  # seconds until a teacher's server must have answered
     questions: int = 5  # wordings in which a fact is asked for, at most
     statements: int = 2  # beginnings of statements that a fact completes, at most
     chats: int = 1  # questions of a fact that are learnt as a chat too; others in each window
@@ -68,6 +71,10 @@ class StudySettings:
     reversed_questions: int = 3  # wordings that ask from a value back to what has it, at most
     reversed_statements: int = 1  # beginnings of statements of that kind, at most
     seed: int = 0  # of what is drawn at random
+
+    def __post_init__(self) -> None:
+        if wrong := [name for name in ("amount", "at_once", "timeout") if getattr(self, name) <= 0]:
+            raise HierMemError(f"{wrong[0]} must be more than 0")
 
 
 @dataclass(frozen=True)
@@ -148,6 +155,8 @@ class LearnSettings:
     memory: MemorySettings = field(default_factory=MemorySettings)
     self_study: bool = True  # have questions and answers written about the documents
     teacher: str = ""  # the model that writes them: a folder or hub id that mlx-lm loads; "": the anchor
+    teacher_url: str = ""  # or a server that speaks OpenAI's protocol: http://127.0.0.1:1234/v1
+    teacher_model: str = ""  # what the model is called there; "": the first one that the server names
     study: StudySettings = field(default_factory=StudySettings)
     heldout: float = 0.0  # share of the windows that are not learnt but only measured
     training: TrainingSettings = field(default_factory=TrainingSettings)
@@ -157,10 +166,14 @@ class LearnSettings:
     sources: bool = True  # keep the windows in the bank, so that an answer can show where it comes from
     keep: bool = False  # keep the work folder
 
+    def __post_init__(self) -> None:
+        _check_teacher(self.teacher, self.teacher_url)
+
     def to_json(self) -> dict[str, Any]:
         """What a bank's manifest says of them."""
         data = asdict(self)
-        data["teacher"] = self.teacher if self.self_study else None
+        teacher = self.teacher or self.teacher_model or ("a server's" if self.teacher_url else "")  # no addresses
+        data["teacher"] = teacher if self.self_study else None
         return {name: data[name] for name in ("corpus", "teacher", "study", "tree", "heldout")}
 
 
@@ -173,10 +186,23 @@ class AddSettings:
     new_leaf: bool = False  # give the documents a leaf of their own, where the tree has room for one near them
     self_study: bool = True  # as for `LearnSettings`
     teacher: str = ""
+    teacher_url: str = ""
+    teacher_model: str = ""
     study: StudySettings = field(default_factory=StudySettings)
     training: TrainingSettings = field(default_factory=lambda: TrainingSettings(epochs=4))
     prompts: tuple[Prompt, ...] = ()
     keep: bool = False
+
+    def __post_init__(self) -> None:
+        _check_teacher(self.teacher, self.teacher_url)
+
+
+def _check_teacher(model: str, url: str) -> None:
+    """Raises HierMemError where a teacher is named twice, or its server's address is none."""
+    if model and url:
+        raise HierMemError("a teacher is a model or a server, not both", "Leave out teacher or teacher_url.")
+    if url and not re.match(r"https?://[^/]", url):
+        raise HierMemError(f"teacher_url '{url}' is no address", "Write it like http://127.0.0.1:1234/v1.")
 
 
 # A TOML file

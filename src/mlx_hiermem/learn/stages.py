@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -16,13 +17,15 @@ from tokenizers import Tokenizer
 
 from mlx_hiermem.config import MemoryConfig
 from mlx_hiermem.learn.corpus.corpus import Corpus, read_corpus
-from mlx_hiermem.learn.settings import AddSettings, LearnSettings, StudySettings
+from mlx_hiermem.learn.settings import AddSettings, LearnSettings, Prompt, StudySettings
 from mlx_hiermem.learn.study.prompts import about_windows, give
-from mlx_hiermem.learn.study.study import study
+from mlx_hiermem.learn.study.stage import Teaching, study
 from mlx_hiermem.learn.study.teacher import Teacher, load_teacher
+from mlx_hiermem.learn.study.writers import ModelWriter, ServerWriter
 from mlx_hiermem.learn.train.monitor import TrainingProgress
-from mlx_hiermem.learn.work import TIMES, Work, read_rows, write_text
+from mlx_hiermem.learn.work import STUDIED, TIMES, Ranks, Work, read_rows, write_text
 from mlx_hiermem.progress import Progress
+from mlx_hiermem.tokenizer import encode_text
 
 NAMED = 3  # of the skipped documents; skipped.jsonl has all
 
@@ -62,9 +65,8 @@ class Silent:
 class StagedRun:
     """A command that learns: its stages are told to a listener, and timed."""
 
-    def __init__(self, work: Work, listener: Listener, first: bool = True) -> None:
-        """`first`: whether this is the rank that notes the times."""
-        self.work, self.listener, self._first = work, listener, first
+    def __init__(self, work: Work, listener: Listener, ranks: Ranks | None = None) -> None:
+        self.work, self.listener, self.ranks = work, listener, ranks
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -72,7 +74,7 @@ class StagedRun:
         self.listener.begin(name)
         start = time.perf_counter()
         yield
-        if self._first:
+        if not (self.ranks and self.ranks.rank):  # one notes the times
             times = self.times
             times[name] = round(times.get(name, 0.0) + time.perf_counter() - start, 1)
             with self.work.writing():
@@ -105,31 +107,39 @@ class StagedRun:
             self.listener.end(corpus_line(corpus, skipped))
         return corpus, skipped
 
-    def study(
-        self,
-        corpus: Corpus,
-        settings: LearnSettings | AddSettings,
-        asked: StudySettings,
-        anchor: tuple[nn.Module, Any],
-        digest: str,
-    ) -> None:
-        """Stages `study` and `prompts`. `anchor` (model, tokenizer) is the teacher where no other is named; its
-        weights have the `digest`."""
+    def study(self, corpus: Corpus, prompts: tuple[Prompt, ...], teaching: Teaching | None) -> None:
+        """Stages `study` and `prompts`."""
         with self.stage("study"):
-            prompts = about_windows(corpus, settings.prompts)  # may be wrong, so before anything that takes long
-            teacher: Callable[[], Teacher] = partial(Teacher, *anchor)
-            if settings.teacher:
-                teacher, digest = partial(load_teacher, settings.teacher), settings.teacher
-            studied = study(
-                self.work,
-                corpus,
-                teacher if settings.self_study else None,
-                digest,
-                asked,
-                self.progress("windows"),
-            )
-            give(self.work, prompts, studied)
-            self.listener.end(study_line(corpus.studied))
+            given = about_windows(corpus, prompts)  # may be wrong, so before anything that takes long
+            studied = study(self.work, corpus, teaching, self.ranks, self.progress("windows"), self._say)
+            give(self.work, given, studied)
+            self.listener.end(study_line(corpus.studied, self.work.path(STUDIED)))
+
+    def _say(self, line: str) -> None:
+        """A line within a stage, which goes on."""
+        self.listener.end(line)
+        self.listener.begin("study")
+
+
+def teaching_of(
+    settings: LearnSettings | AddSettings, asked: StudySettings, anchor: tuple[nn.Module, Any], digest: str
+) -> Teaching | None:
+    """Who studies: `anchor` (model, tokenizer), whose weights have the `digest`, where nobody else is named."""
+    if not settings.self_study:
+        return None
+    model, tokenizer = anchor
+
+    def count(text: str) -> int:
+        return len(encode_text(tokenizer, text, special=False))
+
+    if settings.teacher_url:
+        url, name = settings.teacher_url, settings.teacher_model
+        server = partial(ServerWriter, url, name, asked.at_once, asked.timeout)
+        return Teaching(asked, f"server {name or url}", None, server, count)
+    if settings.teacher:
+        load = functools.cache(partial(load_teacher, settings.teacher))
+        return Teaching(asked, settings.teacher, load, lambda: ModelWriter(load()), count)
+    return Teaching(asked, digest, partial(Teacher, model, tokenizer))
 
 
 # What came of a stage, in one line
@@ -143,7 +153,8 @@ def corpus_line(corpus: Corpus, skipped: int) -> str:
     return f"{line}; {skipped:,} skipped: {some}" + ", …" * (skipped > NAMED)
 
 
-def study_line(file: pathlib.Path) -> str:
+def study_line(file: pathlib.Path, counts: pathlib.Path) -> str:
+    """`counts` says what came of a teacher's replies, where it wrote freely."""
     if not file.exists():
         return "none: texts are learnt as they stand"
     rows, questions, given = 0, 0, 0
@@ -152,7 +163,17 @@ def study_line(file: pathlib.Path) -> str:
         rows, questions, given = rows + 1, questions + ("question" in row and not own), given + own
     line = f"{rows:,} prompts with answers"
     line += f", {questions:,} of them questions" if rows > given else ""
-    return line + (f", {given:,} of them given" if given else "")
+    line += f", {given:,} of them given" if given else ""
+    return f"{line}; {_replies(json.loads(counts.read_text()))}" if counts.exists() else line
+
+
+def _replies(counts: dict[str, int]) -> str:
+    """What was not kept of what a teacher wrote."""
+    parts = [f"of {counts['replies']:,} replies {counts['no use']:,} were of no use"]
+    parts += [f"{counts['unanswered']:,} requests were not answered"] if counts["unanswered"] else []
+    parts += [f"{counts['unsupported']:,} records had a number or name that their window has not"]
+    parts += [f"{counts['repeated']:,} were repetitions"]
+    return ", ".join(parts)
 
 
 def tree_line(found: dict[str, Any], given: float | None) -> str:

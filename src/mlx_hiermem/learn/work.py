@@ -16,7 +16,7 @@ import random
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -28,6 +28,7 @@ SUFFIX = ".learn"  # of a work folder's name
 STAGES, TIMES = "stages.json", "times.json"
 WINDOWS, SKIPPED = "windows.jsonl", "skipped.jsonl"
 STUDY, PROMPTS = "study.jsonl", "prompts.jsonl"
+WRITTEN, STUDIED = "written.jsonl", "studied.json"
 PROBES, PROBE_VECTORS, MEANS = "probes.jsonl", "probes.npy", "means.npy"
 TREE, LEAVES_FILE, AGREEMENT, NODES = "tree.safetensors", "leaves.jsonl", "agreement.json", "nodes.json"
 TRAINING = "training"
@@ -74,6 +75,10 @@ class Work:
     def has(self, name: str) -> bool:
         """Whether a stage is done, with whatever settings."""
         return name in self._done
+
+    def digest(self, name: str) -> str:
+        """The digest of a stage that is done."""
+        return self._done[name]
 
     def stage(self, name: str, settings: Any, after: Iterable[str], make: Callable[[], None]) -> str:
         """Runs `make` unless the stage is done with these settings, after these digests; returns its own digest."""
@@ -143,11 +148,11 @@ def with_rows(
 
 
 class Ranks:
-    """The ranks of one command. The first works alone until the training; the others wait, asleep.
+    """The ranks of one command. The first works alone until the training, unless it asks the others to help.
 
-    They wait for a file in the work folder, which they share: a collective of MLX keeps a core busy while it waits,
-    the stages before the training may take hours, and where the first rank fails a collective only says that a
-    connection was lost. All ranks make one of these together.
+    The others wait, asleep, for a file in the work folder, which they share: a collective of MLX keeps a core busy
+    while it waits, the stages before the training may take hours, and where the first rank fails a collective only
+    says that a connection was lost. All ranks make one of these together.
     """
 
     def __init__(self, folder: pathlib.Path) -> None:
@@ -175,14 +180,29 @@ class Ranks:
             raise
         write_text(self._file, READY)
 
-    def follow(self) -> None:
-        """Waits for the first rank. Raises OutputError where it failed, or has another folder."""
-        start = time.monotonic()
-        while (said := self._said()) in ("", BEGUN):
+    @contextlib.contextmanager
+    def sharing(self, stage: str) -> Iterator[None]:
+        """Within `leading`: what the others help with meanwhile. All must be done when the block ends."""
+        if self.count > 1:
+            write_text(self._file, stage)
+        yield
+        if self.count > 1:
+            write_text(self._file, BEGUN)
+
+    def follow(self, help_with: Mapping[str, Callable[[Callable[[], bool]], None]]) -> None:
+        """Waits for the first rank, and helps with the stages that it shares, each once; `help_with` says how.
+
+        A helper is given a function that says whether its help is still wanted. Raises OutputError where the first
+        rank failed, or has another folder.
+        """
+        start, left = time.monotonic(), dict(help_with)
+        while (said := self._said()) not in (READY, FAILED):
             if not said and time.monotonic() - start > PATIENCE:
                 raise OutputError(
                     f"the first rank has not begun in {self._file.parent}", "The ranks must share that folder."
                 )
+            if helping := left.pop(said, None):
+                helping(lambda stage=said: self._said() == stage)  # type: ignore[misc]
             time.sleep(NAP)
         if said == FAILED:
             raise OutputError("the first rank stopped", "Its own line says why.")

@@ -51,7 +51,11 @@ def read_prompts(file: pathlib.Path) -> tuple[Prompt, ...]:
 
 def parse(line: str) -> Prompt:
     """The prompt of a line. Raises ValueError where it has none of the forms."""
-    row = json.loads(line)
+    return prompt_of(json.loads(line))
+
+
+def prompt_of(row: Any) -> Prompt:
+    """The prompt of a line's JSON. Raises ValueError as `parse` does."""
     match row:
         case {"document": str(document), "messages": [{"role": "user"} as asked, {"role": "assistant"} as said]}:
             found = Prompt(document, str(asked["content"]), str(said["content"]), chat=True)
@@ -66,6 +70,19 @@ def parse(line: str) -> Prompt:
     if not found.answer.strip() or not (found.prompt.strip() or "text" in row):
         raise ValueError("a part of it is empty")
     return found
+
+
+def line_of(one: Prompt) -> Row:
+    """A prompt as a line of the file has it."""
+    match one:
+        case Prompt(document, asked, said, chat=True):
+            turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+            return {"document": document, "messages": turns}
+        case Prompt(document, asked, said, framed=True):
+            return {"document": document, "question": asked, "answer": said}
+        case Prompt(document, "", said):
+            return {"document": document, "text": said}
+    return {"document": one.document, "prompt": one.prompt, "completion": one.answer}
 
 
 def about_windows(corpus: Corpus, given: Sequence[Prompt]) -> list[Row]:
@@ -88,7 +105,11 @@ def about_windows(corpus: Corpus, given: Sequence[Prompt]) -> list[Row]:
     for one, (common, _, _) in zip(given, best, strict=True):
         if common < 0:
             raise not_there(one.document, "a prompt")
-    rows = [row for one, (_, window, of) in zip(given, best, strict=True) for row in _rows(one, window, of)]
+    rows = [
+        row
+        for one, (_, window, of) in zip(given, best, strict=True)
+        for row in rows_of(one, window, of, given=True)
+    ]
     return sorted(rows, key=_window)
 
 
@@ -115,13 +136,14 @@ def _words(text: str) -> set[str]:
     return set(re.findall(r"\w+", text.lower()))
 
 
-def _rows(one: Prompt, window: int, subject: str) -> list[Row]:
-    row: dict[str, Any] = {"window": window, "answer": one.answer, "given": True}
+def rows_of(one: Prompt, window: int, subject: str, given: bool) -> list[Row]:
+    """What a prompt is learnt as. Of what is not `given`, one question in ten is held out (see `probes`)."""
+    row: dict[str, Any] = {"window": window, "answer": one.answer} | ({"given": True} if given else {})
     if not one.prompt:
         return [row]  # a text is learnt as it stands
     row |= {"prompt": one.prompt, "chat": one.chat}
     if names(one.answer, subject) and not names(one.prompt, subject):
         row |= {"reversed": True}
     if not one.framed:
-        return [row]
+        return [row | ({"question": one.prompt} if one.chat and not given else {})]
     return [row | {"question": one.prompt, "prompt": FRAME.format(one.prompt)}, row | {"chat": True}]

@@ -6,24 +6,21 @@ invented for a few of the windows that say the same of different subjects, and i
 the model, with the window before it, prefers the right answer to all other answers of the window. The answers are
 the window's own words, so nothing is learnt that it does not say.
 
-    study.jsonl   {"window", "prompt", "question", "answer", "chat", "reversed"}: in the order of their windows;
-                  "question" is the prompt without its frame, where it has one, and "reversed" is there where the
-                  answer is what the window is about (see `facts`)
+The rows are those of study.jsonl: see `stage`. "question" is the prompt without its frame, where it has one, and
+"reversed" is there where the answer is what the window is about (see `facts`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
+import pathlib
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from mlx_hiermem.learn.corpus.corpus import Corpus
 from mlx_hiermem.learn.corpus.windows import Window
 from mlx_hiermem.learn.settings import StudySettings
 from mlx_hiermem.learn.study.facts import COMMON, Fact, facts, mention, reversible, worth_asking
@@ -40,76 +37,32 @@ from mlx_hiermem.learn.study.wordings import (
     try_out,
     wordings,
 )
-from mlx_hiermem.learn.tree.probes import FRAME, with_subjects
-from mlx_hiermem.learn.work import STUDY, Work, read_rows, write_rows
-from mlx_hiermem.progress import FractionDone, Progress, unheard
+from mlx_hiermem.learn.tree.probes import FRAME
+from mlx_hiermem.learn.work import write_rows
+from mlx_hiermem.progress import FractionDone
 
 TOGETHER = 256  # windows that are studied at a time: a wording is shared among these, and a killed run repeats them
 RIGHT, TRIED = 0.65, 12  # for reversed facts: by chance half the tries would be right, so there are more of them
 NAMES = 4  # of what is asked for, by which a value is introduced, at most: "the code J01C"
 
 
-def study(
-    work: Work,
-    corpus: Corpus,
-    teacher: Callable[[], Teacher] | None,
-    identity: str,
+def in_patterns(
+    windows: Sequence[tuple[Window, str]],
+    teacher: Teacher,
     settings: StudySettings,
-    progress: Progress = unheard,
-) -> str:
-    """Stage `study`: writes study.jsonl and returns its digest; without a teacher there is none.
-
-    `teacher` loads it, `identity` names it; `progress` counts windows. An interrupted stage goes on with the first
-    thing that it did not ask the teacher yet.
-    """
-    if teacher is None:
-        return work.stage("study", None, [corpus.digest], lambda: work.path(STUDY).unlink(missing_ok=True))
-
-    made_of = [identity, asdict(settings), patterns().digest]
-
-    def make() -> None:
-        parts = work.path("study.parts")
-        mark = hashlib.sha256(json.dumps([corpus.digest, *made_of]).encode()).hexdigest()[:16]
-        parts.mkdir(exist_ok=True)
-        loaded, files, done = teacher(), [], 0
-        for number, some in enumerate(_together(corpus)):
-            file = parts / f"{mark}-{number}.jsonl"
-            if not file.exists():
-                rng = random.Random(f"{settings.seed} {number}")
-                tell = partial(_told, progress, done, len(some), corpus.count)
-                cached = CachedTeacher.of(loaded, file.with_suffix(".replies"))
-                write_rows(file, _studied(some, cached, settings, rng, tell))
-                cached.file.unlink(missing_ok=True)
-            files.append(file)
-            done += len(some)
-            progress(done, corpus.count)
-        write_rows(work.path(STUDY), (row for file in files for row in read_rows(file)))
-        for file in parts.iterdir():
-            file.unlink()
-        parts.rmdir()
-
-    return work.stage("study", made_of, [corpus.digest], make)
-
-
-def _told(progress: Progress, done: int, together: int, total: int, share: float) -> None:
-    """Tells how many windows are done, when a share of those that are studied together is."""
-    progress(done + int(share * together), total)
+    number: int,
+    file: pathlib.Path,
+    tell: FractionDone,
+) -> None:
+    """Writes the rows of windows that are studied together, the `number`th of their kind."""
+    cached = CachedTeacher.of(teacher, file.with_suffix(".replies"))
+    write_rows(file, _studied(windows, cached, settings, random.Random(f"{settings.seed} {number}"), tell))
+    cached.kept.file.unlink(missing_ok=True)
 
 
 def _part(tell: FractionDone, begin: float, end: float, share: float) -> None:
     """Tells how much of the whole work is done, when a share of the part from `begin` to `end` is."""
     tell(begin + share * (end - begin))
-
-
-def _together(corpus: Corpus) -> Iterator[list[tuple[Window, str]]]:
-    some = list[tuple[Window, str]]()
-    for pair in with_subjects(corpus.windows()):
-        some.append(pair)
-        if len(some) == TOGETHER:
-            yield some
-            some = []
-    if some:
-        yield some
 
 
 def _studied(

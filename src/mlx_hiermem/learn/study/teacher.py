@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
-import json
 import pathlib
 import re
 import tomllib
@@ -26,9 +24,10 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_hiermem.cpu import report_slow_blas
 from mlx_hiermem.errors import AnchorError
 from mlx_hiermem.files import file_digest
+from mlx_hiermem.learn.study.replies import Replies, key_of
 from mlx_hiermem.partial import prefill, repeat_cache
 from mlx_hiermem.progress import FractionDone, unheard_fraction
-from mlx_hiermem.tokenizer import encode_text
+from mlx_hiermem.tokenizer import encode_chat, encode_text
 
 PATTERNS = pathlib.Path(__file__).with_name("patterns.toml")
 BATCH = 32  # lines written at a time; when one is done, no other takes its place: that would copy all their caches
@@ -79,23 +78,50 @@ class Teacher:
     def _write(
         self, asked: Sequence[tuple[tuple[list[Any], list[int]], str]], tokens: int, temperature: float
     ) -> list[str]:
+        prompts = [last + self._encode(prompt) for (_, last), prompt in asked]
+        caches = [copy.deepcopy(cache) for (cache, _), _ in asked]
+        lines = self._generate(prompts, caches, tokens, temperature, [self._encode("\n")])
+        return [line.split("\n")[0].strip() for line in lines]
+
+    def replies(self, asked: Sequence[str], tokens: int, temperature: float, seed: int) -> list[str]:
+        """What the model replies to each request in a chat of its own, all of them written together.
+
+        Where it has no chat template, what it writes after the request.
+        """
+        mx.random.seed(seed)
+        prompts = [
+            encode_chat(self.tokenizer, [{"role": "user", "content": text}], enable_thinking=False)
+            if self.tokenizer.chat_template is not None
+            else encode_text(self.tokenizer, f"{text}\n\n")
+            for text in asked
+        ]
+        return self._generate(prompts, None, tokens, temperature, [])
+
+    def _generate(
+        self,
+        prompts: Sequence[list[int]],
+        caches: list[list[Any]] | None,
+        tokens: int,
+        temperature: float,
+        stops: list[list[int]],
+    ) -> list[str]:
+        """What follows each prompt, up to a number of tokens, one of `stops` or the end of a reply."""
         generator = BatchGenerator(
             self.model,
             max_tokens=tokens,
-            stop_tokens=[[token] for token in self.tokenizer.eos_token_ids] + [self._encode("\n")],
+            stop_tokens=[[token] for token in self.tokenizer.eos_token_ids] + stops,
             sampler=make_sampler(temperature) if temperature else None,
             completion_batch_size=BATCH,
             prefill_batch_size=BATCH,
         )
-        prompts = [last + self._encode(prompt) for (_, last), prompt in asked]
-        numbers = generator.insert(prompts, caches=[copy.deepcopy(cache) for (cache, _), _ in asked])
+        numbers = generator.insert(list(prompts), caches=caches)
         found: dict[int, list[int]] = {number: [] for number in numbers}
         while responses := generator.next_generated():
             for response in responses:
                 if response.finish_reason != "stop":
                     found[response.uid].append(response.token)
         generator.close()
-        return [self.tokenizer.decode(line).split("\n")[0].strip() for line in found.values()]
+        return [self.tokenizer.decode(line) for line in found.values()]
 
     def finds(self, beginning: str, asked: Sequence[tuple[str, str]], others: Sequence[str]) -> list[float]:
         """How surely the model, having read `beginning`, gives each prompt's answer rather than one of `others`.
@@ -138,18 +164,11 @@ class CachedTeacher(Teacher):
     """
 
     asked: Teacher  # answers what is not in the file yet
-    file: pathlib.Path
-    known: dict[str, list[Any]]
+    kept: Replies
 
     @classmethod
     def of(cls, teacher: Teacher, file: pathlib.Path) -> CachedTeacher:
-        whole = b""
-        if file.exists():
-            whole, _, torn = file.read_bytes().rpartition(b"\n")
-            if torn:
-                file.write_bytes(whole + b"\n" if whole else b"")
-        notes = (json.loads(line) for line in whole.splitlines())
-        return cls(teacher.model, teacher.tokenizer, teacher, file, {note["of"]: note["answer"] for note in notes})
+        return cls(teacher.model, teacher.tokenizer, teacher, Replies(file))
 
     def lines(
         self,
@@ -169,12 +188,11 @@ class CachedTeacher(Teacher):
         return self._cached(given, lambda: self.asked.finds(beginning, asked, others))
 
     def _cached(self, given: list[Any], ask: Callable[[], list[Any]]) -> list[Any]:
-        key = hashlib.sha256(json.dumps(given).encode()).hexdigest()[:32]
-        if key not in self.known:
-            self.known[key] = ask()
-            with self.file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps({"of": key, "answer": self.known[key]}) + "\n")
-        return self.known[key]
+        key = key_of(given)
+        if (known := self.kept.get(key)) is None:
+            known = ask()
+            self.kept.keep(key, known)
+        return list(known)
 
 
 def load_teacher(name: str) -> Teacher:

@@ -26,7 +26,17 @@ from mlx_hiermem.learn.corpus.corpus import Corpus, not_there
 from mlx_hiermem.learn.settings import TreeSettings
 from mlx_hiermem.learn.tree.kmeans import CHUNK, Separation, Shape, grow, squared
 from mlx_hiermem.learn.tree.probes import EmbeddedProbes, ProbeVectors, embed_probes
-from mlx_hiermem.learn.work import AGREEMENT, LEAVES_FILE, MEANS, TREE, Work, read_rows, write_rows, write_text
+from mlx_hiermem.learn.work import (
+    AGREEMENT,
+    LEAVES_FILE,
+    MEANS,
+    TREE,
+    Ranks,
+    Work,
+    read_rows,
+    write_rows,
+    write_text,
+)
 from mlx_hiermem.progress import Progress, unheard
 from mlx_hiermem.router import TextEmbedder
 from mlx_hiermem.tree import ClusterTree
@@ -74,12 +84,13 @@ def build_tree(
     embedder: TextEmbedder,
     settings: TreeSettings = TreeSettings(),
     progress: Progress = unheard,
+    ranks: Ranks | None = None,
 ) -> CorpusTree:
     """Stages `probes`, `vectors` and `tree`. `progress` counts the embedded probes.
 
     Raises CorpusError for a corpus of one window.
     """
-    embedded = embed_probes(work, corpus, embedder, progress)
+    embedded = embed_probes(work, corpus, embedder, progress, ranks)
 
     def make() -> None:
         found = EmbeddedProbes.read(work, corpus)

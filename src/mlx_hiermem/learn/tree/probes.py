@@ -11,13 +11,15 @@ One generated question in ten is held out: it shapes nothing, and measures where
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
-import os
+import json
 import pathlib
 import re
+import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,18 +28,18 @@ import numpy as np
 from mlx_hiermem.files import file_digest, new_file
 from mlx_hiermem.learn.corpus.corpus import Corpus
 from mlx_hiermem.learn.corpus.windows import Window
+from mlx_hiermem.learn.parts import help_make_parts, make_parts
 from mlx_hiermem.learn.work import (
     GO_ON,
     MEANS,
     PROBE_VECTORS,
     PROBES,
+    Ranks,
     Row,
     Work,
-    count_lines,
     read_rows,
     with_rows,
     write_rows,
-    write_text,
 )
 from mlx_hiermem.progress import Progress, unheard
 from mlx_hiermem.router import TextEmbedder
@@ -92,22 +94,75 @@ def names(text: str, title: str) -> bool:
     return bool(title) and re.search(rf"(?<!\w){re.escape(title)}(?!\w)", text, re.IGNORECASE) is not None
 
 
-def embed_probes(work: Work, corpus: Corpus, embedder: TextEmbedder, progress: Progress = unheard) -> str:
-    """Stages `probes` and `vectors`; returns the digest of the second. `progress` counts texts."""
+def embed_probes(
+    work: Work, corpus: Corpus, embedder: TextEmbedder, progress: Progress = unheard, ranks: Ranks | None = None
+) -> str:
+    """Stages `probes` and, shared among ranks, `vectors`; returns its digest. `progress` counts texts."""
     studied = file_digest(corpus.studied) if corpus.studied.exists() else ""
     asked = work.stage("probes", studied, [corpus.digest], lambda: _write_probes(work, corpus))
 
     def embed() -> None:
-        for part in work.folder.glob("*.npy.part"):  # of other probes, unless these are the ones that were noted
-            if work.path("embedding").exists() and work.path("embedding").read_text() == asked:
-                break
-            part.unlink()
-        write_text(work.path("embedding"), asked)
-        count = count_lines(work.path(PROBES))
-        rows = (row["text"] for row in read_rows(work.path(PROBES)))
-        embed_to_file(rows, count, work.path(PROBE_VECTORS), embedder, progress)
+        batches, done = _Batches(work, embedder), 0
+
+        def there(batch: _Batch) -> None:
+            nonlocal done
+            done += batch.count
+            progress(done, sum(one.count for one in batches.all))
+
+        batches.folder.mkdir(exist_ok=True)
+        with ranks.sharing("vectors") if ranks else contextlib.nullcontext():
+            files = make_parts(batches.file, lambda: batches.all, batches.make, there)
+        size, dim = sum(one.count for one in batches.all), embedder.embed([""]).shape[1]
+        write_vectors(map(np.load, files), size, dim, work.path(PROBE_VECTORS))
+        shutil.rmtree(batches.folder)
 
     return work.stage("vectors", None, [asked], embed)
+
+
+def help_embed(work: Work, embedder: TextEmbedder, wanted: Callable[[], bool]) -> None:
+    """What another rank than the first does of stage `vectors`."""
+    batches = _Batches(work, embedder)
+    help_make_parts(batches.file, lambda: batches.all, batches.make, wanted)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Probes that are embedded together: a text's last bits depend on those that it is embedded with."""
+
+    begin: int  # in probes.jsonl, in bytes
+    count: int
+
+
+class _Batches:
+    """All probes in batches, a file each."""
+
+    def __init__(self, work: Work, embedder: TextEmbedder) -> None:
+        self.work, self.embedder, self.folder = work, embedder, work.path("vectors.parts")
+        self.all = list(_in_batches(work.path(PROBES)))
+
+    def file(self, number: int) -> pathlib.Path:
+        return self.folder / f"{self.work.digest('probes')[:16]}-{number}.npy"
+
+    def make(self, batch: _Batch, file: pathlib.Path) -> None:
+        """Embeds a batch."""
+        with self.work.path(PROBES).open("rb") as stream:
+            stream.seek(batch.begin)
+            texts = [json.loads(line)["text"] for line in itertools.islice(stream, batch.count)]
+        with new_file(file, GO_ON) as partial, partial.open("wb") as out:
+            np.save(out, np.ascontiguousarray(self.embedder.embed(texts), "<f4"))
+
+
+def _in_batches(file: pathlib.Path) -> Iterator[_Batch]:
+    """The lines of a file, `BATCH` at a time."""
+    begin, count, size = 0, 0, 0
+    with file.open("rb") as stream:
+        for line in stream:
+            count, size = count + 1, size + len(line)
+            if count == BATCH:
+                yield _Batch(begin, count)
+                begin, count, size = begin + size, 0, 0
+    if count:
+        yield _Batch(begin, count)
 
 
 def _write_probes(work: Work, corpus: Corpus) -> None:
@@ -227,35 +282,8 @@ class EmbeddedProbes:
         )
 
 
-def embed_to_file(
-    texts: Iterable[str], count: int, file: pathlib.Path, embedder: TextEmbedder, progress: Progress = unheard
-) -> np.ndarray:
-    """[count, dim] float32 in a .npy file, as a memory map. An interrupted `.part` of the same texts is continued.
-
-    `progress` counts texts.
-    """
-    part = file.with_name(file.name + ".part")  # unlike `new_file`'s, it stays where the block fails
-    dim = embedder.embed([""]).shape[1]
-    header = _header(count, dim)
-    with part.open("r+b" if part.exists() else "w+b") as stream:
-        # Whole batches: a text's last bits depend on those that it is embedded with.
-        done = max(stream.seek(0, os.SEEK_END) - len(header), 0) // (4 * dim) // BATCH * BATCH
-        stream.seek(0)
-        stream.write(header)
-        stream.truncate(len(header) + done * 4 * dim)
-        stream.seek(0, os.SEEK_END)
-        rest = itertools.islice(texts, done, None)
-        while batch := list(itertools.islice(rest, BATCH)):
-            stream.write(np.ascontiguousarray(embedder.embed(batch), "<f4").tobytes())
-            stream.flush()
-            done += len(batch)
-            progress(done, count)
-    os.replace(part, file)
-    return np.load(file, mmap_mode="r")
-
-
 def write_vectors(chunks: Iterable[np.ndarray], count: int, dim: int, file: pathlib.Path) -> np.ndarray:
-    """The same file, from chunks of vectors [n, dim] that are `count` in all. Raises OutputError."""
+    """[count, dim] float32 in a .npy file, from chunks of vectors [n, dim], as a memory map. Raises OutputError."""
     with new_file(file, GO_ON) as partial, partial.open("wb") as stream:
         stream.write(_header(count, dim))
         for chunk in chunks:

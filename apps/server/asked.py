@@ -1,0 +1,63 @@
+"""What all requests have in common: strict JSON, bounded in depth, of Unicode text."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+
+from mlx_hiermem.apps.server.refusal import ApiError
+
+DEEPEST = 64  # lists and objects within one another; OpenAI takes schemas of ten levels, each of which is three
+
+
+class Asked(BaseModel):
+    """Base of all: JSON types are not converted, unknown fields are errors, null means not given."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        if not all(_is_unicode(item) for row in data.items() for item in row):
+            raise ValueError("half of a surrogate pair is no Unicode text")
+        if any(_is_deep(value) for value in data.values()):
+            raise ApiError(400, f"the request is more than {DEEPEST} lists or objects deep")
+        return {key: value for key, value in data.items() if value is not None}
+
+
+def _is_unicode(value: Any, left: int = DEEPEST) -> bool:
+    """Whether a text, or each text of a list, can be encoded: JSON can write what is none."""
+    if isinstance(value, list):
+        return left == 0 or all(_is_unicode(item, left - 1) for item in value)
+    try:
+        return not isinstance(value, str) or bool(value.encode()) or not value
+    except UnicodeEncodeError:
+        return False
+
+
+def _is_deep(value: Any, left: int = DEEPEST) -> bool:
+    """Whether lists and objects are nested beyond `DEEPEST`; no field that there is needs so many."""
+    if not isinstance(value, list | dict):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return left == 0 or any(_is_deep(item, left - 1) for item in inner)
+
+
+def _with_unicode(value: dict[str, Any]) -> dict[str, Any]:
+    """An object of any shape, all of whose texts can be encoded."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair is no Unicode text") from None
+    return value
+
+
+AnyObject = Annotated[dict[str, Any], AfterValidator(_with_unicode)]
+
+
+def in_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
