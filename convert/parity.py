@@ -36,6 +36,7 @@ from mlx_hiermem.convert.reference import load_openlm, to_torch
 from mlx_hiermem.convert.source import Source
 from mlx_hiermem.errors import CheckpointError
 from mlx_hiermem.memory.attach import Attachment, attach
+from mlx_hiermem.tokenizer import NO_CODE
 
 SHORT, LONG = 24, 640  # tokens; the long prompt goes beyond Gemma's sliding window of 512
 DECODED = 8  # tokens at the end of a prompt that the cached run takes one by one
@@ -251,10 +252,10 @@ def _from_folder(folder: pathlib.Path) -> Any:
     """transformers' own reading; of a distributed checkpoint its class, filled by PyTorch's reader."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, **NO_CODE)
     known = AutoModelForCausalLM._model_mapping  # a model that also sees is one of the other kind, or of both
     kind = AutoModelForCausalLM if type(config) in known else AutoModelForImageTextToText
-    how = {"dtype": torch.float32, "attn_implementation": "eager"}
+    how = {"dtype": torch.float32, "attn_implementation": "eager", **NO_CODE}
     with open_checkpoint(folder) as weights:
         if weights.files[0].name == METADATA:
             model = kind.from_config(config, **how)

@@ -234,6 +234,12 @@ def test_bad_documents_get_one_line(tmp_path: pathlib.Path, anchor: pathlib.Path
         shutil.rmtree(tmp_path / "out.learn", ignore_errors=True)
 
 
+def test_documents_are_looked_for_before_an_anchor_is_fetched(tmp_path: pathlib.Path, run: Run) -> None:
+    missing = run("learn", tmp_path / "nowhere", tmp_path / "out", "--anchor", tmp_path / "gone", *QUICK)
+    one_line(missing, "there is no file or folder", "nowhere")
+    assert not (tmp_path / "out.learn").exists()
+
+
 def test_bad_anchors_get_one_line(
     tmp_path: pathlib.Path, library: pathlib.Path, anchor: pathlib.Path, poor_anchor: pathlib.Path, run: Run
 ) -> None:

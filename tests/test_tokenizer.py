@@ -25,6 +25,24 @@ def test_all_ends_count(tmp_path: pathlib.Path) -> None:
     assert load_tokenizer(anchor).eos_token_ids == {256, 257, 258, 259}  # 259 is the tokenizer's own
 
 
+def test_a_tokenizers_code_is_not_run_and_not_asked_about(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    anchor, ran = make_anchor(tmp_path / "anchor"), tmp_path / "ran"
+    file = anchor / "tokenizer_config.json"
+    named = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | named))
+    (anchor / "own.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n"
+        f"open({str(ran)!r}, 'w').close()\n"
+        "class Own(PreTrainedTokenizerFast): pass\n"
+    )
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(AnchorError, match="tokenizer"):
+        load_tokenizer(anchor)
+    assert not ran.exists()
+
+
 def test_ends_of_a_damaged_file(tmp_path: pathlib.Path) -> None:
     anchor = make_anchor(tmp_path / "anchor")
     (anchor / "generation_config.json").write_text("{")

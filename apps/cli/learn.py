@@ -6,7 +6,7 @@ import json
 import pathlib
 import re
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -24,63 +24,63 @@ Settings = TypeVar("Settings", bound="DataclassInstance")
 GO_ON = "What was learnt is kept: the same command goes on from there."
 
 
+DOCUMENTS = typer.Argument(
+    metavar="DOCS... OUT",
+    help="DOCS: folders, files (.txt .md .html .pdf .jsonl) hf://owner/name. OUT: the model's folder to make.",
+)
+ANCHOR = typer.Option("--anchor", "-a", help="Model folder or hub id, or what convert takes.")
+FIELD = typer.Option(help="Field of a .jsonl line that holds the text. Default: text.")
+ANY_LANGUAGE = typer.Option("--any-language", help="Learn what is not in English, too.")
+KIND = typer.Option(help="Kind of memory: ffn, lora-qk, lora-vo, lora-ffn or kv. Default: ffn.")
+EPOCHS = typer.Option(min=0, help="How often each text is learnt. Default: by the number of documents.")
+SELF_STUDY = typer.Option(
+    "--self-study/--no-self-study",
+    help="Have questions and answers written about the documents, and learn them too. Default: yes.",
+)
+TEACHER = typer.Option(help="Who writes them: a model that mlx-lm loads. Default: the anchor.")
+TEACHER_URL = typer.Option(
+    help="Or a server that speaks OpenAI's protocol; its key is in OPENAI_API_KEY, if it needs one."
+)
+TEACHER_MODEL = typer.Option(help="What the model is called there. Default: the first one that the server names.")
+STUDY = typer.Option(
+    min=0.1, help="Tokens of study for each token of the documents, of a teacher that can write. Default: 10."
+)
+PROMPTS = typer.Option(help="Prompts of your own to learn: a JSON line each, with document, prompt and completion.")
+QUESTIONS = typer.Option(help="Questions to measure the routing by: a JSON line each, with question and document.")
+SOURCES = typer.Option(
+    "--sources/--no-sources",
+    help="Keep the texts in the bank, so that an answer can show where it comes from. Default: yes.",
+)
+CACHE = typer.Option(
+    help="Disk for what the anchor computes once and uses often: 500M, 20G. Less is slower. Default: 20G."
+)
+KEEP = typer.Option("--keep", help="Keep the work folder OUT.learn.")
+CONFIG = typer.Option(help="TOML file with any settings; options on the line come before it.")
+WRITE_CONFIG = typer.Option(help="Write all settings that would be used into this TOML file, and learn nothing.")
+JSON = typer.Option("--json", help="Print one JSON object in the end instead of text.")
+
+
 def learn(
-    words: list[str] = typer.Argument(
-        None,
-        metavar="DOCS... OUT",
-        help="DOCS: folders, files (.txt .md .html .pdf .jsonl) hf://owner/name. OUT: the model's folder to make.",
-    ),
-    anchor: str = typer.Option("SmolLM2", "--anchor", "-a", help="Model folder or hub id, or what convert takes."),
-    field: str | None = typer.Option(None, help="Field of a .jsonl line that holds the text. Default: text."),
-    any_language: bool = typer.Option(False, "--any-language", help="Learn what is not in English, too."),
-    kind: str | None = typer.Option(
-        None, help="Kind of memory: ffn, lora-qk, lora-vo, lora-ffn or kv. Default: ffn."
-    ),
-    memory: str | None = typer.Option(None, "--memory", hidden=True),
-    epochs: int | None = typer.Option(
-        None, min=0, help="How often each text is learnt. Default: by the number of documents."
-    ),
-    self_study: bool | None = typer.Option(
-        None,
-        "--self-study/--no-self-study",
-        help="Have questions and answers written about the documents, and learn them too. Default: yes.",
-    ),
-    teacher: str | None = typer.Option(
-        None, help="Who writes them: a model that mlx-lm loads. Default: the anchor."
-    ),
-    teacher_url: str | None = typer.Option(
-        None, help="Or a server that speaks OpenAI's protocol; its key is in OPENAI_API_KEY, if it needs one."
-    ),
-    teacher_model: str | None = typer.Option(
-        None, help="What the model is called there. Default: the first one that the server names."
-    ),
-    study: float | None = typer.Option(
-        None,
-        min=0.1,
-        help="Tokens of study for each token of the documents, of a teacher that can write. Default: 10.",
-    ),
-    prompts: pathlib.Path | None = typer.Option(
-        None, help="Prompts of your own to learn: a JSON line each, with document, prompt and completion."
-    ),
-    questions: pathlib.Path | None = typer.Option(
-        None, help="Questions to measure the routing by: a JSON line each, with question and document."
-    ),
-    sources: bool | None = typer.Option(
-        None,
-        "--sources/--no-sources",
-        help="Keep the texts in the bank, so that an answer can show where it comes from. Default: yes.",
-    ),
-    cache: str | None = typer.Option(
-        None, help="Disk for what the anchor computes once and uses often: 500M, 20G. Less is slower. Default: 20G."
-    ),
-    keep: bool = typer.Option(False, "--keep", help="Keep the work folder OUT.learn."),
-    config: pathlib.Path | None = typer.Option(
-        None, help="TOML file with any settings; options on the line come before it."
-    ),
-    write_config: pathlib.Path | None = typer.Option(
-        None, help="Write all settings that would be used into this TOML file, and learn nothing."
-    ),
-    as_json: bool = typer.Option(False, "--json", help="Print one JSON object in the end instead of text."),
+    words: Annotated[list[str] | None, DOCUMENTS] = None,
+    anchor: Annotated[str, ANCHOR] = "SmolLM2",
+    field: Annotated[str | None, FIELD] = None,
+    any_language: Annotated[bool, ANY_LANGUAGE] = False,
+    kind: Annotated[str | None, KIND] = None,
+    memory: Annotated[str | None, typer.Option("--memory", hidden=True)] = None,
+    epochs: Annotated[int | None, EPOCHS] = None,
+    self_study: Annotated[bool | None, SELF_STUDY] = None,
+    teacher: Annotated[str | None, TEACHER] = None,
+    teacher_url: Annotated[str | None, TEACHER_URL] = None,
+    teacher_model: Annotated[str | None, TEACHER_MODEL] = None,
+    study: Annotated[float | None, STUDY] = None,
+    prompts: Annotated[pathlib.Path | None, PROMPTS] = None,
+    questions: Annotated[pathlib.Path | None, QUESTIONS] = None,
+    sources: Annotated[bool | None, SOURCES] = None,
+    cache: Annotated[str | None, CACHE] = None,
+    keep: Annotated[bool, KEEP] = False,
+    config: Annotated[pathlib.Path | None, CONFIG] = None,
+    write_config: Annotated[pathlib.Path | None, WRITE_CONFIG] = None,
+    as_json: Annotated[bool, JSON] = False,
 ) -> None:
     """Learn documents: a tree of their topics, and a block of memory for each. Run again, it goes on.
 
@@ -88,22 +88,17 @@ def learn(
 
     Example: `hiermem learn --write-config learn.toml`, then `hiermem learn ./docs my-model --config learn.toml`
     """
-    from mlx_hiermem.errors import HierMemError
-    from mlx_hiermem.evaluate.questions import read_questions
-    from mlx_hiermem.learn import run
     from mlx_hiermem.learn.settings import LearnSettings, read_settings
-    from mlx_hiermem.learn.study.prompts import read_prompts
 
     if memory:
         renamed("--memory KIND", "--kind KIND")
     settings = read_settings(config) if config else LearnSettings()
+    states_bytes = parse_size(cache, "--cache") if cache else None
     settings = _changed(
         settings,
         corpus=_changed(settings.corpus, field=field, any_language=any_language or None),
         memory=_changed(settings.memory, kind=kind or memory),
-        training=_changed(
-            settings.training, epochs=epochs, states_bytes=parse_size(cache, "--cache") if cache else None
-        ),
+        training=_changed(settings.training, epochs=epochs, states_bytes=states_bytes),
         self_study=self_study,
         teacher=teacher,
         teacher_url=teacher_url,
@@ -115,15 +110,31 @@ def learn(
     if write_config:
         _write(write_config, settings)
         return
-    if len(words or ()) < 2:
+    if not words or len(words) < 2:
         raise typer.BadParameter("name documents, and the folder to make", param_hint="DOCS... OUT")
     *docs, target = words
-    out, asked = pathlib.Path(target), read_questions(questions, documents=True) if questions else []
-    settings = _changed(
+    _learn(docs, pathlib.Path(target), anchor, _with_files(settings, questions, prompts), as_json)
+
+
+def _with_files(
+    settings: LearnSettings, questions: pathlib.Path | None, prompts: pathlib.Path | None
+) -> LearnSettings:
+    """Settings with what these files hold."""
+    from mlx_hiermem.evaluate.questions import read_questions
+    from mlx_hiermem.learn.study.prompts import read_prompts
+
+    asked = read_questions(questions, documents=True) if questions else []
+    return _changed(
         settings,
         questions=tuple((one.prompt, one.document) for one in asked),
         prompts=read_prompts(prompts) if prompts else (),
     )
+
+
+def _learn(docs: list[str], out: pathlib.Path, anchor: str, settings: LearnSettings, as_json: bool) -> None:
+    from mlx_hiermem.errors import HierMemError
+    from mlx_hiermem.learn import run
+
     try:
         with screen_for(not as_json and _is_first()) as screen:
             learnt = run.learn(docs, out, lambda: find_anchor(anchor), settings, screen)

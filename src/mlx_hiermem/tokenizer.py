@@ -18,6 +18,7 @@ from mlx_hiermem.printable import require_unicode
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PLACE = "\ue000{}\ue001"  # stands for a message in a rendered template; private characters that nobody types
+NO_CODE = {"trust_remote_code": False}  # without it transformers asks on the terminal whether to run a model's code
 
 
 def load_tokenizer(folder: pathlib.Path) -> Any:
@@ -33,7 +34,7 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it warns of model types that it does not know
     try:
-        tokenizer = mlx_lm.utils.load_tokenizer(folder)
+        tokenizer = mlx_lm.utils.load_tokenizer(folder, NO_CODE)
     except Exception as error:  # tokenizers raises plain Exception, and a damaged file anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise AnchorError(f"cannot load the tokenizer of {folder}: {reason}") from error

@@ -119,9 +119,10 @@ def _leaves(example: Example, learnt: dict[str, set[Path]]) -> set[Path]:
     """The leaves that learnt an example's document."""
     leaves = learnt.get(example.tags.get("doc", ""))
     if not leaves:
+        such = f", such as {min(learnt)}" if learnt else ""
         raise TaskError(
             f"line {example.line} has no document that the bank names among its sources",
-            "Memory oracle needs questions with the field doc, as the bank's manifest has it.",
+            f"Memory oracle needs questions whose field doc is a source in the bank's manifest{such}.",
         )
     return leaves
 

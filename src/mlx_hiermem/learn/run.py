@@ -27,6 +27,7 @@ from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import AnchorError, HierMemError, OutputError
 from mlx_hiermem.learn import stages
 from mlx_hiermem.learn.corpus.corpus import Corpus
+from mlx_hiermem.learn.corpus.readers import check_there
 from mlx_hiermem.learn.publish import ANCHOR, BANK, About, Nodes, link, publish, write_bank
 from mlx_hiermem.learn.settings import (
     ExampleSettings,
@@ -160,6 +161,7 @@ def learn(
     with tidy, locked_work(work_folder(out)) as work:
         run = _Run(work, settings, listener, ranks)
         with ranks.leading():
+            check_there(sources)  # before an anchor is fetched
             source = anchor() if callable(anchor) else AnchorSource.of(pathlib.Path(anchor))
             prepared = run.prepare(sources, source)
         learnt = run.write(source.name, prepared, *run.train())

@@ -47,14 +47,20 @@ def read(sources: Sequence[str], field: str = "text", title: str = "") -> Iterat
     `field` names what is learnt of a .jsonl line or a data set's row, `title` what it is called (by default the
     first of `TITLES` that is there). Raises CorpusError where a source does not exist or has no such field at all.
     """
+    check_there(sources)
     for source in sources:
         if source.startswith(HUB):
             yield from _read_hub(source, field, title)
         elif (path := pathlib.Path(source)).is_dir():
             yield from _read_folder(path, field, title)
-        elif path.is_file():
-            yield from _read_file(path, clean(path.name), field, title)
         else:
+            yield from _read_file(path, clean(path.name), field, title)
+
+
+def check_there(sources: Sequence[str]) -> None:
+    """Raises CorpusError for the first file or folder that does not exist."""
+    for source in sources:
+        if not (source.startswith(HUB) or (path := pathlib.Path(source)).is_dir() or path.is_file()):
             raise CorpusError(f"there is no file or folder {source}", f"A data set of the hub is {HUB}owner/name.")
 
 

@@ -27,7 +27,7 @@ from mlx_hiermem.files import file_digest
 from mlx_hiermem.learn.study.replies import Replies, key_of
 from mlx_hiermem.partial import prefill, repeat_cache
 from mlx_hiermem.progress import FractionDone, unheard_fraction
-from mlx_hiermem.tokenizer import encode_chat, encode_text
+from mlx_hiermem.tokenizer import NO_CODE, encode_chat, encode_text
 
 PATTERNS = pathlib.Path(__file__).with_name("patterns.toml")
 BATCH = 32  # lines written at a time; when one is done, no other takes its place: that would copy all their caches
@@ -203,7 +203,7 @@ def load_teacher(name: str) -> Teacher:
     if (inside := pathlib.Path(name) / "anchor").is_dir():
         name = str(inside)
     try:
-        model, tokenizer = load(name)[:2]
+        model, tokenizer = load(name, NO_CODE)[:2]
     except Exception as error:  # mlx-lm raises whatever the hub, the files or the architecture give rise to
         raise AnchorError(
             f"cannot load the teacher {name}: {error}", "Name a model that mlx-lm can load."
