@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from evaluating import evaluation, name_sources, task_files
-from tiny import HashEmbedder, make_model
+from tiny import HashEmbedder, give_sources, make_model
 
 from mlx_hiermem.bank.edit import add
 from mlx_hiermem.config import Path
@@ -170,8 +170,9 @@ def test_a_route_is_the_examples_own(tested: Evaluation, tasks: Tasks, monkeypat
 
 
 def test_memories_of_examples(tested: Evaluation, tasks: Tasks) -> None:
-    examples = tested.prepare(tasks["asked"], MEMORIES).examples
-    placed = {memory: place(tested.model, examples, memory) for memory in MEMORIES}
+    memories = [memory for memory in MEMORIES if not memory.endswith("source")]  # this bank keeps none
+    examples = tested.prepare(tasks["asked"], memories).examples
+    placed = {memory: place(tested.model, examples, memory) for memory in memories}
     assert {one.key for one in placed["none"]} == {"none"}
     assert len({one.key for one in placed["generic"]}) == 1
     for number, example in enumerate(examples):
@@ -184,6 +185,37 @@ def test_memories_of_examples(tested: Evaluation, tasks: Tasks) -> None:
         assert fetched.agrees == (fetched.chosen.path == oracle.chosen.path)
     with pytest.raises(HierMemError, match="unknown memory"):
         place(tested.model, examples, "lots")
+
+
+def test_passages_stand_before_what_is_asked(tasks: Tasks, tmp_path: pathlib.Path) -> None:
+    folder = make_model(tmp_path / "model")
+    leaves = [f"{a}.{b}" for a in range(3) for b in range(3)]
+    texts = {leaf: [("", f"Of {leaf} this is said.")] for leaf in leaves}
+    give_sources(folder / "bank", texts, HashEmbedder().embed)
+    tested = evaluation(folder, tmp_path / "results")
+    prepared = tested.prepare(tasks["choice"], ("fetched+source", "source"))
+    scores = {}
+    for memory in ("source", "fetched+source"):
+        run = tested.run(prepared, memory)
+        scores[memory] = [row["scores"] for row in run.rows]
+        for row, number in zip(run.rows, prepared.prompts, strict=True):
+            blocks = row["path"] if memory == "fetched+source" else "none"
+            tested.model.select(blocks, "")
+            told = tested.prompter.plain(f"Of {row['path']} this is said.\n\n")
+            example = prepared.examples[number]
+            shots = tested.prompter.special(example.shots)
+            for i, (context, continuation) in enumerate(prepared.prompts[number].pairs):
+                assert context[: len(shots)] == shots
+                whole = [*shots, *told, *context[len(shots) :], *continuation]
+                logits = tested.model.anchor(mx.array([whole]))[0, -len(continuation) - 1 : -1]
+                logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+                nll = -float(mx.take_along_axis(logprobs, mx.array(continuation)[:, None], axis=-1).sum())
+                assert row["scores"][i][0] == pytest.approx(nll, abs=1e-3)
+    assert scores["source"] != scores["fetched+source"]
+    replies = tested.run(tested.prepare(tasks["reply"], ("source",), limit=2), "source")
+    assert all("+" in row["memory"] for row in replies.rows)
+    with pytest.raises(TaskError, match="asks for no passage"):
+        tested.prepare(tasks["wiki"], ("source",))
 
 
 def test_oracle_needs_documents_that_the_bank_names(tested: Evaluation, tasks: Tasks) -> None:

@@ -14,14 +14,17 @@ import time
 
 import pytest
 from hub_server import TOKEN, HubServer, Repository, environment, use_in_this_process
-from tiny import make_anchor, make_bank, make_model
+from tiny import HashEmbedder, give_sources, make_anchor, make_bank, make_model
+from typer.testing import CliRunner
 
 from mlx_hiermem import load
-from mlx_hiermem.apps.cli.main import main
-from mlx_hiermem.bank.bank import MemoryBank
+from mlx_hiermem.apps.cli.main import app, main
+from mlx_hiermem.bank import edit
+from mlx_hiermem.bank.bank import MANIFEST, MemoryBank
 from mlx_hiermem.bank.block import block_name
 from mlx_hiermem.bank.hub import RemoteFile
 from mlx_hiermem.bank.remote import Origin, node_of
+from mlx_hiermem.bank.sources import WINDOWS_FILE
 from mlx_hiermem.cache import BlockCache
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import AnchorError, AnchorMismatchError, BankError, HierMemError, HubError, OutputError
@@ -108,6 +111,54 @@ def test_card_says_what_it_is_and_leaves_a_persons_text_alone(
     (source / "README.md").write_text("my own words")
     push(source, REPO)
     assert hub.repo(REPO).head["README.md"] == b"my own words"
+
+
+def test_sources_are_shared_only_where_that_was_said(
+    hub: HubServer, model: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    source = copy(model, tmp_path / "source")
+    give_sources(source / "bank", {"1.2": [("Gold", "Gold does not rust.")]}, HashEmbedder().embed)
+    manifest = (source / "bank" / MANIFEST).read_bytes()
+    with pytest.raises(BankError, match="keeps the texts that it has learnt"):
+        push(source, REPO)
+    assert not hub.repos
+    push(source, REPO, with_sources=True)
+    assert b"Gold does not rust" in hub.repo(REPO).head[f"bank/{WINDOWS_FILE}"]
+    assert "1 passages of them" in hub.repo(REPO).head["README.md"].decode()
+    for number, wanted in enumerate((True, False)):
+        pull(REPO, tmp_path / f"out{number}", sources=wanted)
+        bank = MemoryBank.open(tmp_path / f"out{number}" / "bank")
+        assert (bank.sources is not None) is wanted
+        assert list(bank.problems()) == []
+    # What was pulled without them is edited without them, and a later pull does not bring them back.
+    edit.remove(bank.root, [Path((1, 2))])
+    pull(REPO, tmp_path / "out1")
+    assert not (bank.root / WINDOWS_FILE).exists()
+    push(source, REPO, with_sources=False)
+    head = hub.repo(REPO).head
+    assert not [name for name in head if name.startswith("bank/sources")]
+    assert "sources" not in json.loads(head[f"bank/{MANIFEST}"])
+    assert "passages of them" not in head["README.md"].decode()
+    assert (source / "bank" / MANIFEST).read_bytes() == manifest
+    pulled = pull(REPO, tmp_path / "bare")
+    assert pulled.blocks == 12
+    assert list(MemoryBank.open(tmp_path / "bare" / "bank").problems()) == []
+
+
+def test_push_asks_whether_sources_go_too(
+    hub: HubServer, model: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = copy(model, tmp_path / "source")
+    give_sources(source / "bank", {"1.2": [("Gold", "Gold does not rust.")]}, HashEmbedder().embed)
+    refused = CliRunner().invoke(app, ["bank", "push", str(source), REPO])
+    assert isinstance(refused.exception, BankError)
+    assert "--with-sources or --no-sources" in str(refused.exception)
+    monkeypatch.setattr("mlx_hiermem.apps.cli.bank_hub.asks", lambda: True)
+    done = CliRunner().invoke(app, ["bank", "push", str(source), REPO], input="n\n", catch_exceptions=False)
+    assert "1 text of 1 document" in done.output
+    assert f"bank/{WINDOWS_FILE}" not in hub.repo(REPO).head
+    done = CliRunner().invoke(app, ["bank", "push", str(source), REPO], input="y\n", catch_exceptions=False)
+    assert f"bank/{WINDOWS_FILE}" in hub.repo(REPO).head
 
 
 def test_card_names_sources_and_unusual_licences(model: pathlib.Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 from serving import CONTEXT, Gate, Running, eventually, serving
-from tiny import Aimed, make_model
+from tiny import Aimed, HashEmbedder, give_sources, make_model
 
 from mlx_hiermem import load
 from mlx_hiermem.apps.demo import tour
@@ -31,6 +31,7 @@ from mlx_hiermem.batch import MemoryBatch
 from mlx_hiermem.config import Path
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.router import Router
+from mlx_hiermem.sources import Source, SourceSearch
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ON_A_MAC = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
@@ -187,6 +188,7 @@ def caption(page: Page) -> str:
 
 def test_a_conversation_and_a_change_of_topic(page: Page, server: Running) -> None:
     assert page.locator("#speed").inner_text() == "–"
+    assert not page.locator("#use [value=source] + span").is_visible()  # this bank keeps none
     first = ask(page, "tell me of neon")
     assert first == direct(server, "tell me of neon", "fetched")[0]
     assert lit(page) == ["1", "1.1"]
@@ -210,6 +212,36 @@ def test_a_conversation_and_a_change_of_topic(page: Page, server: Running) -> No
     assert lit(page) == ["1", "1.1"]
     page.click("#new")
     assert (page.locator(".turn").count(), lit(page)) == (0, [])
+
+
+def test_the_source_is_named_below_the_answer(
+    browser: Browser, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, found = make_model(tmp_path / "model"), list[Source]()
+    give_sources(folder / "bank", {"1.1": [("Neon", "Neon glows red.")]}, HashEmbedder().embed)
+    monkeypatch.setattr(SourceSearch, "find", lambda *_: tuple(found))  # random replies say nothing
+
+    def loading() -> MemoryModel:
+        model = load(folder)
+        assert model.bank
+        aimed: Any = Aimed(model.bank.tree, NAMES, Path((0, 1)))
+        model._router = Router(model.bank.tree, aimed, model.bank.policy)
+        return model
+
+    with serving(loading) as running, watched(browser) as context:
+        page = opened(context, running)
+        ask(page, "tell me of neon")
+        assert page.locator(".source").last.inner_text() == "No source in this bank says this."
+        found.append(Source("Neon.txt", "Neon", "line 1", "Neon glows red.", 0.9))
+        page.locator("#use [value=source] + span").click()
+        ask(page, "tell me of neon")
+        source = page.locator(".source").last
+        assert source.inner_text().startswith("From Neon (Neon.txt, line 1)")
+        assert source.locator("q").inner_text() == "Neon glows red."
+        assert "passage Neon" in caption(page)
+        page.locator("#use [value=none] + span").click()
+        ask(page, "tell me of neon")
+        assert not page.locator(".source").last.is_visible()
 
 
 def test_fetched_blocks_light_up(browser: Browser, loading: Callable[[], MemoryModel]) -> None:

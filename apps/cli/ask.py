@@ -18,6 +18,7 @@ from mlx_hiermem.apps.cli.display import (
     notes,
     renamed,
     size,
+    source_line,
     utf8,
     write,
 )
@@ -79,12 +80,22 @@ def ask(
             write(piece)
     figures = _figures(loaded, session)
     if as_json:
-        result = {"text": "".join(pieces), "model": name, "selection": loaded.selection.to_json(), **figures}
+        said = loaded.response.sources if loaded.response else None
+        found = None if said is None else [source.to_json() for source in said]
+        result: dict[str, Any] = {
+            "text": "".join(pieces),
+            "model": name,
+            "selection": loaded.selection.to_json(),
+            "sources": found,
+        }
+        result |= figures
         console.print_json(json.dumps(result, ensure_ascii=False))
         return
     console.print()
     line = f"{describe(loaded.selection)} · {figures['tokens_per_second']} tokens/s"
     notes.print(line, style="dim", markup=False, soft_wrap=True)
+    if loaded.response and (line := source_line(loaded.response.sources)):
+        notes.print(line, style="dim", markup=False, soft_wrap=True)
 
 
 def _text(words: list[str]) -> str:

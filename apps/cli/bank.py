@@ -174,6 +174,9 @@ def _totals(bank: MemoryBank, nodes: list[Path]) -> str:
     parts = [several(len(nodes), "block")]
     parts.append(size(sum(bank.manifest.blocks[node].bytes for node in nodes)))
     parts.append(bank.config.precision)
+    if kept := bank.manifest.sources:
+        where = "" if bank.sources else ", on the hub"
+        parts.append(f"{several(kept.windows, 'window')} of {several(kept.documents, 'document')}{where}")
     for state in ("remote", "missing", "blocked"):
         if count := states.count(state):
             parts.append(f"{count} {state}")

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import pathlib
+import sys
 
 import typer
 
 from mlx_hiermem.apps.cli import models
 from mlx_hiermem.apps.cli.display import console, parse_size, progress_bar, several, size
+
+
+def asks() -> bool:
+    """Whether somebody is there to be asked."""
+    return sys.stdin.isatty()
 
 
 def push(
@@ -23,6 +29,9 @@ def push(
         False, "--private", help="Only for people with access; refuses a public repository."
     ),
     message: str = typer.Option("", help="The commit's message."),
+    with_sources: bool | None = typer.Option(
+        None, "--with-sources/--no-sources", help="Upload the texts that the bank keeps, too. Default: asks."
+    ),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of text."),
 ) -> None:
     """Upload a model to the hub, with a model card. Digests are checked first; the commit is printed.
@@ -32,9 +41,19 @@ def push(
     from mlx_hiermem.share.push import push as run
 
     name, repo = models.last_word(words, model, "REPO")
+    kept = models.open_bank(name).manifest.sources
+    if kept and with_sources is None and asks():
+        texts = f"{several(kept.windows, 'text')} of {several(kept.documents, 'document')}"
+        with_sources = typer.confirm(f"The bank keeps {texts}, which whoever pulls it can read. Upload them too?")
     with progress_bar("checking", show=not as_json) as progress:
         pushed = run(
-            models.folder_of(name), repo, branch=branch, private=private, message=message, progress=progress
+            models.folder_of(name),
+            repo,
+            branch=branch,
+            private=private,
+            message=message,
+            with_sources=with_sources,
+            progress=progress,
         )
     if as_json:
         console.print_json(json.dumps(pushed.to_json()))
@@ -57,6 +76,7 @@ def pull(
         False, "--tree-only", help="Manifest and tree alone, enough for `hiermem route`."
     ),
     disk_budget: str = typer.Option("", help="Most that blocks fetched on first use may take on disk: 500M, 2G."),
+    sources: bool = typer.Option(True, "--sources/--no-sources", help="Bring the texts that the bank keeps, too."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of text."),
 ) -> None:
     """Download a model, or a part of its memories, at a fixed commit. Goes on after an interruption.
@@ -77,6 +97,7 @@ def pull(
             lazy=lazy,
             tree_only=tree_only,
             disk_budget=budget,
+            sources=sources,
             progress=progress,
         )
     if as_json:

@@ -18,6 +18,7 @@ from mlx_hiermem.apps.cli.display import (
     parse_size,
     several,
     size,
+    source_line,
     utf8,
     waiting,
     write,
@@ -159,12 +160,22 @@ def _reply(session: Session, text: str) -> None:
         for piece in chain([first], reply):
             write(piece)
         console.print()
+        _name_source(session, terminal)
     except KeyboardInterrupt:
         reply.close()
         console.print(" [stopped]", style="dim", markup=False)
     if session.last and not terminal:
         figures = f"{session.prefilled} tokens prefilled · {session.last.generation_tps:.1f} tokens/s"
         notes.print(figures, style="dim")
+
+
+def _name_source(session: Session, terminal: bool) -> None:
+    """What in the bank says the reply, below it in a terminal, beside it in a pipe."""
+    response = session.model.response
+    if response and (line := source_line(response.sources)):
+        (console if terminal else notes).print(
+            line, style="dim", markup=False, highlight=False, soft_wrap=not terminal
+        )
 
 
 def _notes(session: Session, before: tuple[str, ...], terminal: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mlx_hiermem.bank.bank import MemoryBank
     from mlx_hiermem.config import Path
     from mlx_hiermem.selection import Selection
+    from mlx_hiermem.sources import Source
 
 console = Console(highlight=False)
 notes = Console(stderr=True, highlight=False)  # beside the output, never in it
@@ -52,26 +53,36 @@ def several(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
+NOT_SAID = "no source in this bank says this"
 FAR = "nothing like it in the bank: no memory"
 
 
 def describe(selection: Selection) -> str:
     """`10.7 · Noble gases › Helium, Neon · 2 blocks, 1.7 MB (read 0 B) · route 3.1 fetch 0.2 attach 1.0 ms`"""
-    route = selection.route
+    route, passage = selection.route, selection.passage
     if route.far:
         return FAR
-    if not selection.blocks:
+    if not selection.blocks and not passage:
         where = str(selection.path) or "no memory"
         return f"{where} · nothing attached" if selection.path else where
     labels = " › ".join(label for label in selection.labels if label)
-    blocks = several(len(selection.blocks), "block")
+    blocks = f"{several(len(selection.blocks), 'block')}, {size(selection.memory_bytes)}"
     parts = [
         str(selection.path or selection.memory),
         labels,
-        f"{blocks}, {size(selection.memory_bytes)} (read {size(selection.bytes_read)})",
+        f"passage {passage.title or passage.document}" if passage else "",
+        f"{blocks} (read {size(selection.bytes_read)})" if selection.blocks else "",
         f"route {route.milliseconds:.1f} fetch {selection.fetch_ms:.1f} attach {selection.attach_ms:.1f} ms",
     ]
     return " · ".join(part for part in parts if part)
+
+
+def source_line(sources: Sequence[Source] | None) -> str:
+    """`from Gold (metals.pdf, page 3): “It does not rust.”`; that nothing says it; empty where nothing was looked
+    through."""
+    if sources is None:
+        return ""
+    return f"from {sources[0].name}: “{sources[0].sentence}”" if sources else NOT_SAID
 
 
 def blocked_note(bank: MemoryBank, node: Path) -> str:

@@ -33,7 +33,8 @@ def evaluate(
     data: pathlib.Path | None = typer.Option(None, help="Folder with the files of the paper's tasks."),
     memory: list[str] = typer.Option(
         None,
-        help="none, generic, fetched, oracle or blocked; may be given several times. Default: none and fetched; of "
+        help="none, generic, fetched, source, fetched+source, oracle or blocked; may be given several times. "
+        "Default: none and fetched; of "
         "several models fetched.",
     ),
     limit: int | None = typer.Option(None, min=1, help="Most examples of each task; they are drawn at random."),

@@ -27,7 +27,9 @@ HELP = "Folder or hub id of a model. Default: the last one used, else the demo's
 MODEL = typer.Option("", "--model", "-m", help=HELP)
 FIRST_WORD = typer.Argument("", metavar="MODEL", help="The model, as with `-m`.")
 MEMORY = typer.Option(
-    "", help="none, generic, fetched, or a path such as 10.7. Default: fetched where there is a bank."
+    "",
+    help="none, generic, fetched, source (retrieval: a passage in the prompt), fetched+source, or a path such as "
+    "10.7. Default: fetched where there is a bank.",
 )
 
 

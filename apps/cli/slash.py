@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from mlx_hiermem.apps.cli.display import blocked_note, console, size
+from mlx_hiermem.apps.cli.display import NOT_SAID, blocked_note, console, size
 from mlx_hiermem.errors import FileError, HierMemError, OutputError
 from mlx_hiermem.files import parse_json, read_json, read_text, write_json
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mlx_hiermem.router import Turn
     from mlx_hiermem.session import Session
 
+BEGINNING = 96  # characters of a window that `/sources` shows
 SHOWN = 8  # sources of a block that `/why` lists; the rest is counted
 
 
@@ -117,8 +118,9 @@ def _why(session: Session, argument: str) -> None:
     from mlx_hiermem.config import ROOT, Path
 
     bank, turn, path = session.model.bank, session.turn, session.selection.path
-    if bank is None or not session.selection.blocks:
+    if bank is None or not (session.selection.blocks or path):
         raise HierMemError("no memory was used", "/memory fetched, and a question, bring one in.")
+    _told_by(session)
     if turn is not None:
         distances: dict[Path, float] = {}
         for parent in (ROOT, *path.prefixes()[:-1]):
@@ -131,14 +133,46 @@ def _why(session: Session, argument: str) -> None:
         _verdict(session, turn)
     else:
         console.print(f"the memory is {session.memory}; questions are not routed", markup=False)
-    _sources(bank, path)
+    _provenance(bank, path)
+
+
+def _told_by(session: Session) -> None:
+    """The sentences that say the last answer, each with its document."""
+    response = session.model.response
+    found = response.sources if response else None
+    for source in found or ():
+        console.print(f"{source.name} says: “{source.sentence}”", markup=False, highlight=False)
+    if found is not None and not found:
+        console.print(NOT_SAID)
+
+
+def _sources(session: Session, argument: str) -> None:
+    """The windows of the last question's leaf. Those that say the answer, or were in its prompt, are marked."""
+    from mlx_hiermem.sources import Source
+
+    search, selection = session.model.search, session.selection
+    if search is None:
+        raise HierMemError("this model's bank keeps no sources", "`hiermem learn` keeps them, unless told not to.")
+    if not selection.path:
+        raise HierMemError("nothing was routed yet", "Ask something first.")
+    leaf, response = search.sources.read(selection.path), session.model.response
+    saying = {(one.document, one.place) for one in (response.sources or () if response else ())}
+    for window in leaf.windows if leaf else ():
+        marks = ["says the answer"] * ((window.document, window.place) in saying)
+        marks += ["in the prompt"] * (window == selection.passage)
+        name = Source(window.document, window.title, window.place, "", 0.0).name
+        begins = window.text if len(window.text) <= BEGINNING else window.text[:BEGINNING].rsplit(" ", 1)[0] + " …"
+        console.print(f"{name}{''.join(f' [{mark}]' for mark in marks)}", markup=False, highlight=False)
+        console.print(f"  {begins}", style="dim", markup=False, highlight=False)
+    if leaf is None:
+        _say(f"the bank keeps no windows of {selection.path}")
 
 
 def _distances(bank: MemoryBank, vector: np.ndarray, node: Path) -> list[float]:
     return [float(distance) for distance in bank.tree.distances(vector, node)]
 
 
-def _sources(bank: MemoryBank, path: Path) -> None:
+def _provenance(bank: MemoryBank, path: Path) -> None:
     """What the attached blocks were learnt from. This says nothing about where an answer came from."""
     nodes = bank.nodes_on(path)
     if not nodes:
@@ -154,7 +188,12 @@ def _sources(bank: MemoryBank, path: Path) -> None:
 def _memory(session: Session, argument: str) -> None:
     if argument:
         session.use(argument)
-    what = {"fetched": ": each turn is routed", "generic": ": the same for every turn"}
+    what = {
+        "fetched": ": each turn is routed",
+        "generic": ": the same for every turn",
+        "source": ": a passage of each turn's leaf goes into the prompt",
+        "fetched+source": ": each turn is routed, and a passage goes into the prompt",
+    }
     memory = session.memory
     _say(f"memory stays on {memory}" if memory.path else f"memory {memory}{what.get(memory, '')}")
 
@@ -240,12 +279,15 @@ COMMANDS = {
     for command in (
         Command("/route [TEXT]", "the path of a text, or of the last question", _route),
         Command(
-            "/memory fetched|none|generic|PATH",
-            "which memory answers: each turn's own, none, the generic one, or a path's",
+            "/memory fetched|none|generic|source|fetched+source|PATH",
+            "which memory answers: each turn's own, none, the generic one, a passage, or a path's",
             _memory,
         ),
         Command("/pin [PATH]", "stay on a path, or on the present one, until /pin off", _pin),
-        Command("/why", "the last answer's path, what else was near, and what its blocks were learnt from", _why),
+        Command(
+            "/why", "what says the last answer, its path, what else was near, and what its blocks learnt", _why
+        ),
+        Command("/sources", "the windows of the last question's leaf", _sources),
         Command("/stats", "figures of the block cache, the KV cache and the last reply", _stats),
         Command("/save FILE", "write the conversation", _save),
         Command("/load FILE", "go on with a saved conversation", _load),

@@ -25,11 +25,10 @@ from mlx_hiermem.tree import Route
 PASSAGE_TOKENS = 512  # of a prompt, about, where a passage is in it: kept free beside the reply
 LOOKED_INTO = 3  # windows of a leaf, whose sentences are embedded
 CLAIMS = 2  # sentences of an answer that are looked for; what follows is seldom the answer
-WEIGHTS = (-6.0, 6.0, 6.0)  # of 1, of how near a sentence is, and of how much of the answer it says
-BOUND = 0.5  # what a source scores at least
+WEIGHTS = (-6.6, 7.1, 3.6)  # of 1, of how near a sentence is, and of how much of the answer it says
+BOUND = 0.4  # what a source scores at least
 WORD = re.compile(r"\w+")
 ENDING = re.compile(r"(?<=\w{3})(?:es|s)$")
-NOT_SAID = "no source in this bank says this"
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,12 @@ class SourceSearch:
 
     def passage(self, leaf: Path, question: str) -> SourceWindow | None:
         """The window that a question wants most; None where the leaf has none, or the question has no path."""
+        return self.nearest(leaf, self._embedder.embed([question])[0]) if leaf else None
+
+    def nearest(self, leaf: Path, vector: np.ndarray) -> SourceWindow | None:
+        """The same for an embedded question [dim]."""
         found = self.sources.read(leaf) if leaf else None
-        return found.windows[int((found.vectors @ self._embed(question)).argmax())] if found else None
+        return found.windows[int((found.vectors @ vector).argmax())] if found else None
 
     def find(self, leaf: Path, question: str, answer: str = "") -> tuple[Source, ...]:
         """The sentences of a leaf that say an answer, best first, one of a window; none of them may.
@@ -90,9 +93,6 @@ class SourceSearch:
         best = int(np.argmax(scores))
         return Source(window.document, window.title, window.place, texts[best], scores[best])
 
-    def _embed(self, text: str) -> np.ndarray:
-        return self._embedder.embed([text])[0]
-
 
 def _score(near: float, said: float) -> float:
     """From 0 to 1; the weights are fitted to 240 questions by benchmarks/sources.py."""
@@ -115,6 +115,7 @@ def _words(text: str) -> set[str]:
 
 # What goes into a prompt
 
+ASKED = "{passage}\n\nCopy the answer from the text above: {question}"
 
 Text = str | Sequence[str]  # what is routed: a text, or a conversation's questions
 
@@ -127,9 +128,14 @@ def asked(text: Text, route: Route) -> str:
     return " ".join(text[-2:] if route.stayed else text[-1:])
 
 
+def before(passage: SourceWindow) -> str:
+    """What a passage puts before a plain prompt."""
+    return f"{_told(passage)}\n\n"
+
+
 def text_with(prompt: str, passage: SourceWindow | None) -> str:
     """A plain prompt behind a passage."""
-    return f"{_told(passage)}\n\n{prompt}" if passage else prompt
+    return before(passage) + prompt if passage else prompt
 
 
 def messages_with(messages: Sequence[dict[str, str]], passage: SourceWindow | None) -> list[dict[str, str]]:
@@ -137,7 +143,7 @@ def messages_with(messages: Sequence[dict[str, str]], passage: SourceWindow | No
     told = [dict(message) for message in messages]
     last = next((one for one in reversed(told) if one["role"] == "user"), None)
     if passage and last:
-        last["content"] = f"{_told(passage)}\n\n{last['content']}"
+        last["content"] = ASKED.format(passage=_told(passage), question=last["content"])
     return told
 
 

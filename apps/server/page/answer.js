@@ -11,13 +11,15 @@ export class Answer {
     this.words = element("p", { class: "words" });
     this.notes = element("p", { class: "note", role: "note" });
     this.foot = element("footer");
-    this.box = element("article", { class: "turn assistant", "aria-label": "Reply", "aria-busy": "true" }, this.notes, this.words, this.foot);
+    this.source = element("p", { class: "source" });
+    this.box = element("article", { class: "turn assistant", "aria-label": "Reply", "aria-busy": "true" }, this.notes, this.words, this.foot, this.source);
   }
 
   /** A chunk of the stream. */
   take(chunk) {
     const piece = chunk.choices?.[0]?.delta?.content;
     if (chunk.memory && !this.memory) this.memory = chunk.memory;
+    if (chunk.sources) this.tell(chunk.sources);
     if (piece) {
       this.begun ??= performance.now();
       this.latest = performance.now();
@@ -28,6 +30,14 @@ export class Answer {
     if (chunk.choices?.[0]?.finish_reason === "length") this.ending = "cut at its longest";
     if (chunk.usage) this.tokens = chunk.usage.completion_tokens;
     this.write();
+  }
+
+  /** Says which sentence of which document says the reply. A bank without sources says nothing of it. */
+  tell([best]) {
+    if (!best) return void (this.source.textContent = "No source in this bank says this.");
+    const where = [best.document, best.place].filter(Boolean).join(", ");
+    const name = element("span", { class: "document", text: best.title && where ? `${best.title} (${where})` : best.title || where });
+    this.source.replaceChildren("From ", name, element("q", { text: best.sentence }));
   }
 
   /** Tokens per second since the first; 0 while there is no second one. */
@@ -50,7 +60,8 @@ export class Answer {
     const details = [];
     if (memory?.blocks.length) {
       details.push(memory.bytes_read ? `${size(memory.bytes_read)} fetched` : "already in memory");
-    } else if (memory?.path) details.push("no block on this path");
+    } else if (memory?.path && memory.memory !== "source") details.push("no block on this path");
+    if (memory?.passage) details.push(`passage ${memory.passage.title || memory.passage.document}`);
     if (memory?.stayed) details.push("kept the topic");
     if (memory?.avoided?.length) details.push(`went around ${memory.avoided.join(", ")}`);
     if (this.speed) details.push(`${this.speed.toFixed(1)} tokens/s`);

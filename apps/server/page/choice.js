@@ -2,21 +2,23 @@
 
 import { button, element } from "./dom.js";
 
+const WORDS = ["fetched", "none", "generic", "source", "fetched+source"];
+const ROUTED = ["fetched", "source", "fetched+source"];
 const under = (path, top) => path === top || path.startsWith(top + ".");
 
 export class Choice {
   /** `changed` is called after every change. */
   constructor(changed) {
     this.changed = changed;
-    this.use = "fetched"; // fetched, none, generic, or the path that is pinned
+    this.use = "fetched"; // one of WORDS, or the path that is pinned
     this.blocked = new Set();
   }
 
   get pinned() {
-    return ["fetched", "none", "generic"].includes(this.use) ? null : this.use;
+    return WORDS.includes(this.use) ? null : this.use;
   }
 
-  /** fetched, none, generic or a path. */
+  /** One of WORDS, or a path. */
   take(use) {
     this.use = use;
     this.changed();
@@ -36,7 +38,7 @@ export class Choice {
 
   /** The `memory` field of a request. */
   request() {
-    return this.use === "fetched" ? { use: "fetched", blocked: [...this.blocked] } : { use: this.use };
+    return ROUTED.includes(this.use) ? { use: this.use, blocked: [...this.blocked] } : { use: this.use };
   }
 
   /** A list entry with a way back for what is pinned and for each blocked node; `name` gives a path's label. */

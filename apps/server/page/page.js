@@ -68,6 +68,7 @@ async function open() {
     : `${memory.model} has no memory bank.`;
   document.body.classList.toggle("bankless", !blocks);
   document.querySelector("#use [value=generic]").disabled = !memory.generic;
+  for (const box of document.querySelectorAll("#use [value*=source]")) box.parentElement.hidden = !memory.sources;
   longest = memory.context ? Math.min(REPLY, Math.floor(memory.context / 2)) : REPLY;
   picture.show(memory.nodes);
   showCache(memory.cache);

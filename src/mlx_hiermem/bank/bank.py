@@ -17,7 +17,7 @@ from mlx_hiermem.bank.block import GENERIC_FILE, MemoryBlock, block_name, read_b
 from mlx_hiermem.bank.manifest import BankManifest
 from mlx_hiermem.bank.policy import POLICY, BankPolicy
 from mlx_hiermem.bank.remote import Origin, RemoteTier, node_of
-from mlx_hiermem.bank.sources import INDEX, TEXTS, BankSources
+from mlx_hiermem.bank.sources import INDEX_FILE, WINDOWS_FILE, BankSources
 from mlx_hiermem.config import GENERIC_LEVEL, GENERIC_NODE, MemoryConfig, Path
 from mlx_hiermem.errors import BankError
 from mlx_hiermem.files import file_digest
@@ -97,9 +97,9 @@ class MemoryBank:
     @cached_property
     def sources(self) -> BankSources | None:
         """The windows that were learnt; None where the bank was made or shared without them."""
-        if self.manifest.sources is None or (self.remote and not (self.root / INDEX).is_file()):
+        if self.manifest.sources is None or (self.remote and not (self.root / INDEX_FILE).is_file()):
             return None
-        for name in (TEXTS, INDEX) if self.verify else ():
+        for name in (WINDOWS_FILE, INDEX_FILE) if self.verify else ():
             if (self.root / name).is_file():
                 self._require(name, file_digest(self.root / name))
         return BankSources(self.root)
@@ -174,8 +174,8 @@ class MemoryBank:
         if self.manifest.generic:
             yield GENERIC_FILE, self.manifest.generic.bytes, self.manifest.generic.sha256
         if sources := self.manifest.sources:
-            yield TEXTS, sources.texts.bytes, sources.texts.sha256
-            yield INDEX, sources.index.bytes, sources.index.sha256
+            yield WINDOWS_FILE, sources.texts.bytes, sources.texts.sha256
+            yield INDEX_FILE, sources.index.bytes, sources.index.sha256
         for path, entry in self.manifest.blocks.items():
             yield block_name(path), entry.bytes, entry.sha256
 
@@ -206,9 +206,9 @@ def _digest_in(manifest: BankManifest, name: str) -> str:
         return manifest.tree.sha256
     if name == GENERIC_FILE:
         return manifest.generic.sha256 if manifest.generic else ""
-    if name in (TEXTS, INDEX):
+    if name in (WINDOWS_FILE, INDEX_FILE):
         sources = manifest.sources
-        return (sources.texts if name == TEXTS else sources.index).sha256 if sources else ""
+        return (sources.texts if name == WINDOWS_FILE else sources.index).sha256 if sources else ""
     node = node_of(name)
     return manifest.blocks[node].sha256 if manifest.has_block(node) else ""
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from mlx_hiermem.bank.bank import TREE, MemoryBank
 from mlx_hiermem.bank.block import block_name
 from mlx_hiermem.bank.commit import interrupted
-from mlx_hiermem.bank.sources import TEXTS
+from mlx_hiermem.bank.sources import WINDOWS_FILE
 from mlx_hiermem.errors import BankError
 from mlx_hiermem.files import file_digest
 
@@ -30,8 +30,8 @@ def check(bank: MemoryBank, progress: Callable[[int, int], None] | None = None) 
         for node in bank.manifest.blocks:
             if not bank.tree.has(node):
                 yield f"block {node} has no node in the tree"
-    if bank.manifest.sources is None and (bank.root / TEXTS).exists():
-        yield f"{TEXTS} is not in the manifest"
+    if bank.manifest.sources is None and (bank.root / WINDOWS_FILE).exists():
+        yield f"{WINDOWS_FILE} is not in the manifest"
     known = {block_name(node) for node in bank.manifest.blocks}
     for file in sorted((bank.root / "blocks").rglob("*.safetensors")):
         if (name := file.relative_to(bank.root).as_posix()) not in known:

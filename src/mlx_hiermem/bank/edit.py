@@ -24,7 +24,7 @@ from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry, Sourc
 from mlx_hiermem.bank.policy import POLICY, BankPolicy
 from mlx_hiermem.bank.quantize import quantized
 from mlx_hiermem.bank.remote import REMOTE, Origin, node_of
-from mlx_hiermem.bank.sources import INDEX, LeafSources, write_sources
+from mlx_hiermem.bank.sources import INDEX_FILE, LeafSources, write_sources
 from mlx_hiermem.config import MemoryConfig, Path
 from mlx_hiermem.errors import BankError
 from mlx_hiermem.files import file_digest, write_json
@@ -176,7 +176,7 @@ def _stage_sources(edit: Edit, bank: MemoryBank, found: Iterable[LeafSources] | 
     on the hub have windows that this edit may have taken away."""
     if found is None:
         return None
-    return write_sources(edit.file(INDEX).parent.parent, found, bank.tree.branching, bank.tree.dim)
+    return write_sources(edit.file(INDEX_FILE).parent.parent, found, bank.tree.branching, bank.tree.dim)
 
 
 def _exchanged(bank: MemoryBank, path: Path, file: pathlib.Path) -> Iterable[LeafSources] | None:

@@ -20,7 +20,7 @@ from mlx_hiermem.bank.block import GENERIC_FILE, MemoryBlock, block_name, read_b
 from mlx_hiermem.bank.check import require_whole
 from mlx_hiermem.bank.manifest import FileEntry
 from mlx_hiermem.bank.policy import OPEN, POLICY
-from mlx_hiermem.bank.sources import INDEX, TEXTS
+from mlx_hiermem.bank.sources import INDEX_FILE, WINDOWS_FILE
 from mlx_hiermem.bank.writer import BankWriter
 from mlx_hiermem.config import BIASES, DTYPES, GROUP_SIZES, SCALES, MemoryConfig, Quantization
 from mlx_hiermem.errors import BankError
@@ -120,8 +120,8 @@ def quantize(
         recipe = manifest.recipe | {"quantized": {"from": digest, "precision": config.precision}}
         writer.copy(TREE, bank.root / TREE, manifest.tree)
         if sources := manifest.sources:
-            writer.copy(TEXTS, bank.root / TEXTS, sources.texts)
-            writer.copy(INDEX, bank.root / INDEX, sources.index)
+            writer.copy(WINDOWS_FILE, bank.root / WINDOWS_FILE, sources.texts)
+            writer.copy(INDEX_FILE, bank.root / INDEX_FILE, sources.index)
         writer.finish(
             replace(manifest, memory=config, blocks=rows, generic=written.get(GENERIC_FILE), recipe=recipe)
         )

@@ -27,7 +27,7 @@ from mlx_hiermem.errors import BankError
 from mlx_hiermem.files import map_tensors, parse_json
 from mlx_hiermem.printable import printable
 
-TEXTS, INDEX = "sources/windows.jsonl", "sources/index.safetensors"
+WINDOWS_FILE, INDEX_FILE = "sources/windows.jsonl", "sources/index.safetensors"
 AGAIN = "Pull, convert or learn the bank again, or remove its sources/."
 
 
@@ -54,7 +54,7 @@ class BankSources:
     """Opened for reading. Raises BankError where the two files are damaged, or do not belong together."""
 
     def __init__(self, root: pathlib.Path) -> None:
-        self._texts, file = root / TEXTS, root / INDEX
+        self._texts, file = root / WINDOWS_FILE, root / INDEX_FILE
         tensors = map_tensors(file, ("F16", "I64"), BankError, AGAIN)
         try:
             self._leaves, self._first = tensors["leaves"], tensors["first"]  # [m, 2] level and row, [m + 1]
@@ -108,7 +108,7 @@ def write_sources(root: pathlib.Path, found: Iterable[LeafSources], branching: i
 
     Texts go straight to the disk; what is held is a vector and an offset for each window.
     """
-    texts, digest = root / TEXTS, hashlib.sha256()
+    texts, digest = root / WINDOWS_FILE, hashlib.sha256()
     texts.parent.mkdir(parents=True, exist_ok=True)
     leaves, first, starts, documents = list[tuple[int, int]](), [0], [0], set[str]()
     vectors = [np.zeros((0, dim), np.float16)]
@@ -134,6 +134,6 @@ def write_sources(root: pathlib.Path, found: Iterable[LeafSources], branching: i
     }
     # A buffer without a byte is not cast by `write_block`.
     tensors = {name: (array.shape, array.view(np.uint8) if array.size else b"") for name, array in arrays.items()}
-    index = write_block(root / INDEX, tensors, {name: str(array.dtype) for name, array in arrays.items()})
+    index = write_block(root / INDEX_FILE, tensors, {name: str(array.dtype) for name, array in arrays.items()})
     entry = FileEntry(starts[-1], digest.hexdigest())
     return SourcesEntry(len(starts) - 1, len(documents), entry, FileEntry(*index))

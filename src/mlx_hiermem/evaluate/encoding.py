@@ -7,7 +7,7 @@ tokens. Where a word is one token together with the space before it, a continuat
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mlx_hiermem.errors import AnchorError
 from mlx_hiermem.evaluate.examples import Example
@@ -24,6 +24,7 @@ class Prompt:
 
     pairs: tuple[tuple[Tokens, Tokens], ...]
     reply: int = 0  # tokens to generate at most
+    shots: int = 0  # tokens of the contexts that are few-shot examples, and what begins a text
 
     @property
     def length(self) -> int:
@@ -32,7 +33,12 @@ class Prompt:
     def cut(self, room: int) -> Prompt:
         """At most so many tokens: a context loses its beginning."""
         pairs = tuple((c[max(0, len(c) + len(t) + self.reply - room) :], t) for c, t in self.pairs)
-        return Prompt(pairs, self.reply)
+        return Prompt(pairs, self.reply, max(0, self.shots - max(0, self.length - room)))
+
+    def behind(self, passage: Tokens) -> Prompt:
+        """The same with a passage between the few-shot examples and the context."""
+        pairs = tuple((c[: self.shots] + passage + c[self.shots :], t) for c, t in self.pairs)
+        return replace(self, pairs=pairs)
 
 
 class Prompter:
@@ -51,9 +57,10 @@ class Prompter:
         shots = self.special(example.shots)
         contexts = {text: shots + self.plain(text) for text in dict.fromkeys(example.contexts)}
         if not example.continuations:
-            return Prompt(((contexts[example.contexts[0]], []),), reply)
+            return Prompt(((contexts[example.contexts[0]], []),), reply, len(shots))
         pairs = zip(example.contexts, example.continuations, strict=True)
-        return Prompt(tuple((contexts[context], self.continuation(text)) for context, text in pairs))
+        paired = tuple((contexts[context], self.continuation(text)) for context, text in pairs)
+        return Prompt(paired, shots=len(shots))
 
     def longest(self, examples: Iterable[Example]) -> int:
         """Tokens of the longest answer: LLM-Foundry lets a reply be as long as any answer of the task."""

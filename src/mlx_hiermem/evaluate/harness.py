@@ -25,6 +25,7 @@ from mlx_hiermem.evaluate.routes import Placed, attach, by_memory, place
 from mlx_hiermem.evaluate.scoring import Pair, Score, Scorer
 from mlx_hiermem.evaluate.texts import WINDOW, windows
 from mlx_hiermem.model import MemoryModel
+from mlx_hiermem.sources import text_with
 
 REPLY = 256  # tokens of a reply where the task does not say: the harness's default
 
@@ -50,8 +51,12 @@ class MemoryLM(TemplateLM):
         return self.prompter.plain(string) if add_special_tokens is False else self.prompter.special(string)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        pairs = [self._pair(*request.args) for request in requests]
-        scores = self._score([self.question(request) for request in requests], [[pair] for pair in pairs])
+        placed = self._place([self.question(request) for request in requests])
+        pairs = []
+        for request, where in zip(requests, placed, strict=True):
+            context, continuation = request.args
+            pairs.append([self._pair(text_with(context, where.chosen.passage), continuation)])
+        scores = self._score(placed, pairs)
         return [(-one.nll, one.greedy) for (one,) in scores]
 
     def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
@@ -61,7 +66,7 @@ class MemoryLM(TemplateLM):
         texts = [request.args[0] for request in requests]
         size = min(WINDOW, self.max_length)
         pairs = [windows(self.prompter.plain(text), self.prompter.first, size) for text in texts]
-        return [-sum(score.nll for score in scores) for scores in self._score(texts, pairs)]
+        return [-sum(score.nll for score in scores) for scores in self._score(self._place(texts), pairs)]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Greedy; raises TaskError where a task wants sampling."""
@@ -74,7 +79,8 @@ class MemoryLM(TemplateLM):
             until = settings.get("until") or []
             stops.append([until] if isinstance(until, str) else list(until))
             longest = int(settings.get("max_gen_toks", REPLY))
-            tokens = Prompt(((self.tok_encode(context), []),), longest).cut(self.max_length).pairs[0][0]
+            prompt = Prompt(((self.tok_encode(text_with(context, where.chosen.passage)), []),), longest)
+            tokens = prompt.cut(self.max_length).pairs[0][0]
             asked.append(Asked(tokens, where.chosen, longest, partial(_ends, stops=stops[-1])))
         said = dict(replies(self.model, asked, self.prompter.decode))
         return [_cut(said[n], stops[n]) for n in range(len(requests))]
@@ -104,15 +110,15 @@ class MemoryLM(TemplateLM):
         examples = [Example(str(number), number, text) for number, text in enumerate(texts)]
         return place(self.model, examples, self.memory)
 
-    def _score(self, texts: Sequence[str], pairs: Sequence[Sequence[Pair]]) -> list[list[Score]]:
-        """Scores of each request's pairs under the memory of its text."""
-        placed = dict(enumerate(self._place(texts)))
+    def _score(self, places: Sequence[Placed], pairs: Sequence[Sequence[Pair]]) -> list[list[Score]]:
+        """Scores of each request's pairs under its memory."""
+        placed = dict(enumerate(places))
         found: dict[int, list[Score]] = {}
         for group in by_memory(placed).values():
             attach(self.model, placed[group[0]])
             for batch in self.scorer.score([pairs[n] for n in group]):
                 found |= {group[i]: scores for i, scores in batch}
-        return [found[n] for n in range(len(texts))]
+        return [found[n] for n in range(len(places))]
 
 
 def run_harness(

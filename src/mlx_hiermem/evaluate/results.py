@@ -18,7 +18,7 @@ from mlx_hiermem.evaluate.statistics import Figure, Row, figure
 from mlx_hiermem.files import parse_json
 
 FORMAT, VERSION = "mlx-hiermem-eval", 1
-MEMORIES = ("none", "generic", "fetched", "oracle", "blocked")  # see `routes`
+MEMORIES = ("none", "generic", "fetched", "source", "fetched+source", "oracle", "blocked")  # see `routes`
 FIFTHS = ("rarest fifth", "second fifth", "middle fifth", "fourth fifth", "commonest fifth")
 METRICS = {
     "language_modeling": ("accuracy", "perplexity"),

@@ -3,6 +3,7 @@
 none       the anchor alone
 generic    the control block: more parameters, but not the right ones
 fetched    the path that the example's own text is routed to
+source     retrieval: the best passage of that path's leaf before the prompt, and no block; fetched+source is both
 oracle     the leaf that learnt the example's document: what fetched would be if routing never failed
 blocked    fetched while the branch of level 1 that the text would enter is closed (arXiv:2510.02375, Fig. 6b)
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -53,10 +54,26 @@ def place(model: MemoryModel, examples: Sequence[Example], memory: str) -> list[
         paths = _around(model, vectors, paths)
     if memory == "oracle":
         paths = _oracle(bank, examples, vectors, paths, learnt)
-    return [
+    placed = [
         Placed(_chosen(path), _key(bank, path), _agrees(example, path, learnt))
         for example, path in zip(examples, paths, strict=True)
     ]
+    return _with_passages(model, placed, vectors, memory) if memory.endswith("source") else placed
+
+
+def _with_passages(model: MemoryModel, placed: Sequence[Placed], vectors: np.ndarray, memory: str) -> list[Placed]:
+    """The same with a passage for each; for `source` without the blocks. Raises BankError without sources."""
+    model.bank_for(MemoryChoice.SOURCE)
+    assert model.search is not None
+    found = []
+    for one, vector in zip(placed, vectors, strict=True):
+        chosen, key = replace(one.chosen, passage=model.search.nearest(one.chosen.path, vector)), one.key
+        if memory == MemoryChoice.SOURCE:
+            chosen, key = replace(chosen, memory=MemoryChoice.NONE), "none"
+        if chosen.passage:
+            key += "+" + hashlib.sha256(chosen.passage.text.encode()).hexdigest()[:12]
+        found.append(replace(one, chosen=chosen, key=key))
+    return found
 
 
 def check(model: MemoryModel, examples: Sequence[Example], memory: str) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 
 from mlx_hiermem.anchor import identify
 from mlx_hiermem.bank.bank import MANIFEST
+from mlx_hiermem.errors import TaskError
 from mlx_hiermem.evaluate.answers import is_decided, rule_for
 from mlx_hiermem.evaluate.encoding import NUMBER_ROOM, Prompt, Prompter
 from mlx_hiermem.evaluate.examples import Example, read_examples
@@ -36,6 +37,7 @@ from mlx_hiermem.files import file_digest
 from mlx_hiermem.model import MemoryModel, load
 from mlx_hiermem.progress import Progress
 from mlx_hiermem.share.resolve import resolve
+from mlx_hiermem.sources import before
 
 ORDER_SEED = 0  # of the order in which rows are asked
 
@@ -101,6 +103,8 @@ class Evaluation:
         if frequencies and task.kind == "questions":
             examples = _in_fifths(examples, frequencies)
         prompts = {n: make(examples[n]) for n in sample(examples, limit)}
+        if task.kind == "perplexity" and (wanted := [name for name in memories if name.endswith("source")]):
+            raise TaskError(f"{task.name} is a text, which asks for no passage", f"Leave memory {wanted[0]} out.")
         for memory in memories:
             check(self.model, [examples[n] for n in prompts], memory)
         room = self.model.context
@@ -158,6 +162,8 @@ class Evaluation:
             self._row(prepared, placed[n], n, known[prepared.examples[n].id], routing) for n in placed if n in same
         ]
         placed = {n: one for n, one in placed.items() if n not in same}
+        with_passage = {n: self._behind(prepared.prompts[n], one) for n, one in placed.items()}
+        prepared = replace(prepared, prompts=prepared.prompts | with_passage)
         generated = prepared.task.kind in ("generation", "questions")
         begun, read = time.perf_counter(), self._bytes_read()
         for batch in (self._generate if generated else self._score)(prepared, placed):
@@ -217,6 +223,13 @@ class Evaluation:
         names, prompt = prepared.examples[number].answers, prepared.prompts[number]
         decided = partial(is_decided, rule=rule_for(prepared.task.kind, names[0]), names=names)
         return Asked(prompt.pairs[0][0], placed.chosen, prompt.reply, decided)
+
+    def _behind(self, prompt: Prompt, placed: Placed) -> Prompt:
+        """A prompt with its passage, where it has one; the oldest of what does not fit goes."""
+        if placed.chosen.passage is None:
+            return prompt
+        longer = prompt.behind(self.prompter.plain(before(placed.chosen.passage)))
+        return longer.cut(self.model.context + 1) if self.model.context else longer
 
     def _row(
         self, prepared: Prepared, placed: Placed, number: int, found: Mapping[str, Any], routing: float

@@ -28,7 +28,7 @@ from mlx_hiermem.bank.commit import editing
 from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
 from mlx_hiermem.bank.policy import POLICY, BankPolicy
 from mlx_hiermem.bank.remote import REMOTE, Origin
-from mlx_hiermem.bank.sources import INDEX, write_sources
+from mlx_hiermem.bank.sources import INDEX_FILE, write_sources
 from mlx_hiermem.config import Path
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import BankError
@@ -258,7 +258,7 @@ class _Adding(stages.StagedRun):
                 manifest = replace(manifest, tree=FileEntry(size, digest))
             if old := self.bank.sources:
                 found = more_sources(old, built, new_leaf)
-                entry = write_sources(edit.file(INDEX).parent.parent, found, tree.branching, tree.dim)
+                entry = write_sources(edit.file(INDEX_FILE).parent.parent, found, tree.branching, tree.dim)
                 manifest = replace(manifest, sources=entry)
             manifest.write(edit.file(MANIFEST))
             write_text(self.work.path(AFTER), file_digest(edit.file(MANIFEST)))

@@ -116,4 +116,6 @@ def _sources(manifest: BankManifest) -> str:
         shown = ", ".join(source for source, _ in counts.most_common(SOURCES_SHOWN))
         more = ", …" if len(counts) > SOURCES_SHOWN else ""
         lines.append(f"{len(counts):,} sources, all of them in `bank/bank.json`: {shown}{more}")
+    if kept := manifest.sources:
+        lines.append(f"{kept.windows:,} passages of them are in `bank/sources/`, by which an answer is traced.")
     return "\n".join(lines) or "The bank does not name its sources."

@@ -26,6 +26,7 @@ from mlx_hiermem.bank.hub import RemoteFile, commit_of, download, listing, quiet
 from mlx_hiermem.bank.manifest import BankManifest
 from mlx_hiermem.bank.policy import POLICY
 from mlx_hiermem.bank.remote import REMOTE, Origin
+from mlx_hiermem.bank.sources import INDEX_FILE, WINDOWS_FILE
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import BankError, HierMemError, HubError, OutputError
 from mlx_hiermem.files import locked, partial_name, to_disk, writing
@@ -63,13 +64,15 @@ def pull(
     lazy: bool = False,
     tree_only: bool = False,
     disk_budget: int | None = None,
+    sources: bool = True,
     progress: Progress | None = None,
 ) -> Pulled:
     """Pulls a model into `out`, or more of it where `out` was pulled from the same commit before.
 
     `only` names subtrees by path or by words of a label; their ancestors' blocks come too. `lazy` brings the
     anchor and level 1, `tree_only` just manifest and tree. Blocks that stay behind are fetched when a path
-    first needs them, and take at most `disk_budget` bytes. Raises HubError, BankError or OutputError.
+    first needs them, and take at most `disk_budget` bytes. `sources` are the texts that the bank
+    keeps, all of them. Raises HubError, BankError or OutputError.
     """
     before = Origin.read(out / "bank")
     if out.exists() and (before is None or before.repo != repo):
@@ -87,7 +90,7 @@ def pull(
             _take_over(folder, Origin(repo, commit))
         origin = Origin(repo, commit, disk_budget_bytes=disk_budget)
         try:
-            pulled = _fill(folder, origin, only, lazy, tree_only, progress)
+            pulled = _fill(folder, origin, only, lazy, tree_only, sources, progress)
         except BankError:
             if fresh:  # no interruption: the same pull would fail again
                 shutil.rmtree(folder)
@@ -105,6 +108,7 @@ def _fill(
     only: Sequence[str],
     lazy: bool,
     tree_only: bool,
+    sources: bool,
     progress: Progress | None,
 ) -> tuple[int, int, int, int, int]:
     """Downloads what was asked for; returns Pulled's figures."""
@@ -127,6 +131,9 @@ def _fill(
         files.append(RemoteFile(f"bank/{GENERIC_FILE}", manifest.generic.bytes, manifest.generic.sha256))
     blocks = [entry for node, entry in manifest.blocks.items() if origin.keeps(node)]
     files += [RemoteFile(f"bank/{block_name(entry.path)}", entry.bytes, entry.sha256) for entry in blocks]
+    if sources and not tree_only and (kept := manifest.sources):
+        files += [RemoteFile(f"bank/{WINDOWS_FILE}", kept.texts.bytes, kept.texts.sha256)]
+        files += [RemoteFile(f"bank/{INDEX_FILE}", kept.index.bytes, kept.index.sha256)]
     if not tree_only:
         files += _beside_the_bank(origin)
     _download(folder, origin, files, progress)
