@@ -76,7 +76,8 @@ class KeyMap:
         for foreign, ours in self.keys.items():
             match = _pattern(foreign).fullmatch(name)
             if match:
-                return PLACEHOLDER.sub(lambda found, match=match: match[found[1]], ours)
+                groups = match.groupdict()
+                return "".join(groups[s] if i % 2 else s for i, s in enumerate(PLACEHOLDER.split(ours)))
         return None
 
 

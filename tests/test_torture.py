@@ -9,6 +9,8 @@ import functools
 import json
 import pathlib
 import random
+import subprocess
+import sys
 import tempfile
 
 import pytest
@@ -79,3 +81,10 @@ def test_slower_readers_on_a_few_files(name: str) -> None:
 @pytest.mark.parametrize("kept", KEPT)
 def test_what_once_failed_is_refused(kept: str) -> None:
     assert_typed(kept.split("/")[0], (SEEDS / kept).read_bytes())
+
+
+@pytest.mark.slow
+def test_processes_that_die_and_disks_that_fill_up() -> None:
+    command = [sys.executable, str(SEEDS.parent / "processes.py"), "--trials", "15"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
