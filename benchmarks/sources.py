@@ -35,7 +35,7 @@ BOUNDS = (0.3, 0.4, 0.5, 0.6, 0.7)
 
 @dataclass(frozen=True)
 class Case:
-    """An answer in a leaf; `counted`: 1 where its passage is to be named, 0 where none is, None where it is shown."""
+    """An answer in a leaf. `counted`: 1 where its passage is to be named, 0 where none is, None: only shown."""
 
     kind: str
     question: str
