@@ -268,7 +268,7 @@ def _from_folder(folder: pathlib.Path) -> Any:
         for file in folder.iterdir():
             if file.name != adapters.CONFIG:
                 (pathlib.Path(temporary) / file.name).symlink_to(file.resolve())
-        model = kind.from_pretrained(temporary, local_files_only=True, **how)
+        model = kind.from_pretrained(temporary, local_files_only=True, **how, **NO_CODE)
     return reference_adapter.merge(model, folder)
 
 

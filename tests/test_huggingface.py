@@ -125,6 +125,37 @@ def truncate(folder: pathlib.Path) -> None:
         stream.truncate(100_000)
 
 
+def in_shards(folder: pathlib.Path) -> None:
+    """Two .bin files and their index, instead of the safetensors."""
+    loaded, index = load_file(folder / "model.safetensors"), {}
+    (folder / "model.safetensors").unlink()
+    for number, names in enumerate((sorted(loaded)[::2], sorted(loaded)[1::2]), 1):
+        file = f"pytorch_model-{number:05d}-of-00002.bin"
+        torch.save({name: loaded[name] for name in names}, folder / file)
+        index |= dict.fromkeys(names, file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def cut(file: pathlib.Path) -> None:
+    file.write_bytes(file.read_bytes()[:-5000])
+
+
+def test_shards_of_mixed_dtypes(tmp_path: pathlib.Path) -> None:
+    """bfloat16 matrices, float32 norms, float16 embeddings: each stays what it is."""
+    folder = make_hf(tmp_path / "hf", "qwen3")
+    loaded = load_file(folder / "model.safetensors")
+    for name, value in loaded.items():
+        loaded[name] = value.to(
+            torch.float16 if "embed" in name else torch.float32 if "norm" in name else torch.bfloat16
+        )
+    save_file(loaded, folder / "model.safetensors")
+    in_shards(folder)
+    convert_huggingface(folder, tmp_path / "anchor")
+    saved = load_file(tmp_path / "anchor/model.safetensors")
+    assert {name: value.dtype for name, value in saved.items()} == {n: v.dtype for n, v in loaded.items()}
+    assert error(tmp_path / "anchor", folder) < 1e-5
+
+
 NORM = "model.layers.1.input_layernorm.weight"
 BAD: dict[str, tuple[Callable[[pathlib.Path], Any], type[HierMemError], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), CheckpointError, "has no config.json"),
@@ -161,6 +192,21 @@ BAD: dict[str, tuple[Callable[[pathlib.Path], Any], type[HierMemError], str]] = 
         config(model_type="qwen2", use_sliding_window=True, sliding_window=9),
         AnchorError,
         "ignores sliding_window 9",
+    ),
+    "no head, and not tied": (
+        config(tie_word_embeddings=False),
+        AnchorError,
+        "Missing 1 parameters: lm_head.weight",
+    ),
+    "a shard is cut short": (
+        lambda f: [in_shards(f), cut(f / "pytorch_model-00002-of-00002.bin")],
+        CheckpointError,
+        "pytorch_model-00002-of-00002.bin is truncated",
+    ),
+    "a shard is absent": (
+        lambda f: [in_shards(f), (f / "pytorch_model-00001-of-00002.bin").unlink()],
+        CheckpointError,
+        "lacks pytorch_model-00001-of-00002.bin, which",
     ),
     "an index of other files": (
         lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}'),

@@ -188,7 +188,7 @@ def caption(page: Page) -> str:
 
 def test_a_conversation_and_a_change_of_topic(page: Page, server: Running) -> None:
     assert page.locator("#speed").inner_text() == "–"
-    assert not page.locator("#use [value=source] + span").is_visible()  # this bank keeps none
+    assert page.locator("#use [value=source]").get_attribute("hidden") is not None  # this bank keeps none
     first = ask(page, "tell me of neon")
     assert first == direct(server, "tell me of neon", "fetched")[0]
     assert lit(page) == ["1", "1.1"]
@@ -233,13 +233,13 @@ def test_the_source_is_named_below_the_answer(
         ask(page, "tell me of neon")
         assert page.locator(".source").last.inner_text() == "No source in this bank says this."
         found.append(Source("Neon.txt", "Neon", "line 1", "Neon glows red.", 0.9))
-        page.locator("#use [value=source] + span").click()
+        page.select_option("#use", "source")
         ask(page, "tell me of neon")
         source = page.locator(".source").last
         assert source.inner_text().startswith("From Neon (Neon.txt, line 1)")
         assert source.locator("q").inner_text() == "Neon glows red."
         assert "passage Neon" in caption(page)
-        page.locator("#use [value=none] + span").click()
+        page.select_option("#use", "none")
         ask(page, "tell me of neon")
         assert not page.locator(".source").last.is_visible()
 
@@ -309,12 +309,17 @@ def test_blocking_a_node_closes_all_below(page: Page) -> None:
 
 def test_pinned_no_and_generic_memory(page: Page, server: Running) -> None:
     choose(page, "2.2", "Pin")
-    assert page.locator("#use :checked").input_value() == "pinned"
+    assert page.locator("#use").input_value() == "pinned"
+    assert "2.2 Topic 2.2" in page.locator("#meaning").inner_text()
     assert ask(page, "tell me of neon") == direct(server, "tell me of neon", "2.2")[0]
     assert lit(page) == ["2", "2.2"]
     page.get_by_role("button", name="Unpin 2.2").click()
-    for use, words in (("generic", "Generic memory"), ("none", "No memory"), ("fetched", "Topic 1 › Topic 1.1")):
-        page.locator("#use label", has_text=use).click()
+    for use, words in (
+        ("generic", "General memory"),
+        ("none", "Without memory"),
+        ("fetched", "Topic 1 › Topic 1.1"),
+    ):
+        page.select_option("#use", use)
         page.click("#new")
         assert ask(page, "tell me of neon") == direct(server, "tell me of neon", use)[0]
         assert words in caption(page)
@@ -350,15 +355,15 @@ def test_the_keyboard_alone(page: Page) -> None:
     while focus.get_attribute("role") != "treeitem":
         press("Tab")
         stops += 1
-        assert stops < 6
+        assert stops < 7
         assert focus.evaluate("it => it.matches(':focus-visible')")
     assert page.locator(".blocks [tabindex='0']").count() == 1
-    steps = {"ArrowDown": "0.0", "ArrowRight": "0.1", "End": "2.2", "ArrowLeft": "2.1", "ArrowUp": "2", "Home": "0"}
+    steps = {"ArrowRight": "0.0", "ArrowDown": "0.1", "End": "2.2", "ArrowUp": "2.1", "ArrowLeft": "2", "Home": "0"}
     for key, path in steps.items():
         press(key)
         assert focus.get_attribute("data-path") == path
         assert page.locator(".facts .name").inner_text().startswith(f"{path} ")
-    press("ArrowRight")
+    press("ArrowDown")
     press("Enter")
     press("ArrowDown")
     assert focus.inner_text() == "Block: answer without it"
@@ -378,8 +383,17 @@ def test_the_keyboard_alone(page: Page) -> None:
 
 
 def test_a_phone(browser: Browser, server: Running) -> None:
+    """The first screen is for the conversation; the memory is a tap away."""
     with watched(browser, viewport={"width": 375, "height": 740}, has_touch=True, is_mobile=True) as context:
-        page = opened(context, server)
+        page = context.new_page()
+        page.goto(server.url)
+        expect(page.locator("#about")).not_to_be_empty()
+        memory = page.get_by_role("button", name="Memory")
+        assert (memory.get_attribute("aria-expanded"), page.locator(".blocks").is_visible()) == ("false", False)
+        welcome = page.locator("#welcome").bounding_box()
+        assert welcome
+        assert welcome["y"] < 740 / 4
+        memory.tap()
         page.tap("[data-path='2.2']")
         page.get_by_role("menuitem", name="Pin").tap()
         ask(page, "x" * 60)
@@ -389,10 +403,44 @@ def test_a_phone(browser: Browser, server: Running) -> None:
         assert tree
         assert log
         assert tree["y"] + tree["height"] <= log["y"]
-        page.get_by_role("button", name="Memory").tap()
+        memory.tap()
         expect(page.locator(".blocks")).to_be_hidden()
         assert page.evaluate(width) == 375
         expect(page.locator("#input")).to_be_in_viewport(ratio=1)
+        page.locator("button.path").last.tap()
+        expect(page.locator(".blocks .lit")).to_have_count(2)
+
+
+def test_the_memory_folds_on_a_desktop(page: Page) -> None:
+    fold, chat = page.get_by_role("button", name="Memory"), page.locator(".chat")
+    before = chat.bounding_box()
+    assert before
+    assert before["width"] > 1280 / 2  # the conversation is the wider column
+    fold.click()
+    expect(page.locator(".blocks")).to_be_hidden()
+    after = chat.bounding_box()
+    assert after
+    assert after["width"] > before["width"]
+    fold.click()
+    expect(page.locator(".blocks .block")).to_have_count(12)
+
+
+def test_labels_can_be_read(page: Page) -> None:
+    """No label stands on its side, and rows of a file are counted, not listed."""
+    assert page.locator(".blocks .upright").count() == 0
+    assert page.locator(".block[data-path='2.2'] .label").inner_text() == "Topic 2.2"
+    script = """async () => {
+        const { describe } = await import("/page/facts.js");
+        const row = { path: "1", bytes: 1, documents: 9 };
+        const rows = (sources, more) => describe({ ...row, sources, more_sources: more }, "on disk");
+        return [rows(["a.jsonl:1", "a.jsonl:20"], 3), rows(["a.jsonl:1", "Neon"], 0)];
+    }"""
+    first, second = page.evaluate(script)
+    assert (first["from"], second["from"]) == (
+        "learnt from 5 rows of a.jsonl",
+        "learnt from Neon, 1 row of a.jsonl",
+    )
+    assert "documents" not in first["figures"]
 
 
 def test_dark_mode(page: Page) -> None:

@@ -8,7 +8,7 @@ from mlx_hiermem.apps.picture.rows import row
 from mlx_hiermem.apps.server.engine import Engine
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.cache import BlockCache
-from mlx_hiermem.config import Path
+from mlx_hiermem.config import GENERIC_NODE, Path
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.selection import Selection
 
@@ -40,6 +40,7 @@ def changing(engine: Engine, model: MemoryModel) -> dict[str, Any]:
     return {
         "states": {str(path): state(bank, cache, path) for path in nodes} if bank and cache else {},
         "cache": cache_json(cache),
+        "generic_bytes": generic_bytes(model),
         "active": engine.active,
         "queued": engine.queued,
         "tokens_per_second": round(engine.rate, 2),
@@ -52,6 +53,13 @@ def state(bank: MemoryBank, cache: BlockCache, node: Path) -> str:
     """As `MemoryBank.state`, and `in memory` for what is cached. The policy's word counts most."""
     where = bank.state(node)
     return "in memory" if where != "blocked" and node in cache else where
+
+
+def generic_bytes(model: MemoryModel) -> int:
+    """Of the generic block, where that is among what is in memory: it is no node of the tree."""
+    bank, cache = model.bank, model.cache
+    held = bank is not None and cache is not None and GENERIC_NODE in cache
+    return bank.manifest.generic.bytes if held and bank and bank.manifest.generic else 0
 
 
 def cache_json(cache: BlockCache | None) -> dict[str, int]:

@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_hiermem.errors import HierMemError
 from mlx_hiermem.files import write_json
 
 SHARD = 1 << 30  # bytes at most, or one tensor; mlx-lm writes five times as much, which would all be lost
@@ -24,12 +25,15 @@ INDEX = "model.safetensors.index.json"
 
 @contextlib.contextmanager
 def staging_folder(out: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A hidden folder beside `out` for what it is made from. It stays only where the process is interrupted."""
+    """A hidden folder beside `out` for what it is made from.
+
+    It stays where the process is interrupted or the disk is full, and goes where the source is at fault.
+    """
     folder = staging_name(out)
     folder.mkdir(exist_ok=True)
     try:
         yield folder
-    except Exception:
+    except HierMemError:
         shutil.rmtree(folder)
         raise
     shutil.rmtree(folder)

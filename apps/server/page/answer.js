@@ -49,7 +49,7 @@ export class Answer {
   get origin() {
     const { memory } = this;
     if (!memory) return "";
-    if (["none", "generic"].includes(memory.memory)) return memory.memory === "none" ? "No memory" : "Generic memory";
+    if (["none", "generic"].includes(memory.memory)) return memory.memory === "none" ? "Without memory" : "General memory";
     if (memory.far) return "Nothing like it in the bank: no memory";
     const labels = memory.labels.filter(Boolean).join(" › ");
     return labels || `Memory ${memory.path}`;

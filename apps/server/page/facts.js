@@ -8,9 +8,27 @@ const STATES = ["in memory", "on disk", "remote", "blocked", "missing"];
 export function describe(row, state) {
   const { path, label, bytes, documents, sources = [], more_sources: more = 0 } = row;
   const figures = [size(bytes), state];
-  if (documents) figures.push(count(documents, "document"));
-  const from = sources.length ? `learnt from ${sources.join(", ")}${more ? ` and ${more} more` : ""}` : "";
+  if (documents && !sources.some(isRow)) figures.push(count(documents, "document"));
+  const from = learntFrom(sources, more);
   return { name: label && label !== path ? `${path} ${label}` : path, figures: figures.join(" · "), from };
+}
+
+const ROW = /:\d+$/; // the line of a row in a file of many documents
+const isRow = (source) => ROW.test(source);
+
+/** Documents by their titles, where they are known; rows of a file (`elements.jsonl:16`) are counted. */
+function learntFrom(sources, more) {
+  const rows = new Map();
+  const names = [];
+  for (const source of sources) {
+    const file = source.replace(ROW, "");
+    if (isRow(source)) rows.set(file, (rows.get(file) ?? 0) + 1);
+    else names.push(source);
+  }
+  const only = rows.size === 1 && !names.length;
+  for (const [file, found] of rows) names.push(`${count(found + (only ? more : 0), "row")} of ${file}`);
+  if (!names.length) return "";
+  return `learnt from ${names.join(", ")}${more && !only ? ` and ${more} more` : ""}`;
 }
 
 /** One paragraph for each thing known. */

@@ -15,7 +15,7 @@ export function useFont(place) {
 /** Writes into a block of so many px: upright where it is narrow and tall. */
 export function writeLabel(box, label, amount, width, height) {
   const upright = height > width && width < NARROW;
-  const [along, across] = upright ? [height - 10, width - 4] : [width - 10, height - 10];
+  const [along, across] = upright ? [height - 10, width - 4] : [width - 10, height - 4];
   const lines = Math.floor(across / LINE);
   box.classList.toggle("upright", upright);
   if (along < LEAST || lines < 1) return box.replaceChildren();

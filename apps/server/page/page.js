@@ -18,19 +18,32 @@ const picture = new MemoryPicture(
   matchMedia("(hover: none)").matches
     ? "Tap a block to see what is in it, to pin it or to block it."
     : "Point at a block to see what is in it. Click it to pin it or to block it.",
+  true,
 );
 const menu = new BlockMenu(by("menu"), picture, choice);
 const chat = new Chat(by("log"), () => ({ memory: choice.request(), max_tokens: longest }), {
   busy: showBusy,
   memory: showMemory,
-  show: (memory) => picture.reveal(known(memory.blocks)),
+  show: (memory) => {
+    fold(false);
+    picture.reveal(known(memory.blocks));
+  },
   speed: (value) => value && (by("speed").textContent = value.toFixed(1)),
   say: (words) => (by("say").textContent = words),
 });
+// What each choice does, in a sentence.
+const MEANING = {
+  fetched: "Each question brings the part of the memory that is on its topic.",
+  none: "The small model alone, to compare with.",
+  generic: "One block for every topic, as large as a topic's: what more training alone would bring.",
+  source: "The best passage of the documents on its topic is put before the question; no memory is used.",
+  "fetched+source": "The memory on its topic, and the best passage of its documents before the question.",
+};
 let longest = REPLY;
 let connected = false;
 let locked = false; // the reader was asked for the key, and did not give it
 
+const option = (use) => document.querySelector(`#use [value="${use}"]`);
 const known = (blocks) => blocks.filter((path) => picture.root.found.has(path));
 
 /** A reply's memory is attached: its blocks are in memory now, whatever they were. */
@@ -49,9 +62,9 @@ function showBusy(busy) {
 
 function showChoice() {
   const name = (path) => [path, picture.root.found.get(path)?.row?.label].filter(Boolean).join(" ");
-  by("pinned").hidden = !choice.pinned;
-  by("pinned").title = choice.pinned ? name(choice.pinned) : "";
-  document.querySelector(`#use [value=${choice.pinned ? "pinned" : choice.use}]`).checked = true;
+  option("pinned").hidden = !choice.pinned;
+  by("use").value = choice.pinned ? "pinned" : choice.use;
+  by("meaning").textContent = choice.pinned ? `Every question gets the blocks on ${name(choice.pinned)}.` : MEANING[choice.use];
   by("chosen").replaceChildren(...choice.entries(name));
   picture.close(choice.blocked);
 }
@@ -67,16 +80,18 @@ async function open() {
     ? `${memory.model} has ${count(blocks, "block")} of memory, ${size(bytes)}. Each question brings only those on its topic.`
     : `${memory.model} has no memory bank.`;
   document.body.classList.toggle("bankless", !blocks);
-  document.querySelector("#use [value=generic]").disabled = !memory.generic;
-  for (const box of document.querySelectorAll("#use [value*=source]")) box.parentElement.hidden = !memory.sources;
+  option("generic").disabled = !memory.generic;
+  for (const use of ["source", "fetched+source"]) option(use).hidden = !memory.sources;
   longest = memory.context ? Math.min(REPLY, Math.floor(memory.context / 2)) : REPLY;
   picture.show(memory.nodes);
   showCache(memory.cache);
 }
 
-function showCache(cache) {
+/** What is in memory; the general block is among it, and is no block of the picture. */
+function showCache(cache, generic = 0) {
   if (!cache) return;
   by("held").textContent = `${size(cache.bytes)} of ${size(cache.budget)}`;
+  by("general").textContent = generic ? `${size(generic)} of it general memory` : "";
   const meter = by("meter");
   meter.ariaValueMax = cache.budget;
   meter.ariaValueNow = cache.bytes;
@@ -89,7 +104,7 @@ async function look() {
     if (!connected) await open();
     const state = await get("/v1/memory/state");
     picture.update(state.states);
-    showCache(state.cache);
+    showCache(state.cache, state.generic_bytes);
     if (state.tokens_per_second && !chat.busy) by("speed").textContent = state.tokens_per_second.toFixed(1);
     connected = true;
   } catch (error) {
@@ -149,9 +164,15 @@ by("new").addEventListener("click", () => {
   by("input").focus();
 });
 by("key-cancel").addEventListener("click", () => by("key").close());
-by("use").addEventListener("change", (event) => event.target.value !== "pinned" && choice.take(event.target.value));
-by("fold").addEventListener("click", () => {
-  const folded = document.body.classList.toggle("folded");
-  by("fold").ariaExpanded = String(!folded);
-});
+by("use").addEventListener("change", () => by("use").value !== "pinned" && choice.take(by("use").value));
+by("fold").addEventListener("click", () => fold(!document.body.classList.contains("folded")));
+
+/** Folds the picture away, or shows it. */
+function fold(away) {
+  document.body.classList.toggle("folded", away);
+  by("fold").ariaExpanded = String(!away);
+}
+
+fold(matchMedia("(max-width: 820px)").matches); // a phone's first screen is for the conversation
+showChoice();
 keepLooking();

@@ -11,19 +11,22 @@ import { firstBlock, layout, neighbour, unfold, within } from "./layout.js";
 
 const HINT = "Point at a block to see what is in it; click to look closer.";
 
+// An arrow key where the levels go from left to right, and what it is where they go from top to bottom.
+const SIDEWAYS = { ArrowUp: "ArrowLeft", ArrowDown: "ArrowRight", ArrowLeft: "ArrowUp", ArrowRight: "ArrowDown" };
+
 export class MemoryPicture {
   /**
    * Draws into `place`. `choose(node, x, y)` is called when a block is clicked, or Enter is pressed on it; `hint` says
-   * so to the reader.
+   * so to the reader. `sideways` has the levels from left to right, where labels have room in narrow places too.
    */
-  constructor(place, choose = (node) => this.look(node), hint = HINT) {
+  constructor(place, choose = (node) => this.look(node), hint = HINT, sideways = false) {
     this.trail = element("nav", { class: "trail", "aria-label": "Part of the bank that is shown" });
     this.blocks = element("div", { class: "blocks", role: "tree", "aria-label": "Blocks of the memory bank" });
     this.facts = element("div", { class: "facts" });
     this.legend = element("ul", { class: "legend", "aria-label": "Colours" });
     const frame = element("div", { class: "frame" }, this.blocks);
     place.replaceChildren(this.trail, frame, this.legend, this.facts);
-    Object.assign(this, { choose, hint });
+    Object.assign(this, { choose, hint, sideways });
     this.closed = new Set(); // paths that the page's reader has blocked, beside the bank's policy
     this.lit = new Set(); // paths of the blocks that answer
     this.drawn = new Map(); // path -> element of a block; path/ -> of a fold
@@ -140,7 +143,8 @@ export class MemoryPicture {
   }
 
   draw() {
-    const { clientWidth: across, clientHeight: down } = this.blocks;
+    const { clientWidth, clientHeight } = this.blocks;
+    const [across, down] = this.sideways ? [clientHeight, clientWidth] : [clientWidth, clientHeight];
     if (!across || !down) return;
     const { root, top } = this;
     useFont(this.blocks);
@@ -173,7 +177,9 @@ export class MemoryPicture {
     const right = Math.round((node.x - this.top.x + node.width) * scaleX);
     const width = Math.max(right - left, this.least(node), 1);
     const height = Math.max(Math.round((lower - this.top.y) * scaleY) - top, 1);
-    return { left, top, width: width - (width > 6 ? 1 : 0), height: height - (height > 6 ? 1 : 0) };
+    const [wide, tall] = [width - (width > 6 ? 1 : 0), height - (height > 6 ? 1 : 0)];
+    if (this.sideways) return { left: top, top: left, width: tall, height: wide };
+    return { left, top, width: wide, height: tall };
   }
 
   /** Px that a block is drawn broad however narrow it is, over a fold too. */
@@ -206,7 +212,7 @@ export class MemoryPicture {
   dress(box, node, px) {
     for (const [side, length] of Object.entries(px)) box.style[side] = `${length}px`;
     const lit = this.lit.has(node.path) && this.state(node) !== "blocked";
-    const marks = { lit, fetched: node.row.fetched, thin: px.width < 5 };
+    const marks = { lit, fetched: node.row.fetched, thin: Math.min(px.width, px.height) < 5 };
     const kinds = ["block", this.state(node).replace(" ", "-"), ...Object.keys(marks).filter((mark) => marks[mark])];
     box.className = kinds.join(" ");
     box.tabIndex = node === this.focused ? 0 : -1;
@@ -245,7 +251,8 @@ export class MemoryPicture {
   }
 
   /** Whether the key means something here. */
-  press(key) {
+  press(pressed) {
+    const key = this.sideways ? (SIDEWAYS[pressed] ?? pressed) : pressed;
     const next = neighbour(this.root, this.focused, key, this.top);
     if (next) this.focus(next);
     else if (key === "Enter" || key === " ") {

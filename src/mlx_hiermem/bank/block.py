@@ -65,8 +65,8 @@ class FetchedMemory:
         joined = {}
         for name in config.widths:
             parts = [block.values(name) for block in blocks]
-            if name.endswith(".b"):
-                parts = [part * (config.alpha / part.shape[1]) for part in parts]
+            if name.endswith(".b"):  # in float32: in half precision, a scale such as 2/3 costs the last digits
+                parts = [part.astype(mx.float32) * (config.alpha / part.shape[1]) for part in parts]
             joined[name] = mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
         return cls(config, joined)
 
