@@ -28,15 +28,14 @@ from swift_texts import write_real_tokens, write_tokenizers, write_tokens
 
 from mlx_hiermem.bank.policy import BankPolicy
 from mlx_hiermem.config import Path
-from mlx_hiermem.router import Router
+from mlx_hiermem.router import Router, Turn
 from mlx_hiermem.tree import ClusterTree
 
 ROOT = pathlib.Path(__file__).parents[1]
 FIXTURES = ROOT / "apps/ios/HierMemKit/Tests/HierMemKitTests/Fixtures"
 ELEMENTS = ROOT / "apps/demo/bank"
-CONVERSATIONS = ROOT / "tests/conversations.jsonl"
-EMBEDDED = "inputs/conversations.safetensors"
-TALKS = 16  # conversations whose embeddings are kept
+TALKS = {"conversations.jsonl": 8, "changes_of_subject.jsonl": 12}  # so many of each: those on the elements
+EMBEDDED = "inputs/conversations"  # the texts that a router asks for (.json), and their vectors (.safetensors)
 VECTORS = 1000
 CLOSED = ("1", "2.0", "3.1.2")  # nodes of the ragged tree that the blocked routes may not enter
 
@@ -108,48 +107,58 @@ def write_routes(folder: pathlib.Path) -> None:
 class Recorded:
     """An embedder of texts that were embedded before."""
 
-    def __init__(self, file: pathlib.Path) -> None:
-        tensors = mx.load(str(file))
+    def __init__(self, folder: pathlib.Path) -> None:
+        tensors = mx.load(str(folder / f"{EMBEDDED}.safetensors"))
         assert isinstance(tensors, dict)
         vectors = np.array(tensors["vectors"].astype(mx.float32))
-        self.vectors = dict(zip(questions(), vectors, strict=True))
+        texts = json.loads((folder / f"{EMBEDDED}.json").read_text(encoding="utf-8"))
+        self.vectors = dict(zip(texts, vectors, strict=True))
 
     def embed(self, texts: list[str]) -> np.ndarray:
         return np.stack([self.vectors[text] for text in texts])
 
 
 def conversations() -> list[list[str]]:
-    lines = CONVERSATIONS.read_text(encoding="utf-8").splitlines()[:TALKS]
-    return [[turn["user"] for turn in json.loads(line)["turns"]] for line in lines]
+    return [
+        [turn["user"] for turn in json.loads(line)["turns"]]
+        for name, count in TALKS.items()
+        for line in (ROOT / "tests" / name).read_text(encoding="utf-8").splitlines()[:count]
+    ]
 
 
-def questions() -> list[str]:
-    """Every question once, in the order of the recorded vectors."""
-    return list(dict.fromkeys(text for talk in conversations() for text in talk))
-
-
-def write_turns(folder: pathlib.Path) -> None:
-    """The path of every turn of real conversations, with real embeddings, on the elements' tree."""
-    tree, policy = ClusterTree.load(ELEMENTS / "tree.safetensors"), BankPolicy()
-    router = Router(tree, Recorded(folder / EMBEDDED), policy)
-    rows, talks = {text: row for row, text in enumerate(questions())}, []
+def play(router: Router) -> Iterator[list[Turn]]:
+    """Every turn of real conversations."""
     for talk in conversations():
         topic, turns = None, []
         for text in talk:
-            turn = router.turn(text, topic)
-            topic = turn.topic
-            turns.append(
-                {
-                    "row": rows[text],
-                    "alone": str(turn.alone.path),
-                    "path": str(topic.path),
-                    "stayed": turn.route.stayed,
-                    "decided": turn.decided,
-                    "needed": turn.needed,
-                }
-            )
-        talks.append(turns)
-    (folder / "turns.json").write_text(json.dumps(talks, separators=(",", ":")).replace("],", "],\n") + "\n")
+            turns.append(router.turn(text, topic))
+            topic = turns[-1].topic
+        yield turns
+
+
+def write_turns(folder: pathlib.Path) -> None:
+    """The path of every turn of real conversations, with real embeddings, on the elements' bank."""
+    tree, policy = ClusterTree.load(ELEMENTS / "tree.safetensors"), BankPolicy.read(ELEMENTS / "policy.json")
+    talks = [
+        [
+            {
+                "text": turn.text,
+                "alone": str(turn.alone.path),
+                "path": str(turn.route.path),
+                "topic": str(turn.topic.path),
+                "stayed": turn.route.stayed,
+                "far": turn.route.far,
+                "decided": turn.decided,
+                "needed": turn.needed,
+                "belongs": turn.belongs,
+            }
+            for turn in turns
+        ]
+        for turns in play(Router(tree, Recorded(folder), policy))
+    ]
+    golden = {"reach": policy.reach, "talks": talks}
+    text = json.dumps(golden, ensure_ascii=False, separators=(",", ":")).replace("],", "],\n")
+    (folder / "turns.json").write_text(text + "\n", encoding="utf-8")
 
 
 def write_quantized(folder: pathlib.Path) -> None:
@@ -196,12 +205,30 @@ def write_samples(folder: pathlib.Path) -> None:
     (folder / "samples.json").write_text(json.dumps(cases, separators=(",", ":")).replace("},", "},\n") + "\n")
 
 
-def write_embedded(folder: pathlib.Path) -> None:
-    """Embeds the conversations' questions with the real MiniLM; float16 is near enough for a test's input."""
-    from mlx_hiermem.embedder import Embedder
+class Recording:
+    """The real MiniLM in float16, which is near enough for a test's input; it keeps what it was asked for."""
 
-    vectors = mx.array(Embedder.load().embed(questions())).astype(mx.float16)
-    write_safetensors(folder / EMBEDDED, {"vectors": vectors})
+    def __init__(self) -> None:
+        from mlx_hiermem.embedder import Embedder
+
+        self.embedder = Embedder.load()
+        self.vectors: dict[str, np.ndarray] = {}
+
+    def embed(self, texts: list[str]) -> np.ndarray:
+        vectors = self.embedder.embed(texts).astype(np.float16)
+        self.vectors |= dict(zip(texts, vectors, strict=True))
+        return vectors.astype(np.float32)
+
+
+def write_embedded(folder: pathlib.Path) -> None:
+    """Embeds the conversations' questions, and follow-ups behind their questions."""
+    tree, policy = ClusterTree.load(ELEMENTS / "tree.safetensors"), BankPolicy.read(ELEMENTS / "policy.json")
+    for _ in play(Router(tree, recording := Recording(), policy)):
+        pass
+    vectors = mx.array(np.stack(list(recording.vectors.values())))
+    write_safetensors(folder / f"{EMBEDDED}.safetensors", {"vectors": vectors})
+    text = json.dumps(list(recording.vectors), ensure_ascii=False, indent=0)
+    (folder / f"{EMBEDDED}.json").write_text(text + "\n", encoding="utf-8")
 
 
 def write_goldens(folder: pathlib.Path) -> None:

@@ -13,6 +13,7 @@ from tiny import CONFIG, load_tiny, make_anchor, make_bank, make_model
 from mlx_hiermem import load
 from mlx_hiermem.anchor import load_anchor
 from mlx_hiermem.bank.bank import MemoryBank
+from mlx_hiermem.bank.block import FetchedMemory
 from mlx_hiermem.batch import MemoryBatch, Token
 from mlx_hiermem.config import KINDS, Path
 from mlx_hiermem.errors import BankError, HierMemError
@@ -98,6 +99,9 @@ def test_logits_of_a_table_are_those_of_each_memory(model: MemoryModel) -> None:
     assert model.cache
     tokens = mx.array(np.random.default_rng(0).integers(0, 256, (1, 11)))
     memories = [None, *(model.cache.fetch(path).memory for path in (Path((1, 2)), Path((2,)), Path((0, 0))))]
+    assert memories[1]
+    longer = {name: mx.concatenate([t, 0.5 * t], axis=1) for name, t in memories[1].tensors.items()}
+    memories.append(FetchedMemory(memories[1].config, longer))  # as a generic block may be; it comes last
     expected = []
     for memory in memories:
         model.attachment.set(memory)

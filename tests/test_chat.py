@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pathlib
+import pty
+import select
 import shutil
 import sys
 from collections.abc import Iterator
@@ -350,6 +353,53 @@ def test_pauses_are_told_with_what_is_typed(monkeypatch: pytest.MonkeyPatch, tmp
     assert told == ["", "about ne", "about neon"]
 
 
+TYPED_AHEAD = """
+import time
+from mlx_hiermem.apps.cli import keyboard
+with keyboard.unechoed():
+    print("loading", flush=True)
+    time.sleep(1.5)
+    read = keyboard.reader(lambda: "status", [])
+    print("read:", read(), read(), flush=True)
+    print("answering", flush=True)
+    time.sleep(1.5)
+    print("read:", read(), flush=True)
+print("done", input(), flush=True)
+"""
+
+
+def test_what_is_typed_ahead_is_shown_by_the_prompt_alone(tmp_path: pathlib.Path) -> None:
+    """In a real terminal, while the model loads and while it answers; afterwards the terminal echoes again."""
+    program, terminal = pty.fork()
+    if program == 0:
+        os.environ |= {"HIERMEM_CACHE": str(tmp_path), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+        os.execv(sys.executable, [sys.executable, "-c", TYPED_AHEAD])
+    seen = ""
+
+    def until(text: str) -> None:
+        nonlocal seen
+        while text not in seen:
+            ready, _, _ = select.select([terminal], [], [], 60)
+            assert ready, f"no {text!r} in {seen!r}"
+            seen += os.read(terminal, 4096).decode()
+
+    until("loading")
+    os.write(terminal, b"about neon\rand its symbol?\r")
+    until("read: about neon and its symbol?")
+    loading, _, rest = seen.partition(keyboard.PROMPT)
+    assert "about" not in loading
+    assert "about neon" in rest
+    until("answering")
+    os.write(terminal, b"thanks\r")
+    until("read: thanks")
+    assert "thanks" not in seen.partition("answering")[2].partition(keyboard.PROMPT)[0]
+    os.write(terminal, b"bye\r")
+    until("done bye")
+    assert "bye\r\n" in seen.partition("read: thanks")[2].partition("done")[0]
+    assert os.waitpid(program, 0)[1] == 0
+    os.close(terminal)
+
+
 def test_drafts_are_routed_but_commands_are_not(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     drafts: list[str] = []
     monkeypatch.setattr(session, "draft", drafts.append)
@@ -397,7 +447,8 @@ def test_what_cannot_be_is_said_before_the_first_question(
     assert (code, out, err) == (
         1,
         "",
-        "hiermem: unknown memory 'lots'. Use none, generic, fetched, or a path such as 10.7.\n",
+        "hiermem: unknown memory 'lots'. "
+        "Use none, generic, fetched, source, fetched+source, or a path such as 10.7.\n",
     )
     code, _, err = run(capsys, "chat", folder / "anchor", "--memory", "generic")
     assert (code, err.count("\n")) == (1, 1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import pathlib
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,16 +16,20 @@ from typer.testing import CliRunner
 from mlx_hiermem import load
 from mlx_hiermem.apps.cli.display import FAR, describe
 from mlx_hiermem.apps.cli.main import app
+from mlx_hiermem.apps.demo import tour
 from mlx_hiermem.bank import edit
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.merge import merge_policies
 from mlx_hiermem.bank.policy import OPEN, POLICY, BankPolicy
 from mlx_hiermem.config import Path
+from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import BankError
 from mlx_hiermem.learn.tree.build import ROOM, reach_of
 from mlx_hiermem.model import MemoryModel
-from mlx_hiermem.router import Router, Topic
+from mlx_hiermem.router import BELONGS, RememberedTexts, Router, Topic
 from mlx_hiermem.tree import ClusterTree
+
+SUBJECTS = pathlib.Path(__file__).parent / "changes_of_subject.jsonl"
 
 
 @pytest.fixture
@@ -33,10 +39,14 @@ def tree() -> ClusterTree:
 
 
 class Placed:
-    """An embedder of texts that say where they are."""
+    """An embedder of texts that say where they are; several in one are in their middle."""
+
+    def __init__(self) -> None:
+        self.calls = list[int]()
 
     def embed(self, texts: list[str]) -> np.ndarray:
-        return np.array([[float(value) for value in text.split()] for text in texts], np.float32)
+        self.calls.append(len(texts))
+        return np.array([np.array(text.split(), np.float32).reshape(-1, 2).mean(0) for text in texts])
 
 
 def test_what_is_too_far_enters_nothing(tree: ClusterTree) -> None:
@@ -47,13 +57,99 @@ def test_what_is_too_far_enters_nothing(tree: ClusterTree) -> None:
     assert tree.route(np.array([0.4, 0.0]))[0].path == Path((0,))
 
 
-def test_a_conversation_stays_with_a_text_that_is_far(tree: ClusterTree) -> None:
-    router = Router(tree, Placed(), BankPolicy(reach=0.5))
-    alone = router.turn("-1 -1")
+FIRST, AGAIN, OTHER = "1 0", "0.6 -0.1", "-1 -1"  # a subject, what is like it, and what is not
+
+
+@pytest.fixture
+def router(tree: ClusterTree) -> Router:
+    """A text has memory if it is no farther than 0.3 from a leaf."""
+    return Router(tree, Placed(), BankPolicy(reach=0.3))
+
+
+def test_what_belongs_to_a_conversation_stays_and_what_does_not_gets_no_memory(router: Router) -> None:
+    alone = router.turn(OTHER)
     assert (alone.topic.path, alone.route.far, alone.route.stayed) == (Path(), True, False)
-    assert router.turn("1 0", alone.topic).topic.path == Path((0,))
-    held = router.turn("-1 -1", Topic(Path((0,)), 1.0))
-    assert (held.topic.path, held.route.far, held.route.stayed, held.alone.far) == (Path((0,)), False, True, True)
+    opened = router.turn(FIRST, alone.topic)
+    assert (opened.route.path, opened.belongs, opened.topic.question) == (Path((0,)), None, FIRST)
+    held = router.turn(AGAIN, opened.topic)
+    assert (held.route.path, held.route.far, held.route.stayed, held.alone.far) == (Path((0,)), False, True, True)
+    assert held.topic == opened.topic
+    left = router.turn(OTHER, held.topic)
+    assert (left.route.path, left.route.far, left.route.stayed) == (Path(), True, False)
+    assert held.belongs
+    assert left.belongs
+    assert held.belongs > BELONGS > left.belongs
+    assert (left.topic.path, left.topic.aside) == (Path((0,)), OTHER)  # it is kept for the turns after it
+    back = router.turn(AGAIN, left.topic)
+    assert (back.route.path, back.topic.aside) == (Path((0,)), "")
+
+
+def test_a_turn_like_the_aside_before_it_is_an_aside_too(router: Router) -> None:
+    topic = Topic(Path((0,)), 1.0, FIRST)
+    assert router.turn(AGAIN, topic).route.stayed
+    assert router.turn(AGAIN, replace(topic, aside="0.5 -0.5")).route.far
+
+
+def test_turns_stay_where_every_text_has_memory_and_where_no_question_was_saved(tree: ClusterTree) -> None:
+    router, topic = Router(tree, Placed()), Topic(Path((0,)), 9.0, FIRST)
+    turn = router.turn("0.4 0.5", topic)
+    assert (turn.alone.path, turn.route.path, turn.route.stayed) == (Path((1,)), Path((0,)), True)
+    assert Router(tree, Placed(), BankPolicy(reach=0.5)).turn(OTHER, replace(topic, question="")).route.stayed
+
+
+def test_a_conversation_is_embedded_in_two_batches_and_never_again(tree: ClusterTree) -> None:
+    texts = [OTHER, FIRST, AGAIN, OTHER, AGAIN, "0 1", FIRST]
+    router = Router(tree, embedder := Placed(), BankPolicy(reach=0.3))
+    topic, paths = None, []
+    for number in range(len(texts)):
+        turn = Router(tree, Placed(), BankPolicy(reach=0.3)).turn(texts[number], topic)
+        topic = turn.topic
+        paths.append(turn.route.path)
+        assert router.conversation(texts[: number + 1]).route.path == paths[-1]
+    assert paths == [(), (0,), (0,), (), (0,), (1,), (0,)]
+    fresh = Router(tree, other := Placed(), BankPolicy(reach=0.3))
+    assert fresh.conversation(texts).topic == topic
+    assert other.calls == [4, 2]  # what was said, and two follow-ups behind their question
+    assert sum(embedder.calls) == 6
+
+
+def test_what_was_said_long_ago_is_embedded_again() -> None:
+    said = RememberedTexts(embedder := Placed(), most=2)
+    for texts in (["1 1", "2 2"], ["1 1"], ["3 3"], ["1 1", "2 2"]):
+        assert said.embed(texts)[:, 0].tolist() == [float(text[0]) for text in texts]
+    assert embedder.calls == [2, 1, 1]  # the 2 was the longest ago
+    assert said.embed([]).size == 0
+
+
+def test_genuine_changes_of_subject(minilm: Embedder) -> None:
+    """On the demo's bank; benchmarks/turns.py measures other banks too."""
+    bank = MemoryBank.open(tour.BANK)
+    router, counts = Router(bank.tree, minilm, bank.policy), Counter[tuple[str, bool]]()
+    for talk in map(json.loads, SUBJECTS.read_text(encoding="utf-8").splitlines()):
+        topic = None
+        for turn in talk["turns"] if talk["bank"] == "elements" else ():
+            went = router.turn(turn["user"], topic)
+            topic = went.topic
+            counts["about" in turn, went.route.far] += 1
+    assert counts[False, True] >= 28
+    assert counts[False, False] <= 2
+    assert counts[True, True] <= 1  # of 30 that it knows
+
+
+def test_cooking_rice_gets_no_memory(minilm: Embedder) -> None:
+    bank = MemoryBank.open(tour.BANK)
+    router = Router(bank.tree, minilm, bank.policy)
+    talk = [
+        "What is the symbol of gold?",
+        "And its atomic number?",
+        "How do I cook rice?",
+        "How long does it take?",
+    ]
+    routes = [router.conversation(talk[:number]).route for number in (1, 2, 3, 4)]
+    assert [route.far for route in routes] == [False, False, True, True]
+    assert routes[0].path == routes[1].path
+    assert router.conversation([*talk[:2], "Thanks!"]).route.far
+    assert router.conversation([*talk, "Thanks!", "And the atomic number of gold?"]).route.path == routes[0].path
 
 
 def test_nothing_is_attached_and_it_is_told(tmp_path: pathlib.Path) -> None:

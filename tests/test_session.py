@@ -52,13 +52,16 @@ def alone(session: Session) -> str:
 # the rule
 
 
-def test_follow_stays_moves_and_remembers_the_most_decided_turn() -> None:
-    assert follow(None, A, 0.1) == Topic(A, 0.1)
-    topic = Topic(A, 0.4)
-    assert follow(topic, A, 0.1) == topic
-    assert follow(topic, A, 0.6) == Topic(A, 0.6)
-    assert follow(topic, B, 0.4 * HYSTERESIS) == topic
-    assert follow(topic, B, 0.4 * HYSTERESIS + 0.01) == Topic(B, 0.4 * HYSTERESIS + 0.01)
+def test_who_is_decided_leads_and_the_topic_keeps_its_most_decided_turn() -> None:
+    assert follow(None, A, 0.1, "a") == Topic(A, 0.1, "a")
+    assert follow(Topic(Path(), 0.0), A, 0.1, "a") == Topic(A, 0.1, "a")
+    topic = Topic(A, 0.4, "a", aside="hm")
+    assert follow(topic, A, 0.1, "b") is None
+    assert follow(topic, A, 0.3, "b") == Topic(A, 0.4, "b")
+    assert follow(topic, A, 0.6, "b") == Topic(A, 0.6, "b")
+    assert follow(topic, B, 0.4 * HYSTERESIS, "b") is None
+    assert follow(topic, B, 0.4 * HYSTERESIS + 0.01, "b") == Topic(B, 0.4 * HYSTERESIS + 0.01, "b")
+    assert follow(topic, Path(), 0.0, "far") is None
 
 
 def test_decidedness_is_the_gap_between_the_two_nearest_as_a_share() -> None:
@@ -114,7 +117,7 @@ def test_real_conversations_on_the_real_tree(minilm: Embedder) -> None:
     from mlx_hiermem.bank.bank import MemoryBank
 
     bank = MemoryBank.open(BANK)
-    router = Router(bank.tree, minilm)
+    router = Router(bank.tree, minilm)  # without a reach
     elements = (BANK.parent / "elements.jsonl").read_text(encoding="utf-8").splitlines()
     ids = {json.loads(line)["name"]: f"elements.jsonl:{number}" for number, line in enumerate(elements, 1)}
     talks = [json.loads(line) for line in CONVERSATIONS.read_text(encoding="utf-8").splitlines()]
@@ -203,7 +206,9 @@ def test_a_draft_is_routed_and_read_ahead_and_changes_nothing(
     assert (session.messages, session.topic, model.selection.blocks, model.cache.blocks) == ([], None, (), 0)
     assert say(session, "about iron") == say(other, "about iron")
     assert session.topic == other.topic
-    assert embedded == ["about ir", "about iron", "about iron"]  # the session took its draft's route
+    assert session._drafted
+    assert session.turn is session._drafted[1]
+    assert embedded == ["about ir", "about iron"]  # the other session's router remembers
     session.draft("and neon")  # all of its blocks are still to be read; now they are read for another session
     say(other, "about neon")
     assert model.cache.prefetch(A) is None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mlx_hiermem.apps.cli import models, sampling
+from mlx_hiermem.apps.cli import keyboard, models, sampling
 from mlx_hiermem.apps.cli.display import (
     FAR,
     console,
@@ -55,24 +55,25 @@ def chat(
 
     Example: `hiermem chat my-model`
     """
-    from mlx_hiermem.session import Session
-
     drawn = sampling.changed(locals())
     template = sampling.template_args(chat_template_args)
     cache_bytes = parse_size(cache, "--cache")
     name = models.chosen(first_word, model)
-    loaded = models.open_model(name, cache_bytes)
-    session = Session(loaded, system=system, max_tokens=max_tokens, template=template, **drawn)
-    if memory:
-        session.use(memory)
-    well = talk(session, models.introduce(name, loaded))
+    with keyboard.unechoed():
+        from mlx_hiermem.session import Session
+
+        loaded = models.open_model(name, cache_bytes)
+        session = Session(loaded, system=system, max_tokens=max_tokens, template=template, **drawn)
+        if memory:
+            session.use(memory)
+        well = talk(session, models.introduce(name, loaded))
     if not well and not sys.stdin.isatty():
         raise typer.Exit(1)
 
 
 def talk(session: Session, header: str = "") -> bool:
     """Reads questions and commands until the end of input, /quit or Ctrl-D; whether all went well."""
-    from mlx_hiermem.apps.cli import keyboard, slash
+    from mlx_hiermem.apps.cli import slash
     from mlx_hiermem.errors import HierMemError
 
     read = keyboard.reader(lambda: status_line(session, console.width), slash.names(), _draft(session))
@@ -187,6 +188,8 @@ def _notes(session: Session, before: tuple[str, ...], terminal: bool) -> None:
     moved = session.selection.blocks != before
     if not terminal:
         lines.append(describe(session.selection) + " · new path" * moved)
+    elif session.selection.route.far and (moved or len(session.messages) == 1):
+        lines.append(f"→ {FAR}")
     elif moved and session.selection.labels:
         lines.append("→ " + " › ".join(session.selection.labels))
     for line in lines:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -35,6 +36,27 @@ def reader(status: Callable[[], str], commands: Sequence[str], paused: Paused = 
         _call_later(0.0, paused, "")
 
     return lambda: session.prompt(PROMPT, pre_run=at_once)
+
+
+@contextmanager
+def unechoed() -> Iterator[None]:
+    """The terminal shows nothing of what is typed while nobody reads: it would land in the midst of other output.
+
+    It is not lost. The next prompt has it, and shows it.
+    """
+    if not sys.stdin.isatty():
+        yield
+        return
+    import termios
+
+    terminal = sys.stdin.fileno()
+    before = termios.tcgetattr(terminal)
+    silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    termios.tcsetattr(terminal, termios.TCSANOW, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(terminal, termios.TCSANOW, before)
 
 
 def read_plain() -> str:

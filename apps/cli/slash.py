@@ -76,16 +76,24 @@ def _route(session: Session, argument: str) -> None:
 
 def _verdict(session: Session, turn: Turn, tried: bool = False) -> None:
     """Why the conversation stays or moves, or would, in numbers: see `router`."""
+    from mlx_hiermem.router import BELONGS
+
     bank = _bank(session)
     for node in turn.alone.avoided:
         _say(blocked_note(bank, node))
     if turn.alone.far:
         _say(f"It is farther than {bank.policy.reach:.3f} from the leaf it would take: nothing there is like it.")
-    stays, takes = ("would stay", "would take") if tried else ("stays", "takes")
-    goes = f"the conversation {stays} on {turn.topic.path}" if turn.route.stayed else f"the conversation {takes} it"
+    stays, takes, gets = ("would stay", "would take", "would get") if tried else ("stays", "takes", "gets")
+    keeps = f"the conversation {stays} on {turn.topic.path}"
+    if turn.route.far:
+        goes = f"it {gets} no memory" + (f", and {keeps}" if turn.topic.path else "")
+    else:
+        goes = keeps if turn.route.stayed else f"the conversation {takes} it"
     figures = f"decided by {turn.decided:.3f}"
     if turn.needed:
         figures += f", and more than {turn.needed:.3f} leaves the path before"
+    if turn.belongs is not None:
+        figures += f"; belonging to the conversation by {turn.belongs:.3f}, and more than {BELONGS} stays"
     _say(f"alone it takes {turn.alone.path or 'none'}; {goes} ({figures})")
 
 
@@ -118,6 +126,10 @@ def _why(session: Session, argument: str) -> None:
     from mlx_hiermem.config import ROOT, Path
 
     bank, turn, path = session.model.bank, session.turn, session.selection.path
+    if turn is not None and turn.route.far:
+        console.print(f"“{turn.text}” was answered without memory", markup=False)
+        _verdict(session, turn)
+        return
     if bank is None or not (session.selection.blocks or path):
         raise HierMemError("no memory was used", "/memory fetched, and a question, bring one in.")
     _told_by(session)

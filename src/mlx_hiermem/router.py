@@ -1,14 +1,22 @@
 """Text -> path: the sentence embedding, then greedy descent of the clustering tree (arXiv:2510.02375, §2.1).
 
-A text goes where it leads alone (`Router.route`), or, as a turn of a conversation, stays where the talk is
-(`Router.turn`). A follow-up such as "and its symbol?" does not say what it is about. Alone it goes anywhere,
-because it is nearly as near to one child of a node as to the next; a turn that names its subject is not. So a turn
-leaves the current path only if it is decided enough, compared with the turns that chose that path. The measure is
-relative, so that one setting serves every tree. `benchmarks/turns.py` compares it with other rules.
+A text goes where it leads alone (`Router.route`). A turn of a conversation (`Router.turn`) is one of three things:
+
+- It names its subject, so it leads to a path of its own. Such a turn is decided: it is much nearer to one child of
+  a node than to the next. The measure is relative to the turn that chose the present path, so that one setting
+  serves every tree.
+- It is a follow-up, such as "and its symbol?", and stays on the conversation's path. It is like the question that
+  led there, and the two asked together are no farther from that path than the question alone.
+- It has nothing to do with the conversation: another subject that the bank does not know, or thanks. It gets no
+  memory. The path is kept for the turns after it.
+
+`benchmarks/turns.py` measures how often each is told right.
 """
 
 from __future__ import annotations
 
+import math
+import threading
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -18,13 +26,16 @@ import numpy as np
 
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.policy import OPEN, BankPolicy
-from mlx_hiermem.config import EmbedderIdentity, Path
+from mlx_hiermem.config import ROOT, EmbedderIdentity, Path
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import BankError
 from mlx_hiermem.tree import ClusterTree, Route
 
 HYSTERESIS = 0.5  # how decided a turn has to be to leave, as a share of the turns that chose the path
+BELONGS = 0.02  # how much a turn that does not lead has to belong to the conversation to stay on its path
+PULL = 2.5  # how much a distance from the path counts in that, beside a cosine
 LOOKED_BACK = 8  # turns of a conversation that is routed anew, as a server does: what came before hardly matters
+REMEMBERED = 256  # texts whose embeddings are kept
 
 
 class TextEmbedder(Protocol):
@@ -35,10 +46,15 @@ class TextEmbedder(Protocol):
 
 @dataclass(frozen=True)
 class Topic:
-    """The path that a conversation is on, and how decided the turns were that put it there."""
+    """What a conversation is about: its path, and how decided the turns were that put it there.
+
+    `question` is the turn that led there, `aside` the last turn where it had nothing to do with it.
+    """
 
     path: Path
     decided: float
+    question: str = ""
+    aside: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +64,10 @@ class Turn:
     text: str
     vector: np.ndarray  # [dim], the text's embedding
     alone: Route  # where the text goes if nothing holds it
-    route: Route  # where it goes: alone, or along the conversation's path
+    route: Route  # where it goes: alone, along the conversation's path, or nowhere
     decided: float  # see `decidedness`
     needed: float  # what it takes to leave the path that the conversation was on
+    belongs: float | None  # of a turn that does not lead, where the bank has a reach: see `Router._belonging`
     topic: Topic  # the conversation's from here on
 
 
@@ -59,6 +76,7 @@ class Router:
 
     def __init__(self, tree: ClusterTree, embedder: TextEmbedder, policy: BankPolicy = OPEN) -> None:
         self.tree, self.embedder, self.policy = tree, embedder, policy
+        self._said = RememberedTexts(embedder)
 
     @classmethod
     def of_bank(cls, bank: MemoryBank) -> Router:
@@ -79,32 +97,101 @@ class Router:
     def turn(self, text: str, topic: Topic | None = None, blocked: Collection[Path] = ()) -> Turn:
         """Routes one turn of a conversation. A topic whose path is blocked, by the policy or here, is left at once.
 
-        A text beyond the bank's reach decides nothing: in a conversation that is on a path it stays there.
+        A bank whose reach has no end has memory for every text: there each turn that does not lead stays.
         Raises BankError for a blocked node that the tree does not have.
         """
         start = time.perf_counter()
         policy = self.policy.block(blocked)
-        vector = self.embedder.embed([text])[0]
+        vector = self._said.embed([text])[0]
         alone = policy.route(self.tree, vector)[0]
-        if topic is not None and policy.blocker(topic.path):
-            topic = None
         decided = decidedness(self.tree, vector, alone.path)
-        after = follow(topic, alone.path, decided)
-        alone = replace(alone, milliseconds=(time.perf_counter() - start) * 1e3)
-        route = alone
-        if after.path != alone.path:
-            distances = distances_on(self.tree, vector, after.path)
-            route = replace(alone, path=after.path, distances=distances, stayed=True, far=False)
+        if topic is None or not topic.path or policy.blocker(topic.path):
+            topic = None
+        route, belongs = alone, None
+        after = follow(topic, alone.path, decided, text)
+        if after is None:
+            assert topic is not None
+            if policy.reach < math.inf:
+                belongs = self._belonging(text, vector, topic)
+            if belongs is None or belongs > BELONGS:
+                distances = distances_on(self.tree, vector, topic.path)
+                stayed = topic.path != alone.path
+                route = replace(alone, path=topic.path, distances=distances, stayed=stayed, far=False)
+                after = replace(topic, aside="")
+            else:
+                route, after = Route(avoided=alone.avoided, far=True), replace(topic, aside=text)
+        route = replace(route, milliseconds=(time.perf_counter() - start) * 1e3)
         needed = HYSTERESIS * topic.decided if topic else 0.0
-        return Turn(text, vector, alone, route, decided, needed, after)
+        return Turn(text, vector, alone, route, decided, needed, belongs, after)
 
     def conversation(self, texts: Sequence[str], blocked: Collection[Path] = ()) -> Turn:
-        """Routes the last of a conversation's questions, oldest first; only the newest `LOOKED_BACK` count."""
+        """Routes the last of a conversation's questions, oldest first; only the newest `LOOKED_BACK` count.
+
+        What was not asked before is embedded in one batch, and the follow-ups behind their questions in another.
+        """
+        texts = texts[-LOOKED_BACK:]
+        vectors = self._said.embed(texts)
+        if self.policy.reach < math.inf:
+            self._said.embed(self._follow_ups(texts, vectors, blocked))
         topic = None
-        for text in texts[-LOOKED_BACK:]:
+        for text in texts:
             turn = self.turn(text, topic, blocked)
             topic = turn.topic
         return turn
+
+    def _follow_ups(self, texts: Sequence[str], vectors: np.ndarray, blocked: Collection[Path]) -> list[str]:
+        """The turns that lead nowhere, each behind the question that it may belong to."""
+        topic, found = Topic(ROOT, 0.0), list[str]()
+        routes = self.policy.block(blocked).route(self.tree, vectors)
+        for text, vector, alone in zip(texts, vectors, routes, strict=True):
+            after = follow(topic, alone.path, decidedness(self.tree, vector, alone.path), text)
+            if after is None:
+                found.append(behind(topic.question, text))
+            topic = after or topic
+        return found
+
+    def _belonging(self, text: str, vector: np.ndarray, topic: Topic) -> float:
+        """How much a turn belongs to a conversation: most follow-ups are above `BELONGS`, other subjects below.
+
+        Near to the question that chose the path, nearer than to an aside just before it; and asked behind that
+        question it does not pull it away from the path.
+        """
+        if not topic.question:  # of a conversation that was saved before questions were
+            return math.inf
+        together, question, *aside = self._said.embed(
+            [behind(topic.question, text), topic.question, *([topic.aside] if topic.aside else [])]
+        )
+        away = max(0.0, float(vector @ aside[0])) if aside else 0.0
+        pull = distances_on(self.tree, together, topic.path)[-1] - distances_on(self.tree, question, topic.path)[-1]
+        return float(vector @ question) - away - PULL * pull
+
+
+class RememberedTexts:
+    """Embeds only what it did not embed a short while ago: a conversation is routed again with each turn."""
+
+    def __init__(self, embedder: TextEmbedder, most: int = REMEMBERED) -> None:
+        self._embedder, self._most = embedder, most
+        self._known: dict[str, np.ndarray] = {}  # oldest first
+        self._lock = threading.Lock()
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        with self._lock:
+            known = {text: self._known[text] for text in texts if text in self._known}
+        new = [text for text in dict.fromkeys(texts) if text not in known]
+        if new:
+            known |= dict(zip(new, self._embedder.embed(new), strict=True))
+        with self._lock:
+            for text, vector in known.items():
+                self._known.pop(text, None)
+                self._known[text] = vector
+            for text in list(self._known)[: -self._most]:
+                del self._known[text]
+        return np.array([known[text] for text in texts])
+
+
+def behind(question: str, text: str) -> str:
+    """A follow-up and what it follows, as one text."""
+    return f"{question} {text}"
 
 
 def decidedness(tree: ClusterTree, vector: np.ndarray, path: Path) -> float:
@@ -125,13 +212,13 @@ def distances_on(tree: ClusterTree, vector: np.ndarray, path: Path) -> tuple[flo
     return tuple(float(tree.distances(vector, Path(node[:-1]))[node[-1]]) for node in path.prefixes())
 
 
-def follow(topic: Topic | None, path: Path, decided: float, hysteresis: float = HYSTERESIS) -> Topic:
-    """The rule: the topic after a turn that alone takes `path`."""
+def follow(topic: Topic | None, path: Path, decided: float, question: str) -> Topic | None:
+    """The topic after a turn that alone takes `path`; None where the turn does not lead anywhere."""
     if topic is None or not topic.path:
-        return Topic(path, decided)
-    if path == topic.path:
-        return Topic(path, max(decided, topic.decided))
-    return Topic(path, decided) if decided > hysteresis * topic.decided else topic
+        return Topic(path, decided, question)
+    if not path or decided <= HYSTERESIS * topic.decided:
+        return None
+    return Topic(path, max(decided, topic.decided) if path == topic.path else decided, question)
 
 
 def load_embedder(wanted: EmbedderIdentity) -> Embedder:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Generator, Mapping
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -175,7 +175,7 @@ class Session:
         if self._ahead:
             self._ahead.cancel()  # if it has not begun
         if self.model.cache and self.memory.has_blocks:
-            self._ahead = self.model.cache.prefetch(turn.topic.path)
+            self._ahead = self.model.cache.prefetch(turn.route.path)
 
     def reset(self) -> None:
         """Forgets the conversation; the system message and the memory stay."""
@@ -291,7 +291,7 @@ class Session:
 
     def to_json(self) -> dict[str, Any]:
         """What `restore` needs."""
-        topic = {"path": str(self.topic.path), "decided": self.topic.decided} if self.topic else None
+        topic = asdict(self.topic) | {"path": str(self.topic.path)} if self.topic else None
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -313,7 +313,8 @@ class Session:
             if [m["role"] for m in messages] != ["user", "assistant"] * (len(messages) // 2):
                 raise ValueError("the user and the assistant do not take turns")
             system, memory, saved = str(data["system"]), str(data["memory"]), data["topic"]
-            topic = Topic(Path.parse(saved["path"]), float(saved["decided"])) if saved else None
+            said = {name: str(saved.get(name, "")) for name in ("question", "aside")} if saved else {}
+            topic = Topic(Path.parse(saved["path"]), float(saved["decided"]), **said) if saved else None
         except (KeyError, TypeError, ValueError) as error:
             raise HierMemError(f"this is not a saved conversation: {error}") from error
         self.use(memory)

@@ -31,6 +31,8 @@ import Observation
   private(set) var chips: [Chip] = []
   /// Whether the last question would have gone elsewhere by itself.
   private(set) var stayed = false
+  /// Whether the last question is like nothing in the bank, and had no memory.
+  private(set) var isFar = false
   private(set) var isAnswering = false
   private(set) var packs: [KnowledgePack] = []
   /// Bytes that have come of the packs that are being downloaded.
@@ -139,7 +141,7 @@ import Observation
   func reset() async {
     do {
       try await session?.reset()
-      (lines, chips, stayed) = ([], [], false)
+      (lines, chips, stayed, isFar) = ([], [], false, false)
     } catch {
       problem = error.localizedDescription
     }
@@ -179,6 +181,7 @@ import Observation
 
   private func show(_ start: ChatStart) {
     stayed = start.turn?.stayed ?? false
+    isFar = start.turn?.route.isFar ?? false
     chips = (start.turn?.path.prefixes ?? []).map { node in
       let label = bank?.manifest.label(of: node) ?? ""
       return Chip(

@@ -10,7 +10,7 @@ struct ChatScreen: View {
   var body: some View {
     NavigationStack {
       VStack(spacing: 8) {
-        TopicChips(chips: assistant.chips, stayed: assistant.stayed)
+        TopicChips(chips: assistant.chips, stayed: assistant.stayed, isFar: assistant.isFar)
         messages
         MemoryMeter(used: assistant.blockBytes, budget: assistant.budget)
         input
@@ -70,6 +70,7 @@ struct ChatScreen: View {
 private struct TopicChips: View {
   let chips: [Assistant.Chip]
   let stayed: Bool
+  let isFar: Bool
 
   var body: some View {
     ScrollView(.horizontal, showsIndicators: false) {
@@ -83,6 +84,7 @@ private struct TopicChips: View {
             .accessibilityHint(chip.isHere ? "" : "Not downloaded")
         }
         if stayed { Text("kept from before").foregroundStyle(.secondary) }
+        if isFar { Text("nothing like it in the bank: no memory").foregroundStyle(.secondary) }
       }
       .font(.caption)
     }

@@ -7,16 +7,23 @@ struct ChatSessionTests {
   private let golden: SessionGolden
   private let anchor: TinyAnchor
   private let model: ChatModel
+  /// The same with memory for what is near only.
+  private let narrow: ChatModel
 
   init() throws {
     golden = try SessionGolden.read()
     let bank = try Fixtures.tinyBank()
     anchor = TinyAnchor(vocabulary: 400, hidden: bank.manifest.memory.hidden, context: golden.context)
-    model = ChatModel(
-      anchor: anchor, tokenizer: try JSONTokenizer(contentsOf: Fixtures.url("inputs/digits/tokenizer.json")),
-      format: golden.format, eos: Set(golden.eos),
-      router: Router(tree: bank.tree, embedder: KnownEmbedder(vectors: golden.vectors)),
-      blocks: BlockCache(bank: bank))
+    let tokenizer = try JSONTokenizer(contentsOf: Fixtures.url("inputs/digits/tokenizer.json"))
+    let embedder = KnownEmbedder(vectors: golden.vectors)
+    let (anchor, golden) = (anchor, golden)
+    func model(_ policy: BankPolicy) -> ChatModel {
+      ChatModel(
+        anchor: anchor, tokenizer: tokenizer, format: golden.format, eos: Set(golden.eos),
+        router: Router(tree: bank.tree, embedder: embedder, policy: policy), blocks: BlockCache(bank: bank))
+    }
+    self.model = model(.open)
+    narrow = model(BankPolicy(reach: golden.reach))
   }
 
   private func say(_ session: ChatSession, _ text: String) async throws -> (start: ChatStart?, reply: String) {
@@ -30,19 +37,20 @@ struct ChatSessionTests {
     return said
   }
 
-  @Test(arguments: ["fetched", "blocked", "generic", "path", "none"])
+  @Test(arguments: ["fetched", "blocked", "generic", "path", "none", "reach"])
   func goesAsInPython(_ name: String) async throws {
     let expected = try #require(golden.sessions[name])
     let options = ChatOptions(
       memory: try MemoryChoice(parsing: expected.memory), system: expected.system, maxTokens: golden.maxTokens,
       blocked: Set(try expected.blocked.map(NodePath.init(parsing:))))
-    let session = ChatSession(model: model, options: options)
+    let session = ChatSession(model: name == "reach" ? narrow : model, options: options)
     for turn in expected.turns {
       await anchor.clearCalls()
       let (start, reply) = try await say(session, turn.text)
       #expect(Array(reply.utf8) == Array(turn.reply.utf8))
       #expect(await session.topic?.path.description ?? "" == turn.path)
       #expect(start?.turn?.stayed ?? false == turn.stayed)
+      #expect(start?.turn?.route.isFar ?? false == turn.far)
       #expect(start?.nodes.map { $0 == .generic ? "generic" : $0.description } == turn.blocks)
       #expect(await session.firstShown == turn.first)
       #expect(await anchor.calls.first == turn.prefilled)
@@ -61,7 +69,7 @@ struct ChatSessionTests {
       case .path(let path): try await blocks.fetch(path)
       }
       await anchor.attach(fetch?.memory)
-      let logits = try await anchor.logits(after: model.tokenizer.encode(prompt), at: 0)
+      let logits = try await anchor.logits(after: model.tokenizer.encode(prompt, markup: true), at: 0)
       for (found, wanted) in zip(logits, expected.logits) {
         #expect(abs(Double(found) - wanted) < 1e-4 * max(1, abs(wanted)))
       }

@@ -21,15 +21,19 @@ struct ExportTests {
     struct Turn: Decodable {
       let text: String
       let ids: [Int]
-      let vector: [Float]
       let alone: String
       let path: String
       let stayed: Bool
     }
 
+    struct Questions: Decodable {
+      let talks: [[Turn]]
+      let vectors: [String: [Float]]
+    }
+
     let texts: [Text]
     let talks: [Talk]
-    let questions: [[Turn]]
+    let questions: Questions
     let blocks: [String: [String: String]]
   }
 
@@ -48,7 +52,7 @@ struct ExportTests {
 
   @Test func tokenizesAsPython() throws {
     for golden in golden.texts {
-      #expect(try folder.tokenizer.encode(golden.text) == golden.ids, "\(golden.text.debugDescription)")
+      #expect(try folder.tokenizer.encode(golden.text, markup: true) == golden.ids, "\(golden.text.debugDescription)")
     }
   }
 
@@ -57,18 +61,16 @@ struct ExportTests {
     for talk in golden.talks {
       let prompt = try format.prompt(talk.messages)
       #expect(Array(prompt.utf8) == Array(talk.prompt.utf8))
-      #expect(try folder.tokenizer.encode(prompt) == talk.ids)
+      #expect(try folder.tokenizer.encode(format.parts(talk.messages)) == talk.ids)
     }
   }
 
   @Test func questionsGoWherePythonSendsThem() async throws {
     let (bank, retriever) = (try #require(folder.bank), try #require(folder.manifest.retriever))
     let tokenizer = try JSONTokenizer(contentsOf: folder.url.appendingPathComponent(retriever.tokenizer))
-    let turns = Array(golden.questions.joined())
-    let vectors = Dictionary(turns.map { ($0.text, $0.vector) }) { first, _ in first }
-    let router = Router(tree: bank.tree, embedder: KnownEmbedder(vectors: vectors), policy: bank.policy)
-    #expect(turns.count > 30)
-    for talk in golden.questions {
+    let router = Router(tree: bank.tree, embedder: KnownEmbedder(vectors: golden.questions.vectors), policy: bank.policy)
+    #expect(golden.questions.talks.joined().count > 30)
+    for talk in golden.questions.talks {
       var topic: Topic?
       for golden in talk {
         #expect(tokenizer.encodeFramed(golden.text, limit: retriever.lengths.last!) == golden.ids)

@@ -45,38 +45,52 @@ struct RoutingTests {
     }
   }
 
-  private struct GoldenTurn: Decodable {
-    let row: Int
-    let alone: String
-    let path: String
-    let stayed: Bool
-    let decided: Double
-    let needed: Double
+  private struct GoldenTalks: Decodable {
+    let reach: Float
+    let talks: [[GoldenTurn]]
   }
 
-  /// Real conversations, with embeddings of the real MiniLM.
+  private struct GoldenTurn: Decodable {
+    let text: String
+    let alone: String
+    let path: String
+    let topic: String
+    let stayed: Bool
+    let far: Bool
+    let decided: Double
+    let needed: Double
+    let belongs: Double?
+  }
+
+  /// Real conversations with changes of subject, with embeddings of the real MiniLM.
   @Test func turnsGoWherePythonSendsThem() async throws {
     let file = try SafetensorsFile(contentsOf: Fixtures.url("inputs/conversations.safetensors"))
     let values = try file.withBytes(of: "vectors") { bytes in
       (0..<bytes.count / 2).map { ScalarType.float16.load(bytes, $0) }
     }
-    let rows = values.count / 384
+    let texts: [String] = try Fixtures.decode("inputs/conversations.json")
     let vectors = Dictionary(
-      uniqueKeysWithValues: (0..<rows).map { ("\($0)", Array(values[$0 * 384..<($0 + 1) * 384])) })
+      uniqueKeysWithValues: texts.enumerated().map { ($1, Array(values[$0 * 384..<($0 + 1) * 384])) })
     let tree = try ClusterTree(contentsOf: Fixtures.elements.appendingPathComponent("tree.safetensors"))
-    let router = Router(tree: tree, embedder: KnownEmbedder(vectors: vectors))
-    let talks: [[GoldenTurn]] = try Fixtures.decode("turns.json")
-    #expect(talks.joined().contains { $0.stayed })
-    for talk in talks {
+    let golden: GoldenTalks = try Fixtures.decode("turns.json")
+    let router = Router(
+      tree: tree, embedder: KnownEmbedder(vectors: vectors), policy: BankPolicy(reach: golden.reach))
+    #expect(golden.talks.joined().contains { $0.stayed })
+    #expect(golden.talks.joined().filter(\.far).count > 20)
+    for talk in golden.talks {
       var topic: Topic?
       for golden in talk {
-        let turn = try await router.turn("\(golden.row)", topic: topic)
+        let turn = try await router.turn(golden.text, topic: topic)
         topic = turn.topic
         #expect(turn.alone.path.description == golden.alone)
-        #expect(turn.path.description == golden.path)
+        #expect(turn.path.description == golden.path, "\(golden.text)")
+        #expect(turn.topic.path.description == golden.topic)
         #expect(turn.stayed == golden.stayed)
+        #expect(turn.route.isFar == golden.far)
         #expect(abs(turn.decided - golden.decided) < 1e-5)
         #expect(abs(turn.needed - golden.needed) < 1e-5)
+        #expect((turn.belongs == nil) == (golden.belongs == nil))
+        #expect(abs((turn.belongs ?? 0) - (golden.belongs ?? 0)) < 1e-5)
       }
     }
   }

@@ -199,7 +199,7 @@ public actor ChatSession {
 
   private func prompt(from first: Int) throws -> [Int] {
     let system = options.system.isEmpty ? [] : [Message(.system, options.system)]
-    return try model.tokenizer.encode(model.format.prompt(system + messages[first...]))
+    return try model.tokenizer.encode(model.format.parts(system + messages[first...]))
   }
 }
 

@@ -1,27 +1,55 @@
-/// Where a turn of a conversation goes: to the path that it takes alone, or to the one the talk is on.
+/// Where a turn of a conversation goes. The rule and its settings are mlx_hiermem/router.py's.
 ///
-/// A follow-up such as "and its symbol?" does not say what it is about: it is nearly as near to one
-/// child of a node as to the next. So a turn leaves the current path only if it is decided enough,
-/// compared with the turns that chose that path. The rule and its setting are mlx_hiermem/router.py's.
+/// A turn that names its subject is decided: it is much nearer to one child of a node than to the next, compared
+/// with the turn that chose the present path. It leads to a path of its own. A follow-up such as "and its symbol?"
+/// stays on the path: it is like the question that led there, and the two asked together are no farther from the
+/// path than the question alone. What has nothing to do with the conversation gets no memory, and the path is kept
+/// for the turns after it.
 
-/// The path that a conversation is on, and how decided the turns were that put it there.
+/// A turn and its embedding.
+public struct Said: Equatable, Sendable {
+  public let text: String
+  public let vector: [Float]
+
+  public init(_ text: String, _ vector: [Float]) {
+    self.text = text
+    self.vector = vector
+  }
+}
+
+/// What a conversation is about: its path, and how decided the turns were that put it there.
 public struct Topic: Equatable, Sendable {
   public let path: NodePath
   public let decided: Double
+  /// The turn that led there; `nil` where that is not known.
+  public let question: Said?
+  /// The last turn, where it had nothing to do with the conversation.
+  public let aside: [Float]?
 
   /// How decided a turn has to be to leave, as a share of the turns that chose the path.
   public static let hysteresis = 0.5
+  /// How much a turn that does not lead has to belong to the conversation to stay on its path.
+  public static let belongs = 0.02
+  /// How much a distance from the path counts in that, beside a cosine.
+  static let pull = 2.5
 
-  public init(path: NodePath, decided: Double) {
+  public init(path: NodePath, decided: Double, question: Said? = nil, aside: [Float]? = nil) {
     self.path = path
     self.decided = decided
+    self.question = question
+    self.aside = aside
   }
 
-  /// The topic after a turn that alone takes `path`.
-  static func following(_ topic: Topic?, path: NodePath, decided: Double) -> Topic {
-    guard let topic, topic.path != .root else { return Topic(path: path, decided: decided) }
-    if path == topic.path { return Topic(path: path, decided: max(decided, topic.decided)) }
-    return decided > hysteresis * topic.decided ? Topic(path: path, decided: decided) : topic
+  /// The topic after a turn that alone takes `path`; `nil` where the turn does not lead anywhere.
+  static func following(_ topic: Topic?, path: NodePath, decided: Double, question: Said) -> Topic? {
+    guard let topic else { return Topic(path: path, decided: decided, question: question) }
+    if path == .root || decided <= hysteresis * topic.decided { return nil }
+    let most = path == topic.path ? max(decided, topic.decided) : decided
+    return Topic(path: path, decided: most, question: question)
+  }
+
+  func with(aside: [Float]?) -> Topic {
+    Topic(path: path, decided: decided, question: question, aside: aside)
   }
 }
 
@@ -29,17 +57,20 @@ public struct Topic: Equatable, Sendable {
 public struct Turn: Equatable, Sendable {
   /// Where the text goes if nothing holds it.
   public let alone: Route
+  /// Where it goes: alone, along the conversation's path, or nowhere.
+  public let route: Route
+  /// Whether it was held on the conversation's path.
+  public let stayed: Bool
   /// By what share the text is nearer to the nearest child than to the second, summed over the path's levels.
   public let decided: Double
   /// What it takes to leave the path that the conversation was on; 0 where it was on none.
   public let needed: Double
+  /// How much a turn that does not lead belongs to the conversation, where the bank has a reach.
+  public let belongs: Double?
   /// The conversation's from here on.
   public let topic: Topic
 
-  public var path: NodePath { topic.path }
-
-  /// Whether the turn was held on the path before.
-  public var stayed: Bool { topic.path != alone.path }
+  public var path: NodePath { route.path }
 }
 
 /// What the router needs of an embedder.
@@ -62,20 +93,58 @@ public struct Router: Sendable {
 
   /// Routes one turn. A topic whose path is blocked is left at once.
   ///
+  /// A bank whose reach has no end has memory for every text: there each turn that does not lead stays.
+  ///
   /// - Parameter blocked: nodes that are closed to this turn beside those of the policy.
   public func turn(_ text: String, topic: Topic?, blocked: Set<NodePath> = []) async throws -> Turn {
     let policy = policy.blocking(blocked)
-    let vector = try await embedder.embed(text)
-    let route = try tree.route(vector, policy: policy)
-    let topic = topic.flatMap { policy.blocker(of: $0.path) == nil ? $0 : nil }
-    let decided = tree.decidedness(of: vector, on: route.path)
-    return Turn(
-      alone: route, decided: decided, needed: Topic.hysteresis * (topic?.decided ?? 0),
-      topic: .following(topic, path: route.path, decided: decided))
+    let said = Said(text, try await embedder.embed(text))
+    let alone = try tree.route(said.vector, policy: policy)
+    let topic = topic.flatMap { $0.path != .root && policy.blocker(of: $0.path) == nil ? $0 : nil }
+    let decided = tree.decidedness(of: said.vector, on: alone.path)
+    let needed = Topic.hysteresis * (topic?.decided ?? 0)
+    func turn(_ route: Route, stayed: Bool = false, belongs: Double? = nil, _ topic: Topic) -> Turn {
+      Turn(
+        alone: alone, route: route, stayed: stayed, decided: decided, needed: needed, belongs: belongs, topic: topic)
+    }
+    let after = Topic.following(topic, path: alone.path, decided: decided, question: said)
+    if let after { return turn(alone, after) }
+    guard let topic else { preconditionFailure("a first turn leads") }
+    let belongs = policy.reach < .infinity ? try await belonging(said, topic) : nil
+    if let belongs, belongs <= Topic.belongs {
+      let nowhere = Route(path: .root, distances: [], avoided: alone.avoided, isFar: true)
+      return turn(nowhere, belongs: belongs, topic.with(aside: said.vector))
+    }
+    let held = Route(
+      path: topic.path, distances: tree.distances(from: said.vector, along: topic.path), avoided: alone.avoided)
+    return turn(held, stayed: topic.path != alone.path, belongs: belongs, topic.with(aside: nil))
+  }
+
+  /// How much a turn belongs to a conversation: near to the question that chose the path, nearer than to an aside
+  /// just before it; and asked behind that question it does not pull it away from the path.
+  private func belonging(_ said: Said, _ topic: Topic) async throws -> Double {
+    guard let question = topic.question else { return .infinity }
+    let together = try await embedder.embed("\(question.text) \(said.text)")
+    let away = topic.aside.map { max(0, dot(said.vector, $0)) } ?? 0
+    let pull =
+      tree.distances(from: together, along: topic.path).last!
+      - tree.distances(from: question.vector, along: topic.path).last!
+    return dot(said.vector, question.vector) - away - Topic.pull * Double(pull)
   }
 }
 
+private func dot(_ a: [Float], _ b: [Float]) -> Double {
+  Double(zip(a, b).reduce(Float(0)) { $0 + $1.0 * $1.1 })
+}
+
 extension ClusterTree {
+  /// From an embedding to each node of a path, level 1 first.
+  func distances(from embedding: [Float], along path: NodePath) -> [Float] {
+    path.children.indices.map { level in
+      distances(from: embedding, toChildrenOf: NodePath(path.children[..<level]))[path.children[level]]
+    }
+  }
+
   /// By what share an embedding is nearer to the nearest child than to the second, summed over a path's levels.
   func decidedness(of embedding: [Float], on path: NodePath) -> Double {
     path.children.indices.reduce(0) { total, level in

@@ -46,11 +46,22 @@ public struct ChatFormat: Decodable, Equatable, Sendable {
   /// Whether there is a place for a system message.
   public var takesSystemMessage: Bool { marks["start>system"] != nil }
 
+  /// A piece of a prompt: what stands between the messages, or what a message says.
+  public struct Part: Equatable, Sendable {
+    public let text: String
+    public let isMessage: Bool
+  }
+
   /// The prompt of a conversation, ready for the assistant's words.
   ///
   /// - Throws: ``HierMemError`` of kind `usage` where the template has no place for a message.
   public func prompt(_ messages: [Message]) throws -> String {
-    var text = ""
+    try parts(messages).map(\.text).joined()
+  }
+
+  /// The same in parts, so that what is said can be told from the template's own marks.
+  public func parts(_ messages: [Message]) throws -> [Part] {
+    var parts: [Part] = []
     var before = "start"
     for message in messages {
       var said = trim
@@ -59,10 +70,11 @@ public struct ChatFormat: Decodable, Equatable, Sendable {
         let spoken = said.components(separatedBy: thoughts).last ?? said
         said = String(spoken.drop { $0 == "\n" })
       }
-      text += try mark(before, message.role.rawValue) + said
+      parts.append(Part(text: try mark(before, message.role.rawValue), isMessage: false))
+      parts.append(Part(text: said, isMessage: true))
       before = message.role.rawValue
     }
-    return text + (try mark(before, "reply"))
+    return parts + [Part(text: try mark(before, "reply"), isMessage: false)]
   }
 
   private func mark(_ before: String, _ next: String) throws -> String {

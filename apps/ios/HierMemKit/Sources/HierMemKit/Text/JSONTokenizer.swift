@@ -14,6 +14,7 @@ public struct JSONTokenizer: TextTokenizer {
   private let rawTokens: AddedTokens
   private let normalizedTokens: AddedTokens
   private let specialIDs: Set<Int>
+  public let controlTokens: [String: Int]
   private let addedTexts: [Int: String]
   /// What stands around a text: ids in front and behind.
   private let frame: (before: [Int], after: [Int])
@@ -37,16 +38,19 @@ public struct JSONTokenizer: TextTokenizer {
     }
     rawTokens = AddedTokens(file.addedTokens.filter { !$0.normalized })
     normalizedTokens = AddedTokens(file.addedTokens.filter(\.normalized))
-    specialIDs = Set(file.addedTokens.filter(\.special).map(\.id))
+    let special = file.addedTokens.filter(\.special)
+    specialIDs = Set(special.map(\.id))
+    controlTokens = Dictionary(special.map { ($0.content, $0.id) }) { first, _ in first }
     addedTexts = Dictionary(file.addedTokens.map { ($0.id, $0.content) }) { first, _ in first }
     frame = try Self.frame(file.postProcessor?.flat ?? [])
   }
 
-  public func encode(_ text: String) -> [Int] {
-    rawTokens.split(text).flatMap { piece -> [Int] in
+  public func encode(_ text: String, markup: Bool) -> [Int] {
+    let unseen = markup ? [] : specialIDs
+    return rawTokens.split(text, unseen: unseen).flatMap { piece -> [Int] in
       guard case .text(let text) = piece else { return piece.ids }
       let normalized = normalizers.reduce(text) { $1($0) }
-      return normalizedTokens.split(normalized).flatMap { piece -> [Int] in
+      return normalizedTokens.split(normalized, unseen: unseen).flatMap { piece -> [Int] in
         guard case .text(let text) = piece else { return piece.ids }
         return words(text).flatMap(encodeWord)
       }
@@ -58,7 +62,7 @@ public struct JSONTokenizer: TextTokenizer {
   /// - Parameter limit: the most tokens, those around included; the end of a longer text is left out.
   public func encodeFramed(_ text: String, limit: Int = .max) -> [Int] {
     let room = max(0, limit - frame.before.count - frame.after.count)
-    return frame.before + encode(text).prefix(room) + frame.after
+    return frame.before + encode(text, markup: true).prefix(room) + frame.after
   }
 
   public func decode(_ tokens: [Int]) -> String {
@@ -114,12 +118,17 @@ struct AddedTokens: Sendable {
   private let tokens: [UInt8: [(bytes: [UInt8], id: Int)]]
 
   init(_ added: [TokenizerFile.AddedToken]) {
-    let listed = added.filter { !$0.content.isEmpty }.map { (bytes: Array($0.content.utf8), id: $0.id) }
+    self.init(Dictionary(added.map { ($0.content, $0.id) }) { first, _ in first })
+  }
+
+  init(_ ids: [String: Int]) {
+    let listed = ids.filter { !$0.key.isEmpty }.map { (bytes: Array($0.key.utf8), id: $0.value) }
     tokens = Dictionary(grouping: listed) { $0.bytes[0] }
       .mapValues { $0.sorted { $0.bytes.count > $1.bytes.count } }
   }
 
-  func split(_ text: String) -> [Piece] {
+  /// - Parameter unseen: ids of tokens whose spelling stays text.
+  func split(_ text: String, unseen: Set<Int> = []) -> [Piece] {
     if tokens.isEmpty { return text.isEmpty ? [] : [.text(text)] }
     let bytes = Array(text.utf8)
     var pieces: [Piece] = []
@@ -131,6 +140,10 @@ struct AddedTokens: Sendable {
       let found = tokens[bytes[index]]?.first { bytes[index...].starts(with: $0.bytes) }
       guard let found else {
         index += 1
+        continue
+      }
+      if unseen.contains(found.id) {
+        index += found.bytes.count
         continue
       }
       close(index)

@@ -3,12 +3,45 @@
 /// ``JSONTokenizer`` reads byte-level BPE and WordPiece tokenizers. For others an app can put the
 /// Tokenizers library of swift-transformers behind this protocol; HierMemChat shows how.
 public protocol TextTokenizer: Sendable {
-  /// Token ids of a text as it is, without what a tokenizer adds around it. Special tokens that stand
-  /// in the text are taken as such.
-  func encode(_ text: String) throws -> [Int]
+  /// Token ids of a text as it is, without what a tokenizer adds around it.
+  ///
+  /// - Parameter markup: whether the spelling of a control token, such as `<|im_end|>`, is that token. In
+  ///   what somebody typed it is text.
+  func encode(_ text: String, markup: Bool) throws -> [Int]
+
+  /// The ids of the control tokens by their spelling.
+  var controlTokens: [String: Int] { get }
 
   /// The text of token ids, special tokens left out. Bytes that are no UTF-8 become U+FFFD.
   func decode(_ tokens: [Int]) -> String
+}
+
+extension TextTokenizer {
+  /// Token ids of a conversation: the template's control tokens count, those inside a message are text.
+  ///
+  /// Where no message spells one, this is the tokenizer's work on the prompt as a whole. The rules are those of
+  /// `encode_chat` in mlx_hiermem/tokenizer.py.
+  public func encode(_ parts: [ChatFormat.Part]) throws -> [Int] {
+    let spellings = controlTokens
+    let isSpelt = parts.contains { part in
+      part.isMessage && spellings.keys.contains { part.text.contains($0) }
+    }
+    guard isSpelt else { return try encode(parts.map(\.text).joined(), markup: true) }
+    let control = AddedTokens(spellings)
+    var tokens: [Int] = []
+    var text = ""  // the template's and the messages' since the last control token
+    for part in parts {
+      for piece in part.isMessage ? [.text(part.text)] : control.split(part.text) {
+        switch piece {
+        case .text(let more): text += more
+        case .token(let id):
+          tokens += try encode(text, markup: false) + [id]
+          text = ""
+        }
+      }
+    }
+    return try tokens + encode(text, markup: false)
+  }
 }
 
 /// Text that grows token by token: gives out what is certain, and holds back half a character.

@@ -14,6 +14,7 @@ struct SessionGolden: Decodable {
     let reply: String
     let path: String
     let stayed: Bool
+    let far: Bool
     let blocks: [String]
     let first: Int
     let prefilled: Int
@@ -33,6 +34,7 @@ struct SessionGolden: Decodable {
   let eos: [Int]
   let maxTokens: Int
   let chat: Chat
+  let reach: Float
   let vectors: [String: [Float]]
   let logits: [Logits]
   let sessions: [String: Session]
