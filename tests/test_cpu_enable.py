@@ -11,13 +11,12 @@ import pytest
 from tiny import make_model
 
 from mlx_hiermem import cpu
-from mlx_hiermem.cpu import blas
 
 pytestmark = pytest.mark.slow
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="for Linux")
 COMMAND = "from mlx_hiermem.apps.cli.main import main; main()"
-MISSING = "from mlx_hiermem.cpu import blas; blas.NAMES = ('libnone.so',); "
+MISSING = "from mlx_hiermem import cpu; cpu.NAMES = ('libnone.so',); "
 LOADED = "maps = open('/proc/self/maps').read(); print('libopenblas.so' in maps or 'openblas-pthread' in maps)"
 INSTALLED = "from mlx_hiermem import cpu; print(cpu.enable(), cpu.enable())"
 
@@ -66,7 +65,7 @@ def test_where_there_is_something_to_say(
     lines: list[str] = []
     monkeypatch.setattr(cpu, "_say", None)
     monkeypatch.setattr(cpu, "_blas", None)
-    monkeypatch.setattr(blas, "NAMES", ())
+    monkeypatch.setattr(cpu, "NAMES", ())
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(device))
     cpu.report_slow_blas()  # a program that did not call `enable` is told nothing

@@ -11,25 +11,26 @@ Not for use by several threads; only `bring`, which moves files, may run on anot
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 
+from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.block import block_name
+from mlx_hiermem.cache import BlockCache, Fetch
 from mlx_hiermem.config import GENERIC_NODE, MemoryChoice, Path
 from mlx_hiermem.errors import ArgumentError, HierMemError
+from mlx_hiermem.memory.attach import Attachment
 from mlx_hiermem.memory.table import NOTHING, MemoryTable
 from mlx_hiermem.response import GrowingText, Response
 from mlx_hiermem.sampling import Sampling
 from mlx_hiermem.selection import Selection
-
-if TYPE_CHECKING:
-    from mlx_hiermem.model import MemoryModel
 
 REMEMBERED_PROMPTS = 64  # prefixes kept at most, within the byte budget
 
@@ -79,10 +80,32 @@ class _Growing:
         return Response(self._text.text, reason, self._selection, self._prompt, self._generated, speed)
 
 
+class BatchedModel(Protocol):
+    """What a batch needs of a `MemoryModel`."""
+
+    @property
+    def anchor(self) -> nn.Module: ...
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+    @property
+    def bank(self) -> MemoryBank | None: ...
+    @property
+    def cache(self) -> BlockCache | None: ...
+    @property
+    def attachment(self) -> Attachment | None: ...
+    @property
+    def vocabulary(self) -> int: ...
+    @property
+    def context(self) -> int | None: ...
+    def fetch(self, chosen: Selection) -> Fetch | None: ...
+
+
 class MemoryBatch:
     """`add` sequences whenever there is `room`, and `step` while there are any."""
 
-    def __init__(self, model: MemoryModel, max_sequences: int = 8, prefix_cache_bytes: int = 512 << 20) -> None:
+    def __init__(self, model: BatchedModel, max_sequences: int = 8, prefix_cache_bytes: int = 512 << 20) -> None:
         """`model` is the default of `add`; others must have the same anchor in memory (`MemoryModel.beside`)."""
         if not isinstance(max_sequences, int) or max_sequences < 1:
             raise ArgumentError(f"max_sequences is {max_sequences!r}", "It is a whole number, 1 or more.")
@@ -111,7 +134,7 @@ class MemoryBatch:
     def room(self) -> bool:
         return len(self) < self.max_sequences
 
-    def missing(self, chosen: Selection, model: MemoryModel | None = None) -> list[Path]:
+    def missing(self, chosen: Selection, model: BatchedModel | None = None) -> list[Path]:
         """The nodes whose blocks are wanted and still on the hub."""
         model = model or self.model
         bank = model.bank
@@ -121,7 +144,7 @@ class MemoryBatch:
         cached = model.cache
         return [n for n in nodes if not (cached and n in cached) and not (bank.root / block_name(n)).is_file()]
 
-    def bring(self, chosen: Selection, model: MemoryModel | None = None) -> None:
+    def bring(self, chosen: Selection, model: BatchedModel | None = None) -> None:
         """Downloads what is `missing`. Raises HubError."""
         model = model or self.model
         remote = model.bank.remote if model.bank else None
@@ -130,7 +153,7 @@ class MemoryBatch:
                 remote.bring(node, block_name(node))
 
     def add(
-        self, tokens: list[int], chosen: Selection, sampling: Sampling, model: MemoryModel | None = None
+        self, tokens: list[int], chosen: Selection, sampling: Sampling, model: BatchedModel | None = None
     ) -> tuple[int, Selection]:
         """Fetches the memory chosen and queues a prompt with it; returns the sequence's id, and what was fetched.
 
@@ -261,7 +284,7 @@ class MemoryBatch:
 class _Batched:
     """The anchor as BatchGenerator calls it: it takes the rows off the caches and attaches them."""
 
-    def __init__(self, model: MemoryModel) -> None:
+    def __init__(self, model: BatchedModel) -> None:
         self.anchor = model.anchor
         self.table = MemoryTable(model.attachment) if model.attachment else None
         self.real_vocabulary = model.config.get("effective_vocab_size")
