@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import re
 import signal
@@ -206,7 +207,10 @@ class TestReplies:
         ],
     )
     def test_others_have_none(self, reply: str) -> None:
-        assert parse_reply(reply, "texts", "D") == []
+        assert parse_reply(reply, "texts", "D") is None
+
+    def test_one_may_have_nothing_to_say(self) -> None:
+        assert parse_reply('{"texts": []}', "texts", "D") == []
 
     def test_every_form_says_how_its_reply_looks(self) -> None:
         window = Window(0, 0, "a.txt", "Propane {task}", PASSAGES["Propane"])
@@ -275,6 +279,10 @@ class TestServer:
         assert counts(corpus)["no use"] == counts(corpus)["unsupported"] == 0
         assert re.match(r"about [\d,]+ tokens to write for \d+ tokens in 3 windows, [\d,]+ to read, about", said[0])
         assert not corpus.work.path("study.parts").exists()
+
+    def test_none_of_its_questions_need_be_held_out(self, corpus: Corpus, serve: Callable[..., str]) -> None:
+        study(corpus.work, corpus, taught(serve(), replace(SETTINGS, measured=False)))
+        assert all(row["learnt"] for row in read_rows(corpus.work.path(STUDY)))
 
     def test_no_more_is_asked_for_than_is_wanted(self, corpus: Corpus, serve: Callable[..., str]) -> None:
         study(corpus.work, corpus, taught(serve(), StudySettings(amount=0.1)))
@@ -463,6 +471,61 @@ class TestInterrupted:
         first = writer.write(requests, kept)
         again = Replies(tmp_path / "replies")
         assert ServerWriter("http://127.0.0.1:9/v1").write(requests, again) == first
+
+
+@pytest.fixture(scope="module")
+def anchor(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The folder of a tiny model without memory."""
+    folder = tmp_path_factory.mktemp("tiny") / "tiny"
+    make_anchor(folder / "anchor")
+    return folder
+
+
+def valleys(folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+    """More documents than are studied together, and a study file about them."""
+    docs, lines = folder / "valleys.jsonl", folder / "valleys-study.jsonl"
+    beginnings, ends = ("Ash", "Birch", "Cal", "Dun", "Elm", "Far"), ("dale", "ford", "ley", "ton", "wick", "den")
+    names = [f"{beginning}{end}" for beginning in beginnings for end in ends]
+    with docs.open("w") as texts, lines.open("w") as study_file:
+        for farms, name in enumerate(names, 100):
+            text = f"The valley of {name} has {farms} farms."
+            texts.write(json.dumps({"title": name, "text": text}) + "\n")
+            rows = (
+                question(name, f"how many farms are in {name}", str(farms)),
+                chat(name, f"Tell me of {name}.", text),
+            )
+            for row in (*rows, question(name, f"Which valley has {farms} farms?", name)):
+                study_file.write(json.dumps(row) + "\n")
+    return docs, lines
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_two_ranks_make_the_model_of_one(
+    anchor: pathlib.Path, tmp_path: pathlib.Path, two_ranks: list[str]
+) -> None:
+    docs, lines = valleys(tmp_path)
+    (tmp_path / "learn.toml").write_text("[training]\nepochs = 1\n[study]\nat_once = 4\n")
+    script, models = str(pathlib.Path(sys.executable).with_name("hiermem")), list[dict[str, bytes]]()
+    with replay.replaying(replay.Study(lines)) as url:
+        for before, out in (([], tmp_path / "one"), (two_ranks, tmp_path / "two")):
+            call = [script, "learn", str(docs), str(out), "--anchor", str(anchor), "--teacher-url", url]
+            done = subprocess.run(
+                [*before, *call, "--config", str(tmp_path / "learn.toml")],
+                capture_output=True,
+                text=True,
+                timeout=300,
+                env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+            )
+            assert done.returncode == 0, done.stderr
+            assert "tokens to write for" in done.stdout
+            models.append({
+                str(file.relative_to(out)): file.read_bytes()
+                for file in sorted(out.rglob("*"))
+                if file.is_file() and (file.is_relative_to(out / "bank") or file.name == "written.jsonl")
+            })  # fmt: skip
+    assert models[0] == models[1]
+    assert len(models[0]["learning/written.jsonl"].splitlines()) == 3 * 36
 
 
 class TestModels:

@@ -59,6 +59,7 @@ class StudySettings:
     """How much self-study writes, and how it is tried before it is kept."""
 
     amount: float = 10.0  # tokens of study for each token of a document, where the teacher writes freely
+    measured: bool = True  # keep one in ten of its questions out of what is learnt, to measure the routing by
     at_once: int = 8  # requests that a teacher's server is sent at a time
     timeout: float = 600.0  # seconds until a teacher's server must have answered
     questions: int = 5  # wordings in which a fact is asked for, at most

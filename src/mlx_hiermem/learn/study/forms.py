@@ -68,13 +68,13 @@ def forms() -> Forms:
     return Forms(file_digest(FILE), data["temperature"], **texts, reply=data["reply"], forms=rows)
 
 
-def parse_reply(reply: str, kind: str, document: str) -> list[Prompt]:
-    """The records in a reply; items that lack a part are passed over. None where there is no JSON with any."""
+def parse_reply(reply: str, kind: str, document: str) -> list[Prompt] | None:
+    """The records in a reply; items that lack a part are passed over. None where it is no list in JSON."""
     for value in _json_in(reply) if len(reply) <= LONGEST else ():
-        items = _items(value, kind)
-        if found := [one for item in items if (one := MAKERS[kind](document, item))]:
-            return found
-    return []
+        if (items := _items(value, kind)) is not None:
+            found = [one for item in items if (one := MAKERS[kind](document, item))]
+            return found if found or not items else None
+    return None
 
 
 def _json_in(reply: str) -> Iterator[Any]:
@@ -89,12 +89,12 @@ def _json_in(reply: str) -> Iterator[Any]:
             continue
 
 
-def _items(value: Any, kind: str) -> list[Any]:
+def _items(value: Any, kind: str) -> list[Any] | None:
     """A list, or the one that an object holds under the kind's name or alone."""
     if isinstance(value, dict):
         lists = [one for one in value.values() if isinstance(one, list)]
         value = value.get(kind, lists[0] if len(lists) == 1 else None)
-    return value if isinstance(value, list) else []
+    return value if isinstance(value, list) else None
 
 
 def _parts(item: Any, *names: str) -> list[str] | None:

@@ -49,10 +49,10 @@ class Notes:
         """How much of what is wanted there is."""
         return min(1.0, self.tokens / max(self.wanted, 1.0))
 
-    def read(self, reply: str, form: Form) -> list[Prompt]:
-        """A reply's records; none where it is of no use: no JSON, about something else, in another language."""
+    def read(self, reply: str, form: Form) -> list[Prompt] | None:
+        """A reply's records; None where it is of no use: no JSON, about something else, in another language."""
         found = parse_reply(reply, form.kind, self.window.title or self.window.source)
-        return found if found and self.source.shares(found) else []
+        return found if found is not None and self.source.shares(found) else None
 
     def take(self, found: Sequence[Prompt]) -> None:
         """Keeps what the window supports and was not there before."""
@@ -146,15 +146,15 @@ class FreeStudy:
             asked += sum(self.count(request.text) for request in requests)
             useless = list[Notes]()
             for note, reply in zip(notes, self.writer.write(requests, kept), strict=True):
-                found = note.read(reply, form) if reply is not None else []
-                note.take(found)
-                if not found:
+                found = note.read(reply, form) if reply is not None else None
+                note.take(found or ())
+                if reply is None:
+                    note.counts["unanswered"] += 1
+                elif found is None and not again:
                     useless.append(note)
-                if again or found or reply is None:
-                    note.counts["replies"] += reply is not None
-                    note.counts["no use"] += reply is not None and not found
-                    note.counts["unanswered"] += reply is None
-            notes = [note for note in useless if not again]
+                else:
+                    note.counts.update({"replies": 1, "no use": found is None})
+            notes = useless
         return asked
 
     def _request(self, note: Notes, form: Form, turn: int, again: bool) -> Request:

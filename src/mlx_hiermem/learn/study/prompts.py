@@ -106,9 +106,7 @@ def about_windows(corpus: Corpus, given: Sequence[Prompt]) -> list[Row]:
         if common < 0:
             raise not_there(one.document, "a prompt")
     rows = [
-        row
-        for one, (_, window, of) in zip(given, best, strict=True)
-        for row in rows_of(one, window, of, given=True)
+        row for one, (_, window, of) in zip(given, best, strict=True) for row in rows_of(one, window, of, "given")
     ]
     return sorted(rows, key=_window)
 
@@ -136,14 +134,14 @@ def _words(text: str) -> set[str]:
     return set(re.findall(r"\w+", text.lower()))
 
 
-def rows_of(one: Prompt, window: int, subject: str, given: bool) -> list[Row]:
-    """What a prompt is learnt as. Of what is not `given`, one question in ten is held out (see `probes`)."""
-    row: dict[str, Any] = {"window": window, "answer": one.answer} | ({"given": True} if given else {})
+def rows_of(one: Prompt, window: int, subject: str, mark: str) -> list[Row]:
+    """What a prompt is learnt as. Without a mark, "given" or "learnt", one question in ten is held out instead."""
+    row: dict[str, Any] = {"window": window, "answer": one.answer} | ({mark: True} if mark else {})
     if not one.prompt:
         return [row]  # a text is learnt as it stands
     row |= {"prompt": one.prompt, "chat": one.chat}
     if names(one.answer, subject) and not names(one.prompt, subject):
         row |= {"reversed": True}
     if not one.framed:
-        return [row | ({"question": one.prompt} if one.chat and not given else {})]
+        return [row | ({"question": one.prompt} if one.chat and mark != "given" else {})]
     return [row | {"question": one.prompt, "prompt": FRAME.format(one.prompt)}, row | {"chat": True}]

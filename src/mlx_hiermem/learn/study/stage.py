@@ -30,7 +30,7 @@ from mlx_hiermem.learn.parts import help_make_parts, make_parts
 from mlx_hiermem.learn.settings import StudySettings
 from mlx_hiermem.learn.study.checks import same_words
 from mlx_hiermem.learn.study.forms import forms
-from mlx_hiermem.learn.study.free import TRIED, FreeStudy, Trial
+from mlx_hiermem.learn.study.free import TRIED, TURNS, FreeStudy, Trial
 from mlx_hiermem.learn.study.prompts import prompt_of, rows_of
 from mlx_hiermem.learn.study.replies import Replies
 from mlx_hiermem.learn.study.study import TOGETHER, in_patterns
@@ -131,14 +131,21 @@ class _Stage:
         """How the writer did on a few windows, which is found out once; None where there is no writer."""
         if self.teaching.writer is None:
             return None
-        file = self.folder / f"{self.mark}-trial.json"
+        file = self._trial_file
         if not file.exists():
             numbers = dict.fromkeys(self.corpus.count * i // TRIED for i in range(TRIED))
             found = self.writing.trial(list(self.corpus.read(numbers)), Replies(file.with_suffix(".replies")))
             if not (found.able or self.teaching.load):
                 return found  # which stops this run; the next one asks again
             write_text(file, json.dumps(found.to_json()) + "\n")
-        return Trial(**json.loads(file.read_text(encoding="utf-8")))
+        return self._read_trial()
+
+    @property
+    def _trial_file(self) -> pathlib.Path:
+        return self.folder / f"{self.mark}-trial.json"
+
+    def _read_trial(self) -> Trial:
+        return Trial(**json.loads(self._trial_file.read_text(encoding="utf-8")))
 
     @property
     def free(self) -> bool:
@@ -184,7 +191,10 @@ class _Stage:
         self.folder.rmdir()
 
     def help(self, wanted: Callable[[], bool]) -> None:
-        free = self.free
+        """Some of it, for the first rank, which has made its trial."""
+        free = False
+        with contextlib.suppress(FileNotFoundError):  # the work may be done before this rank has come to it
+            free = self.teaching.writer is not None and self._read_trial().able
 
         def write(part: _Part, file: pathlib.Path) -> None:
             self._write(part, file, unheard_fraction)
@@ -206,7 +216,7 @@ class _Stage:
         if not part.free:
             in_patterns(part.windows, self.teacher, self.teaching.settings, part.number, file, tell)
             return
-        kept = Replies(file.with_suffix(".replies"), self.folder / f"{self.mark}-trial.replies")
+        kept = Replies(file.with_suffix(".replies"), self._trial_file.with_suffix(".replies"))
         write_rows(file, self.writing.records([window for window, _ in part.windows], kept, tell))
         kept.file.unlink(missing_ok=True)
 
@@ -218,11 +228,12 @@ class _Stage:
         pairs = with_rows(
             with_subjects(self.corpus.windows()), self.work.path(WRITTEN), lambda pair: int(pair[0].id)
         )
+        mark = "" if self.teaching.settings.measured else "learnt"
         learnt = (
             row
             for (window, subject), own in pairs
             for record in own
-            for row in rows_of(prompt_of(record), window.id, subject, given=False)
+            for row in rows_of(prompt_of(record), window.id, subject, mark)
         )
         write_rows(self.work.path(STUDY), learnt)
         write_text(self.work.path(STUDIED), json.dumps(counts) + "\n")
@@ -233,7 +244,7 @@ class _Stage:
         assert trial is not None
         own = sum(self.teaching.count(window.text) for window in self.corpus.windows())
         tokens = self.teaching.settings.amount * own
-        turns = tokens / max(trial.tokens * windows, 1.0)  # through all forms, for a window
+        turns = min(tokens / max(trial.tokens * windows, 1.0), TURNS)  # through all forms, for a window
         return (
             f"about {tokens:,.0f} tokens to write for {own:,} tokens in {windows:,} windows, "
             f"{turns * trial.asked * windows:,.0f} to read, {_time(turns * trial.seconds * windows)}"

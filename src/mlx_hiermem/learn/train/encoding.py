@@ -26,7 +26,7 @@ from mlx_hiermem.learn.corpus.windows import Window
 from mlx_hiermem.learn.settings import ExampleSettings
 from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.tree.build import CorpusTree, descend
-from mlx_hiermem.learn.tree.probes import FRAME, about, is_held_out, with_subjects
+from mlx_hiermem.learn.tree.probes import FRAME, about, is_held_out, is_learnt, with_subjects
 from mlx_hiermem.learn.work import Work, with_rows
 from mlx_hiermem.router import TextEmbedder
 from mlx_hiermem.tokenizer import encode_chat, encode_text, spells_control
@@ -186,11 +186,11 @@ def _of_row(
         return
     if not answer.strip():
         return
-    given = bool(row.get("given"))
-    ends = given or "question" in row
+    always = is_learnt(row)
+    ends = always or "question" in row
     asked, said = encoder.prompt(prompt, chat), encoder.answer(prompt, answer, chat, ends)
     teacher = encoder.prompt(with_context(window.text, prompt), chat) if teachers else None
-    out = not given and is_held_out(window.id, row.get("question") or prompt)
+    out = not always and is_held_out(window.id, row.get("question") or prompt)
     yield Draft(_example(asked, said, window, teacher), leaves, prompt, not out, out)
 
 

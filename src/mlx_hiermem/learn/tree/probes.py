@@ -196,9 +196,14 @@ def _studied(corpus: Corpus) -> Iterator[tuple[int, list[Row]]]:
 def _parted(studied: Sequence[Row], turned: bool) -> tuple[list[Row], list[str]]:
     """Of the rows that are reversed, or those that are not: self-study's, and the texts of the given ones."""
     rows = [row for row in studied if bool(row.get("reversed")) == turned]
-    given = [row for row in rows if row.get("given")]
+    given = [row for row in rows if is_learnt(row)]
     texts = [text for row in given for text in (row.get("question"), row.get("prompt")) if text]
-    return [row for row in rows if not row.get("given")], texts
+    return [row for row in rows if not is_learnt(row)], texts
+
+
+def is_learnt(row: Row) -> bool:
+    """Whether a row is learnt in any case, and so never held out."""
+    return bool(row.get("given") or row.get("learnt"))
 
 
 def _asked(window: int, rows: Iterable[Row], also: str = "question", held_out: bool = False) -> list[str]:
