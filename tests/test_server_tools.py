@@ -6,6 +6,7 @@ import json
 import pathlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -46,17 +47,17 @@ DICTATED = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    folder = make_model(tmp_path_factory.mktemp("tools") / "model")
-    file = folder / "anchor" / "tokenizer_config.json"
+def with_tools(folder: pathlib.Path) -> pathlib.Path:
+    """A tiny model whose chat template has tools."""
+    file = make_model(folder) / "anchor" / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": TEMPLATE}))
     return folder
 
 
-@pytest.fixture(scope="module")
-def client(folder: pathlib.Path) -> Iterator[openai.OpenAI]:
-    """Of a server whose model says what the seed of a request stands for."""
+@contextmanager
+def dictating(place: pathlib.Path) -> Iterator[openai.OpenAI]:
+    """The client of a server whose model says what the seed of a request stands for."""
+    folder = with_tools(place / "model")
     tokenizer = tiny_model(folder).tokenizer
     processors = Sampling.processors
 
@@ -80,6 +81,12 @@ def client(folder: pathlib.Path) -> Iterator[openai.OpenAI]:
     with pytest.MonkeyPatch.context() as patch, serving(larger) as running:
         patch.setattr(Sampling, "processors", dictated)
         yield running.client
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+    with dictating(tmp_path_factory.mktemp("tools")) as client:
+        yield client
 
 
 def chat(client: openai.OpenAI, seed: int, **options: Any) -> Any:
@@ -139,13 +146,13 @@ def test_calls_in_company(client: openai.OpenAI) -> None:
         assert list(pool.map(lambda seed: summary(chat(client, seed)), DICTATED)) == alone
 
 
-def test_the_whole_round(client: openai.OpenAI, folder: pathlib.Path) -> None:
+def test_the_whole_round(client: openai.OpenAI, tmp_path: pathlib.Path) -> None:
     """A call, its result, an answer: as a client goes on, and as the template gets it."""
     called = chat(client, 1).choices[0].message
     result = {"role": "tool", "tool_call_id": called.tool_calls[0].id, "content": "197 u"}
     answer = chat(client, 6, messages=[*ASKED, called, result])
     assert answer.choices[0].message.content == DICTATED[6]
-    model = tiny_model(folder)
+    model = tiny_model(with_tools(tmp_path / "model"))
     expected = (
         'tool weight {"type": "object", "properties": {"of": {"type": "string"}}}\n<user>gold?'
         '<assistant><tool_call>weight{"of": "gold", "né": 1}<tool>197 u<assistant>'

@@ -22,8 +22,10 @@ from mlx_hiermem.apps.server.embeddings import embed
 from mlx_hiermem.apps.server.engine import Engine
 from mlx_hiermem.apps.server.generate import Service
 from mlx_hiermem.apps.server.guard import Guard, refused
+from mlx_hiermem.apps.server.items import ResponsesRequest
 from mlx_hiermem.apps.server.metrics import Counting, Metrics
 from mlx_hiermem.apps.server.refusal import ApiError
+from mlx_hiermem.apps.server.responses import Responses
 from mlx_hiermem.apps.server.schema import (
     ChatRequest,
     CompletionRequest,
@@ -89,6 +91,21 @@ def _add_openai(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions")
     async def chat(asked: ChatRequest, request: Request) -> Response:
         return await service.chat(asked, request)
+
+    responses = Responses(service)
+
+    @app.post("/v1/responses")
+    async def respond(asked: ResponsesRequest, request: Request) -> Response:
+        return await responses.answer(asked, request)
+
+    @app.get("/v1/responses/{name}")
+    async def response(name: str) -> dict[str, Any]:
+        return responses.stored.get(name)[1]
+
+    @app.delete("/v1/responses/{name}")
+    async def delete_response(name: str) -> dict[str, Any]:
+        responses.stored.drop(name)
+        return {"id": name, "object": "response", "deleted": True}
 
     @app.post("/v1/embeddings")
     async def embeddings(asked: EmbeddingRequest) -> dict[str, Any]:

@@ -69,19 +69,19 @@ class Service:
         return Catalogue(self.engine.models, self.any_model)
 
     async def chat(self, asked: ChatRequest, request: Request) -> Response:
-        named, asked = self.catalogue.find(asked.model), self._filled(asked)
+        named, asked = self.catalogue.find(asked.model), self.filled(asked)
         jobs = await run_in_threadpool(chat_jobs, named, asked)
         answer = ChatAnswer(named.name, named.model.tokenizer, asked.top)
         return await self._answer(asked, request, answer, jobs)
 
     async def complete(self, asked: CompletionRequest, request: Request) -> Response:
-        named, asked = self.catalogue.find(asked.model), self._filled(asked)
+        named, asked = self.catalogue.find(asked.model), self.filled(asked)
         prompts = await run_in_threadpool(lambda: [_prompt(named.model, prompt) for prompt in asked.prompt])
         jobs = _jobs(named, asked, prompts, asked.max_tokens or COMPLETION, asked.logprobs)
         answer = CompletionAnswer(named.name, named.model.tokenizer, asked.logprobs)
         return await self._answer(asked, request, answer, jobs)
 
-    def _filled(self, asked: Asked) -> Asked:
+    def filled(self, asked: Asked) -> Asked:
         """The request with the server's defaults where it does not say."""
         given = set(asked.model_fields_set)
         if isinstance(asked, ChatRequest) and asked.max_completion_tokens:
