@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
+from tiny import make_anchor
 
 from mlx_hiermem.apps.cli import learn_screen
+from mlx_hiermem.apps.cli.learn import next_step
 from mlx_hiermem.apps.cli.learn_screen import Screen, duration
 
 
@@ -30,3 +34,12 @@ def test_the_time_left_is_told(monkeypatch: pytest.MonkeyPatch, capfd: pytest.Ca
 
 def test_durations() -> None:
     assert [duration(seconds) for seconds in (-1, None, 4, 720, 11_160)] == ["0 s", "0 s", "4 s", "12 min", "3.1 h"]
+
+
+def test_a_base_model_is_not_sent_to_the_chat(tmp_path: pathlib.Path) -> None:
+    """It has no chat template; the line names a command that works."""
+    make_anchor(tmp_path / "anchor")
+    assert next_step(tmp_path) == f"Talk to it: hiermem chat {tmp_path}"
+    settings = tmp_path / "anchor/tokenizer_config.json"
+    settings.write_text(settings.read_text().replace("chat_template", "unused"))
+    assert next_step(tmp_path).startswith(f"Ask it: hiermem ask --plain -m {tmp_path} $'Question: ")

@@ -204,4 +204,15 @@ def _print(out: pathlib.Path, learnt: Learnt) -> None:
     console.print(f"{'times':<10}{times}", markup=False, soft_wrap=True)
     if (picture := out / "learning" / "loss.png").exists():
         console.print(f"{'plot':<10}{picture}", markup=False, soft_wrap=True)
-    console.print(f"Talk to it: hiermem chat {out}", markup=False, soft_wrap=True)
+    console.print(next_step(out), markup=False, soft_wrap=True)
+
+
+def next_step(out: pathlib.Path) -> str:
+    """How to talk to what was learnt. A base model has no chat template: it is asked as its bank was taught."""
+    from mlx_hiermem.tokenizer import load_tokenizer
+
+    if getattr(load_tokenizer(out / "anchor"), "chat_template", None):
+        return f"Talk to it: hiermem chat {out}"
+    return (
+        f"Ask it: hiermem ask --plain -m {out} $'Question: What is …?\\nAnswer:' (its anchor has no chat template)"
+    )
