@@ -14,10 +14,11 @@ let package = Package(
   ]
 )
 
-// Linux has no Core ML. A stand-in with the same declarations lets the code that uses it be
-// compiled and tested there, with arrays whose rows are padded as a phone's may be.
+// Linux has neither Core ML nor Core AI. Stand-ins with the same declarations let the code that uses
+// them be compiled and tested there, Core ML's with arrays whose rows are padded as a phone's may be.
 #if os(Linux)
   package.targets.append(.target(name: "CoreML", path: "apps/ios/HierMemKit/Tests/CoreMLStandIn"))
-  package.targets[0].dependencies.append("CoreML")
-  package.targets[1].dependencies.append("CoreML")
+  package.targets.append(.target(name: "CoreAI", path: "apps/ios/HierMemKit/Tests/CoreAIStandIn"))
+  package.targets[0].dependencies += ["CoreML", "CoreAI"]
+  package.targets[1].dependencies += ["CoreML", "CoreAI"]
 #endif

@@ -22,7 +22,19 @@ from mlx_hiermem.files import file_digest
 
 HF_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")  # llama.cpp's names for the parts of a split file
-TOOLS = ("mlx-hiermem", "mlx", "mlx-lm", "numpy", "coremltools", "gguf", "torch", "transformers")
+TOOLS = (
+    "mlx-hiermem",
+    "mlx",
+    "mlx-lm",
+    "numpy",
+    "coremltools",
+    "coreai-core",
+    "coreai-opt",
+    "coreai-torch",
+    "gguf",
+    "torch",
+    "transformers",
+)
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,13 @@ ANCHOR, BANK, SOURCE = "anchor", "bank", "source.json"
 
 
 @contextlib.contextmanager
-def partial_folder(out: pathlib.Path, resume: bool, overwrite: bool = False) -> Iterator[pathlib.Path]:
+def partial_folder(
+    out: pathlib.Path, resume: bool, overwrite: bool = False, keep: bool = True
+) -> Iterator[pathlib.Path]:
     """OUT.partial, which becomes OUT; an old model there goes only once the new one is whole.
 
-    It stays where the run was interrupted, or ran out of space with `resume`; after other errors it goes.
+    It stays where the run was interrupted, or ran out of space with `resume`; after other errors, and without
+    `keep`, it goes.
     """
     partial = partial_name(out.absolute())
     if partial.exists() and overwrite and not resume:
@@ -38,7 +41,7 @@ def partial_folder(out: pathlib.Path, resume: bool, overwrite: bool = False) -> 
             os.rename(partial, out)
     except BaseException as error:
         told = _told(out, error)
-        interrupted = not isinstance(error, Exception)
+        interrupted = keep and not isinstance(error, Exception)
         if not (continued or interrupted or (resume and isinstance(told, OutputError))):
             shutil.rmtree(partial, ignore_errors=True)
         if told is error:

@@ -11,16 +11,17 @@ from tiny import make_anchor
 
 from mlx_hiermem.convert.coreml import mil, package
 from mlx_hiermem.convert.coreml.anchor import build
-from mlx_hiermem.convert.coreml.compress import encode, group_of, rounded, size
+from mlx_hiermem.convert.coreml.compress import check_half, encode, group_of, rounded, size
 from mlx_hiermem.convert.coreml.exported import Runner
 from mlx_hiermem.convert.coreml.interpreter import Program
 from mlx_hiermem.convert.coreml.measure import Distance, Float32Anchor
-from mlx_hiermem.convert.coreml.mixed_precision import find_plan
+from mlx_hiermem.convert.coreml.mixed_precision import Codec, find_plan
 from mlx_hiermem.convert.coreml.shape import Export, matrices
 from mlx_hiermem.errors import CoreMLError, HierMemError
 
 BITS = {"int8": 8, "int8_channel": 8, "int4": 4, "lut4": 4}
 CONTEXT = 48
+CODEC = Codec(rounded, size)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_unknown_formats_and_large_weights() -> None:
     with pytest.raises(HierMemError, match="unknown weight format 'int2'"):
         encode(np.ones((2, 2)), "int2")
     with pytest.raises(CoreMLError, match="the weight w has the value 70000, which float16 does not hold"):
-        mil.Weights.check("w", np.array([[1.0, -70_000.0]]))
+        check_half("w", np.array([[1.0, -70_000.0]]))
 
 
 def test_what_may_be_compressed(reference: Float32Anchor) -> None:
@@ -93,14 +94,17 @@ def test_the_search_leaves_the_dearest_alone(reference: Float32Anchor) -> None:
     weights = matrices(reference.sizes)
     whole = reference.with_weights((one, rounded(one.weight, "int4")) for one in weights)
     seen: list[tuple[int, int]] = []
-    plan = find_plan(reference, weights, "int4", whole.kl / 5, lambda *step: seen.append(step))
+    said: list[str] = []
+    plan = find_plan(reference, weights, "int4", whole.kl / 5, CODEC, lambda *step: seen.append(step), said.append)
     assert plan.distance.kl <= whole.kl / 5
     dearest, alone, by_size = plan.dearest[0]
     assert by_size == max(cost for _, _, cost in plan.dearest)
     assert plan.formats[dearest] != "int4"
     assert 0 < alone < whole.kl
     assert list(plan.formats.values()).count("int4") >= 10
-    assert seen[-1] == (29, 29)
+    assert (29, 34) in seen
+    assert said[2] == "comparing 29 matrices in int4, then at most 5 mixtures"
+    assert 4 <= len(said) <= 8
     assert json.loads(json.dumps(plan.to_json()))["formats"]["int4"] >= 10
     # what was tried is undone
     assert reference.with_weights([]) == Distance.between(reference.logits, reference.logits)
@@ -109,9 +113,9 @@ def test_the_search_leaves_the_dearest_alone(reference: Float32Anchor) -> None:
 def test_bounds(reference: Float32Anchor) -> None:
     """All coarse where that is near enough, and an error where not even float16 is."""
     weights = matrices(reference.sizes)
-    assert set(find_plan(reference, weights, "int4", 10.0).formats.values()) == {"int4"}
+    assert set(find_plan(reference, weights, "int4", 10.0, CODEC).formats.values()) == {"int4"}
     with pytest.raises(HierMemError, match=r"in float16 the KL is .* already\. The bound is 0"):
-        find_plan(reference, weights, "int8", 0.0)
+        find_plan(reference, weights, "int8", 0.0, CODEC)
 
 
 def test_distances() -> None:

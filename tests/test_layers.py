@@ -75,6 +75,10 @@ COREML_MAY_IMPORT = CONVERT_MAY_IMPORT | {"embedder", "router", "share", "plan"}
 TORCH_MODULES = {
     f"{PACKAGE}.convert.{name}" for name in ("reference", "reference_adapter", "reference_memory", "parity")
 }
+# Core AI takes its models from PyTorch; apps load the exporter inside functions.
+TORCH_MODULES |= {
+    f"{PACKAGE}.convert.coreai.{name}" for name in ("anchor", "asset", "compress", "export", "peaks", "retriever")
+}
 # What builds Core ML programs, and so names coremltools' builder on every line; apps load it inside functions.
 COREML_BUILDER = f"{PACKAGE}.convert.coreml.mil"
 HEAVY = ("mlx", "mlx_lm", "transformers", "torch", "numpy", "huggingface_hub", "tokenizers", "safetensors", "gguf")
@@ -165,7 +169,7 @@ def test_imports_go_one_way() -> None:
         importer, imported = found.parts
         if importer and imported and ORDER.index(importer) < ORDER.index(imported):
             wrong.append(f"{found.importer} imports {found.module}")
-        allowed = COREML_MAY_IMPORT if ".coreml." in found.importer else CONVERT_MAY_IMPORT
+        allowed = COREML_MAY_IMPORT if re.search(r"\.core(ml|ai)\.", found.importer) else CONVERT_MAY_IMPORT
         if importer == "convert" and imported and imported not in allowed:
             wrong.append(f"{found.importer} imports {found.module}")
     assert wrong == []

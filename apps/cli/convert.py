@@ -72,32 +72,37 @@ def verify(
     config: pathlib.Path | None = typer.Option(None, help="OpenLM: the config that was given to convert."),
     key_map: pathlib.Path | None = typer.Option(None, help="The key map that was given to convert."),
     coreml: bool = typer.Option(False, "--coreml", help="MODEL is an exported folder; its source a model folder."),
-    prompts: int = typer.Option(4, min=1, max=20, help="With --coreml: how many prompts are continued."),
+    coreai: bool = typer.Option(False, "--coreai", help="The same for an export for Core AI."),
+    prompts: int = typer.Option(4, min=1, max=20, help="Of an export: how many prompts are continued."),
     text: pathlib.Path | None = typer.Option(
-        None, help="With --coreml: a file; choices in its first 2 000 tokens are compared."
+        None, help="Of an export: a file; choices in its first 2 000 tokens are compared."
     ),
     as_json: bool = typer.Option(False, "--json", help="Print the receipt instead of a table."),
 ) -> None:
     """Check digests, shapes and finite values; with --against, parity with the source. Writes receipt.json.
 
-    With --coreml, an export is run: by Core ML on a Mac, elsewhere by an interpreter of its saved program.
+    With --coreml, an export is run: by Core ML on a Mac, elsewhere by an interpreter of its saved program. With
+    --coreai by Apple's runtime, which is an interpreter elsewhere, too.
 
     Example: `hiermem verify my-model --against SmolLM2-135M --memories memories.safetensors`
     """
     from mlx_hiermem.errors import VerificationError
 
     memories = memories or _renamed(memory)
-    if coreml and (memories or config or key_map):
+    if coreml and coreai:
+        raise typer.BadParameter("an export is for one of them", param_hint="--coreml, --coreai")
+    exported = "mlx-hiermem-coreml" if coreml else "mlx-hiermem-coreai" if coreai else ""
+    if exported and (memories or config or key_map):
         raise typer.BadParameter("an export has its memory in it", param_hint="--memories, --config, --key-map")
-    if text and not coreml:
+    if text and not exported:
         raise typer.BadParameter("is for an export", param_hint="--text")
     name = models.chosen(first_word, model)
     folder = models.folder_of(name)
     with progress_bar("verifying", unit="checks", show=not as_json) as progress:
-        if coreml:
+        if exported:
             from mlx_hiermem.convert.coreml.verify import Options, verify_export
 
-            receipt = verify_export(folder, Options(against, prompts, text), progress)
+            receipt = verify_export(folder, Options(against, prompts, text, exported), progress)
         else:
             from mlx_hiermem.convert.verify import verify as run
 

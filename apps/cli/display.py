@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from mlx_hiermem.sources import Source
 
 console = Console(highlight=False)
+LINE_EVERY = 30.0  # seconds between two lines of progress where there is no terminal
 notes = Console(stderr=True, highlight=False)  # beside the output, never in it
 
 
@@ -118,6 +121,33 @@ def waiting(what: str) -> Iterator[None]:
         return
     with notes.status(what, spinner="dots", spinner_style="dim"):
         yield
+
+
+@contextmanager
+def stages(what: str, show: bool = True) -> Iterator[tuple[Progress | None, Callable[[str], None]]]:
+    """Long work that says what it is doing: a progress bar, or lines on stderr where there is no terminal.
+
+    A SIGTERM ends it as an interruption does, so that what is half made goes.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if not show:
+        yield None, lambda stage: None
+    elif sys.stderr.isatty():
+        with progress_bar(what, "steps") as progress:
+            yield progress, lambda stage: notes.print(stage, style="dim", markup=False, soft_wrap=True)
+    else:
+        begun = said = time.monotonic()
+
+        def line(text: str) -> None:
+            print(f"{what}, {time.monotonic() - begun:.0f} s: {text}", file=sys.stderr, flush=True)
+
+        def advance(done: int, total: int) -> None:
+            nonlocal said
+            if time.monotonic() - said >= LINE_EVERY:
+                said = time.monotonic()
+                line(f"{done} of {total} steps")
+
+        yield advance, line
 
 
 @contextmanager

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import typer
 
 from mlx_hiermem.apps.cli import models
-from mlx_hiermem.apps.cli.display import console, notes, progress_bar, renamed, size
+from mlx_hiermem.apps.cli.display import console, notes, renamed, size, stages
+
+if TYPE_CHECKING:
+    from mlx_hiermem.convert.coreml.exporter import Options, Report
 
 app = typer.Typer(help="Export a model for where no Python runs.")
 
@@ -18,44 +23,82 @@ def export() -> None:
     """Export a model for where no Python runs."""
 
 
+WORDS = typer.Argument(..., metavar="[MODEL] OUT", help="OUT: folder to make, for an app to bundle.")
+CONTEXT = typer.Option(None, min=1, help="Most tokens of a conversation. Default: 1024.")
+BOUND = typer.Option(
+    None, min=0.0, help="Most that the anchor may differ, as mean KL in nats. Default: by --weights."
+)
+BLOCKS = typer.Option("all", help="Blocks to bundle: all, or level-1 with the rest to download.")
+ONLY = typer.Option(
+    None, help="Bundle a subtree: a path such as 2.1, or a word of a label. May be given several times."
+)
+URL = typer.Option("", help="Where the bank's folder will lie for the app. Default: where it came from.")
+AS_JSON = typer.Option(False, "--json", help="Print one JSON object instead of text.")
+
+
 @app.command()
 def coreml(
-    words: list[str] = typer.Argument(
-        ..., metavar="[MODEL] OUT", help="OUT: folder to make, for an app to bundle."
-    ),
+    words: list[str] = WORDS,
     model: str = models.MODEL,
     attach: str = typer.Option(
         "state", help="How the app gives a memory: state (written once) or input (each call)."
     ),
     memory: str = typer.Option("", "--memory", hidden=True),
-    context: int | None = typer.Option(None, min=1, help="Most tokens of a conversation. Default: 1024."),
+    context: int | None = CONTEXT,
     weights: str = typer.Option(
         "int8", help="fp16, int8, int8_channel, int4 or lut4; 4 bits only where --bound allows it."
     ),
-    bound: float | None = typer.Option(
-        None, min=0.0, help="Most that the anchor may differ, as mean KL in nats. Default: by --weights."
-    ),
-    blocks: str = typer.Option("all", help="Blocks to bundle: all, or level-1 with the rest to download."),
-    only: list[str] | None = typer.Option(
-        None, help="Bundle a subtree: a path such as 2.1, or a word of a label. May be given several times."
-    ),
-    url: str = typer.Option("", help="Where the bank's folder will lie for the app. Default: where it came from."),
-    as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of text."),
+    bound: float | None = BOUND,
+    blocks: str = BLOCKS,
+    only: list[str] | None = ONLY,
+    url: str = URL,
+    as_json: bool = AS_JSON,
 ) -> None:
     """Write the folder that an iOS app bundles: Core ML packages, tokenizers, bank, manifest, receipt.
 
     Example: `hiermem export coreml my-model MyApp/Model --only bromine`
     """
-    from mlx_hiermem.convert.coreml.export import Options
     from mlx_hiermem.convert.coreml.export import export as run
+    from mlx_hiermem.convert.coreml.exporter import Options
 
     if memory:
         renamed("--memory", "--attach")
+    options = Options(context, memory or attach, weights, bound, blocks, tuple(only or ()), url)
+    _export(run, "--coreml", words, model, options, as_json)
+
+
+@app.command()
+def coreai(
+    words: list[str] = WORDS,
+    model: str = models.MODEL,
+    context: int | None = CONTEXT,
+    weights: str = typer.Option(
+        "int8", help="fp16, int8, int8_channel, int4 or lut4; 4 bits only where --bound allows it."
+    ),
+    bound: float | None = BOUND,
+    blocks: str = BLOCKS,
+    only: list[str] | None = ONLY,
+    url: str = URL,
+    as_json: bool = AS_JSON,
+) -> None:
+    """The same for Core AI, which iOS 27 and macOS 27 have (Apple's Python packages for it are betas).
+
+    Example: `hiermem export coreai my-model MyApp/Model --weights int4`
+    """
+    from mlx_hiermem.convert.coreai.export import export as run
+    from mlx_hiermem.convert.coreml.exporter import Options
+
+    options = Options(context, "input", weights, bound, blocks, tuple(only or ()), url)
+    _export(run, "--coreai", words, model, options, as_json)
+
+
+def _export(
+    run: Callable[..., Report], check: str, words: list[str], model: str, options: Options, as_json: bool
+) -> None:
     name, target = models.last_word(words, model, "OUT")
     folder, out = models.folder_of(name), pathlib.Path(target)
-    options = Options(context, memory or attach, weights, bound, blocks, tuple(only or ()), url)
-    with progress_bar("exporting", unit="steps", show=not as_json) as progress:
-        report = run(folder, out, options, progress)
+    with stages("exporting", show=not as_json) as (progress, say):
+        report = run(folder, out, options, progress, say)
     if as_json:
         console.print_json(json.dumps(report.to_json(), ensure_ascii=False))
         return
@@ -65,7 +108,7 @@ def coreml(
         console.print(line, markup=False, soft_wrap=True)
     console.print(f"written  {out}", markup=False, soft_wrap=True)
     console.print(
-        f"check    hiermem verify {out} --coreml --against {folder}", style="dim", markup=False, soft_wrap=True
+        f"check    hiermem verify {out} {check} --against {folder}", style="dim", markup=False, soft_wrap=True
     )
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_hiermem.errors import HierMemError
+from mlx_hiermem.errors import CoreMLError, HierMemError
 
 HALF_MAX = float(np.finfo(np.float16).max)
 FORMATS = ("fp16", "int8", "int8_channel", "int4", "lut4")  # from fine to coarse
@@ -45,6 +45,13 @@ class Encoded:
         """Bytes in the package."""
         offsets = 0 if self.offset is None else self.offset.nbytes
         return self.codes.size // (2 if self.packed else 1) + self.table.nbytes + offsets
+
+
+def check_half(name: str, values: np.ndarray) -> None:
+    """Raises CoreMLError for a weight that float16 does not hold."""
+    peak = float(np.abs(values).max(initial=0))
+    if not peak <= HALF_MAX:
+        raise CoreMLError(f"the weight {name} has the value {peak:g}, which float16 does not hold")
 
 
 def encode(values: np.ndarray, form: str) -> Encoded:

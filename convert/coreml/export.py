@@ -1,199 +1,79 @@
-"""`hiermem export coreml`: a model folder in, the folder that an app bundles out (`package.py` describes it).
-
-Everything is made beside OUT and renamed at the end, after the saved package was run and held its bounds.
-"""
+"""`hiermem export coreml`: `exporter.py` with Core ML's packages."""
 
 from __future__ import annotations
 
-import datetime
 import pathlib
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mlx_hiermem.anchor import identify
-from mlx_hiermem.bank.bank import MemoryBank
-from mlx_hiermem.convert.coreml import bundle, mil, package, sizes
+from mlx_hiermem.convert.coreml import compress, mil, package
 from mlx_hiermem.convert.coreml.anchor import build
-from mlx_hiermem.convert.coreml.architecture import check_memory
-from mlx_hiermem.convert.coreml.bundle import Choice
-from mlx_hiermem.convert.coreml.compress import FORMATS
-from mlx_hiermem.convert.coreml.limits import BOUNDS, WITH_MEMORY, Measured, measure_package
+from mlx_hiermem.convert.coreml.architecture import Architecture, Linear
+from mlx_hiermem.convert.coreml.exporter import Options as Options
+from mlx_hiermem.convert.coreml.exporter import Report, Target, export_for
+from mlx_hiermem.convert.coreml.limits import Measured, Memories, measure_package
 from mlx_hiermem.convert.coreml.measure import Float32Anchor
-from mlx_hiermem.convert.coreml.mixed_precision import Plan, find_plan
-from mlx_hiermem.convert.coreml.references import read_memory
+from mlx_hiermem.convert.coreml.mixed_precision import Codec
 from mlx_hiermem.convert.coreml.retriever import export_retriever
-from mlx_hiermem.convert.coreml.shape import PREFILL_TOKENS, Export, matrices
-from mlx_hiermem.convert.source import tool_versions
-from mlx_hiermem.convert.staging import partial_folder
-from mlx_hiermem.errors import HierMemError
-from mlx_hiermem.files import write_json
+from mlx_hiermem.convert.coreml.shape import Export, matrices
+from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.progress import Progress
-from mlx_hiermem.router import load_embedder
 
-CONTEXT = 1024
-MODES = ("state", "input")
+STEP = 32  # of a state's axes
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the command can be told. `bound`: mean KL from the anchor; None is that of the weights' format."""
+class CoreML(Target):
+    format = package.FORMAT
+    anchor, retriever = package.ANCHOR, package.RETRIEVER
+    codec = Codec(compress.rounded, compress.size)
 
-    context: int | None = None
-    memory: str = "state"
-    weights: str = "int8"
-    bound: float | None = None
-    blocks: str = "all"
-    only: tuple[str, ...] = ()
-    url: str = ""
+    def matrices(self, sizes: Architecture) -> list[Linear]:
+        return matrices(sizes)
 
-    def __post_init__(self) -> None:
-        if self.memory not in MODES:
-            raise HierMemError(f"--attach is '{self.memory}'", f"Choose {' or '.join(MODES)}.")
-        if self.weights not in FORMATS:
-            raise HierMemError(f"unknown weight format '{self.weights}'", f"Known: {', '.join(FORMATS)}.")
-        if self.blocks not in bundle.BLOCKS:
-            raise HierMemError(f"--blocks is '{self.blocks}'", f"Choose {' or '.join(bundle.BLOCKS)}.")
+    def save(self, sizes: Architecture, shape: Export, formats: Mapping[str, str], package: pathlib.Path) -> None:
+        mil.save(build(sizes, shape, formats), package)
 
+    def describe(self, sizes: Architecture, shape: Export, formats: Mapping[str, str]) -> dict[str, Any]:
+        return package.describe_anchor(sizes, shape, formats)
 
-@dataclass(frozen=True)
-class Report:
-    """What was made: manifest and receipt as they were written, and what the user should know."""
+    def measure(
+        self,
+        package: pathlib.Path,
+        anchor: Mapping[str, Any],
+        memory: Mapping[str, Any] | None,
+        reference: Float32Anchor,
+        memories: Memories,
+        did: Callable[[], None],
+    ) -> Measured:
+        return measure_package(package, anchor, memory, reference, memories, did)
 
-    manifest: dict[str, Any]
-    receipt: dict[str, Any]
-    warnings: tuple[str, ...]
+    def save_retriever(self, embedder: Embedder, package: pathlib.Path, tokenizer: pathlib.Path) -> dict[str, Any]:
+        return export_retriever(embedder, package, tokenizer)
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    def warnings(self, sizes: Architecture, shape: Export, formats: Mapping[str, str]) -> Sequence[str]:
+        """Of what is reported of devices, and none of which has been seen here."""
+        found = []
+        states: list[tuple[int, ...]] = [shape.cache_shape(sizes)]
+        if shape.units and shape.mode == "state":
+            states.append(shape.memory_shape(sizes))
+        if odd := sorted({size for state in states for size in state[-2:] if size % STEP}):
+            found.append(
+                f"states have axes of {', '.join(map(str, odd))}: some that are no multiple of {STEP} are reported "
+                "to fail on devices (coremltools #2631)"
+            )
+        if "lut4" in formats.values():
+            found.append(
+                "stateful models with lut4 weights are reported to crash after 100 to 200 calls (coremltools #2716)"
+            )
+        return found
 
 
 def export(
-    model: pathlib.Path, out: pathlib.Path, options: Options | None = None, progress: Progress | None = None
+    model: pathlib.Path,
+    out: pathlib.Path,
+    options: Options | None = None,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda what: None,
 ) -> Report:
-    """Writes the folder `out` from a model folder (anchor/ and bank/), or from a plain mlx-lm model without memory.
-
-    Raises a HierMemError for a model that cannot be exported, OutputError where `out` exists or a file would be too
-    large, CoreMLError where float16 would overflow, VerificationError where the bound is exceeded.
-    """
-    bundle.check_out(out)
-    exporter = _Exporter(model, options or Options(), _Steps(progress))
-    with partial_folder(out, resume=False, overwrite=True) as partial:
-        return exporter.write(partial, out)
-
-
-class _Steps:
-    """Counts what is done, for a progress bar. What there is to do may turn out to be more."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self.progress, self.done, self.total = progress, 0, 0
-
-    def expect(self, count: int) -> None:
-        self.total += count
-
-    def did(self, count: int = 1) -> None:
-        self.done += count
-        if self.progress:
-            self.progress(self.done, self.total)
-
-    def within(self, done: int, total: int) -> None:
-        """A part that counts for itself."""
-        if done == 1:
-            self.expect(total)
-        self.did()
-
-
-class _Exporter:
-    """Reads the model and settles what is to be built; `write` builds it."""
-
-    def __init__(self, model: pathlib.Path, options: Options, steps: _Steps) -> None:
-        self.model, self.options, self.steps = model, options, steps
-        self.anchor = model / "anchor" if (model / "anchor").is_dir() else model
-        bank = MemoryBank.open(model / "bank") if (model / "bank").is_dir() else None
-        self.choice: Choice | None = None
-        if bank:
-            bank.manifest.check_anchor(identify(self.anchor))
-            self.choice = bundle.choose(bank, options.blocks, options.only, options.url)
-        self.reference = Float32Anchor(self.anchor, longest=options.context or CONTEXT)
-        longest = self.reference.sizes.longest or CONTEXT
-        self.context = options.context or min(CONTEXT, longest)
-        package.check_context(self.reference.sizes, self.context, PREFILL_TOKENS)
-        if bank:
-            check_memory(self.reference.sizes, bank.config)
-
-    @property
-    def bound(self) -> float:
-        return BOUNDS[self.options.weights] if self.options.bound is None else self.options.bound
-
-    @cached_property
-    def shape(self) -> Export:
-        if self.choice is None:
-            return Export(self.context)
-        config, mode = self.choice.bank.config, self.options.memory
-        return Export(self.context, config.layers, config.fetched_size, mode, load_block=mode == "state")
-
-    def write(self, folder: pathlib.Path, out: pathlib.Path) -> Report:
-        """Fills `folder`, which will become `out`."""
-        reference, choice = self.reference, self.choice
-        if choice:  # first, as what is wrong with a bank is found quickly
-            self.steps.expect(len(choice.bundled))
-            bundle.write_bank(choice, folder / package.BANK, self.steps.did)
-        weights = matrices(reference.sizes)
-        for one in weights:
-            mil.Weights.check(one.name, one.weight)
-        plan = find_plan(reference, weights, self.options.weights, self.bound, self.steps.within)
-        sizes.check_weights(sizes.weight_bytes(reference.sizes, self.shape, plan.formats), out)
-        mil.save(build(reference.sizes, self.shape, plan.formats), folder / package.ANCHOR)
-        anchor = package.describe_anchor(reference.sizes, self.shape, plan.formats)
-        memory = package.describe_memory(choice.bank.config, self.options.memory) if choice else None
-        measured = self._measure(folder, anchor, memory)
-        measured.check(self.bound)
-        retriever = self._write_retriever(choice, folder) if choice else None
-        bundle.write_tokenizer(self.anchor, reference.tokenizer, folder / package.TOKENIZER)
-        sizes.check_files(folder)
-        manifest = {
-            "format": package.FORMAT,
-            "version": package.VERSION,
-            "name": self.model.resolve().name,
-            "anchor": anchor,
-            "memory": memory,
-            "retriever": retriever,
-            **package.describe_text(self.anchor, reference.tokenizer),
-            "bank": choice.to_json() if choice else None,
-            "files": package.file_table(folder),
-        }
-        write_json(folder / package.MANIFEST, manifest)
-        devices = sizes.on_devices(folder)
-        receipt = self._receipt(plan, measured, devices)
-        write_json(folder / package.RECEIPT, receipt)
-        warnings = [*reference.notes, *measured.overflow.warnings(), *sizes.warnings(devices)]
-        return Report(manifest, receipt, tuple(warnings))
-
-    def _measure(self, folder: pathlib.Path, anchor: dict[str, Any], memory: dict[str, Any] | None) -> Measured:
-        """With the first and the last of the longest paths whose blocks are bundled."""
-        memories = {}
-        if self.choice and self.choice.bundled:
-            longest = max(len(entry.path) for entry in self.choice.bundled)
-            paths = [entry.path for entry in self.choice.bundled if len(entry.path) == longest]
-            memories = {str(path): read_memory(self.choice.bank, str(path)) for path in (min(paths), max(paths))}
-        self.steps.expect(len(self.reference.ids) + WITH_MEMORY * len(memories))
-        return measure_package(folder / package.ANCHOR, anchor, memory, self.reference, memories, self.steps.did)
-
-    def _write_retriever(self, choice: Choice, folder: pathlib.Path) -> dict[str, Any]:
-        """What finds the bank's paths; returns the manifest's `retriever`."""
-        embedder = load_embedder(choice.bank.manifest.embedder)
-        found = export_retriever(embedder, folder / package.RETRIEVER, folder / package.RETRIEVER_TOKENIZER)
-        return {"package": package.RETRIEVER, "tokenizer": package.RETRIEVER_TOKENIZER} | found
-
-    def _receipt(self, plan: Plan, measured: Measured, devices: list[dict[str, Any]]) -> dict[str, Any]:
-        """How it was made and what was measured."""
-        return {
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "versions": tool_versions(),
-            "anchor": identify(self.anchor).to_json(),
-            "options": asdict(self.options),
-            "weights": plan.to_json() | {"bound": self.bound},
-            "measured": measured.distance.to_json(),
-            "overflow": measured.overflow.to_json(),
-            "devices": devices,
-        }
+    """`exporter.export_for` Core ML."""
+    return export_for(CoreML(), model, out, options, progress, say)

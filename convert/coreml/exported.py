@@ -23,6 +23,7 @@ from mlx_hiermem.files import parse_json
 from mlx_hiermem.tokenizer import encode_text, load_tokenizer
 
 MANIFEST = "manifest.json"
+COREML, COREAI = "mlx-hiermem-coreml", "mlx-hiermem-coreai"  # formats of folders
 MEMORY = ("gate", "up", "down")
 # What is read of the manifest; its parts but the anchor may be null.
 KEYS = {
@@ -41,12 +42,21 @@ class Exported:
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.folder, self.manifest = folder, _read_manifest(folder / MANIFEST)
+        self.format = self.manifest["format"]
         self.anchor, self.memory = self.manifest["anchor"], self.manifest["memory"]
         self.retriever = self.manifest["retriever"]
 
     @cached_property
     def program(self) -> Program:
-        return open_package(self.folder / self.anchor["package"])
+        return self.open(self.anchor["package"])
+
+    def open(self, package: str) -> Program:
+        """One of the folder's packages, by what runs such."""
+        if self.format == COREAI:
+            from mlx_hiermem.convert.coreai.interpreter import Runtime
+
+            return Runtime(self.folder / package)
+        return open_package(self.folder / package)
 
     @cached_property
     def bank(self) -> MemoryBank | None:
@@ -84,11 +94,9 @@ def _read_manifest(file: pathlib.Path) -> dict[str, Any]:
         manifest = parse_json(file.read_text(encoding="utf-8"))
         found = (manifest["format"], manifest["version"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CoreMLError(
-            f"{file.parent} is no exported folder: {error}", "See `hiermem export coreml`."
-        ) from error
-    if found != ("mlx-hiermem-coreml", 1):
-        raise CoreMLError(f"{file} is {found[0]} {found[1]}, known is mlx-hiermem-coreml 1")
+        raise CoreMLError(f"{file.parent} is no exported folder: {error}", "See `hiermem export`.") from error
+    if found not in ((COREML, 1), (COREAI, 1)):
+        raise CoreMLError(f"{file} is {found[0]} {found[1]}, known is {COREML} 1 or {COREAI} 1")
     missing = [key for key in ("name", "files", "tokenizer", *KEYS) if key not in manifest]
     for part, keys in KEYS.items():
         if (row := manifest.get(part)) is not None or part == "anchor":

@@ -97,13 +97,19 @@ def measure_package(
     memories: Memories,
     did: Callable[[], None],
 ) -> Measured:
-    """Runs the package on every text without memory, and on a few with each of `memories` (tensors by path).
+    """Runs the package on all texts.
 
     `anchor` and `memory` are the manifest's; `did` is called after each text. Raises CoreMLError where the
     package contradicts its own declarations.
     """
     peaks: dict[str, float] = {}
     runner = Runner(Program.load(package), anchor, memory, peaks)
+    distance = run_all(runner, reference, memories, did)
+    return Measured(distance, Overflow.of(peaks))
+
+
+def run_all(runner: Runner, reference: Float32Anchor, memories: Memories, did: Callable[[], None]) -> Distance:
+    """Every text without memory, whose distance is told, and a few with each of `memories` (tensors by path)."""
     distance = reference.measure(runner, did)
     for tensors in memories.values():
         runner.set_memory(tensors)
@@ -111,4 +117,4 @@ def measure_package(
             runner.reset()
             runner.feed(ids)
             did()
-    return Measured(distance, Overflow.of(peaks))
+    return distance

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_hiermem.convert.coreml.compress import HALF_MAX, Encoded, encode
+from mlx_hiermem.convert.coreml.compress import Encoded, check_half, encode
 from mlx_hiermem.errors import CoreMLError, MissingDependencyError
 
 logging.getLogger("coremltools").setLevel(logging.ERROR)  # it warns of every torch and numpy it was not tried with
@@ -58,7 +58,7 @@ class Weights:
     def constant(self, name: str, values: np.ndarray) -> Var:
         """A constant in float16 (integers stay what they are)."""
         if values.dtype.kind == "f" and name not in self.made:
-            self.check(name, values)
+            check_half(name, values)
             values = half(values)
         return self._shared(name, values)
 
@@ -70,7 +70,7 @@ class Weights:
         if name in self.made:
             return self.made[name]
         if name not in self.encoded:
-            self.check(name, values)
+            check_half(name, values)
             self.encoded[name] = encode(values, form)
         encoded = self.encoded[name]
         codes = encoded.codes.astype(PACKED[encoded.packed]) if encoded.packed else encoded.codes
@@ -88,12 +88,6 @@ class Weights:
             self.made[name] = mb.const(val=values, name=name)
             self.made[name].op.weight_id = name
         return self.made[name]
-
-    @staticmethod
-    def check(name: str, values: np.ndarray) -> None:
-        peak = float(np.abs(values).max(initial=0))
-        if not peak <= HALF_MAX:
-            raise CoreMLError(f"the weight {name} has the value {peak:g}, which float16 does not hold")
 
 
 def tensor(shape: Sequence[int], dtype: str = "float16") -> Any:

@@ -12,17 +12,11 @@ from typing import Any
 import numpy as np
 
 from mlx_hiermem.convert.coreml.mil import Var, Weights, ct, function, get_new_symbol, half, mb, save, types
+from mlx_hiermem.convert.coreml.shape import lengths_of
 from mlx_hiermem.embedder import Embedder
 
-LENGTHS = (16, 32, 64, 128, 256)
 MASKED = -30_000.0  # added to the score of a masked token; float16 reaches to 65 504
 EPSILON = 1e-7  # BERT's 1e-12 would be 0 in float16
-
-
-def lengths_of(embedder: Embedder) -> tuple[int, ...]:
-    """Token counts a call may have; the longest is where the embedder truncates."""
-    longest = embedder.identity.max_tokens
-    return (*(length for length in LENGTHS if length < longest), longest)
 
 
 def export_retriever(embedder: Embedder, package: pathlib.Path, tokenizer: pathlib.Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""An exported anchor from outside: its functions, states and memory, and the matrices that may be compressed.
+"""Exported models from outside: functions, states and memory, and the matrices that may be compressed.
 
 Core ML's exporter and Core AI's share it; it needs no library of either.
 """
@@ -9,9 +9,11 @@ import math
 from dataclasses import dataclass
 
 from mlx_hiermem.convert.coreml.architecture import Architecture, Linear
+from mlx_hiermem.embedder import Embedder
 
 DECODE, PREFILL, LOAD = "decode", "prefill", "load_block"
 PREFILL_TOKENS = 32  # the Neural Engine takes updates of a slice only of more than one token
+LENGTHS = (16, 32, 64, 128, 256)  # tokens that a retriever takes
 PART = 16_384  # the longest axis that the Neural Engine takes, reportedly
 CACHES, MEMORY = ("k_cache", "v_cache"), ("gate", "up", "down")
 
@@ -31,6 +33,10 @@ class Export:
     def functions(self) -> dict[str, int]:
         """Name -> tokens a call takes."""
         return {DECODE: 1, PREFILL: self.prefill}
+
+    @property
+    def memory_inputs(self) -> tuple[str, ...]:
+        return MEMORY if self.units and self.mode == "input" else ()
 
     def memory_shape(self, sizes: Architecture) -> tuple[int, int, int]:
         return len(self.memory_layers), self.units, sizes.hidden
@@ -63,3 +69,9 @@ def parts(table: Linear) -> list[Linear]:
         )
         for number, start in enumerate(range(0, len(table.weight), size))
     ]
+
+
+def lengths_of(embedder: Embedder) -> tuple[int, ...]:
+    """Token counts a call of the retriever may have; the longest is where the embedder truncates."""
+    longest = embedder.identity.max_tokens
+    return (*(length for length in LENGTHS if length < longest), longest)

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mlx_hiermem import plan
-from mlx_hiermem.convert.coreml.architecture import Architecture
-from mlx_hiermem.convert.coreml.compress import size
-from mlx_hiermem.convert.coreml.shape import Export, matrices
+from mlx_hiermem.convert.coreml.architecture import Architecture, Linear
+from mlx_hiermem.convert.coreml.shape import Export
 from mlx_hiermem.errors import OutputError
 
 # Bytes of one file. Core ML maps weight.bin as a whole; an iPhone XR failed to map 1.3 GB (whisper.cpp #2456).
 LARGEST = 1_000_000_000
 
 
-def weight_bytes(sizes: Architecture, export: Export, formats: Mapping[str, str]) -> int:
+def weight_bytes(
+    sizes: Architecture,
+    export: Export,
+    formats: Mapping[str, str],
+    weights: Sequence[Linear],
+    size: Callable[[tuple[int, ...], str], int],
+) -> int:
     """Of weight.bin, but for norms and padding, which are thousandths of it."""
-    count = sum(size(one.weight.shape, formats.get(one.name, "fp16")) for one in matrices(sizes))
-    if sizes.head:
+    count = sum(size(one.weight.shape, formats.get(one.name, "fp16")) for one in weights)
+    if sizes.head or not any(one.part is not None for one in weights):  # the embeddings are not among them
         count += 2 * sizes.embeddings.weight.size
     rotations = {layer.frequencies.tobytes() for layer in sizes.layers if layer.frequencies is not None}
     return count + len(rotations) * 4 * export.context * sizes.head_dim

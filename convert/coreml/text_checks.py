@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlx_hiermem.convert.checks import Check
-from mlx_hiermem.convert.coreml.exported import MEMORY, Exported, Runner
+from mlx_hiermem.convert.coreml.exported import COREAI, MEMORY, Exported, Runner
 from mlx_hiermem.convert.coreml.interpreter import Program
 from mlx_hiermem.convert.coreml.limits import BOUNDS as KL
 from mlx_hiermem.convert.coreml.measure import Distance
 from mlx_hiermem.convert.coreml.references import NONE, Reference, read_memory
-from mlx_hiermem.errors import HierMemError
+from mlx_hiermem.convert.coreml.sample_texts import prompts
+from mlx_hiermem.errors import CoreMLError, HierMemError
 from mlx_hiermem.tokenizer import encode_text
 
 GENERATED = 12  # tokens after each prompt
@@ -39,6 +40,7 @@ BOUNDS = {
     "int4": Bound(float("inf"), 0.8, 0.8),
     "lut4": Bound(float("inf"), 0.8, 0.8),
 }
+LAST = 31  # tokens before the last of the context that are compared, too
 TIE = 0.05  # a choice that the source itself prefers by less is no error of float16's
 # Of decode alone: float16 rounds both ways of computing; in float32 they must agree.
 ALONE = {True: 0.4, False: 1e-3}
@@ -51,7 +53,7 @@ Texts = list[tuple[np.ndarray, np.ndarray]]  # ids [T] of a prompt with its cont
 
 def check_texts(exported: Exported, reference: Reference | None, count: int) -> Iterator[Check]:
     """Writes on with no memory, with one, another, the first again, and none again; caches are never cleared."""
-    runner, prompts = exported.runner(), exported.prompts(count, GENERATED)
+    runner, begun = exported.runner(), exported.prompts(count, GENERATED)
     memories, load = exported.memories(), bool(exported.anchor["load_block"])
     first: dict[str, Texts] = {}
     for memory in [NONE, *memories, *memories[:1] * (len(memories) > 1), *[NONE] * bool(memories)]:
@@ -59,9 +61,10 @@ def check_texts(exported: Exported, reference: Reference | None, count: int) -> 
         by_function = load and memory in first
         tensors = read_memory(exported.bank, memory) if exported.bank and memory != NONE else None
         runner.set_memory(tensors, "load_block" if by_function else "direct")
-        texts = [_write_on(runner, prompt) for prompt in prompts]
+        texts = [_write_on(runner, prompt) for prompt in begun]
         if memory in first:
-            yield _same(f"memory {memory} again{', by load_block' * by_function}", texts, first[memory])
+            name = f"memory {memory} again{', by load_block' * by_function}"
+            yield _same(name, texts, first[memory], 0.0 if exported.format == COREAI else TRACE)
             continue
         first[memory] = texts
         if memory != NONE:
@@ -71,6 +74,8 @@ def check_texts(exported: Exported, reference: Reference | None, count: int) -> 
     yield _decode_alone(exported, [ids for ids, _ in first[NONE]][:4], fp16=True)
     if exported.program.name == Program.name:
         yield _decode_alone(exported, [ids for ids, _ in first[NONE]][:2], fp16=False)
+    if reference and exported.format == COREAI:
+        yield _last_position(exported, reference)
     if load and memories:
         yield _load_block(exported, runner, memories[0])
 
@@ -153,9 +158,9 @@ def _difference(texts: Texts, others: Texts) -> float:
     return max(float(np.abs(a - b).max()) for (_, a), (_, b) in zip(texts, others, strict=True))
 
 
-def _same(name: str, texts: Texts, others: Texts) -> Check:
+def _same(name: str, texts: Texts, others: Texts, trace: float) -> Check:
     found = _difference(texts, others)
-    return Check(name, f"|Δ| {found:.1e}", f"{TRACE:g}", found <= TRACE)
+    return Check(name, f"|Δ| {found:.1e}", f"{trace:g}", found <= trace)
 
 
 def _effect(memory: str, texts: Texts, plain: Texts) -> Check:
@@ -175,6 +180,24 @@ def _decode_alone(exported: Exported, texts: list[np.ndarray], *, fp16: bool) ->
     figure = f"|Δ| {distance.logit:.1e}, {distance.agreement:.1%} of choices"
     passed = distance.logit <= ALONE[fp16] and distance.agreement >= SAME
     return Check(name, figure, f"{ALONE[fp16]:g}, {SAME:.0%}", passed, distance.to_json())
+
+
+def _last_position(exported: Exported, reference: Reference) -> Check:
+    """A text that fills the context, its last token by a call of its own; and not a token more."""
+    context = exported.anchor["context"]
+    ids = np.resize(np.concatenate(exported.prompts(len(prompts()), 0)), context)
+    runner = exported.runner()
+    found = np.concatenate([runner.feed(ids[:-1])[-LAST:], runner.feed(ids[-1:])])
+    distance = Distance.between([reference.logits(ids, NONE)[-len(found) :, : found.shape[1]]], [found])
+    try:
+        runner.feed(ids[:1])
+    except CoreMLError:
+        full = True
+    else:
+        full = False
+    bound = KL[_coarsest(exported)]
+    figure = f"KL {distance.kl:.1e} in the last {len(found)} of {context}" + ("" if full else ", and no end there")
+    return Check("last position", figure, f"{bound:g}", full and distance.kl <= bound, distance.to_json())
 
 
 def _load_block(exported: Exported, runner: Runner, memory: str) -> Check:

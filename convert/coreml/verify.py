@@ -16,7 +16,6 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from mlx_hiermem.convert.checks import Check
-from mlx_hiermem.convert.coreml.device import open_package
 from mlx_hiermem.convert.coreml.exported import MEMORY, Exported
 from mlx_hiermem.convert.coreml.interpreter import Program
 from mlx_hiermem.convert.coreml.program import FunctionSpec, TensorSpec
@@ -26,7 +25,7 @@ from mlx_hiermem.convert.coreml.text_checks import check_choices, check_texts
 from mlx_hiermem.convert.source import tool_versions
 from mlx_hiermem.convert.verify import RECEIPT, Receipt, write_receipt
 from mlx_hiermem.embedder import Embedder
-from mlx_hiermem.errors import BankError, CoreMLError
+from mlx_hiermem.errors import BankError, CoreAIError, CoreMLError
 from mlx_hiermem.files import file_digest, read_json
 from mlx_hiermem.progress import Progress
 
@@ -43,6 +42,7 @@ class Options:
     against: str | None = None
     prompts: int = PROMPTS
     text: pathlib.Path | None = None
+    format: str = ""  # that the folder must have
 
 
 def verify_export(folder: pathlib.Path, options: Options, progress: Progress | None = None) -> Receipt:
@@ -54,6 +54,8 @@ def verify_export(folder: pathlib.Path, options: Options, progress: Progress | N
     if options.text and not options.against:
         raise CoreMLError(f"{options.text} needs a model to compare with", "Name it with --against.")
     exported = Exported(folder)
+    if options.format not in ("", exported.format):
+        raise CoreMLError(f"{folder} is {exported.format}, not {options.format}", "Say --coreml or --coreai.")
     verification = _Verification(exported, options)
     checks = list[Check]()
     try:
@@ -61,7 +63,7 @@ def verify_export(folder: pathlib.Path, options: Options, progress: Progress | N
             checks.append(check)
             if progress:
                 progress(len(checks), max(verification.total, len(checks)))
-    except (BankError, CoreMLError) as error:
+    except (BankError, CoreAIError, CoreMLError) as error:
         checks.append(Check("files", error.what, "can be used", False))
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     receipt = Receipt(exported.manifest["name"], date, tool_versions(), verification.source, tuple(checks))
@@ -121,7 +123,7 @@ def _changed(file: pathlib.Path, row: dict[str, Any], name: str) -> str:
 def check_retriever(exported: Exported) -> Iterator[Check]:
     """Vectors against those of the embedder in MLX, on sentences of every length; and where the tree sends them."""
     described, folder = exported.retriever, exported.folder
-    program = open_package(folder / described["package"])
+    program = exported.open(described["package"])
     tokenizer = Tokenizer.from_file(str(folder / described["tokenizer"]))
     embedder = Embedder.load()
     sentences = [text.replace("|", "") for text in TEXTS]
@@ -129,7 +131,7 @@ def check_retriever(exported: Exported) -> Iterator[Check]:
     expected = np.concatenate(
         [embedder.embed([text]) for text in sentences]
     )  # together they were all of one length
-    found = np.stack([_embed(program, described["lengths"], tokenizer.encode(text).ids) for text in sentences])
+    found = np.stack([_embed(program, described, tokenizer.encode(text).ids) for text in sentences])
     lost = 1 - (found * expected).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(expected, axis=1)
     figure = f"1 - cos {np.nan_to_num(lost, nan=np.inf).max():.1e} on {len(sentences)} texts"
     yield Check("retriever", figure, f"{COSINE:g}", bool((lost <= COSINE).all()), {"lost": lost.tolist()})
@@ -140,12 +142,14 @@ def check_retriever(exported: Exported) -> Iterator[Check]:
         yield Check("routes", f"{same} of {len(sentences)} the same", f"{ROUTES:.0%}", passed)
 
 
-def _embed(program: Program, lengths: list[int], ids: list[int]) -> np.ndarray:
+def _embed(program: Program, described: Mapping[str, Any], ids: list[int]) -> np.ndarray:
     """[dim] in float64, by the shortest call that has room."""
-    length = next(length for length in lengths if length >= len(ids))
+    length = next(length for length in described["lengths"] if length >= len(ids))
+    functions = {tokens: name for name, tokens in described.get("functions", {}).items()}
     rows = np.zeros((2, 1, length), np.int32)
     rows[0, 0, : len(ids)], rows[1, 0, : len(ids)] = ids, 1
-    return program.run("main", {"input_ids": rows[0], "attention_mask": rows[1]})["embedding"][0].astype(np.float64)
+    given = {"input_ids": rows[0], "attention_mask": rows[1]}
+    return program.run(functions.get(length, "main"), given)["embedding"][0].astype(np.float64)
 
 
 # Whether what manifest.json tells the app is so
@@ -223,7 +227,16 @@ def _retriever(exported: Exported) -> Iterator[str]:
     described = exported.retriever
     if described is None:
         return
-    function = open_package(exported.folder / described["package"]).functions.get("main")
+    functions = exported.open(described["package"]).functions
+    if "functions" in described:  # one for each length
+        for name, tokens in described["functions"].items():
+            if name not in functions:
+                yield f"the retriever has no function {name}"
+                continue
+            yield from _tensors(name, described["inputs"], functions[name].inputs, tokens)
+            yield from _tensors(name, described["outputs"], functions[name].outputs)
+        return
+    function = functions.get("main")
     if function is None:
         yield "the retriever has no function main"
         return

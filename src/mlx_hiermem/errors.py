@@ -85,3 +85,7 @@ class VerificationError(HierMemError):
 
 class CoreMLError(HierMemError):
     """A Core ML package is damaged, or its program contradicts its own declarations."""
+
+
+class CoreAIError(HierMemError):
+    """A Core AI asset cannot be opened or run, or is not what its folder's manifest says."""

@@ -90,12 +90,6 @@ import Observation
       for: .applicationSupportDirectory, in: .userDomainMask, appropriateFor: nil, create: true)
     let blocks = support.appendingPathComponent("blocks", isDirectory: true)
     try FileManager.default.createDirectory(at: blocks, withIntermediateDirectories: true)
-    #if canImport(Darwin)
-      var values = URLResourceValues()
-      values.isExcludedFromBackup = true  // they can be downloaded again
-      var excluded = blocks
-      try excluded.setResourceValues(values)
-    #endif
     let folder: ModelFolder
     do {
       folder = try ModelFolder(at: bundled, downloads: blocks)

@@ -104,10 +104,15 @@ public final class MLModel: NSObject {
       -> [String: MLMultiArray]
 
     let states: [String: [Int]]
+    let refuses: Set<MLComputeUnits>
     let predict: Predict
 
-    public init(states: [String: [Int]] = [:], predict: @escaping Predict) {
+    /// - Parameter refuses: units with which it cannot be loaded.
+    public init(
+      states: [String: [Int]] = [:], refuses: Set<MLComputeUnits> = [], predict: @escaping Predict
+    ) {
       self.states = states
+      self.refuses = refuses
       self.predict = predict
     }
   }
@@ -129,6 +134,18 @@ public final class MLModel: NSObject {
     standIn = found
     function = configuration.functionName
   }
+
+  public static func load(contentsOf url: URL, configuration: MLModelConfiguration) async throws -> MLModel {
+    let model = try MLModel(contentsOf: url, configuration: configuration)
+    lock.withLock { loads[url.path, default: []].append(configuration.computeUnits) }
+    if model.standIn.refuses.contains(configuration.computeUnits) { throw CocoaError(.featureUnsupported) }
+    return model
+  }
+
+  /// The units with which the models of a package were asked for, in order.
+  public static func units(at url: URL) -> [MLComputeUnits] { lock.withLock { loads[url.path] ?? [] } }
+
+  nonisolated(unsafe) private static var loads: [String: [MLComputeUnits]] = [:]  // guarded by `lock`
 
   public static func compileModel(at modelURL: URL) async throws -> URL {
     let copy = FileManager.default.temporaryDirectory.appendingPathComponent("\(UUID()).mlmodelc")

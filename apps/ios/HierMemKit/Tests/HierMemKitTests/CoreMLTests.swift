@@ -30,7 +30,9 @@
       }
       let once = ["prefill 8", "prefill 8", "prefill 8", "decode 1", "prefill 8"]
       let swap = memory == .loadBlock ? ["load_block"] : []
-      #expect(program.calls == (0..<5).flatMap { _ in swap + once })
+      let trial = ["decode 1"]
+      let swaps: [String] = (0..<5).flatMap { _ in swap + once }
+      #expect(program.calls == trial + swaps)
     }
 
     /// A whole conversation through the folder, the retriever and the anchor's functions.
@@ -58,7 +60,8 @@
       let program = try TinyProgram(export)
       let model = try await ChatModel.load(try export.open(), compiled: program.compiled)
       _ = try await model.anchor.logits(after: [Int](repeating: 3, count: 20), at: 0)
-      #expect(program.calls == ["prefill 8", "prefill 8"] + [String](repeating: "decode 1", count: 4))
+      #expect(
+        program.calls == ["decode 1", "prefill 8", "prefill 8"] + [String](repeating: "decode 1", count: 4))
       let error = await hierMemError { _ = try await model.anchor.logits(after: [1, 2], at: 19) }
       #expect(error?.kind == .usage)
     }
@@ -74,6 +77,31 @@
       let short = try FetchedMemory(config: config, blocks: [(0, block)])
       let error = await hierMemError { try await model.anchor.attach(short) }
       #expect(error?.what.contains("[2, 4, 32], the anchor takes [2, 6, 32]") == true)
+    }
+
+    /// Where the GPU fails the CPU computes, and the next start begins there.
+    @Test func triesTheCPULast() async throws {
+      let export = try TinyExport(memory: .input)
+      let program = try TinyProgram(export, memory: .input, refuses: [.cpuAndGPU])
+      _ = try await ChatModel.load(try export.open(), compiled: program.compiled)
+      #expect(MLModel.units(at: program.anchor) == [.cpuAndGPU, .cpuOnly, .cpuOnly])
+      _ = try await ChatModel.load(try export.open(), compiled: program.compiled)
+      #expect(MLModel.units(at: program.anchor).suffix(2) == [.cpuOnly, .cpuOnly])
+      let broken = try TinyProgram(export, memory: .input, refuses: [.cpuAndGPU, .cpuOnly])
+      let error = await hierMemError {
+        _ = try await ChatModel.load(try export.open(), compiled: broken.compiled, units: .all)
+      }
+      #expect(error?.kind == nil)  // with .all it loads
+      #expect(MLModel.units(at: broken.anchor) == [.all, .all])
+    }
+
+    /// Another program with the same weights is another package.
+    @Test func thePackageIsWhatIsCompiled() throws {
+      let manifest = try TinyExport().open().manifest
+      let digest = manifest.digest(ofPackage: "anchor.mlpackage")
+      #expect(digest.count == 64)
+      #expect(digest != manifest.digest(ofPackage: "retriever.mlpackage"))
+      #expect(digest != TinyExport.digest)
     }
 
     /// A model that was compiled is used again; an export with other weights is compiled anew.

@@ -51,6 +51,7 @@ public actor BlockDownloader {
     do {
       try FileManager.default.createDirectory(
         at: file.deletingLastPathComponent(), withIntermediateDirectories: true)
+      try keepOutOfBackups(folder)
       if !FileManager.default.fileExists(atPath: partial.path) { try Data().write(to: partial) }
     } catch {
       throw HierMemError(.download, "cannot write to \(folder.path): \(error.localizedDescription)")

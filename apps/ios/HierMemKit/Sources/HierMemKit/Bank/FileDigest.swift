@@ -16,7 +16,22 @@ func fileDigest(_ url: URL) throws -> String {
   while let piece = try file.read(upToCount: 1 << 20), !piece.isEmpty {
     hash.update(data: piece)
   }
-  return hash.finalize().map { byte in
+  return hexadecimal(hash.finalize())
+}
+
+/// The same of bytes in memory.
+func dataDigest(_ data: Data) -> String {
+  #if canImport(CryptoKit)
+    var hash = SHA256()
+  #else
+    var hash = SHA256Hash()
+  #endif
+  hash.update(data: data)
+  return hexadecimal(hash.finalize())
+}
+
+private func hexadecimal(_ bytes: some Sequence<UInt8>) -> String {
+  bytes.map { byte in
     let digits = String(byte, radix: 16)
     return digits.count == 1 ? "0" + digits : digits
   }.joined()

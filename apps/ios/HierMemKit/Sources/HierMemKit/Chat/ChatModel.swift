@@ -1,6 +1,6 @@
 /// What a conversation needs: an anchor, its text format, and where its memories come from.
 public struct ChatModel: Sendable {
-  public let anchor: any Anchor
+  public let anchor: any LanguageAnchor
   public let tokenizer: any TextTokenizer
   public let format: ChatFormat
   /// The tokens that end a reply.
@@ -10,7 +10,7 @@ public struct ChatModel: Sendable {
   public let blocks: BlockCache?
 
   public init(
-    anchor: any Anchor, tokenizer: any TextTokenizer, format: ChatFormat, eos: Set<Int>,
+    anchor: any LanguageAnchor, tokenizer: any TextTokenizer, format: ChatFormat, eos: Set<Int>,
     router: Router? = nil, blocks: BlockCache? = nil
   ) {
     self.anchor = anchor

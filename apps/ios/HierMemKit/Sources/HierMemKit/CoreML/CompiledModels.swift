@@ -14,7 +14,8 @@
     /// The compiled model of a package: one that lies beside it (`xcrun coremlcompiler`), one that was
     /// compiled before, or a new one, which takes a while.
     ///
-    /// - Parameter digest: of the package's weights, so that an update of the app is noticed.
+    /// - Parameter digest: of the whole package: an update of the app may bring another program with the
+    ///   same weights.
     /// - Throws: ``HierMemError`` of kind `model` where it can't be compiled.
     public func url(for package: URL, digest: String) async throws -> URL {
       let files = FileManager.default
@@ -30,6 +31,7 @@
           try files.removeItem(at: cache.appendingPathComponent(old))
         }
         try files.moveItem(at: compiled, to: kept)
+        try keepOutOfBackups(cache)
       } catch {
         throw HierMemError(
           .model, "\(package.path) cannot be compiled: \(error.localizedDescription)",
@@ -39,14 +41,59 @@
     }
   }
 
-  func loadModel(_ package: URL, _ configuration: MLModelConfiguration) throws -> MLModel {
+  /// A model that nobody else has yet, on its way to the actor that will.
+  struct LoadedModel: @unchecked Sendable {
+    let model: MLModel
+  }
+
+  func loadModel(_ package: URL, function: String? = nil, units: MLComputeUnits) async throws -> LoadedModel {
+    let configuration = MLModelConfiguration()
+    configuration.computeUnits = units
+    configuration.functionName = function
     do {
-      return try MLModel(contentsOf: package, configuration: configuration)
+      return LoadedModel(model: try await MLModel.load(contentsOf: package, configuration: configuration))
     } catch {
-      let function = configuration.functionName.map { " (function \($0))" } ?? ""
+      let function = function.map { " (function \($0))" } ?? ""
       throw HierMemError(
         .model, "\(package.path)\(function) cannot be loaded: \(error.localizedDescription)",
         hint: "Export the model again; the device needs iOS 18 or macOS 15.")
+    }
+  }
+
+  extension CompiledModels {
+    /// The units that worked on this device for a package, if it was tried.
+    func units(for digest: String) -> MLComputeUnits? {
+      guard let text = try? String(contentsOf: note(digest), encoding: .utf8), let raw = Int(text) else { return nil }
+      return MLComputeUnits(rawValue: raw)
+    }
+
+    func keep(_ units: MLComputeUnits, for digest: String) {
+      try? "\(units.rawValue)".write(to: note(digest), atomically: true, encoding: .utf8)
+    }
+
+    private func note(_ digest: String) -> URL { cache.appendingPathComponent("units-\(digest.prefix(16))") }
+  }
+
+  extension CoreMLAnchor {
+    /// Loads the anchor with the first of `units` with which it loads and computes a token; the CPU is
+    /// always tried last. What worked is kept, and is what the next start begins with.
+    static func load(
+      _ manifest: ExportManifest, package: URL, units: MLComputeUnits, compiled: CompiledModels
+    ) async throws -> CoreMLAnchor {
+      let digest = manifest.digest(ofPackage: manifest.anchor.package)
+      var choices = [compiled.units(for: digest) ?? units]
+      if choices[0] != .cpuOnly { choices.append(.cpuOnly) }
+      for (index, choice) in choices.enumerated() {
+        do {
+          let anchor = try await CoreMLAnchor(manifest, package: package, units: choice)
+          _ = try await anchor.logits(after: [0], at: 0)
+          compiled.keep(choice, for: digest)
+          return anchor
+        } catch where index + 1 < choices.count {
+          continue
+        }
+      }
+      throw HierMemError(.model, "\(package.path) cannot be run", hint: "Export the model again.")
     }
   }
 
@@ -57,32 +104,67 @@
     /// - Parameters:
     ///   - budget: bytes of blocks that are kept in memory.
     ///   - compiled: where compiled models are kept.
+    ///   - units: where Core ML may compute the anchor. Where it fails there, the CPU does; what worked is
+    ///     kept for the next start. Core AI chooses by itself.
     /// - Throws: ``HierMemError`` where something is missing or does not fit.
-    public static func load(_ folder: ModelFolder, compiled: CompiledModels, budget: Int = 128 << 20)
-      async throws -> ChatModel
-    {
+    public static func load(
+      _ folder: ModelFolder, compiled: CompiledModels, units: MLComputeUnits = .cpuAndGPU, budget: Int = 128 << 20
+    ) async throws -> ChatModel {
       let manifest = folder.manifest
       guard let format = manifest.chat else {
         throw HierMemError(
           .model, "this model's chat template is more than marks between messages",
           hint: "Make a ChatModel of your own with a ChatFormat that fits.")
       }
-      func package(_ name: String) async throws -> URL {
-        let weights = manifest.files["\(name)/Data/com.apple.CoreML/weights/weight.bin"]
-        return try await compiled.url(
-          for: folder.url.appendingPathComponent(name), digest: weights?.sha256 ?? "none")
+      var retrieverTokenizer: JSONTokenizer?
+      if let retriever = manifest.retriever {
+        retrieverTokenizer = try JSONTokenizer(contentsOf: folder.url.appendingPathComponent(retriever.tokenizer))
       }
-      let anchor = try CoreMLAnchor(manifest, package: try await package(manifest.anchor.package))
+      let (anchor, embedder) = try await models(folder, compiled, units, retrieverTokenizer)
       var router: Router?
-      if let bank = folder.bank, let retriever = manifest.retriever {
-        let tokenizer = try JSONTokenizer(contentsOf: folder.url.appendingPathComponent(retriever.tokenizer))
-        let embedder = try CoreMLEmbedder(
-          retriever, package: try await package(retriever.package), tokenizer: tokenizer)
+      if let bank = folder.bank, let embedder {
         router = Router(tree: bank.tree, embedder: embedder, policy: bank.policy)
       }
       return ChatModel(
         anchor: anchor, tokenizer: folder.tokenizer, format: format, eos: Set(manifest.eos), router: router,
         blocks: folder.bank.map { BlockCache(bank: $0, budget: budget) })
     }
+
+    /// By what the folder holds, and what the system offers.
+    private static func models(
+      _ folder: ModelFolder, _ compiled: CompiledModels, _ units: MLComputeUnits, _ tokenizer: JSONTokenizer?
+    ) async throws -> (any LanguageAnchor, (any TextEmbedder)?) {
+      let manifest = folder.manifest
+      guard manifest.runtime == .coreML else { return try await coreAIModels(folder, tokenizer) }
+      func package(_ name: String) async throws -> URL {
+        try await compiled.url(
+          for: folder.url.appendingPathComponent(name), digest: manifest.digest(ofPackage: name))
+      }
+      let anchor = try await CoreMLAnchor.load(
+        manifest, package: try await package(manifest.anchor.package), units: units, compiled: compiled)
+      guard let retriever = manifest.retriever, let tokenizer else { return (anchor, nil) }
+      let embedder = try await CoreMLEmbedder(
+        retriever, package: try await package(retriever.package), tokenizer: tokenizer)
+      return (anchor, embedder)
+    }
+  }
+
+  private func coreAIModels(_ folder: ModelFolder, _ tokenizer: JSONTokenizer?) async throws
+    -> (any LanguageAnchor, (any TextEmbedder)?)
+  {
+    #if canImport(CoreAI)
+      if #available(iOS 27, macOS 27, *) {
+        let manifest = folder.manifest
+        let anchor = try await CoreAIAnchor(
+          manifest, asset: folder.url.appendingPathComponent(manifest.anchor.package))
+        guard let retriever = manifest.retriever, let tokenizer else { return (anchor, nil) }
+        let embedder = try await CoreAIEmbedder(
+          retriever, asset: folder.url.appendingPathComponent(retriever.package), tokenizer: tokenizer)
+        return (anchor, embedder)
+      }
+    #endif
+    throw HierMemError(
+      .model, "the folder is for Core AI, which this system does not have",
+      hint: "Bundle one of `hiermem export coreml` for systems before iOS 27 and macOS 27.")
   }
 #endif

@@ -7,7 +7,7 @@
   ///
   /// The actor never suspends while it works, so that no prediction is in flight while the state is
   /// written, and no two are at once.
-  public actor CoreMLAnchor: Anchor {
+  public actor CoreMLAnchor: LanguageAnchor {
     public nonisolated let context: Int
     private let manifest: ExportManifest
     private let functions: [Int: MLModel]  // by the tokens they take
@@ -20,30 +20,29 @@
     ///
     /// - Parameters:
     ///   - package: the compiled model, see ``CompiledModels``.
-    ///   - units: where Core ML may compute.
+    ///   - units: where Core ML may compute. Stateful models are reported to fail on the Neural Engine
+    ///     (coremltools #2325, executorch #19635), so it is left out unless it is asked for.
     /// - Throws: ``HierMemError`` of kind `model` where the package is not what the manifest says.
-    public init(_ manifest: ExportManifest, package: URL, units: MLComputeUnits = .all) throws {
-      func load(_ function: String) throws -> MLModel {
-        let configuration = MLModelConfiguration()
-        configuration.computeUnits = units
-        configuration.functionName = function
-        return try loadModel(package, configuration)
-      }
+    public init(_ manifest: ExportManifest, package: URL, units: MLComputeUnits = .cpuAndGPU) async throws {
       self.manifest = manifest
       context = manifest.anchor.context
-      let named = try manifest.anchor.functions.map { ($1, try load($0)) }
-      functions = Dictionary(named) { first, _ in first }
-      loader = try manifest.anchor.loadBlock.map(load)
+      var functions: [Int: MLModel] = [:]
+      for (name, tokens) in manifest.anchor.functions {
+        functions[tokens] = try await loadModel(package, function: name, units: units).model
+      }
+      self.functions = functions
+      if let name = manifest.anchor.loadBlock {
+        loader = try await loadModel(package, function: name, units: units).model
+      } else {
+        loader = nil
+      }
       state = functions[1]!.makeState()  // the manifest's check saw to it that there is one
       if manifest.memory?.mode == .input { memory = try Self.arrays(nil, manifest) }
     }
 
     public func attach(_ memory: FetchedMemory?) throws {
-      guard let mode = manifest.memory?.mode else {
-        if memory == nil { return }
-        throw HierMemError(.model, "this anchor was exported without memory", hint: "Export it with its bank.")
-      }
-      try check(memory)
+      try manifest.check(memory)
+      guard let mode = manifest.memory?.mode else { return }
       switch mode {
       case .input:
         self.memory = try Self.arrays(memory, manifest)
@@ -96,18 +95,6 @@
     private func predict(_ model: MLModel, _ inputs: [String: MLMultiArray]) throws -> any MLFeatureProvider {
       let values = inputs.mapValues { MLFeatureValue(multiArray: $0) }
       return try model.prediction(from: MLDictionaryFeatureProvider(dictionary: values), using: state)
-    }
-
-    private func check(_ memory: FetchedMemory?) throws {
-      guard let memory, let expected = manifest.memory else { return }
-      guard memory.layers == expected.layers.count, memory.units == expected.units,
-        memory.hidden == expected.hidden
-      else {
-        throw HierMemError(
-          .model, "the memory is [\(memory.layers), \(memory.units), \(memory.hidden)], the anchor takes "
-            + "[\(expected.layers.count), \(expected.units), \(expected.hidden)]",
-          hint: "Export the model again with this bank.")
-      }
     }
 
     private static func arrays(_ memory: FetchedMemory?, _ manifest: ExportManifest) throws

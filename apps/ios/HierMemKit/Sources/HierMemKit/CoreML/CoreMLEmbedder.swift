@@ -15,13 +15,11 @@
     ///   - tokenizer: of the retriever, which is not the anchor's.
     public init(
       _ retriever: ExportManifest.Retriever, package: URL, tokenizer: JSONTokenizer,
-      units: MLComputeUnits = .all
-    ) throws {
+      units: MLComputeUnits = .cpuAndGPU
+    ) async throws {
       self.retriever = retriever
       self.tokenizer = tokenizer
-      let configuration = MLModelConfiguration()
-      configuration.computeUnits = units
-      model = try loadModel(package, configuration)
+      model = try await loadModel(package, units: units).model
     }
 
     /// Embeds a text, of a long one the beginning.

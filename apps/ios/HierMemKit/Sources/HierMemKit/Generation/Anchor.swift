@@ -1,5 +1,5 @@
 /// The language model that memories are attached to, with its key/value cache.
-public protocol Anchor: Sendable {
+public protocol LanguageAnchor: Sendable {
   /// The most tokens that a conversation can have, question and answer together.
   var context: Int { get }
 

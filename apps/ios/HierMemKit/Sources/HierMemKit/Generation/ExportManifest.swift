@@ -2,8 +2,17 @@ import Foundation
 
 /// manifest.json of an exported folder, version 1. convert/coreml/package.py describes it.
 public struct ExportManifest: Sendable {
-  public static let format = "mlx-hiermem-coreml"
+  /// What runs the packages of a folder.
+  public enum Runtime: String, Sendable {
+    case coreML = "mlx-hiermem-coreml"
+    case coreAI = "mlx-hiermem-coreai"
+  }
+
   public static let version = 1
+
+  public struct Tensor: Decodable, Sendable {
+    public let shape: [Int]
+  }
 
   public struct Anchor: Decodable, Sendable {
     public let package: String
@@ -16,9 +25,11 @@ public struct ExportManifest: Sendable {
     public let vocabulary: Int
     /// The outputs that make up the logits, in order.
     public let logits: [String]
+    /// The states, by name; of Core ML's the package itself tells.
+    public let states: [String: Tensor]?
 
     enum CodingKeys: String, CodingKey {
-      case package, functions, context, vocabulary, logits
+      case package, functions, context, vocabulary, logits, states
       case loadBlock = "load_block"
     }
   }
@@ -51,9 +62,11 @@ public struct ExportManifest: Sendable {
     /// The token counts that it takes, ascending.
     public let lengths: [Int]
     public let dimension: Int
+    /// The function for each length, where it is not one for all.
+    public let functions: [String: Int]?
 
     enum CodingKeys: String, CodingKey {
-      case package, tokenizer, lengths
+      case package, tokenizer, lengths, functions
       case dimension = "dim"
     }
   }
@@ -84,6 +97,7 @@ public struct ExportManifest: Sendable {
     }
   }
 
+  public let runtime: Runtime
   public let name: String
   public let anchor: Anchor
   /// `nil` for an anchor without memories.
@@ -110,8 +124,10 @@ extension ExportManifest: Decodable {
 
   public init(from decoder: any Decoder) throws {
     let values = try decoder.container(keyedBy: CodingKeys.self)
+    let format = try values.decode(String.self, forKey: .format)
+    runtime = Runtime(rawValue: format) ?? .coreML
     try checkFormat(
-      try values.decode(String.self, forKey: .format), Self.format,
+      format, runtime.rawValue,
       version: try values.decode(Int.self, forKey: .version), Self.version, kind: .model)
     name = try values.decode(String.self, forKey: .name)
     anchor = try values.decode(Anchor.self, forKey: .anchor)
@@ -140,6 +156,29 @@ extension ExportManifest: Decodable {
     }
     guard retriever.map({ !$0.lengths.isEmpty && $0.lengths == $0.lengths.sorted() }) ?? true else {
       throw HierMemError(.model, "the retriever's lengths are not ascending")
+    }
+  }
+}
+
+extension ExportManifest {
+  /// Changes with any file of a package: its program, its weights, what it declares.
+  func digest(ofPackage name: String) -> String {
+    let rows = files.filter { $0.key.hasPrefix("\(name)/") }.sorted { $0.key < $1.key }
+    return dataDigest(Data(rows.map { "\($0.key) \($0.value.sha256)\n" }.joined().utf8))
+  }
+
+  /// - Throws: ``HierMemError`` of kind `model` where the anchor takes no memory of that size.
+  func check(_ fetched: FetchedMemory?) throws {
+    guard let fetched else { return }
+    guard let memory else {
+      throw HierMemError(.model, "this anchor was exported without memory", hint: "Export it with its bank.")
+    }
+    guard fetched.layers == memory.layers.count, fetched.units == memory.units, fetched.hidden == memory.hidden
+    else {
+      throw HierMemError(
+        .model, "the memory is [\(fetched.layers), \(fetched.units), \(fetched.hidden)], the anchor takes "
+          + "[\(memory.layers.count), \(memory.units), \(memory.hidden)]",
+        hint: "Export the model again with this bank.")
     }
   }
 }

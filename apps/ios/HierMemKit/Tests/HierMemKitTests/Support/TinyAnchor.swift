@@ -45,7 +45,7 @@ struct TinyModel: Sendable {
 }
 
 /// The tiny model behind the protocol, without Core ML.
-actor TinyAnchor: Anchor {
+actor TinyAnchor: LanguageAnchor {
   nonisolated let context: Int
   /// How many tokens each call was given.
   private(set) var calls: [Int] = []

@@ -25,7 +25,10 @@
   final class TinyProgram: @unchecked Sendable {
     let compiled = CompiledModels(cache: Fixtures.temporaryFolder())
     private let model = TinyModel(vocabulary: 400, hidden: 32)
+    /// Where the compiled anchor lies.
+    let anchor: URL
     private let memoryIsInput: Bool
+    private let refuses: Set<MLComputeUnits>
     private let logitsType: MLMultiArrayDataType
     private let lock = NSLock()
     private var cached: [Int: [Double]] = [:]
@@ -36,15 +39,21 @@
     /// - Parameter vectors: what the retriever makes of texts.
     init(
       _ export: TinyExport, memory: TinyExport.Memory = .state, logits: MLMultiArrayDataType = .float16,
-      vectors: [String: [Float]] = [:]
+      vectors: [String: [Float]] = [:], refuses: Set<MLComputeUnits> = []
     ) throws {
       memoryIsInput = memory == .input
       logitsType = logits
+      self.refuses = refuses
+      let manifest = try export.open().manifest
       let cache = compiled.cache
-      MLModel.register(standIn, at: cache.appendingPathComponent("anchor-\(TinyExport.digest.prefix(16)).mlmodelc"))
+      func place(_ name: String, _ package: String) -> URL {
+        cache.appendingPathComponent("\(name)-\(manifest.digest(ofPackage: package).prefix(16)).mlmodelc")
+      }
+      anchor = place("anchor", "anchor.mlpackage")
+      MLModel.register(standIn, at: anchor)
       let tokenizer = try JSONTokenizer(contentsOf: Fixtures.url("inputs/wordpiece/tokenizer.json"))
       let known = Dictionary(vectors.map { (tokenizer.encodeFramed($0, limit: 32), $1) }) { first, _ in first }
-      MLModel.register(retriever(known), at: cache.appendingPathComponent("retriever-none.mlmodelc"))
+      MLModel.register(retriever(known), at: place("retriever", "retriever.mlpackage"))
     }
 
     /// The functions that were called, and the tokens they were given.
@@ -52,7 +61,7 @@
 
     private var standIn: MLModel.StandIn {
       let shapes = Dictionary(uniqueKeysWithValues: MemoryConfig.tensorNames.map { ($0, [2, 6, 32]) })
-      return MLModel.StandIn(states: memoryIsInput ? [:] : shapes) { [self] function, inputs, state in
+      return MLModel.StandIn(states: memoryIsInput ? [:] : shapes, refuses: refuses) { [self] function, inputs, state in
         try lock.withLock { try predict(function, inputs, state) }
       }
     }

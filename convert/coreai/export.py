@@ -1,0 +1,106 @@
+"""`hiermem export coreai`: the exporter (`coreml/exporter.py`) with Core AI's assets."""
+
+from __future__ import annotations
+
+import pathlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from mlx_hiermem.convert.coreai import asset, compress
+from mlx_hiermem.convert.coreai.anchor import HEAD, Anchor
+from mlx_hiermem.convert.coreai.interpreter import Runtime
+from mlx_hiermem.convert.coreai.peaks import peaks
+from mlx_hiermem.convert.coreai.retriever import export_retriever
+from mlx_hiermem.convert.coreml import package as folder
+from mlx_hiermem.convert.coreml.architecture import Architecture, Linear
+from mlx_hiermem.convert.coreml.exported import COREAI, Runner
+from mlx_hiermem.convert.coreml.exporter import Options, Report, Target, export_for
+from mlx_hiermem.convert.coreml.limits import Measured, Memories, Overflow, run_all
+from mlx_hiermem.convert.coreml.measure import Float32Anchor
+from mlx_hiermem.convert.coreml.mixed_precision import Codec
+from mlx_hiermem.convert.coreml.shape import CACHES, Export
+from mlx_hiermem.embedder import Embedder
+from mlx_hiermem.progress import Progress
+
+LOGITS = "logits"
+LONG = 2048  # from there on an iPhone is reported to write nonsense (apple/coreai-models #124)
+
+
+class CoreAI(Target):
+    format = COREAI
+    anchor, retriever = "anchor.aimodel", "retriever.aimodel"
+    codec = Codec(compress.rounded, compress.size)
+
+    def matrices(self, sizes: Architecture) -> list[Linear]:
+        """But for a table that is both head and embeddings: of packed rows a call would unpack all to read one."""
+        found = [replace(sizes.head, part=0)] if sizes.head else []
+        for layer in sizes.layers:
+            found += [layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down]
+        return found
+
+    def save(self, sizes: Architecture, shape: Export, formats: Mapping[str, str], package: pathlib.Path) -> None:
+        anchor = Anchor(sizes, shape).eval()
+        calls = {name: anchor.arguments(tokens) for name, tokens in shape.functions.items()}
+        one = next(iter(calls.values()))
+        heads = {of.name: HEAD for of in self.matrices(sizes) if of.part is not None}
+        places = {f"products.{heads.get(name, name)}": form for name, form in formats.items()}
+        module = compress.compress(anchor, places, tuple(one.values()))
+        asset.save({name: asset.Function(module, call, [LOGITS], CACHES) for name, call in calls.items()}, package)
+
+    def describe(self, sizes: Architecture, shape: Export, formats: Mapping[str, str]) -> dict[str, Any]:
+        described = folder.describe_anchor(sizes, shape, formats)
+        counts = Counter(formats.values())
+        if not sizes.head:
+            counts["fp16"] += 1
+        logits = {"shape": [1, -1, len((sizes.head or sizes.embeddings).weight)], "dtype": "float16"}
+        return described | {
+            "package": self.anchor,
+            "outputs": {LOGITS: logits},
+            "logits": [LOGITS],
+            "compression": dict(sorted(counts.items())),
+        }
+
+    def measure(
+        self,
+        package: pathlib.Path,
+        anchor: Mapping[str, Any],
+        memory: Mapping[str, Any] | None,
+        reference: Float32Anchor,
+        memories: Memories,
+        did: Callable[[], None],
+    ) -> Measured:
+        """What float16 has to hold is seen in PyTorch, as the runtime does not tell."""
+        program = Runtime(package)
+        try:
+            distance = run_all(Runner(program, anchor, memory), reference, memories, did)
+        finally:
+            program.close()
+        units = memory or {"layers": (), "units": 0}
+        shape = Export(anchor["context"], tuple(units["layers"]), units["units"], "input")
+        module = Anchor(reference.sizes, shape, torch.float32).eval()
+        return Measured(distance, Overflow.of(peaks(module, reference.ids, memories)))
+
+    def save_retriever(self, embedder: Embedder, package: pathlib.Path, tokenizer: pathlib.Path) -> dict[str, Any]:
+        return export_retriever(embedder, package, tokenizer)
+
+    def warnings(self, sizes: Architecture, shape: Export, formats: Mapping[str, str]) -> Sequence[str]:
+        if shape.context < LONG:
+            return ()
+        return [
+            f"a context of {LONG} or more is reported to come out corrupt on iPhones (apple/coreai-models #124)"
+        ]
+
+
+def export(
+    model: pathlib.Path,
+    out: pathlib.Path,
+    options: Options | None = None,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda what: None,
+) -> Report:
+    """`exporter.export_for` Core AI; a memory is always an input."""
+    return export_for(CoreAI(), model, out, replace(options or Options(), memory="input"), progress, say)
