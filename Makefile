@@ -21,7 +21,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 SWIFT = apps/ios/swift.sh
 CHAT = apps/ios/HierMemChat/Sources
 # What is no measurement, is given its corpus or model, or is for Linux alone.
-OTHER = common banks cpu_tricks learn_corpora editing evaluation_equality plot reach
+OTHER = common banks cpu_tricks learn_corpora editing evaluation_equality knowledge plot reach
 # What has a small form that takes seconds; the rest of benchmarks/ takes minutes however little is asked for.
 QUICK = fetch growth hidden_fetch swap decode minilm start
 
@@ -30,7 +30,7 @@ QUICK = fetch growth hidden_fetch swap decode minilm start
 INPUTS ?= 10000
 TRIALS ?= 200
 
-.PHONY: help setup demo test test-fast test-swift torture lint elements bench bench-quick
+.PHONY: help setup demo test test-fast test-swift torture lint elements vital bench bench-quick
 
 help:  ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,6 +68,11 @@ elements: setup  ## learn the bundled elements bank again from its corpus (an ho
 	$(BIN)/python -m mlx_hiermem.apps.demo.wordings > build/prompts.jsonl
 	$(BIN)/hiermem learn apps/demo/elements.jsonl build/elements --config apps/demo/elements.toml \
 		--prompts build/prompts.jsonl
+
+vital: setup  ## learn the 480 articles of apps/demo/vital from their stored study (seven hours on one core, resumes)
+	mkdir -p build
+	$(BIN)/python tests/replay.py apps/demo/vital/study.jsonl.gz $(BIN)/hiermem learn \
+		apps/demo/vital/documents.jsonl build/vital --config apps/demo/vital/learn.toml --teacher-url {url}
 
 bench: .venv/bench.stamp  ## measure everything (hours; results in benchmarks/results/)
 	@for file in $(filter-out $(OTHER:%=benchmarks/%.py),$(wildcard benchmarks/*.py)); do \
