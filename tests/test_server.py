@@ -436,7 +436,7 @@ def test_metrics(server: Running) -> None:
     before = figures(server)
     usage = complete(server.client, "0.2", prompt="something new").usage
     with pytest.raises(openai.BadRequestError):
-        complete(server.client, n=2)
+        complete(server.client, best_of=2)
     server.ask("GET", "/elsewhere/1")
     after = figures(server)
 
