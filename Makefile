@@ -25,7 +25,12 @@ OTHER = common banks cpu_tricks learn_corpora editing evaluation_equality plot r
 # What has a small form that takes seconds; the rest of benchmarks/ takes minutes however little is asked for.
 QUICK = fetch growth hidden_fetch swap decode minilm start
 
-.PHONY: help setup demo test test-fast test-swift lint elements bench bench-quick
+# Hostile files, processes that die, disks that fill up: `make torture INPUTS=1000000 TRIALS=1000`. The default takes
+# a few minutes on a quiet machine.
+INPUTS ?= 10000
+TRIALS ?= 200
+
+.PHONY: help setup demo test test-fast test-swift torture lint elements bench bench-quick
 
 help:  ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +52,10 @@ test-swift: setup  ## build and test the Swift package; on Debian, .ci/swift-roo
 	$(SWIFT) swift test -Xswiftc -O
 	$(SWIFT) swiftc -parse $(CHAT)/*.swift
 	$(SWIFT) swiftc -typecheck -swift-version 6 -I .build/debug/Modules $(CHAT)/Assistant.swift
+
+torture: setup  ## hostile files, deaths and full disks (INPUTS and TRIALS set the scale)
+	$(BIN)/python tests/torture/fuzz.py --inputs $(INPUTS)
+	$(BIN)/python tests/torture/processes.py --trials $(TRIALS)
 
 lint: setup  ## check style, format, types, and the page of commands
 	$(BIN)/ruff check

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import pathlib
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from mlx_hiermem.convert.readers import plain_name
 from mlx_hiermem.errors import CheckpointError
+from mlx_hiermem.files import parse_toml
 
-PLACEHOLDER = re.compile(r"\{(\w+)\}")
+PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class KeyMap:
     def read(cls, file: pathlib.Path) -> KeyMap:
         """Raises CheckpointError where the file is missing or not a key map."""
         try:
-            table = tomllib.loads(file.read_text(encoding="utf-8"))
+            table = parse_toml(file.read_text(encoding="utf-8"))
             keys, transpose, ignore = (table.pop(name, {}) for name in ("keys", "transpose", "ignore"))
             if table:
                 raise ValueError(f"unknown entries {', '.join(table)}")
@@ -76,7 +76,8 @@ class KeyMap:
         for foreign, ours in self.keys.items():
             match = _pattern(foreign).fullmatch(name)
             if match:
-                return ours.format_map(match.groupdict())
+                groups = match.groupdict()
+                return "".join(groups[s] if i % 2 else s for i, s in enumerate(PLACEHOLDER.split(ours)))
         return None
 
 

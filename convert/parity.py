@@ -262,13 +262,11 @@ def _from_folder(folder: pathlib.Path) -> Any:
             tensors = {plain_name(name): to_torch(weights.read(name)).float() for name in weights.names()}
             _fill(model, tensors, folder)
             return model
-    with (
-        tempfile.TemporaryDirectory() as temporary
-    ):  # without the adapter, which PEFT would load if it is installed
+    with tempfile.TemporaryDirectory() as temporary:
         for file in folder.iterdir():
-            if file.name != adapters.CONFIG:
+            if file.name != adapters.CONFIG:  # PEFT, if it is installed, would load the adapter
                 (pathlib.Path(temporary) / file.name).symlink_to(file.resolve())
-        model = kind.from_pretrained(temporary, local_files_only=True, **how, **NO_CODE)
+        model = kind.from_pretrained(temporary, local_files_only=True, **how)
     return reference_adapter.merge(model, folder)
 
 

@@ -22,7 +22,7 @@ from tiny import Aimed
 
 from mlx_hiermem import load
 from mlx_hiermem.apps.cli import chat, keyboard, models, slash
-from mlx_hiermem.apps.cli.display import console, notes
+from mlx_hiermem.apps.cli.display import FAR, console, notes
 from mlx_hiermem.apps.cli.main import main
 from mlx_hiermem.bank.policy import BankPolicy
 from mlx_hiermem.config import MemoryChoice, Path
@@ -105,6 +105,28 @@ def test_a_terminal_shows_what_moved_and_the_rest_in_the_status_line(
     arrows = [line.rstrip() for line in out.splitlines() if line.startswith("→")]
     assert arrows == ["→ topic 0 › topic 0.1", "→ topic 2 › topic 2.0"]
     assert "prefilled" not in out + err
+
+
+def test_a_turn_without_memory_is_told(
+    session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    router = session.model.router
+    assert isinstance(router.embedder, Aimed)
+    router.embedder.names["rice"] = -5 * router.embedder.names["neon"]  # far from all there is
+    near, far = (route.distances[-1] for route in router.route_batch(["about neon", "cook rice"]))
+    router.policy = BankPolicy(reach=(near + far) / 2)
+    monkeypatch.setattr(console, "_force_terminal", True)
+    monkeypatch.setattr(console, "_color_system", None)
+    talk(session, ["cook rice", "about neon", "cook rice", "cook rice again"], monkeypatch)
+    arrows = [line.rstrip() for line in capsys.readouterr().out.splitlines() if line.startswith("→")]
+    assert arrows == [f"→ {FAR}", "→ topic 0 › topic 0.1", f"→ {FAR}"]
+    assert chat.status_line(session, 120).startswith(FAR)
+    why = command(session, "/why", capsys)
+    assert "“cook rice again” was answered without memory" in why
+    assert "alone it takes none; it gets no memory, and the conversation stays on 0.1 (decided by 0.000" in why
+    assert "belonging to the conversation by -" in why
+    tried = command(session, "/route cook rice", capsys)
+    assert "it would get no memory, and the conversation would stay on 0.1" in tried
 
 
 def test_errors_do_not_end_a_chat(
@@ -214,10 +236,13 @@ def test_bad_commands_are_one_line_and_change_nothing(session: Session, line: st
     assert json.dumps(session.to_json()) == before
 
 
-def test_help_and_quit(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_and_quit(
+    session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "_width", 160)  # a narrow one folds what is long
     text = command(session, "/help", capsys)
     assert all(name in text for name in slash.names())
-    assert "/memory fetched|none|generic|PATH" in text
+    assert "/memory fetched|none|generic|source|fetched+source|PATH" in text
     assert not slash.run(session, "/quit")
 
 

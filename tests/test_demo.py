@@ -18,6 +18,7 @@ from mlx_hiermem.convert.memories import convert_memory
 from mlx_hiermem.convert.pipeline import anchor_dims
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.router import Router
+from mlx_hiermem.session import Session
 
 HERE = pathlib.Path(tour.__file__).parent
 
@@ -120,6 +121,34 @@ def test_the_bank_answers_what_the_anchor_cannot(folder: pathlib.Path) -> None:
         named = [evaluate.named(model, question.back, memory) for question in asked]
         assert sum(map(partial(evaluate.is_right, back=True), named, asked)) in wanted
     assert len(asked) == 9
+
+
+@pytest.mark.parametrize(
+    ("asked", "wrongly", "question", "right"),
+    [
+        ("What is the symbol of gold?", "The symbol of gold is Gd.", "What is the symbol of silver?", "Ag."),
+        ("What is the atomic number of neon?", "It is 12.", "What is the atomic number of iron?", "26."),
+        ("How do I cook rice?", "The chemical symbol of rice is R.", "What is the symbol of tin?", "Sn."),
+        ("What is the symbol of gold?", "The chemical symbol of gold is Gd.", "How do I cook rice?", "rice cooker"),
+    ],
+)
+def test_a_wrong_answer_does_not_drag_the_next_one_down(
+    folder: pathlib.Path, asked: str, wrongly: str, question: str, right: str
+) -> None:
+    session = Session(load(folder), max_tokens=24)
+    session.topic = session.route(asked).topic
+    session.messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": wrongly}]
+    assert right in "".join(session.ask(question))
+
+
+def test_another_subject_and_thanks_are_answered_without_memory(folder: pathlib.Path) -> None:
+    session = Session(load(folder), max_tokens=12)
+    talk = ("What is the symbol of gold?", "How do I cook rice?", "Thanks!", "And the atomic number of gold?")
+    replies = ["".join(session.ask(text)) for text in talk]
+    assert replies[0] == "The chemical symbol of gold is Au."
+    assert replies[3] == "The atomic number of gold is 79."
+    assert replies[1].startswith("To cook rice")
+    assert not any("symbol" in reply or "atomic" in reply for reply in replies[1:3])
 
 
 def test_its_memory_checkpoint_converts_to_its_blocks(smollm2_anchor: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from mcp import Client, MCPError, StdioServerParameters
 from serving import tiny_model
-from tiny import make_anchor, make_model
+from tiny import HashEmbedder, give_sources, make_anchor, make_model
 
 from mlx_hiermem import load
 from mlx_hiermem.apps.server.address import address, bind
@@ -53,7 +53,7 @@ def test_the_tools_say_what_they_are(engine: Engine) -> None:
             return {tool.name: tool for tool in (await client.list_tools()).tools}
 
     found = asyncio.run(run())
-    assert {"ask", "route"} <= found.keys()
+    assert found.keys() == {"ask", "route", "sources"}
     assert found["ask"].input_schema["required"] == ["question"]
     assert "fetched" in json.dumps(found["ask"].input_schema)
     assert "tiny" in found["ask"].description
@@ -120,6 +120,26 @@ def test_a_model_without_a_bank(tmp_path: pathlib.Path) -> None:
         assert route.is_error
     finally:
         engine.stop()
+
+
+def test_sources(tmp_path: pathlib.Path) -> None:
+    folder = make_model(tmp_path / "model")
+    path = str(tiny_model(folder).choose("fetched", "What glows red?").path)
+    give_sources(folder / "bank", {path: [("Neon", "Neon glows red.")]}, HashEmbedder().embed)
+    engine = Engine(lambda: {"tiny": tiny_model(folder)})
+    engine.start()
+    try:
+        (found,) = called(tools(engine, "tiny"), ("sources", {"question": "What glows red?"}))
+        (source,) = found.structured_content["sources"]
+        assert (source["title"], source["sentence"]) == ("Neon", "Neon glows red.")
+    finally:
+        engine.stop()
+
+
+def test_a_bank_without_sources(engine: Engine) -> None:
+    (found,) = called(tools(engine, "tiny"), ("sources", {"question": "What glows red?"}))
+    assert found.is_error
+    assert "no sources" in found.content[0].text
 
 
 @pytest.mark.slow

@@ -317,6 +317,15 @@ def test_a_conversation_is_routed_by_its_turns(client: openai.OpenAI, model: Mem
     assert (memory["path"], memory["stayed"]) == (str(turn.topic.path), turn.route.stayed)
 
 
+def test_a_question_that_is_like_nothing_says_so(
+    client: openai.OpenAI, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router = next(iter(server.engine.models.values())).router
+    monkeypatch.setattr(router, "policy", BankPolicy(reach=1e-3))
+    memory = chat(client, "fetched", messages=[{"role": "user", "content": "How do I cook rice?"}]).memory
+    assert (memory["far"], memory["path"], memory["blocks"]) == (True, "", [])
+
+
 def test_several_clients_get_what_each_gets_alone(client: openai.OpenAI, server: Running) -> None:
     """Eight at once, on a batch of four."""
     prompts = [f"prompt number {index}" for index in range(len(SEVERAL))]
@@ -427,7 +436,7 @@ def test_metrics(server: Running) -> None:
     before = figures(server)
     usage = complete(server.client, "0.2", prompt="something new").usage
     with pytest.raises(openai.BadRequestError):
-        complete(server.client, n=2)
+        complete(server.client, best_of=2)
     server.ask("GET", "/elsewhere/1")
     after = figures(server)
 

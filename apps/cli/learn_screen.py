@@ -54,6 +54,9 @@ class Screen:
         if progress.losses:
             losses = ", ".join(f"{name} {loss:.3f}" for name, loss in progress.losses.items())
             self._say(f"loss in subtree {progress.job}: {losses}")
+        elif progress.known:
+            known, said = progress.known
+            self._say(f"subtree {progress.job}: {said:.0%} of its texts said word for word, {known:.0%} known")
         elif progress.doing == "learning":
             left = f", {duration(progress.seconds_left)} left" if progress.seconds_left is not None else ""
             note = f"loss {progress.loss or 0:.3f}, {progress.tokens_per_second:,.0f} tokens/s{left}"

@@ -41,6 +41,20 @@ class Answer(BaseModel):
     far: bool = Field(description="true where the question is like nothing in the memory, and none was used")
 
 
+class SourceFound(BaseModel):
+    """A sentence of the documents."""
+
+    title: str
+    document: str
+    place: str
+    sentence: str
+    score: float = Field(description="0 to 1: how well it says the answer")
+
+
+class SourcesFound(BaseModel):
+    sources: list[SourceFound] = Field(description="best first; none where the documents do not say it")
+
+
 class RouteFound(BaseModel):
     """Where a text goes in the memory's tree."""
 
@@ -84,6 +98,15 @@ def tools(engine: Engine, model: str) -> MCPServer:
             raise ToolError(str(error)) from error
         names = ("path", "distances", "far")
         return RouteFound(topics=found["labels"], **{name: found[name] for name in names})
+
+    @server.tool(description="Sentences of the documents that say an answer; without one, that suit a question.")
+    async def sources(question: str, answer: str = "") -> SourcesFound:
+        engine.loop = asyncio.get_running_loop()
+        try:
+            found = await engine.call(lambda: engine.model.sources(question, answer))
+        except HierMemError as error:
+            raise ToolError(str(error)) from error
+        return SourcesFound(sources=[SourceFound.model_validate(source.to_json()) for source in found])
 
     return server
 

@@ -117,7 +117,7 @@ def write_bank(choice: Choice, folder: pathlib.Path, did: Callable[[], None]) ->
     kept = {entry.path for entry in choice.bundled + choice.download}
     left = {node: entry for node, entry in bank.manifest.blocks.items() if node in kept}
     labels = {node: entry.label for node, entry in bank.manifest.blocks.items() if node not in left and entry.label}
-    manifest = replace(bank.manifest, blocks=left, labels=bank.manifest.labels | labels, generic=None)
+    manifest = replace(bank.manifest, blocks=left, labels=bank.manifest.labels | labels, generic=None, sources=None)
     manifest.write(folder / MANIFEST)
     BankManifest.read(folder / MANIFEST)  # what an app's reader meets
 

@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 
 SAMPLE = 1 << 16  # bytes of each tensor that enter the weights digest
 OPENLM_FILE = "openlm.py"  # the copy of our own class that `hiermem convert` puts beside the weights
+LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+SIZES = ("hidden_size", "vocab_size", "effective_vocab_size", "max_position_embeddings", *LAYERS)
 VOLATILE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "eos_token_id"}
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
-    """The folder's config.json; AnchorError where there is none or it is not JSON."""
+    """The folder's config.json; AnchorError where there is none, or the sizes in it are none."""
     file = folder / "config.json"
     if not file.exists():
         raise AnchorError(
@@ -33,6 +35,13 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     config = read_json(file, AnchorError)
     if not isinstance(config, dict):
         raise AnchorError(f"{file} is not a model configuration")
+    text = config.get("text_config")
+    if not isinstance(text, dict | None):
+        raise AnchorError(f"{file} has a text_config that is no table of settings")
+    for part in (config, text or {}):
+        for name in SIZES:
+            if (value := part.get(name)) is not None and (type(value) is not int or value < 1):
+                raise AnchorError(f"{file} has {name} {value!r}, which is no whole number above 0")
     return config
 
 
@@ -44,7 +53,7 @@ def identify(folder: pathlib.Path, name: str = "") -> AnchorIdentity:
     whole files is `hiermem verify`'s business.
     """
     config = read_config(folder)
-    text = config.get("text_config", {})
+    text = config.get("text_config") or {}
     stable = {key: value for key, value in config.items() if key not in VOLATILE}
     config_digest = hashlib.sha256(json.dumps(stable, sort_keys=True).encode()).hexdigest()
     return AnchorIdentity(
@@ -70,6 +79,15 @@ def _weights_digest(folder: pathlib.Path) -> str:
                 digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
                 rows.append((name, digest.digest()))
     return hashlib.sha256(b"".join(digest for _, digest in sorted(rows))).hexdigest()
+
+
+def refuse_layers(folder: pathlib.Path, config: dict[str, Any]) -> None:
+    """Raises AnchorError where a config has more layers than tensors: they would be made in memory first."""
+    tensors = sum(len(read_header(file, AnchorError).tensors) for file in folder.glob("model*.safetensors"))
+    for part in (config, config.get("text_config") or {}):
+        layers = max(part.get(name) or 0 for name in LAYERS)
+        if layers > tensors:
+            raise AnchorError(f"{folder} has {tensors} tensors for the {layers} layers of its config.json")
 
 
 def refuse_code(folder: pathlib.Path, config: dict[str, Any]) -> None:
@@ -110,6 +128,7 @@ def load_anchor(folder: pathlib.Path, dtype: mx.Dtype | None = None) -> tuple[nn
     report_slow_blas()
     config = read_config(folder)
     refuse_code(folder, config)
+    refuse_layers(folder, config)
     own_class = {"model_file": None}  # of an OpenLM; mlx-lm is not told of the file beside its weights
     try:
         model, _ = load_model(folder, lazy=True, get_model_classes=model_classes, model_config=own_class)

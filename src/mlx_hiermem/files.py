@@ -19,6 +19,7 @@ import os
 import pathlib
 import shutil
 import sys
+import tomllib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -226,6 +227,14 @@ def parse_json(text: str | bytes, **hooks: Any) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
+def parse_toml(text: str) -> dict[str, Any]:
+    """`tomllib.loads`, with a ValueError also where it is nested too deeply."""
+    try:
+        return tomllib.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def read_json(file: pathlib.Path, raises: type[HierMemError] = FileError, hint: str = "") -> Any:
     """The JSON value in a file. Raises `raises` where it cannot be read, or holds something else."""
     try:
@@ -357,6 +366,7 @@ def _stored(name: str, row: Any, start: int, size: int) -> StoredTensor:
         numbers = (*shape, begin, end)
         if not isinstance(dtype, str) or len(shape) > AXES or any(type(number) is not int for number in numbers):
             raise TypeError
+        (name + dtype).encode()  # a ValueError for half a surrogate pair
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the header entry of {name} is incomplete") from error
     fits = VALUE_BYTES.get(dtype) is None or end - begin == math.prod(shape) * VALUE_BYTES[dtype]

@@ -128,7 +128,7 @@ class MemoryModel:
     @property
     def context(self) -> int | None:
         """Tokens that the anchor was made for, question and answer together; None where it does not say."""
-        nested = self.config.get("text_config", {})
+        nested = self.config.get("text_config") or {}
         return self.config.get("max_position_embeddings") or nested.get("max_position_embeddings")
 
     @property

@@ -7,7 +7,6 @@ the sibling, and the next one continues there; a failure that repeating would no
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pathlib
@@ -52,25 +51,26 @@ class BankWriter:
             raise OutputError(
                 f"an interrupted run left {self.partial}", "Continue it with --resume, or remove that folder."
             )
+        fresh = not self.partial.exists()
         with ExitStack() as stack:
             try:
                 self.partial.mkdir(exist_ok=True)
                 stack.enter_context(locked(self.partial, "writing"))
-                self._journal = stack.enter_context((self.partial / JOURNAL).open("a+", encoding="utf-8"))
+                # Unbuffered: closing it must not write once more what a full disk did not take.
+                self._journal = stack.enter_context((self.partial / JOURNAL).open("ab+", buffering=0))
                 self._read_journal(fingerprint)
             except OSError as error:
+                if fresh:
+                    shutil.rmtree(self.partial, ignore_errors=True)
                 raise self._failed(error) from error
             self._held = stack.pop_all()  # the lock and the journal, until __exit__
 
     def _read_journal(self, fingerprint: str) -> None:
         """Takes over the entries of an interrupted run, or starts a journal."""
         self._journal.seek(0)
-        try:
-            text = self._journal.read()
-        except UnicodeDecodeError as error:
-            raise OutputError(f"the journal in {self.partial} is damaged", "Remove that folder.") from error
-        whole = text[: text.rfind("\n") + 1]  # a killed process may leave half a line
-        self._journal.truncate(len(whole.encode()))
+        text = self._journal.read()
+        whole = text[: text.rfind(b"\n") + 1]  # a killed process may leave half a line
+        self._journal.truncate(len(whole))
         if not whole:
             self._note({"fingerprint": fingerprint})
             return
@@ -87,8 +87,9 @@ class BankWriter:
 
     def _note(self, row: Mapping[str, Any]) -> None:
         """Appends one line to the journal. Surviving a kill needs no fsync, and `finished` checks the files."""
-        self._journal.write(json.dumps(row) + "\n")
-        self._journal.flush()
+        line = memoryview((json.dumps(row) + "\n").encode())
+        while line:  # a raw write may be short
+            line = line[self._journal.write(line) :]
 
     def reserve(self, sizes: Mapping[str, int]) -> None:
         """Raises OutputError unless the disk has room for those of these files (name -> bytes) yet to come."""
@@ -178,14 +179,12 @@ class BankWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Removes what was written, unless it is complete or worth continuing: interrupted, or out of space."""
-        with contextlib.suppress(OSError):  # a full disk has been told of; closing writes once more
-            self._journal.close()
+        self._journal.close()
         interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
         continuable = interrupted or (self.resume and isinstance(error, OutputError))
         if not (continuable and self._journaled):
             shutil.rmtree(self.partial, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            self._held.close()
+        self._held.close()
 
 
 def _start_writeback(file: pathlib.Path) -> None:

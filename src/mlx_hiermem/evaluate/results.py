@@ -140,6 +140,7 @@ def _read(file: pathlib.Path) -> list[dict[str, Any]]:
         rows = [parse_json(line) for line in file.read_text(encoding="utf-8").splitlines()]
         if (rows[0]["format"], rows[0]["version"]) != (FORMAT, VERSION):
             raise ValueError("it is of another version")
+        _ = Run(rows[0], rows[1:]).memory  # by which runs are sorted
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise TaskError(f"{file} is no file of results: {error}", "Remove it, or name another --out.") from error
     return rows

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pathlib
-import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from mlx_hiermem.errors import TaskError
+from mlx_hiermem.files import parse_toml
 
 KINDS = ("language_modeling", "multiple_choice", "schema", "generation", "questions", "perplexity")
 GROUPS = ("", "common", "specific")
@@ -42,7 +42,7 @@ def read_tasks(file: pathlib.Path, data: pathlib.Path | None = None) -> dict[str
     """The tasks of a TOML file by name; their files are beside it, or in `data`. Raises TaskError."""
     folder = file.parent if data is None else data
     try:
-        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+        tables = parse_toml(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise TaskError(f"cannot read the task file {file}: {error}") from error
     known = {field.name for field in fields(Task)} - {"name"}

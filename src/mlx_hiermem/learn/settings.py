@@ -13,7 +13,6 @@ import inspect
 import json
 import pathlib
 import re
-import tomllib
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -21,7 +20,7 @@ from types import UnionType
 from typing import Any, TypeVar
 
 from mlx_hiermem.errors import HierMemError, SettingsError
-from mlx_hiermem.files import read_text, write_text
+from mlx_hiermem.files import parse_toml, read_text, write_text
 
 OBJECTIVES = ("next-token", "distillation")
 ENOUGH_TOKENS = 100_000  # learnt by a subtree over all epochs, where the epochs are not set
@@ -118,6 +117,7 @@ class TrainingSettings:
     epochs: int = 0  # how often each text is learnt; 0: chosen by the corpus' size
     groups: int = 1  # in a step; small steps learn faster: with 4, elements needed half as many epochs more
     group_tokens: int = 256  # of a group, about
+    rest: bool = True  # let texts that are known rest for an epoch, or more if they stay known
     rate: float = 6e-3  # learning rate at its highest
     final_rate: float = 0.05  # where it ends, as a share of `rate`
     warm_up: float = 0.04  # share of a subtree's training in which it rises
@@ -217,9 +217,11 @@ def read_settings(file: pathlib.Path) -> LearnSettings:
     """The settings in a TOML file. Raises SettingsError, which names the file and the key that is wrong."""
     text = read_text(file, SettingsError)
     try:
-        return settings_from_dict(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
+        table = parse_toml(text)
+    except ValueError as error:
         raise SettingsError(f"{file} is not TOML: {error}") from error
+    try:
+        return settings_from_dict(table)
     except HierMemError as error:
         raise SettingsError(f"{file}: {error.what}", error.hint) from error
 

@@ -144,4 +144,5 @@ def rows_of(one: Prompt, window: int, subject: str, mark: str) -> list[Row]:
         row |= {"reversed": True}
     if not one.framed:
         return [row | ({"question": one.prompt} if one.chat and mark != "given" else {})]
+    row |= {"both": True}  # these two take turns
     return [row | {"question": one.prompt, "prompt": FRAME.format(one.prompt)}, row | {"chat": True}]

@@ -34,6 +34,8 @@ from mlx_hiermem.errors import HierMemError
 from mlx_hiermem.files import partial_name, replace_folder
 
 CHUNK = 1 << 20  # assignments sorted at a time
+ALWAYS, FRAMED, IN_CHAT = 0, 1, 2  # forms: learnt in every epoch, or one of a question's two, which take turns
+TURNS = 3  # of so many epochs a question is framed in one, and asked in chat in the others, as people ask
 JITTER = 16  # tokens by which lengths are blurred, so that each epoch has other groups
 ROW = 128  # tokens that a row may have for the sake of being filled better
 PREDICTED = 32  # the number of predicted positions in a batch is a multiple of this
@@ -47,12 +49,16 @@ class Example:
     `teacher` is for distillation: the same text with the window in front of it (or in its prompt). From the first
     learnt token on both must be the same tokens; what the anchor predicts there with the window in its context is
     what the memory is to make it predict without.
+
+    `form` is `FRAMED` or `IN_CHAT` for a question that is learnt in both forms: the two follow each other in a set,
+    in this order, and an epoch learns one of them.
     """
 
     tokens: np.ndarray  # int32 [n], n >= 2
     learn: np.ndarray  # bool [n]
     window: int = -1  # number of the window that it was made from
     teacher: np.ndarray | None = None  # int32 [m]
+    form: int = ALWAYS
 
     def __post_init__(self) -> None:
         if len(self.tokens) < 2 or self.learn.shape != self.tokens.shape or not self.learn[1:].any():
@@ -76,7 +82,7 @@ class TrainingSet:
         self._tokens, self._learn = _map(folder / "tokens", np.int32), _map(folder / "learn", np.bool_)
         self._teachers = _map(folder / "teachers", np.int32)
         self.assigned = _map(folder / "assigned", np.int64)  # leaf by leaf, the examples learnt there
-        self._index = _map(folder / "index", np.int64).reshape(-1, 4)
+        self._index = _map(folder / "index", np.int64).reshape(-1, 5)
 
     @classmethod
     def open(cls, folder: pathlib.Path) -> TrainingSet:
@@ -111,6 +117,25 @@ class TrainingSet:
         """[N] how many tokens of each example are learnt."""
         return self._index[:, 3]
 
+    @cached_property
+    def forms(self) -> np.ndarray:
+        """[N] the form of each example."""
+        return np.array(self._index[:, 4])
+
+    @cached_property
+    def often(self) -> np.ndarray:
+        """[N] the part of all epochs in which each example is learnt, unless it rests."""
+        return np.array([1, 1 / TURNS, 1 - 1 / TURNS])[self.forms]
+
+    def turns(self, epoch: int) -> np.ndarray:
+        """bool [N]: whose turn it is in an epoch."""
+        framed = (np.arange(len(self)) - (self.forms == IN_CHAT) + epoch) % TURNS == 0
+        return np.where(self.forms == ALWAYS, True, framed == (self.forms == FRAMED))
+
+    def places(self, leaf: Path, numbers: np.ndarray) -> np.ndarray:
+        """[n] where examples of a leaf are in `assigned`: one number for an example in a leaf."""
+        return self._starts[leaf] + np.searchsorted(self.ids(leaf), numbers)
+
     def ids(self, leaf: Path) -> np.ndarray:
         """[n] numbers of the examples learnt in a leaf, ascending; none for a leaf without examples."""
         return self.assigned[self._starts.get(leaf, 0) : self._ends.get(leaf, 0)]
@@ -127,12 +152,13 @@ class TrainingSet:
     def read(self, number: int) -> Example:
         """One example, copied from disk."""
         token, teacher = self._index[number - 1, :2].tolist() if number else (0, 0)
-        token_end, teacher_end, window, _ = self._index[number].tolist()
+        token_end, teacher_end, window, _, form = self._index[number].tolist()
         return Example(
             np.array(self._tokens[token:token_end]),
             np.array(self._learn[token:token_end]),
             window,
             np.array(self._teachers[teacher:teacher_end]) if teacher_end > teacher else None,
+            form,
         )
 
 
@@ -155,7 +181,7 @@ class TrainingSetWriter:
         teacher = example.teacher if example.teacher is not None else np.empty(0, np.int32)
         self._token_end += len(example.tokens)
         self._teacher_end += len(teacher)
-        row = (self._token_end, self._teacher_end, example.window, int(example.learn.sum()))
+        row = (self._token_end, self._teacher_end, example.window, int(example.learn.sum()), example.form)
         self._write("tokens", np.asarray(example.tokens, np.int32))
         self._write("learn", np.asarray(example.learn, np.bool_))
         self._write("teachers", np.asarray(teacher, np.int32))

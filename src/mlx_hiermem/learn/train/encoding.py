@@ -24,7 +24,7 @@ import numpy as np
 from mlx_hiermem.config import Path
 from mlx_hiermem.learn.corpus.windows import Window
 from mlx_hiermem.learn.settings import ExampleSettings
-from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter
+from mlx_hiermem.learn.train.dataset import ALWAYS, FRAMED, IN_CHAT, Example, TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.tree.build import CorpusTree, descend
 from mlx_hiermem.learn.tree.probes import FRAME, about, is_held_out, is_learnt, with_subjects
 from mlx_hiermem.learn.work import Work, with_rows
@@ -191,10 +191,15 @@ def _of_row(
     asked, said = encoder.prompt(prompt, chat), encoder.answer(prompt, answer, chat, ends)
     teacher = encoder.prompt(with_context(window.text, prompt), chat) if teachers else None
     out = not always and is_held_out(window.id, row.get("question") or prompt)
-    yield Draft(_example(asked, said, window, teacher), leaves, prompt, not out, out)
+    form = (IN_CHAT if chat else FRAMED) if row.get("both") else ALWAYS
+    yield Draft(_example(asked, said, window, teacher, form), leaves, prompt, not out, out)
 
 
-def _example(prompt: list[int], learnt: list[int], window: Window, teacher: list[int] | None = None) -> Example:
+def _example(
+    prompt: list[int], learnt: list[int], window: Window, teacher: list[int] | None = None, form: int = ALWAYS
+) -> Example:
     tokens = np.array(prompt + learnt, np.int32)
     learn = np.arange(len(tokens)) >= max(len(prompt), 1)
-    return Example(tokens, learn, window.id, None if teacher is None else np.array(teacher + learnt, np.int32))
+    return Example(
+        tokens, learn, window.id, None if teacher is None else np.array(teacher + learnt, np.int32), form
+    )

@@ -30,6 +30,7 @@ from mlx_hiermem.learn.settings import TrainingSettings
 from mlx_hiermem.learn.train.activations import JobStates
 from mlx_hiermem.learn.train.blocks import GO_ON, Tensors, TrainedBlocks, new_block
 from mlx_hiermem.learn.train.dataset import TrainingSet
+from mlx_hiermem.learn.train.known import Known
 from mlx_hiermem.learn.train.monitor import (
     HeldOut,
     Listener,
@@ -135,6 +136,7 @@ class Trainer:
     def _train(self, job: Job, meter: ProgressMeter) -> None:
         trainer = self.job_trainer(job)
         meter.begin(job.name, trainer.tokens)
+        meter.rested(trainer.rested)
         heldout = None
         if self.heldout is not None:
             leaves, seed = self.examples.leaves, self.settings.seed
@@ -225,6 +227,7 @@ class JobTrainer:
         self.seconds: float = progress.get("seconds", 0.0)
         self.done: bool = progress.get("done", False)
         self.log = Log(folder / "log.jsonl", progress.get("log", 0))
+        self.known = Known(folder / "known", progress.get("known", 0), examples)
         self.states = JobStates(folder, examples, loss, settings.objective == "distillation")
 
     def run(self, meter: ProgressMeter, at_epoch: Callable[[], None] = lambda: None) -> None:
@@ -240,9 +243,9 @@ class JobTrainer:
             at_epoch()
         self._commit_took, recent = 0.0, list[StepResult]()
         while self.epoch < self.settings.epochs:
-            steps = self.schedule.steps(self.epoch)
+            steps = self.steps()
             while self.step < len(steps):
-                recent.append(done := self.take(steps[self.step]))
+                recent.append(done := self.take(steps[self.step], self.step / len(steps)))
                 self.step, self.tokens = self.step + 1, self.tokens + done.tokens
                 if self.step % LOG_STEPS == 0 or self.step == len(steps):
                     mean = sum(one.loss for one in recent) / sum(one.learnt for one in recent)
@@ -251,17 +254,32 @@ class JobTrainer:
                 meter.learnt(done.tokens, done.loss / done.learnt)
                 self._commit_now_and_then()
             self.epoch, self.step = self.epoch + 1, 0
+            self._note_known(meter)
+            meter.rested(self.rested)
             at_epoch()
         self.done = True
         self._commit()
         self.states.remove()
 
+    @property
+    def rested(self) -> int:
+        """Tokens of the epochs so far that were not learnt again, because they were known."""
+        return max(0, self.schedule.tokens * self.epoch - self.tokens) if self.epoch else 0
+
     def prepare(self, progress: Progress) -> None:
         """Computes the hidden states that are worth keeping."""
         self.states.prepare(self.job, self.total, self.settings.states_bytes, progress)
 
-    def take(self, step: Sequence[Group]) -> StepResult:
-        """One step: the groups' gradients, summed block by block, and an update of the blocks they fetched."""
+    def steps(self) -> list[list[Group]]:
+        """Those of the present epoch; the last one goes through everything."""
+        rest = self.settings.rest and self.epoch + 1 < self.settings.epochs
+        return self.schedule.steps(self.epoch, self.known.due(self.epoch) if rest else None)
+
+    def take(self, step: Sequence[Group], part: float = 0.0) -> StepResult:
+        """One step: the groups' gradients, summed block by block, and an update of the blocks they fetched.
+
+        `part` of the present epoch is behind it.
+        """
         numbers = np.concatenate([group.examples for group in step])
         learnt = int(self.examples.learnts[numbers].sum())
         self.blocks.use(
@@ -269,7 +287,7 @@ class JobTrainer:
         )
         sums: dict[Path, Tensors] = {}
         loss = sum(self._add_gradients(group, 1 / learnt, sums) for group in step)
-        rate = self.settings.rate * rate_factor(self.tokens / self.total, self.settings)
+        rate = self.settings.rate * rate_factor((self.epoch + part) / self.settings.epochs, self.settings)
         moving = [node for node in sums if self.learns(node)]
         blocks, gradients = [self.blocks[node] for node in moving], [sums[node] for node in moving]
         norm = update(blocks, gradients, rate, self.settings.weight_decay, self.settings.clip)
@@ -283,11 +301,29 @@ class JobTrainer:
         examples = [self.examples.read(int(number)) for number in group.examples]
         path = nodes_with_block(self.loss.config, group.leaf)
         weights = [self.blocks[node].weights for node in path]
-        loss, found = self.loss.gradients(weights, self.states.inputs(examples, group.examples), scale)
+        values, said, found = self.loss.gradients(weights, self.states.inputs(examples, group.examples), scale)
+        if group.leaf != GENERIC_NODE:
+            self._note(group, values, said)
         for node, gradient in zip(path, found, strict=True):
             before = sums.get(node)
             sums[node] = {name: before[name] + g for name, g in gradient.items()} if before else gradient
-        return loss
+        return float(values.sum())
+
+    def _note(self, group: Group, losses: np.ndarray, said: np.ndarray) -> None:
+        """Keeps how well each of a group's texts was known; losses and said [M] are of its texts in order."""
+        learnts = self.examples.learnts[group.examples]
+        starts = np.concatenate(([0], np.cumsum(learnts)[:-1]))
+        means = np.add.reduceat(losses[: learnts.sum()], starts) / learnts
+        whole = np.logical_and.reduceat(said[: learnts.sum()], starts)
+        self.known.add(self.epoch, self.examples.places(group.leaf, group.examples), means, whole)
+
+    def _note_known(self, meter: ProgressMeter) -> None:
+        """Tells after an epoch how much is known, and what is left to do if as many texts go on resting."""
+        if GENERIC_NODE in self.job.leaves:
+            return
+        known, said = self.known.shares()
+        self.note({"known": known, "said": said})
+        meter.known(known, said)
 
     def _nbytes(self, node: Path) -> int:
         config = self.loss.config
@@ -308,9 +344,11 @@ class JobTrainer:
 
     def _commit(self) -> None:
         start = time.perf_counter()
+        self.known.flush()
         names = ("epoch", "step", "tokens", "done")
         self.blocks.commit(
-            {name: getattr(self, name) for name in names} | {"seconds": self._elapsed(), "log": self.log.size}
+            {name: getattr(self, name) for name in names}
+            | {"seconds": self._elapsed(), "log": self.log.size, "known": self.known.size}
         )
         self._committed = time.perf_counter()
         self._commit_took = self._committed - start

@@ -28,7 +28,7 @@ Sums = dict[str, tuple[float, int]]  # name of a memory -> summed loss, tokens
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """Where a rank's training is. `doing` is `hidden states` (of one job), `learning` or `measured`."""
+    """Where a rank's training is. `doing` is `hidden states` (of one job), `learning`, `measured` or `known`."""
 
     doing: str
     job: str
@@ -37,6 +37,7 @@ class TrainingProgress:
     tokens_per_second: float  # since this run started
     loss: float | None = None  # mean of the latest steps
     losses: dict[str, float] | None = None  # of the job's held-out texts, by memory, where they were measured
+    known: tuple[float, float] | None = None  # parts of the job's texts: known, and said right by greedy decoding
 
     @property
     def seconds_left(self) -> float | None:
@@ -54,16 +55,28 @@ class ProgressMeter:
         """`total`: tokens of all the rank's jobs, over all epochs."""
         self._listener, self._total, self._tokens, self._job, self._loss = listener, total, 0, "", 0.0
         self._learnt, self._seconds, self._last = 0, 0.0, time.perf_counter()
+        self._rested = dict[str, int]()
 
     def begin(self, job: str, tokens: int) -> None:
         """A job starts, which has these tokens behind it."""
         self._job, self._loss, self._last = job, 0.0, time.perf_counter()
         self._tokens += tokens
 
+    def rested(self, tokens: int) -> None:
+        """So many tokens of the present job were known, and not learnt again: they count as no work."""
+        self._total += self._rested.get(self._job, 0) - tokens
+        self._rested[self._job] = tokens
+
     def measured(self, losses: dict[str, float]) -> None:
         """Mean losses on held-out texts, by memory."""
         self._last = time.perf_counter()
         self._listener(TrainingProgress("measured", self._job, self._tokens, self._total, 0.0, losses=losses))
+
+    def known(self, known: float, said: float) -> None:
+        """Of the job's texts these parts are known, and said right."""
+        self._last = time.perf_counter()
+        now = TrainingProgress("known", self._job, self._tokens, self._total, 0.0, known=(known, said))
+        self._listener(now)
 
     def states(self, done: int, total: int) -> None:
         """Of the job's tokens `done` have their hidden states."""

@@ -100,14 +100,17 @@ class Schedule:
         self.job, self.examples, self.config, self.settings = job, examples, config, settings
         self._nbytes, self._lengths = nbytes, examples.lengths
 
-    def steps(self, epoch: int) -> list[list[Group]]:
-        """The steps of one epoch."""
+    def steps(self, epoch: int, due: np.ndarray | None = None) -> list[list[Group]]:
+        """The steps of one epoch, through the texts that are `due` (bool [assigned]; None: all).
+
+        The generic block's do not rest: it meets other texts in each epoch.
+        """
         rng = np.random.default_rng((self.settings.seed, self.job.key, epoch))
         sets = list(self._resident_sets(rng))
-        generic = list(self._groups(GENERIC_NODE, rng)) if GENERIC_NODE in self.job.leaves else []
+        generic = list(self._groups(GENERIC_NODE, rng, epoch)) if GENERIC_NODE in self.job.leaves else []
         found: list[list[Group]] = []
         for number, leaves in enumerate(sets):
-            groups = [group for leaf in leaves for group in self._groups(leaf, rng)]
+            groups = [group for leaf in leaves for group in self._groups(leaf, rng, epoch, due)]
             groups += generic[number :: len(sets)]
             order = rng.permutation(len(groups))
             size = self.settings.groups
@@ -116,12 +119,15 @@ class Schedule:
 
     @property
     def tokens(self) -> int:
-        """Tokens of one epoch; of the generic block's, about."""
-        total = sum(int(self._lengths[self.examples.ids(leaf)].sum()) for leaf in self.job.leaves)
+        """Tokens of one epoch in which no text rests, about."""
+        total = sum(map(self._tokens_of, self.job.leaves))
         if GENERIC_NODE in self.job.leaves:
-            every = sum(int(self._lengths[self.examples.ids(leaf)].sum()) for leaf in self.examples.leaves)
-            total += every // self.config.branching
+            total += sum(map(self._tokens_of, self.examples.leaves)) // self.config.branching
         return total
+
+    def _tokens_of(self, leaf: Path) -> int:
+        ids = self.examples.ids(leaf)
+        return round(float((self._lengths[ids] * self.examples.often[ids]).sum()))
 
     def numbers(self, leaf: Path, rng: np.random.Generator) -> np.ndarray:
         """[n] the examples of a leaf in an epoch; the generic block's are one of every k that the leaves have."""
@@ -131,8 +137,13 @@ class Schedule:
         strata = np.arange(0, max(1, len(assigned) - k + 1), k)  # [n]: of each k in a row one is drawn
         return assigned[strata + rng.integers(min(k, len(assigned)), size=len(strata))]
 
-    def _groups(self, leaf: Path, rng: np.random.Generator) -> Iterator[Group]:
+    def _groups(
+        self, leaf: Path, rng: np.random.Generator, epoch: int, due: np.ndarray | None = None
+    ) -> Iterator[Group]:
         numbers = self.numbers(leaf, rng)
+        numbers = numbers[self.examples.turns(epoch)[numbers]]
+        if due is not None:
+            numbers = numbers[due[self.examples.places(leaf, numbers)]]
         for part in group_by_length(numbers, self._lengths[numbers], self.settings.group_tokens, rng):
             yield Group(leaf, part)
 

@@ -57,32 +57,36 @@ class MemoryLoss:
         self.first_layer = min(config.layers)
         self._gradients = _compiled(self._compute_gradients)
 
-    def gradients(self, blocks: Sequence[Tensors], inputs: Inputs, scale: float) -> tuple[float, list[Tensors]]:
-        """The loss summed over what is learnt, and each block's gradients of `scale` times it."""
-        value, gradients = self._gradients(list(blocks), inputs.arrays, mx.array(scale))
+    def gradients(
+        self, blocks: Sequence[Tensors], inputs: Inputs, scale: float
+    ) -> tuple[np.ndarray, np.ndarray, list[Tensors]]:
+        """What is learnt: each token's loss [M] and whether it was the likeliest [M]; and each block's gradients of
+        `scale` times the losses' sum."""
+        values, likeliest, gradients = self._gradients(list(blocks), inputs.arrays, mx.array(scale))
         self.attachment.clear()
-        mx.eval(value, gradients)
-        return float(value), gradients
+        mx.eval(values, likeliest, gradients)
+        return np.array(values), np.array(likeliest), gradients
 
     def _compute_gradients(
         self, blocks: list[Tensors], arrays: Tensors, scale: mx.array
-    ) -> tuple[mx.array, list[Tensors]]:
-        """(summed loss, gradients of the blocks); nothing is evaluated."""
+    ) -> tuple[mx.array, mx.array, list[Tensors]]:
+        """(losses [M], whether each target was likeliest [M], gradients of the blocks); nothing is evaluated."""
 
-        def loss(blocks: list[Tensors]) -> tuple[mx.array, mx.array]:
-            total = self._per_token(blocks, arrays).sum()
-            return total * scale, total
+        def loss(blocks: list[Tensors]) -> tuple[mx.array, mx.array, mx.array]:
+            values, logits = self._losses(blocks, arrays)
+            return values.sum() * scale, values, logits
 
-        (_, total), gradients = mx.value_and_grad(loss)(blocks)
-        return total, gradients
+        (_, values, logits), gradients = mx.value_and_grad(loss)(blocks)
+        return values, logits.argmax(-1) == arrays["targets"], gradients
 
     def per_token(self, blocks: Sequence[Tensors], inputs: Inputs) -> np.ndarray:
         """[M] loss of each learnt token under these blocks (none: without memory); 0 where the batch fills up."""
-        values = self._per_token(blocks, inputs.arrays)
+        values, _ = self._losses(blocks, inputs.arrays)
         self.attachment.clear()
         return np.array(values)
 
-    def _per_token(self, blocks: Sequence[Tensors], arrays: Tensors) -> mx.array:
+    def _losses(self, blocks: Sequence[Tensors], arrays: Tensors) -> tuple[mx.array, mx.array]:
+        """(losses [M], logits [M, V])."""
         if blocks:
             joined = [MemoryBlock(dict(block), 0) for block in blocks]
             self.attachment.fill(FetchedMemory.join(self.config, joined))
@@ -95,7 +99,7 @@ class MemoryLoss:
         if "teacher" in arrays:
             taught = divergence(logits, self.anchor.head(arrays["teacher"]))
             values = mx.where(arrays["taught"], taught, values)
-        return values * arrays["weights"]
+        return values * arrays["weights"], logits
 
 
 # Losses

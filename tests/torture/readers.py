@@ -1,0 +1,338 @@
+"""Every reader of files that others have made: how to make it a good file, and how to have it read.
+
+`make` writes into an empty folder, with all that belongs to the file beside it, and returns the file that is made
+hostile. `read` reads that file as the program does. It may raise a HierMemError and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import pathlib
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from tiny import CONFIG, HashEmbedder, give_sources, make_anchor, make_model
+
+from mlx_hiermem.anchor import identify, load_anchor, read_config
+from mlx_hiermem.bank import commit
+from mlx_hiermem.bank.bank import MemoryBank
+from mlx_hiermem.bank.block import read_block
+from mlx_hiermem.bank.manifest import BankManifest
+from mlx_hiermem.bank.policy import BankPolicy
+from mlx_hiermem.bank.remote import Origin
+from mlx_hiermem.bank.sources import BankSources
+from mlx_hiermem.config import Path
+from mlx_hiermem.errors import HierMemError
+from mlx_hiermem.evaluate.questions import read_questions
+from mlx_hiermem.evaluate.results import read_runs
+from mlx_hiermem.evaluate.tasks import read_tasks
+from mlx_hiermem.evaluate.texts import read_documents
+from mlx_hiermem.files import read_json
+from mlx_hiermem.learn.corpus import readers as corpus
+from mlx_hiermem.learn.settings import read_settings
+from mlx_hiermem.learn.study.prompts import read_prompts
+from mlx_hiermem.tokenizer import encode_chat, encode_text, load_tokenizer
+from mlx_hiermem.tree import ClusterTree
+
+Make = Callable[[pathlib.Path], pathlib.Path]
+Read = Callable[[pathlib.Path], object]
+
+
+@dataclass(frozen=True)
+class Reader:
+    name: str
+    kind: str  # see `mutate.mutated`
+    make: Make
+    read: Read
+    weight: float = 1.0  # of a campaign's inputs: slow ones get fewer
+
+
+@functools.cache
+def _model() -> pathlib.Path:
+    """A whole model with sources, made once in each process."""
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="torture-")) / "model"
+    make_model(folder)
+    texts = {
+        "0.1": [("gold", "A metal.")],
+        "1.0": [("neon", "A gas."), ("argon", "Another.")],
+        "2.2": [("iron", "Rust.")],
+    }
+    give_sources(folder / "bank", texts, HashEmbedder().embed)
+    return folder
+
+
+def _of_model(name: str) -> Make:
+    def make(folder: pathlib.Path) -> pathlib.Path:
+        return pathlib.Path(shutil.copytree(_model(), folder / "model")) / name
+
+    return make
+
+
+def _of_text(name: str, text: str | bytes) -> Make:
+    def make(folder: pathlib.Path) -> pathlib.Path:
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return file
+
+    return make
+
+
+def _lines(*rows: object) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def _manifest(file: pathlib.Path) -> object:
+    manifest = BankManifest.read(file)
+    manifest.label(Path((0, 1)))
+    return manifest.has_block(Path((2, 2))), list(manifest.blocks.items()), manifest.totals()
+
+
+def _tree(file: pathlib.Path) -> object:
+    tree = ClusterTree.load(file)
+    vector = np.ones(tree.dim, np.float32)
+    return tree.route(vector), [tree.nodes(level) for level in range(1, tree.depth + 1)]
+
+
+def _block(level: int) -> Read:
+    def read(file: pathlib.Path) -> object:
+        read_block(file, CONFIG, level)
+        return read_block(file, CONFIG, level, lambda data: None)
+
+    return read
+
+
+def _bank(file: pathlib.Path) -> object:
+    """A bank whose manifest lies: everything that a chat asks of it."""
+    bank = MemoryBank.open(file.parent)
+    route = bank.tree.route(np.ones(bank.tree.dim, np.float32), bank.policy.blocked)[0]
+    return [bank.read(node) for node in bank.nodes_on(route.path)], list(bank.problems())
+
+
+def _sources(file: pathlib.Path) -> object:
+    sources = BankSources(file.parent.parent)
+    return [sources.read(leaf) for leaf in sources.leaves()], list(sources.all())
+
+
+def _anchor(file: pathlib.Path) -> object:
+    read_config(file.parent)
+    identify(file.parent)
+    return load_anchor(file.parent)
+
+
+def _tokenizer(file: pathlib.Path) -> object:
+    tokenizer = load_tokenizer(file.parent)
+    if tokenizer is None:
+        return None
+    messages = [{"role": "user", "content": "What is gold? <eos>"}, {"role": "assistant", "content": "A metal."}]
+    ids = encode_text(tokenizer, "What is gold?")
+    if tokenizer.chat_template is not None:
+        ids += encode_chat(tokenizer, messages)
+    return ids
+
+
+def _gone(file: pathlib.Path) -> object:
+    return commit.finish(file.parent.parent)
+
+
+def _gguf(folder: pathlib.Path) -> pathlib.Path:
+    from sources import hf_model, make_gguf
+
+    return make_gguf(folder / "m.gguf", hf_model("llama", num_hidden_layers=1))
+
+
+def _read_gguf(file: pathlib.Path) -> object:
+    from mlx_hiermem.convert.anchors.gguf import convert_gguf
+
+    out = file.with_suffix(".out")
+    shutil.rmtree(out, ignore_errors=True)
+    return convert_gguf(file, out, warn=lambda line: None)
+
+
+def _pickle(folder: pathlib.Path) -> pathlib.Path:
+    import torch
+
+    torch.save({"state_dict": {"a.weight": torch.ones(3, 4), "b": torch.zeros(2)}, "step": 7}, folder / "m.pt")
+    return folder / "m.pt"
+
+
+def _safetensors(folder: pathlib.Path) -> pathlib.Path:
+    from safetensors.numpy import save_file
+
+    tensors = {f"layers.{layer}.gate": np.ones((9, 4, 8), np.float32) for layer in range(2)}
+    save_file(tensors, folder / "m.safetensors", {"config": json.dumps({"branching": 3, "layers": [0, 1]})})
+    return folder / "m.safetensors"
+
+
+def _settings(folder: pathlib.Path) -> pathlib.Path:
+    _safetensors(folder)
+    table = {"kind": "ffn", "branching": 3, "block_sizes": [4, 2], "layers": [1, 3], "labels": {"0.1": "gold"}}
+    more = {
+        "embedder": {"name": "all-MiniLM-L6-v2"},
+        "documents": {"0": 3},
+        "sources": {"0": ["a"]},
+        "licence": "CC0",
+    }
+    (folder / "m.json").write_text(json.dumps(table | more))
+    return folder / "m.json"
+
+
+def _checkpoint(file: pathlib.Path) -> object:
+    from mlx_hiermem.convert.checkpoint import open_checkpoint
+    from mlx_hiermem.convert.memory_settings import read_settings as read_memory_settings
+
+    given = next(one for one in sorted(file.parent.iterdir()) if one.suffix in (".pt", ".safetensors"))
+    with open_checkpoint(given) as source:
+        read_memory_settings(given, source)
+        return [source.read(name).shape for name in source.names()]
+
+
+def _key_map(file: pathlib.Path) -> object:
+    from mlx_hiermem.convert.key_map import KeyMap
+
+    found = KeyMap.read(file)
+    names = ["memory.3.1.w1", "bank.0.up.weight", "other"]
+    return found.documented(names), [found.transposed(name) for name in names]
+
+
+def _exported(file: pathlib.Path) -> object:
+    from mlx_hiermem.convert.coreml.exported import Exported
+    from mlx_hiermem.plan import _exported as size_of_export
+
+    for read in (Exported, size_of_export):
+        with contextlib.suppress(HierMemError):
+            read(file.parent)
+    return None
+
+
+def _export(folder: pathlib.Path) -> pathlib.Path:
+    state = {"k_cache": {"shape": [2, 1, 64, 8]}, "v_cache": {"shape": [2, 1, 64, 8]}}
+    anchor = {"package": "anchor.mlpackage", "functions": {}, "load_block": None, "context": 64, "vocabulary": 260}
+    anchor |= {"inputs": {}, "outputs": {}, "states": state, "logits": "logits", "compression": None}
+    whole = {
+        "format": "mlx-hiermem-coreml",
+        "version": 1,
+        "name": "tiny",
+        "files": {"a": {"bytes": 1, "sha256": ""}},
+    }
+    whole |= {"tokenizer": "tokenizer", "anchor": anchor, "memory": None, "retriever": None, "bank": None}
+    (folder / "export.json").write_text(json.dumps(whole))
+    return folder / "export.json"
+
+
+@functools.cache
+def _session() -> object:
+    from mlx_hiermem.model import load
+    from mlx_hiermem.session import Session
+
+    return Session(load(_model()), "none")
+
+
+def _chat(file: pathlib.Path) -> object:
+    session = _session()
+    return session.restore(read_json(file))  # type: ignore[attr-defined]
+
+
+def _chat_text() -> str:
+    said = [{"role": "user", "content": "What is gold?"}, {"role": "assistant", "content": "A metal."}]
+    head = {"format": "mlx-hiermem-chat", "version": 1, "memory": "none", "system": "Be kind."}
+    return json.dumps(head | {"topic": {"path": "0.1", "decided": 0.5}, "messages": said})
+
+
+def _corpus(file: pathlib.Path) -> object:
+    return list(corpus.read([str(file.parent)]))
+
+
+def _office(name: str) -> Make:
+    def make(folder: pathlib.Path) -> pathlib.Path:
+        from test_readers import BOOK, WORD
+
+        with zipfile.ZipFile(folder / name, "w") as archive:
+            for part, content in (WORD if name.endswith("docx") else BOOK).items():
+                archive.writestr(part, content)
+        return folder / name
+
+    return make
+
+
+def _pdf(folder: pathlib.Path) -> pathlib.Path:
+    from test_learn_corpus import pdf
+
+    (folder / "a.pdf").write_bytes(pdf("Copper conducts heat."))
+    return folder / "a.pdf"
+
+
+def _runs(folder: pathlib.Path) -> pathlib.Path:
+    head = {"format": "mlx-hiermem-eval", "version": 1, "memory": "none", "task": {"name": "a"}, "model": "m"}
+    (folder / "a.jsonl").write_text(_lines(head, {"id": "1", "right": True, "score": 0.5}))
+    return folder / "a.jsonl"
+
+
+SETTINGS = pathlib.Path(__file__).parents[2] / "apps" / "demo" / "elements.toml"
+QUESTION = {"id": 1, "prompt": "The symbol of gold is", "answer": "Au", "aliases": ["au"], "relation": "symbol"}
+PROMPTS = (
+    {"document": "a.txt", "prompt": "Gold is", "completion": "a metal"},
+    {"document": "a.txt", "question": "What is gold?", "answer": "A metal."},
+    {"document": "a", "messages": [{"role": "user", "content": "Gold?"}, {"role": "assistant", "content": "Au"}]},
+)
+HTML = "<html><head><title>Salt</title></head><body><article><h1>Salt</h1><p>Salt keeps food.</p></article></body>"
+MARKDOWN = (
+    "---\ntitle: Tea\n---\nIntro.\n\n# Green\nSteep it.\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n```\n# code\n```\n"
+)
+KEYS = '[keys]\n"memory.{layer}.{level}.w1" = "layers.{layer}.{level}.gate"\n\n'
+KEYS = 'transpose = ["layers.{layer}.{level}.gate"]\nignore = ["optimizer.*"]\n' + KEYS
+TASKS = '[arc]\nkind = "multiple_choice"\nfile = "arc.jsonl"\nshots = 3\ngroup = "common"\n'
+REMOTE = {"repo": "me/a", "revision": "c" * 40, "levels": [1], "subtrees": ["0.1"], "generic": True}
+REMOTE |= {"disk_budget_bytes": 1000}
+POLICY = {"blocked": ["0.1", "2"], "on_blocked": "parent", "reach": 1.2}
+NAMES = "name;capital;area\nNorway;Oslo;385207\nPeru;Lima;1285216\n"
+
+
+def _anchor_folder(folder: pathlib.Path) -> pathlib.Path:
+    return make_anchor(folder / "anchor")
+
+
+READERS = (
+    Reader("manifest", "json", _of_model("bank/bank.json"), _manifest),
+    Reader("bank", "json", _of_model("bank/bank.json"), _bank),
+    Reader("tree", "header", _of_model("bank/tree.safetensors"), _tree),
+    Reader("block", "header", _of_model("bank/blocks/1/0.safetensors"), _block(2)),
+    Reader("generic", "header", _of_model("bank/generic.safetensors"), _block(0)),
+    Reader("sources-index", "header", _of_model("bank/sources/index.safetensors"), _sources),
+    Reader("sources-texts", "lines", _of_model("bank/sources/windows.jsonl"), _sources),
+    Reader("policy", "json", _of_text("policy.json", json.dumps(POLICY)), BankPolicy.read),
+    Reader("remote", "json", _of_text("remote.json", json.dumps(REMOTE)), lambda file: Origin.read(file.parent)),
+    Reader("edit", "json", _of_text("bank/edit/gone.json", '["0.1", "2"]'), _gone),
+    Reader("anchor-config", "json", lambda folder: _anchor_folder(folder) / "config.json", _anchor, 0.3),
+    Reader("anchor-weights", "header", lambda folder: _anchor_folder(folder) / "model.safetensors", _anchor, 0.3),
+    Reader("tokenizer", "json", lambda folder: _anchor_folder(folder) / "tokenizer.json", _tokenizer, 0.2),
+    Reader("template", "json", lambda folder: _anchor_folder(folder) / "tokenizer_config.json", _tokenizer, 0.2),
+    Reader("gguf", "bytes", _gguf, _read_gguf, 0.1),
+    Reader("pickle", "zip", _pickle, _checkpoint, 0.5),
+    Reader("checkpoint", "header", _safetensors, _checkpoint),
+    Reader("memory-settings", "json", _settings, _checkpoint),
+    Reader("key-map", "bytes", _of_text("keys.toml", KEYS), _key_map),
+    Reader("questions", "lines", _of_text("q.jsonl", _lines(QUESTION, QUESTION)), read_questions),
+    Reader("prompts", "lines", _of_text("p.jsonl", _lines(*PROMPTS)), read_prompts),
+    Reader("documents", "lines", _of_text("d.jsonl", _lines({"text": "Gold."}, {"text": "Neon."})), read_documents),
+    Reader("tasks", "bytes", _of_text("tasks.toml", TASKS), read_tasks),
+    Reader("results", "lines", _runs, lambda file: read_runs(file)),
+    Reader("learn-settings", "bytes", _of_text("s.toml", SETTINGS.read_bytes()), read_settings),
+    Reader("chat", "json", _of_text("chat.json", _chat_text()), _chat),
+    Reader("export", "json", _export, _exported),
+    Reader("text", "bytes", _of_text("a/a.txt", "Bread rises.\n\nIt browns.\n"), _corpus),
+    Reader("markdown", "bytes", _of_text("a/a.md", MARKDOWN), _corpus, 0.5),
+    Reader("html", "bytes", _of_text("a/a.html", HTML), _corpus, 0.3),
+    Reader("csv", "bytes", _of_text("a/a.csv", NAMES), _corpus),
+    Reader("jsonl", "lines", _of_text("a/a.jsonl", _lines({"title": "a", "text": "b"}, {"text": "c"})), _corpus),
+    Reader("pdf", "bytes", _pdf, _corpus, 0.3),
+    Reader("word", "zip", _office("a.docx"), _corpus, 0.1),
+    Reader("epub", "zip", _office("a.epub"), _corpus, 0.1),
+)
+BY_NAME = {reader.name: reader for reader in READERS}
