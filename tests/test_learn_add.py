@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from mlx_hiermem.apps.cli.main import app
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.check import check
+from mlx_hiermem.bank.sources import INDEX_FILE, WINDOWS_FILE
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import BankError, HierMemError
 from mlx_hiermem.files import replace_folder
@@ -74,6 +75,12 @@ def digests(model: pathlib.Path) -> dict[str, str]:
     }
 
 
+def sources_of(bank: MemoryBank) -> dict[Path, set[str]]:
+    """Leaf -> the documents whose windows it keeps."""
+    assert bank.sources is not None
+    return {one.leaf: {window.document for window in one.windows} for one in bank.sources.all()}
+
+
 def losses(model: MemoryModel, numbers: range) -> float:
     """Mean loss on villages' texts, each with the memory that it is routed to."""
     found = []
@@ -93,7 +100,7 @@ def test_documents_are_learnt_and_other_blocks_keep_their_bytes(
     assert list(check(bank)) == []
     changed = {name for name in after if after[name] != before[name]}
     learnt = {node for node in bank.manifest.blocks if bank.manifest.blocks[node] != old.manifest.blocks[node]}
-    assert changed - {"policy.json"} == {
+    assert changed - {"policy.json", WINDOWS_FILE, INDEX_FILE} == {
         "bank.json",
         *(f"blocks/{node[0]}/{node[1]}.safetensors" for node in learnt),
     }
@@ -101,6 +108,11 @@ def test_documents_are_learnt_and_other_blocks_keep_their_bytes(
     assert after.keys() == before.keys()
     assert len(learnt) < len(old.tree.nodes(2)), "some leaf must be none of them, or this shows nothing"
     assert f"{NEW} documents to {len(learnt)} block" in output
+
+    kept, before_it = sources_of(bank), sources_of(old)
+    assert all(kept[leaf] >= documents for leaf, documents in before_it.items())  # sources grow where learnt
+    assert {leaf for leaf in kept if kept[leaf] != before_it.get(leaf)} == learnt
+    assert {f"{name}.txt" for name in VILLAGES[COUNT : COUNT + NEW]} <= set().union(*kept.values())
 
     named = {source for node in learnt for source in bank.manifest.blocks[node].sources}
     assert {f"{name}.txt" for name in VILLAGES[COUNT : COUNT + NEW]} <= named

@@ -43,7 +43,8 @@ class Function:
 def save(functions: Mapping[str, Function], path: pathlib.Path) -> None:
     """Writes the asset, a folder whose name ends in `.aimodel`."""
     converter = TorchConverter(mode=TorchConverter.Mode.RELEASE)
-    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():  # it draws progress bars of its own
+    unheard = io.StringIO()  # it draws progress bars of its own
+    with contextlib.redirect_stdout(unheard), contextlib.redirect_stderr(unheard), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name, function in functions.items():
             # A tensor of its own for each argument: one object given twice is taken for one input.

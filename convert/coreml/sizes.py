@@ -88,7 +88,7 @@ def warnings(rows: list[dict[str, Any]]) -> list[str]:
         found.append(f"needs {need / 1e9:.2f} GB of memory, more than an app may have on {', '.join(small)}")
     slowest = max(rows, key=lambda row: row["first_read_s"])
     found.append(
-        f"at the first load Core ML reads and compiles the packages: at least {slowest['first_read_s']:g} s on "
+        f"at the first load the system reads and compiles the packages: at least {slowest['first_read_s']:g} s on "
         f"{slowest['device']}, and as much again on its disk; it has not been measured on a device"
     )
     return found
