@@ -39,7 +39,7 @@ class Format(Asked):
 
 
 class Text(Asked):
-    format: Format = Format()
+    format: Format = Field(default_factory=lambda: Format.model_validate({}))
     verbosity: Literal["medium"] = "medium"
 
 

@@ -9,7 +9,7 @@ import json
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -158,7 +158,7 @@ class Responses:
 
     async def _write(
         self, events: Events, growing: Growing, usage: Usage, turns: Sequence[dict[str, Any]], store: bool
-    ) -> AsyncIterator[str]:
+    ) -> AsyncGenerator[str]:
         """The events of a response; at the end its head is the whole response, and is kept."""
         for event in growing.opening():
             yield event
@@ -198,7 +198,7 @@ def _chat(asked: ResponsesRequest, turns: list[dict[str, Any]]) -> ChatRequest:
     try:
         return ChatRequest.model_validate({"messages": [*told, *turns], **asked.chat_fields()})
     except ValidationError as error:
-        first = dict(error.errors()[0])
+        first: dict[str, Any] = dict(error.errors()[0])
         names = {"max_completion_tokens": "max_output_tokens", "messages": "input", "response_format": "text"}
         field, *rest = first["loc"] or ("",)
         raise RequestValidationError([first | {"loc": ("body", names.get(field, field), *rest)}]) from error

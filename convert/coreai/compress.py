@@ -60,7 +60,7 @@ def compress(model: nn.Module, formats: Mapping[str, str], arguments: tuple[Tens
 
     `arguments`: of a call, as the optimiser runs the model to see what each layer gets.
     """
-    opt = _library()
+    opt: Any = _library()  # its types are narrower than what it takes
     scaled = {name: form for name, form in formats.items() if form in TYPES}
     tables = {name: form for name, form in formats.items() if form == "lut4"}
     if unknown := set(formats.values()) - {*TYPES, "lut4", "fp16"}:
