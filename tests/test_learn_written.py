@@ -272,6 +272,7 @@ class TestServer:
             "window": 0,
             "prompt": "who discovered propane",
             "chat": True,
+            "both": True,
             "answer": "Marcellin Berthelot",
         } in rows
         turned = [row for row in rows if row.get("reversed")]
