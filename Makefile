@@ -19,6 +19,9 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 SWIFT = apps/ios/swift.sh
+# Files of tests in this many processes; each may hold a gigabyte or two.
+WORKERS ?= 2
+SIDE_BY_SIDE = -n $(WORKERS) --dist loadfile
 CHAT = apps/ios/HierMemChat/Sources
 # What is no measurement, is given its corpus or model, or is for Linux alone.
 OTHER = common banks cpu_tricks learn_corpora editing evaluation_equality knowledge plot reach
@@ -42,10 +45,10 @@ demo: .venv/demo.stamp .venv/links.stamp  ## the tour on real weights; works on 
 
 test: setup  ## run all tests, on tiny random models and on the real weights
 	$(BIN)/python -c 'from mlx_hiermem.assets import ASSETS, fetch; [fetch(name, print) for name in ASSETS]'
-	$(BIN)/python -m pytest -rs
+	$(BIN)/python -m pytest -rs $(SIDE_BY_SIDE)
 
-test-fast: setup  ## run the tests that need no real weights, no browser and little time (two to three minutes)
-	$(BIN)/python -m pytest -m unit
+test-fast: setup  ## run the tests that need no real weights, no browser and little time
+	$(BIN)/python -m pytest -m unit $(SIDE_BY_SIDE)
 
 test-swift: setup  ## build and test the Swift package; on Debian, .ci/swift-root makes a root with Swift
 	$(BIN)/python tests/swift_goldens.py --real build/swift
