@@ -389,6 +389,7 @@ with keyboard.unechoed():
     print("answering", flush=True)
     time.sleep(1.5)
     print("read:", read(), flush=True)
+print("echoes", flush=True)
 print("done", input(), flush=True)
 """
 
@@ -418,9 +419,10 @@ def test_what_is_typed_ahead_is_shown_by_the_prompt_alone(tmp_path: pathlib.Path
     os.write(terminal, b"thanks\r")
     until("read: thanks")
     assert "thanks" not in seen.partition("answering")[2].partition(keyboard.PROMPT)[0]
+    until("echoes")
     os.write(terminal, b"bye\r")
     until("done bye")
-    assert "bye\r\n" in seen.partition("read: thanks")[2].partition("done")[0]
+    assert "bye\r\n" in seen.partition("echoes")[2].partition("done")[0]
     assert os.waitpid(program, 0)[1] == 0
     os.close(terminal)
 
