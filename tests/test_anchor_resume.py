@@ -64,11 +64,12 @@ def saved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("quantize", [None, 8])
-@pytest.mark.parametrize("kind", SOURCES)
+# A tiny OpenLM layer is too small to be quantised.
+CASES = [(kind, None) for kind in SOURCES] + [(kind, 8) for kind in SOURCES if kind != "openlm"]
+
+
+@pytest.mark.parametrize(("kind", "quantize"), CASES)
 def test_goes_on(tmp_path: pathlib.Path, saved: list[str], kind: str, quantize: int | None) -> None:
-    if kind == "openlm" and quantize:
-        pytest.skip("its tiny layers cannot be quantised")
     source = SOURCES[kind](tmp_path / "source")
     convert(source, tmp_path / "whole", quantize=quantize)
     total = len(saved)

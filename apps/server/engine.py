@@ -292,7 +292,7 @@ class Engine:
                 tokens = batch.step()
                 for token in tokens:
                     self._take(batch, token)
-            except Exception as error:
+            except Exception as error:  # whatever it is: its sequences are told, the other batches go on
                 self._start_over(batch, error)
             else:
                 count += len(tokens)
