@@ -37,7 +37,7 @@ from mlx_hiermem.learn.settings import TrainingSettings
 from mlx_hiermem.learn.train.blocks import Tensors
 from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.train.jobs import Trainer
-from mlx_hiermem.model import load
+from mlx_hiermem.model_folder import load
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "editing.json"

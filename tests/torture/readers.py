@@ -228,7 +228,7 @@ def _export(folder: pathlib.Path) -> pathlib.Path:
 
 @functools.cache
 def _session() -> object:
-    from mlx_hiermem.model import load
+    from mlx_hiermem.model_folder import load
     from mlx_hiermem.session import Session
 
     return Session(load(_model()), "none")
