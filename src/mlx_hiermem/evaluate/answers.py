@@ -2,8 +2,8 @@
 
 Three rules of tasks: LLM-Foundry's for generation tasks (the normalised reply starts with a normalised name of the
 answer), the paper's for numbers (the first integer), and for questions of a bank's own the answer's name as whole
-words, since the symbol H is not to be found in “Helium”. Two of an exam in chat: an accepted answer stands anywhere in
-the reply, or is all of it.
+words, since the symbol H is not to be found in “Helium”. Two of an exam in chat: an accepted answer stands
+anywhere in the reply, or is all of it.
 """
 
 from __future__ import annotations
