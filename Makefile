@@ -77,6 +77,7 @@ elements: setup  ## learn the bank of tests/elements again from its corpus (an h
 
 vital: setup  ## learn the 480 articles of apps/demo/vital from their stored study (hours, resumes)
 	$(LEARN_VITAL) build/vital
+	$(BIN)/hiermem bank quantize build/vital build/vital-4bit --bits 4
 
 vital-large: setup  ## the same with larger blocks, 400 MB: more is known
 	$(LEARN_VITAL) build/vital-large --config $(VITAL)/large.toml

@@ -1,6 +1,6 @@
 """Throughput of one decode step for many sequences with different memories, against one sequence at a time.
 
-    python benchmarks/batch_memory.py                # the demo's model, 8 requests on 4 paths, 2 minutes
+    python benchmarks/batch_memory.py                # the elements' model, 8 requests on 4 paths, 2 minutes
 
 Both sides answer the same questions greedily under the same memories, routed beforehand, and take turns; every
 token of the batch must be the token that the sequence gets alone. Medians are compared.
@@ -16,9 +16,9 @@ import statistics
 import time
 
 import common
+from elements.model import model_folder
 
 from mlx_hiermem import load
-from mlx_hiermem.apps.demo.tour import model_folder
 from mlx_hiermem.batch import MemoryBatch
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.sampling import Sampling
@@ -60,7 +60,7 @@ def together(model: MemoryModel, requests: list[tuple[list[int], str]], tokens: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", type=pathlib.Path, default=model_folder(), help="default: the demo's")
+    parser.add_argument("--model", type=pathlib.Path, default=model_folder(), help="default: the elements'")
     parser.add_argument("--requests", type=int, default=8)
     parser.add_argument("--paths", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=32, help="longest reply")

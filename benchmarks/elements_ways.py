@@ -20,9 +20,9 @@ from dataclasses import dataclass
 
 import common  # noqa: F401  # before MLX, for which it picks the BLAS
 from elements import QUESTIONS
+from elements.evaluate import first_word, said
 
 from mlx_hiermem import load
-from mlx_hiermem.apps.demo.evaluate import first_word, said
 from mlx_hiermem.evaluate.answers import first_integer
 from mlx_hiermem.model import MemoryModel
 

@@ -1,12 +1,12 @@
-"""What quantising memories costs and saves: the demo's elements bank in 8 bits, in 4, and mixed.
+"""What quantising memories costs and saves: the elements' bank in 8 bits, in 4, and mixed.
 
     python benchmarks/quantize_memory.py        the table in docs/performance.md; some minutes on two cores
 
 For each setting: the bank's bytes, what a question fetches, the error of the weights, how many of the 118 atomic
-numbers the fetched memory answers (in the paper's wording, as `hiermem demo --full` asks), the loss of the right
-answer, which moves before a greedy answer does, and the perplexity of documents. `fetch` is the time to read a path
-that is in no cache of ours (the page cache has it). Blocks are dequantised when a path is attached; `swap` is what
-changing to a cached path takes. Both are medians over the leaves.
+numbers the fetched memory answers (in the paper's wording, as tests/elements/evaluate.py asks), the loss of the
+right answer, which moves before a greedy answer does, and the perplexity of documents. `fetch` is the time to read
+a path that is in no cache of ours (the page cache has it). Blocks are dequantised when a path is attached; `swap`
+is what changing to a cached path takes. Both are medians over the leaves.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from typing import Any
 
 import common
 import elements
+from elements.evaluate import Element, answers, questions
+from elements.model import prepare
 
 from mlx_hiermem import load
-from mlx_hiermem.apps.demo import tour
-from mlx_hiermem.apps.demo.evaluate import Element, answers, questions
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.quantize import KEPT, design, quantize
 from mlx_hiermem.cache import BlockCache
@@ -136,7 +136,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    model, rows = tour.prepare(lambda line: print(line, file=sys.stderr)), []
+    model, rows = prepare(), []
     with tempfile.TemporaryDirectory() as folder:
         for number, (bits, group) in enumerate(SETTINGS):
             rows.append(measure(model, bits, group, pathlib.Path(folder, str(number))))

@@ -1,6 +1,6 @@
 """Memory against retrieval: the same questions with fetched memory, with the best document in the prompt, and bare.
 
-    python benchmarks/rag.py        # the demo's model; 118 questions of 8 tokens each, some minutes
+    python benchmarks/rag.py        # the elements' model; 118 questions of 8 tokens each, some minutes
 
 Retrieval is vanilla: the document whose MiniLM embedding is nearest to the question's goes in front of it. Both
 ways embed the question once. Time to the first token includes that, the fetch and the prefill. A dense model of as
@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Callable
 
 import common
 import numpy as np
 from elements import DOCUMENTS
+from elements.evaluate import questions
+from elements.model import prepare
 
 from mlx_hiermem import load
-from mlx_hiermem.apps.demo import tour
-from mlx_hiermem.apps.demo.evaluate import questions
 from mlx_hiermem.model import MemoryModel
 
 TOKENS = 8  # of an answer
@@ -51,7 +50,7 @@ def answer(model: MemoryModel, make: Callable[[str], str], question: str, memory
 
 def main() -> None:
     asked, before = common.parsed(common.options(__doc__, runs=118, quick=4)), os.getloadavg()[0]
-    model = load(tour.prepare(lambda line: print(line, file=sys.stderr)))
+    model = load(prepare())
     retrieval, found = Retrieval(model), {}
     chosen = questions()[:: max(1, 118 // asked.runs)][: asked.runs]
     sides: dict[str, tuple[Callable[[str], str], str]] = {

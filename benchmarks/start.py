@@ -1,6 +1,6 @@
 """From the command to the first token: `hiermem ask` against `mlx_lm.generate` on the same anchor.
 
-    python benchmarks/start.py        # the demo's model; five minutes
+    python benchmarks/start.py        # the elements' model; five minutes
 
 Each run is a process of its own, files in the page cache. Wall clock: from the start to the first character of the
 answer. CPU: of the whole process, which answers with one token. On Linux MLX's wheel has a slow BLAS, which
@@ -17,8 +17,7 @@ import time
 from typing import Any
 
 import common
-
-from mlx_hiermem.apps.demo import tour
+from elements.model import prepare
 
 PROMPT = "The atomic number of neon is"
 OURS = "from mlx_hiermem.apps.cli.main import main; main()"
@@ -62,7 +61,7 @@ def first_token(arguments: list[str]) -> tuple[float, float]:
 
 def main() -> None:
     asked, before = common.parsed(common.options(__doc__, runs=9, quick=1)), os.getloadavg()[0]
-    model = tour.prepare(lambda line: print(line, file=sys.stderr))
+    model = prepare()
     sides = commands(model)
     if asked.quick:
         sides = {name: sides[name] for name in (BASE, "hiermem ask --plain")}

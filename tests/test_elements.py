@@ -5,13 +5,13 @@ import pathlib
 from functools import partial
 
 import pytest
-from elements import BANK, DOCUMENTS, QUESTIONS, checkpoint
+from elements import BANK, DOCUMENTS, QUESTIONS, checkpoint, evaluate
 from elements.wordings import element_wordings
 from tiny import HashEmbedder, make_model
 
 from mlx_hiermem import load
 from mlx_hiermem.anchor import identify, read_config
-from mlx_hiermem.apps.demo import evaluate, tour
+from mlx_hiermem.apps.demo import tour
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.policy import BankPolicy
 from mlx_hiermem.config import Path
@@ -103,8 +103,8 @@ def folder(smollm2_anchor: pathlib.Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_the_bank_answers_what_the_anchor_cannot(folder: pathlib.Path) -> None:
-    """Real weights, real routes: every thirteenth element, in each way that `hiermem demo --full` counts."""
-    assert tour.ready(folder)
+    """Real weights, real routes: every thirteenth element, in each way that evaluate.py counts."""
+    assert tour.ready(folder, BANK)
     model, asked = load(folder), evaluate.questions()[4::13]
 
     def right(prompts: list[str], memory: str, chat: bool = False) -> int:
@@ -120,6 +120,12 @@ def test_the_bank_answers_what_the_anchor_cannot(folder: pathlib.Path) -> None:
         named = [evaluate.named(model, question.back, memory) for question in asked]
         assert sum(map(partial(evaluate.is_right, back=True), named, asked)) in wanted
     assert len(asked) == 9
+
+
+def test_all_118_prompts_are_answered(folder: pathlib.Path) -> None:
+    asked = evaluate.questions()
+    numbers = evaluate.answers(load(folder), [question.prompt for question in asked], "fetched")
+    assert numbers == list(range(1, 119))
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from elements import DOCUMENTS
+from elements import DOCUMENTS, evaluate
 from tiny import unit
 
-from mlx_hiermem.apps.demo import evaluate
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import CorpusError
 from mlx_hiermem.learn.corpus.corpus import read_corpus
@@ -178,7 +177,7 @@ def test_one_window_is_no_tree(tmp_path: pathlib.Path, minilm: Embedder) -> None
 
 
 def test_the_elements_questions_reach_their_elements(tmp_path: pathlib.Path, minilm: Embedder) -> None:
-    """The target of the issue for one held-out wording, at the demo's tree; the benchmark has them all."""
+    """The target of the issue for one held-out wording, at the tree of their bank; the benchmark has them all."""
     elements = [json.loads(line) for line in DOCUMENTS.read_text().splitlines()][:60]
     rows = (
         {"title": e["name"], "text": f"The atomic number of {e['name']} is {e['atomic_number']}."} for e in elements

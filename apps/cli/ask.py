@@ -51,9 +51,9 @@ def ask(
 ) -> None:
     """Answer one question and exit.
 
-    Example: `hiermem "What is the atomic number of neon?"`
+    Example: `hiermem "What is the capital of Laos?"`
 
-    Example: `hiermem ask --plain -m my-model "The atomic number of neon is" -n 8`
+    Example: `hiermem ask --plain -m my-model "The capital of Laos is" -n 8`
     """
     import mlx.core as mx
 

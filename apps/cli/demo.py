@@ -1,4 +1,4 @@
-"""`hiermem demo`: the main job on real weights, seen side by side: no memory, generic memory, fetched memory."""
+"""`hiermem demo`: what a bank is for, on real weights: questions without memory, with it, and with its source."""
 
 from __future__ import annotations
 
@@ -8,137 +8,146 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from mlx_hiermem.apps.cli.display import console, notes, progress_bar, size
+from mlx_hiermem.apps.cli.display import FAR, NOT_SAID, console, notes, progress_bar, several, size, waiting
+from mlx_hiermem.printable import printable
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.text import Text
 
-    from mlx_hiermem.apps.demo.evaluate import Element
+    from mlx_hiermem.apps.demo.exam import Question
     from mlx_hiermem.model import MemoryModel
+
+WIDEST, GAP = 120, 1  # of the four columns together, and between two
+
+# What the memories are called, in the order of the table.
+CALLED = {
+    "none": "no memory",
+    "generic": "generic block",
+    "fetched": "fetched",
+    "oracle": "the right leaf",
+    "source": "source alone",
+    "fetched+source": "fetched + source",
+}
 
 
 def demo(
-    full: bool = typer.Option(False, "--full", help="Ask about all 118 elements, in all ways (some minutes)."),
-    as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of tables."),
+    full: bool = typer.Option(
+        False, "--full", help="Ask the 720 questions of the stored result (an hour or more)."
+    ),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of text."),
     chat: bool = typer.Option(True, help="Offer a chat at the end, in a terminal."),
 ) -> None:
-    """A tour on real weights: SmolLM2 asked for atomic numbers, and back, without and with its elements bank.
+    """A tour on real weights: SmolLM2 asked about 480 articles of Wikipedia, without and with its bank of them.
 
     Example: `hiermem demo`
     """
-    from mlx_hiermem.apps.demo import evaluate, tour
+    from mlx_hiermem.apps.demo import exam, tour
     from mlx_hiermem.model_folder import load
 
     folder = tour.prepare(lambda line: notes.print(line, style="dim", markup=False))
     model = load(folder)
     if full:
         with progress_bar("asking", unit="questions", show=not as_json) as progress:
-            counts = evaluate.evaluate(model, progress)
-        _print_counts(counts, as_json, "measured now")
+            result = exam.measured(model, exam.questions()[exam.DEVELOPMENT :], progress)
+        console.print_json(json.dumps({"exam": result})) if as_json else _print_exam(result, "measured now")
         return
-    rows = [_ask(model, question) for question in evaluate.sample()]
-    counts = evaluate.stored()["elements"]
     if as_json:
-        console.print_json(json.dumps({"questions": rows, "elements": counts}, ensure_ascii=False))
+        rows = [{"topic": one.topic, "question": one.text} | _asked(model, one) for one in exam.sample()]
+        console.print_json(json.dumps({"questions": rows, "exam": exam.stored()}, ensure_ascii=False))
         return
-    _print_tour(model, rows)
+    _print_beginning(model)
+    for question in exam.sample():
+        with waiting(f"asking about {question.topic}"):
+            answers = _asked(model, question)
+        _print_question(question, answers)
+    _print_exam(exam.stored(), "stored; `hiermem demo --full` measures it again")
     console.print(f"The model is in {folder}", style="dim", markup=False, soft_wrap=True)
-    _print_counts(counts, False, "stored; `hiermem demo --full` measures it again")
     if chat and sys.stdin.isatty() and sys.stdout.isatty():
         _offer_chat(model)
 
 
-def _ask(model: MemoryModel, question: Element) -> dict[str, Any]:
-    """An element's number, and the element of the number, under each memory."""
-    from mlx_hiermem.apps.demo.evaluate import MEMORIES, answer, is_right, named
+def _asked(model: MemoryModel, question: Question) -> dict[str, Any]:
+    """A question's answers with each memory."""
+    from mlx_hiermem.apps.demo.exam import MEMORIES
 
-    row: dict[str, Any] = {"element": question.name, "prompt": question.prompt, "number": question.number}
-    row["back"] = {"prompt": question.back}
-    for way in MEMORIES:
-        got, text = answer(model, question.prompt, way)
-        speed = round(model.response.tokens_per_second, 1) if model.response else 0.0
-        row[way] = {"answer": got, "text": " ".join(text.split()), "tokens_per_second": speed}
-    row["selection"] = model.selection.to_json()
-    for way in MEMORIES:
-        said = named(model, question.back, way)
-        row["back"][way] = {"answer": said, "right": is_right(said, question, back=True)}
-    return row
+    return {memory: question.asked(model, memory) for memory in MEMORIES}
 
 
-def _print_tour(model: MemoryModel, rows: list[dict[str, Any]]) -> None:
-    from mlx_hiermem.apps.demo.evaluate import MEMORIES
+def _print_beginning(model: MemoryModel) -> None:
+    from rich.text import Text
+
+    from mlx_hiermem.apps.demo.exam import MEMORIES
 
     assert model.bank is not None
-    memory, totals = model.bank.config, model.bank.manifest.totals()
-    on_disk, fetched_each = totals["parameters"] / 1e6, memory.fetched_parameters / 1e6
+    totals, fetched = model.bank.manifest.totals(), model.bank.config.fetched_parameters / 1e6
     console.print(
-        f"SmolLM2-135M-Instruct and a bank of {totals['blocks']} blocks: {on_disk:.2f} M parameters on disk "
-        f"({size(totals['bytes'])}),\n{fetched_each:.2f} M of them fetched for a question. Asked: "
-        "“The atomic number of … is”, and back:\n“The element with atomic number … is”\n",
+        f"SmolLM2-135M-Instruct and a bank of {several(totals['blocks'], 'block')} on disk "
+        f"({totals['parameters'] / 1e6:.1f} M parameters, {size(totals['bytes'])}), of which a question fetches "
+        f"{fetched:.2f} M.\nAsked in chat, a question of each topic. [green]✓[/]: the reply has the answer.\n",
         soft_wrap=True,
     )
-    columns = ("no memory", "generic memory", "fetched memory")
-    answers, back = _table("element", "number", *columns), _table("number", "element", *columns)
-    fetched = _table("element", "path", "read", "route", "fetch", "attach ms", "tokens/s")
-    topics: dict[str, str] = {}
-    for row in rows:
-        name, number = row["element"], str(row["number"])
-        texts = [_marked(row[way]["text"], row[way]["answer"] == row["number"]) for way in MEMORIES]
-        answers.add_row(name, number, *texts)
-        back.add_row(
-            number, name, *(_marked(row["back"][way]["answer"], row["back"][way]["right"]) for way in MEMORIES)
-        )
-        selection = row["selection"]
-        topics[selection["path"]] = " › ".join(selection["labels"])
-        fetched.add_row(
-            name,
-            selection["path"],
-            size(selection["bytes_read"]),
-            *(f"{selection[f'{step}_ms']:.1f}" for step in ("route", "fetch", "attach")),
-            " ".join(f"{row[way]['tokens_per_second']:.0f}" for way in MEMORIES),
-        )
-    console.print(answers)
-    console.print()
-    console.print(back)
-    console.print(
-        "\nWhat was fetched for the first, and tokens per second in the three ways (of very short answers):\n",
-        style="dim",
-    )
-    console.print(fetched)
-    console.print()
-    for path, labels in sorted(topics.items()):
-        console.print(f"{path}  {labels}", style="dim", markup=False, soft_wrap=True)
-    console.print()
+    _print_columns([Text(f"  {CALLED[memory]}", style="dim") for memory in MEMORIES])
 
 
-def _table(*headers: str) -> Table:
+def _print_question(question: Question, answers: dict[str, Any]) -> None:
+    """What was asked, the replies beside each other, and what was fetched for them."""
+    from rich.text import Text
+
+    console.print(Text.assemble((question.topic, "bold"), f"  {question.text}  ", (question.names[0], "dim")))
+    marks = [("✓ ", "green") if one["right"] else ("✗ ", "red") for one in answers.values()]
+    replies = [_cut(printable(one["reply"]), question.names, _width() - 2) for one in answers.values()]
+    _print_columns([Text.assemble(mark, reply) for mark, reply in zip(marks, replies, strict=True)])
+    selection, source = answers["fetched"]["selection"], answers["fetched"]["source"]
+    took = sum(selection[f"{step}_ms"] for step in ("route", "fetch", "attach"))
+    parts = [
+        f"{selection['path']} {selection['labels'][-1]}" if selection["labels"] else FAR,
+        f"{size(selection['bytes_read'])} in {took:.0f} ms",
+        f"from {source['title']}" if source else NOT_SAID,
+    ]
+    console.print("  " + " · ".join(parts), style="dim", markup=False, no_wrap=True, overflow="ellipsis")
+
+
+def _print_columns(cells: list[Text]) -> None:
     from rich.table import Table
 
-    return Table(*headers, box=None, header_style="dim", pad_edge=False)
+    grid = Table.grid(padding=(0, GAP, 0, 0))
+    for _ in cells:
+        grid.add_column(width=_width(), no_wrap=True, overflow="ellipsis")
+    grid.add_row(*cells)
+    console.print(grid)
 
 
-def _marked(text: str, right: bool) -> str:
-    colour, mark = ("green", "✓") if right else ("red", "✗")
-    return f"[{colour}]{mark}[/] {text[:20]}"
+def _width() -> int:
+    """Of one of the four columns."""
+    return min(console.width, WIDEST) // 4 - GAP
 
 
-def _print_counts(counts: dict[str, Any], as_json: bool, origin: str) -> None:
-    if as_json:
-        console.print_json(json.dumps({"elements": counts}))
-        return
-    total, back = counts["total"], counts["back"]
-    console.print(
-        f"Of all {total} elements: no memory {counts['none']}, generic {counts['generic']}, "
-        f"[bold]fetched {counts['fetched']}[/]; in unseen wordings {counts['paraphrased']}, "
-        f"in chat {counts['chat']}\nand back: no memory {back['none']}, generic {back['generic']}, "
-        f"[bold]fetched {back['fetched']}[/]; in an unseen wording {back['paraphrased']}  ({origin})",
-        soft_wrap=True,
-    )
+def _cut(reply: str, names: tuple[str, ...], width: int) -> str:
+    """A reply that is too long, from so far on that the answer in it is seen."""
+    ends = [found + len(name) for name in names if (found := reply.casefold().find(name.casefold())) >= 0]
+    hidden = min(ends, default=0) - width + 2
+    return reply if len(reply) <= width or hidden <= 0 else "…" + reply[hidden:]
+
+
+def _print_exam(result: dict[str, Any], origin: str) -> None:
+    """The table of right answers; the interval is that of 95 %."""
+    from rich.table import Table
+
+    table = Table("", "has the answer", "is the answer", box=None, header_style="dim", pad_edge=False)
+    for memory, row in result.items():
+        shares = [
+            f"{row[rule]['share']:5.1%}  ({row[rule]['interval'][0]:.0%} to {row[rule]['interval'][1]:.0%})"
+            for rule in ("lenient", "strict")
+        ]
+        table.add_row(CALLED[memory], *shares, style="bold" if memory == "fetched" else None)
+    count = next(iter(result.values()))["questions"]
+    console.print(f"\nOf {count} other questions, the reply ({origin}):", soft_wrap=True)
+    console.print(table)
 
 
 def _offer_chat(model: MemoryModel) -> None:
     from mlx_hiermem.apps.cli.chat import talk
     from mlx_hiermem.session import Session
 
-    console.print("\nNow ask it yourself, for instance: What is the atomic number of gallium?")
+    console.print("\nNow ask it yourself, for instance: What is the capital of Laos?")
     talk(Session(model, max_tokens=128))

@@ -24,7 +24,7 @@ from mlx_hiermem.printable import printable
 START = """\
 A small language model with a large memory on disk.
 
-  hiermem "What is the atomic number of gold?"
+  hiermem "What is the capital of Laos?"
 
   hiermem demo       see it at work on a small real model
   hiermem chat       talk with a model

@@ -1,4 +1,4 @@
-"""The demo's model: real SmolLM2 weights, converted on first use, with the bundled elements bank attached."""
+"""The demo's model: real SmolLM2 weights, converted on first use, with the bundled bank attached."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from mlx_hiermem.bank.bank import MANIFEST, MemoryBank
 from mlx_hiermem.errors import HierMemError
 from mlx_hiermem.files import replace_folder
 
-HERE = pathlib.Path(__file__).parent
-BANK = HERE / "bank"
+NAME = "smollm2-135m-vital"
+BANK = pathlib.Path(__file__).parent / "bank"
 WEIGHTS = "smollm2-135m-instruct-gguf"
 
 
-def model_folder() -> pathlib.Path:
-    return assets.cache_folder() / "models" / "smollm2-135m-elements"
+def model_folder(name: str = NAME) -> pathlib.Path:
+    return assets.cache_folder() / "models" / name
 
 
-def ready(folder: pathlib.Path) -> bool:
+def ready(folder: pathlib.Path, bank: pathlib.Path = BANK) -> bool:
     """Whether the folder holds this version's bank and the anchor that it was made for."""
     try:
-        same = (folder / "bank" / MANIFEST).read_bytes() == (BANK / MANIFEST).read_bytes()
+        same = (folder / "bank" / MANIFEST).read_bytes() == (bank / MANIFEST).read_bytes()
         MemoryBank.open(folder / "bank").manifest.check_anchor(identify(folder / "anchor"))
     except (HierMemError, OSError):
         return False
     return same
 
 
-def prepare(say: Callable[[str], None]) -> pathlib.Path:
-    """Fetches, converts and assembles the demo's model where that has not been done; returns its folder."""
-    folder = model_folder()
-    if ready(folder):
+def prepare(say: Callable[[str], None], name: str = NAME, bank: pathlib.Path = BANK) -> pathlib.Path:
+    """Fetches, converts and assembles a model with a bank where that has not been done; returns its folder."""
+    folder = model_folder(name)
+    if ready(folder, bank):
         return folder
     from mlx_hiermem.convert.pipeline import convert
 
@@ -43,9 +43,9 @@ def prepare(say: Callable[[str], None]) -> pathlib.Path:
     say("converting it to an MLX anchor")
     staging = folder.with_name(folder.name + ".new")
     convert(str(weights), staging, overwrite=True)
-    say("attaching the bundled elements bank")
-    shutil.copytree(BANK, staging / "bank", dirs_exist_ok=True)
-    if not ready(staging):
+    say("attaching the bundled bank")
+    shutil.copytree(bank, staging / "bank", dirs_exist_ok=True)
+    if not ready(staging, bank):
         raise HierMemError(
             "the bundled bank does not fit the converted anchor",
             "This is a bug, or the weights are not the ones the bank was made for; please report it.",

@@ -2,7 +2,7 @@
 
     from mlx_hiermem import load
     model = load("my-model")
-    print(model.generate("The atomic number of neon is"))
+    print(model.chat("What is the capital of Laos?"))
 
 Other programs may build on what `__all__` lists here, in `mlx_hiermem.learn` and in `mlx_hiermem.convert`;
 docs/python.md shows it. The method is arXiv:2510.02375. Importing this package is cheap: MLX is loaded when a

@@ -1,6 +1,6 @@
 """MemoryModel: an anchor, a bank and a router that together answer.
 
-    print(model.generate("The atomic number of neon is"))            # routed, fetched, attached
+    print(model.chat("What is the capital of Laos?"))            # routed, fetched, attached
     for piece in model.stream("…", memory="none"): ...
 
 For each prompt the router picks a path, the cache brings its blocks, and the attachment fills the slots.

@@ -4,8 +4,6 @@ import pathlib
 
 FOLDER = pathlib.Path(__file__).parent
 DOCUMENTS = FOLDER / "elements.jsonl"
+QUESTIONS = FOLDER / "elements_qa.jsonl"
 SETTINGS = FOLDER / "elements.toml"
-# `hiermem demo` asks about the elements, so these two are in the package.
-DEMO = FOLDER.parents[1] / "apps" / "demo"
-QUESTIONS = DEMO / "elements_qa.jsonl"
-BANK = DEMO / "bank"
+BANK = FOLDER / "bank"

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from mlx_hiermem.apps.demo.tour import BANK
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.files import new_file
 
+BANK = pathlib.Path(__file__).parent / "bank"
 PARTS = {"gate": "w1", "up": "w2", "down": "w3"}  # ours -> the checkpoint's
 
 

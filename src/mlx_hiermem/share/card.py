@@ -39,7 +39,7 @@ them, `--only LABEL` a subtree with what is above it.
 from mlx_hiermem import load
 
 model = load("{repo}")
-print(model.generate("The atomic number of neon is"))
+print(model.chat("What is the capital of Laos?"))
 ```
 
 ## Design

@@ -7,12 +7,12 @@ import Testing
 enum Fixtures {
   static let folder = Bundle.module.url(forResource: "Fixtures", withExtension: nil)!
 
-  /// The top of the repository, for the bank that is bundled with the demo.
+  /// The top of the repository, for the bank of the elements.
   static let repository = (0..<6).reduce(URL(fileURLWithPath: #filePath)) { url, _ in
     url.deletingLastPathComponent()
   }.deletingLastPathComponent()
 
-  static let elements = repository.appendingPathComponent("apps/demo/bank")
+  static let elements = repository.appendingPathComponent("tests/elements/bank")
 
   /// What `make test-swift` makes beside the fixtures, because it is too large to be kept.
   static func made(_ name: String) -> URL { repository.appendingPathComponent("build/swift/\(name)") }

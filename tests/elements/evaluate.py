@@ -1,5 +1,7 @@
 """How many of the 118 elements' atomic numbers a model gets right, asked in several ways and backwards.
 
+    python tests/elements/evaluate.py      # of the elements' model: what results.json has; some minutes
+
 The protocol is the paper's (arXiv:2510.02375, App. B): prompt `The atomic number of {X} is`, greedy decoding,
 the first integer of the continuation, routed by the prompt itself. Backwards it is `The element with atomic number
 {N} is` and the first word. The paraphrases and the chat question were held out of everything the bank learnt from.
@@ -11,7 +13,7 @@ import json
 import pathlib
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,12 +174,13 @@ def is_right(text: str, question: Element, back: bool) -> bool:
 
 
 def stored() -> dict[str, Any]:
-    """The result that was measured when the bank was made; `hiermem demo --full` measures it again."""
+    """The result that was measured when the bank was made."""
     return json.loads((HERE / "results.json").read_text(encoding="utf-8"))
 
 
-def sample(count: int = 5) -> Iterator[Element]:
-    """A few elements spread over the table, from the well known to the obscure."""
-    asked = questions()
-    picked = (7, 41, 63, 73, 106, 25, 86, 117)[:count]
-    return (asked[index] for index in picked)
+if __name__ == "__main__":
+    from model import prepare  # of this folder
+
+    from mlx_hiermem import load
+
+    print(json.dumps(evaluate(load(prepare())), indent=1))

@@ -1,0 +1,88 @@
+"""The demo's exam: questions about the 480 articles that its bank learnt, and what was measured with all of them.
+
+They are asked in chat and answered greedily. An answer is right if an accepted name stands in the reply, and right
+to the letter if it is the reply: the rules and the length of benchmarks/knowledge.py.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import pathlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_hiermem.config import MemoryChoice
+from mlx_hiermem.evaluate.answers import is_only, mentions
+from mlx_hiermem.evaluate.statistics import share_interval
+from mlx_hiermem.files import read_json_lines
+from mlx_hiermem.model import MemoryModel
+from mlx_hiermem.progress import Progress
+
+HERE = pathlib.Path(__file__).parent
+MEMORIES = ("none", "generic", "fetched", "fetched+source")
+DEVELOPMENT = 240  # of the first questions: settings were chosen by them, and no result is of them
+TOKENS = 48  # of a reply, at most
+
+
+@dataclass(frozen=True)
+class Question:
+    topic: str
+    document: str  # the article's title
+    text: str
+    names: tuple[str, ...]  # of the answer
+
+    def asked(self, model: MemoryModel, memory: str) -> dict[str, Any]:
+        """The reply with a memory, whether it is right, and where the model had it from."""
+        response = model.chat(self.text, memory=MemoryChoice(memory), max_tokens=TOKENS)
+        sources = response.sources
+        return {
+            "reply": " ".join(response.text.split()),
+            "right": mentions(response.text, self.names),
+            "to_the_letter": is_only(response.text, self.names),
+            "source": sources[0].to_json() if sources else None,
+            "selection": response.selection.to_json(),
+        }
+
+
+def questions() -> list[Question]:
+    """The whole exam, in its order."""
+    topics = {row["title"]: row["topic"] for _, row in read_json_lines(HERE / "vital" / "documents.jsonl")}
+    lines = gzip.decompress((HERE / "vital" / "exam.jsonl.gz").read_bytes()).decode().splitlines()
+    return [
+        Question(topics[row["doc"]], row["doc"], row["question"], (row["answer"], *row["aliases"]))
+        for row in map(json.loads, lines)
+    ]
+
+
+def sample() -> list[Question]:
+    """One question of each topic: the first in the exam, whatever it asks and however it is answered."""
+    found = dict[str, Question]()
+    for question in questions()[:DEVELOPMENT]:
+        found.setdefault(question.topic, question)
+    return list(found.values())
+
+
+def stored() -> dict[str, Any]:
+    """What benchmarks/knowledge.py measured with this bank: a summary of each memory."""
+    return json.loads((HERE / "results.json").read_text(encoding="utf-8"))["memories"]
+
+
+def measured(model: MemoryModel, asked: Sequence[Question], progress: Progress) -> dict[str, Any]:
+    """The same, as far as the demo shows it, measured now."""
+    right = {memory: {"lenient": 0, "strict": 0} for memory in MEMORIES}
+    for number, question in enumerate(asked, 1):
+        for memory in MEMORIES:
+            got = question.asked(model, memory)
+            right[memory]["lenient"] += got["right"]
+            right[memory]["strict"] += got["to_the_letter"]
+        progress(number, len(asked))
+    return {
+        memory: {"questions": len(asked)} | {rule: share(count, len(asked)) for rule, count in counts.items()}
+        for memory, counts in right.items()
+    }
+
+
+def share(right: int, count: int) -> dict[str, Any]:
+    return {"right": right, "share": right / count, "interval": share_interval(right, count)}
