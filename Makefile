@@ -66,10 +66,10 @@ lint: setup  ## check style, format, types, and the page of commands
 	MYPYPATH=$(LINKED) $(BIN)/mypy
 	$(BIN)/python docs/make_commands.py --check
 
-elements: setup  ## learn the bundled elements bank again from its corpus (an hour or more, resumes)
+elements: setup  ## learn the bank of tests/elements again from its corpus (an hour or more, resumes)
 	mkdir -p build
-	$(BIN)/python -m mlx_hiermem.apps.demo.wordings > build/prompts.jsonl
-	$(BIN)/hiermem learn apps/demo/elements.jsonl build/elements --config apps/demo/elements.toml \
+	$(BIN)/python tests/elements/wordings.py > build/prompts.jsonl
+	$(BIN)/hiermem learn tests/elements/elements.jsonl build/elements --config tests/elements/elements.toml \
 		--prompts build/prompts.jsonl
 
 vital: setup  ## learn the 480 articles of apps/demo/vital from their stored study (seven hours on one core, resumes)

@@ -29,7 +29,8 @@ from mlx_hiermem.learn.publish import kept_texts
 from mlx_hiermem.learn.record import read_record, text_digest
 from mlx_hiermem.learn.settings import LearnSettings, TrainingSettings, TreeSettings, write_settings
 from mlx_hiermem.learn.train.dataset import TrainingSet
-from mlx_hiermem.model import MemoryModel, load
+from mlx_hiermem.model import MemoryModel
+from mlx_hiermem.model_folder import load
 
 pytestmark = pytest.mark.slow
 

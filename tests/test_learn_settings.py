@@ -6,9 +6,9 @@ import pathlib
 import tomllib
 
 import pytest
+from elements import SETTINGS
 from typer.testing import CliRunner
 
-from mlx_hiermem.apps import demo
 from mlx_hiermem.apps.cli.main import app
 from mlx_hiermem.errors import OutputError, SettingsError
 from mlx_hiermem.learn.settings import (
@@ -106,6 +106,5 @@ def test_the_command_writes_the_settings_in_force(tmp_path: pathlib.Path) -> Non
     assert read_settings(tmp_path / "all.toml") == wanted
 
 
-def test_the_demo_s_settings_are_settings() -> None:
-    file = pathlib.Path(demo.__file__).with_name("elements.toml")
-    assert read_settings(file).tree == TreeSettings(branching=4, leaves=1, seed=166)
+def test_the_elements_settings_are_settings() -> None:
+    assert read_settings(SETTINGS).tree == TreeSettings(branching=4, leaves=1, seed=166)

@@ -16,7 +16,7 @@ import numpy as np
 
 from mlx_hiermem.config import ROOT, Path
 from mlx_hiermem.errors import BankError
-from mlx_hiermem.files import map_tensors
+from mlx_hiermem.safetensors_file import map_tensors
 
 ON_BLOCKED = ("sibling", "parent")
 

@@ -49,6 +49,14 @@ class BankPolicy:
         """The node that closes this path: itself or the highest blocked node above; None where it is open."""
         return next((node for node in path.prefixes() if node in self.blocked), None)
 
+    def check_open(self, path: Path, tree: ClusterTree, blocked: Iterable[Path] = ()) -> None:
+        """Raises BankError for a path that the tree does not have, or that is closed here or by `blocked`."""
+        if path:
+            tree.check([path])
+            closed = self.block(blocked).blocker(path)
+            if closed is not None:
+                raise BankError(f"the memory {path} is blocked (at {closed})", "Take another path, or unblock it.")
+
     def block(self, nodes: Iterable[Path]) -> BankPolicy:
         """Closes nodes and all below them. What a blocked node covers need not be listed any more."""
         wanted = self.blocked.union(nodes)

@@ -24,8 +24,9 @@ from mlx_hiermem.bank.block import write_block
 from mlx_hiermem.bank.manifest import FileEntry, SourcesEntry
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import BankError
-from mlx_hiermem.files import map_tensors, parse_json
+from mlx_hiermem.files import parse_json
 from mlx_hiermem.printable import printable
+from mlx_hiermem.safetensors_file import map_tensors
 
 WINDOWS_FILE, INDEX_FILE = "sources/windows.jsonl", "sources/index.safetensors"
 AGAIN = "Pull, convert or learn the bank again, or remove its sources/."
