@@ -31,9 +31,7 @@ CALLED = {
 
 
 def demo(
-    full: bool = typer.Option(
-        False, "--full", help="Ask the 720 questions of the stored result (an hour or more)."
-    ),
+    full: bool = typer.Option(False, "--full", help="Ask the other 720 questions again (an hour or so)."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of text."),
     chat: bool = typer.Option(True, help="Offer a chat at the end, in a terminal."),
 ) -> None:
@@ -83,8 +81,7 @@ def _print_beginning(model: MemoryModel) -> None:
     console.print(
         f"SmolLM2-135M-Instruct and a bank of {several(totals['blocks'], 'block')} on disk "
         f"({totals['parameters'] / 1e6:.1f} M parameters, {size(totals['bytes'])}), of which a question fetches "
-        f"{fetched:.2f} M.\nAsked in chat, a question of each topic. [green]✓[/]: the reply has the answer.\n",
-        soft_wrap=True,
+        f"{fetched:.2f} M.\nAsked in chat, a question of each topic. [green]✓[/]: the reply has the answer.\n"
     )
     _print_columns([Text(f"  {CALLED[memory]}", style="dim") for memory in MEMORIES])
 
@@ -93,8 +90,8 @@ def _print_question(question: Question, answers: dict[str, Any]) -> None:
     """What was asked, the replies beside each other, and what was fetched for them."""
     from rich.text import Text
 
-    console.print(Text.assemble((question.topic, "bold"), f"  {question.text}  ", (question.names[0], "dim")))
-    marks = [("✓ ", "green") if one["right"] else ("✗ ", "red") for one in answers.values()]
+    console.print(Text.assemble((question.topic, "bold"), f"  {question.text} ", (f"({question.names[0]})", "dim")))
+    marks = [("✓ ", "green") if one["lenient"] else ("✗ ", "red") for one in answers.values()]
     replies = [_cut(printable(one["reply"]), question.names, _width() - 2) for one in answers.values()]
     _print_columns([Text.assemble(mark, reply) for mark, reply in zip(marks, replies, strict=True)])
     selection, source = answers["fetched"]["selection"], answers["fetched"]["source"]
