@@ -28,7 +28,8 @@ from mlx_hiermem.errors import AnchorError, HierMemError, OutputError
 from mlx_hiermem.learn import stages
 from mlx_hiermem.learn.corpus.corpus import Corpus
 from mlx_hiermem.learn.corpus.readers import check_there
-from mlx_hiermem.learn.publish import ANCHOR, BANK, About, Nodes, link, publish, write_bank
+from mlx_hiermem.learn.publish import ANCHOR, BANK, About, Nodes, learnt_sources, link, publish, write_bank
+from mlx_hiermem.learn.ranks import Ranks
 from mlx_hiermem.learn.record import RECORD, files_learnt, write_record
 from mlx_hiermem.learn.settings import (
     ExampleSettings,
@@ -36,7 +37,6 @@ from mlx_hiermem.learn.settings import (
     MemorySettings,
     epochs_for,
 )
-from mlx_hiermem.learn.sources import learnt_sources
 from mlx_hiermem.learn.study.stage import Teaching, help_study
 from mlx_hiermem.learn.train.encoding import EXAMPLES, make_examples, open_examples
 from mlx_hiermem.learn.train.jobs import LOG, PLOT, Trainer
@@ -50,7 +50,6 @@ from mlx_hiermem.learn.work import (
     TRAINING,
     TREE,
     WRITTEN,
-    Ranks,
     Work,
     locked_work,
     work_folder,
