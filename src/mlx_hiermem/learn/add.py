@@ -37,7 +37,7 @@ from mlx_hiermem.learn import publish, stages
 from mlx_hiermem.learn.corpus.corpus import Corpus
 from mlx_hiermem.learn.publish import ANCHOR, BANK, MovedTexts, kept_texts
 from mlx_hiermem.learn.settings import AddSettings, ExampleSettings
-from mlx_hiermem.learn.sources import more_sources
+from mlx_hiermem.learn.sources import more_sources, passage_reach
 from mlx_hiermem.learn.train.blocks import Tensors
 from mlx_hiermem.learn.train.dataset import TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.train.encoding import EXAMPLES, make_examples
@@ -268,8 +268,11 @@ class _Adding(stages.StagedRun):
                     "Repeat the command: it begins anew.",
                 )
             policy = BankPolicy.read(self.root / POLICY)
-            if policy.reach < reach:
-                replace(policy, reach=reach).write(edit.file(POLICY))
+            wider = replace(policy, reach=max(policy.reach, reach))
+            if self.bank.sources:
+                wider = replace(wider, passage_reach=max(policy.passage_reach, passage_reach(built)))
+            if wider != policy:
+                wider.write(edit.file(POLICY))
             if origin := Origin.read(self.root):  # the hub does not have these blocks
                 replace(origin, subtrees=origin.subtrees | weights.keys()).write(edit.file(REMOTE).parent)
         kept = kept_texts(self.model)
