@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import tomllib
+from dataclasses import replace
 
 import pytest
 from elements import SETTINGS
@@ -24,6 +25,7 @@ from mlx_hiermem.learn.settings import (
     write_settings,
 )
 
+VITAL = pathlib.Path(__file__).parents[1] / "apps" / "demo" / "vital"
 OTHER = LearnSettings(
     corpus=CorpusSettings(field='a "quoted" field', title="Überschrift\n", any_language=True),
     tree=TreeSettings(branching=4, balance=1.5),
@@ -104,6 +106,22 @@ def test_the_command_writes_the_settings_in_force(tmp_path: pathlib.Path) -> Non
     training = TrainingSettings(epochs=9, rate=0.001, states_bytes=2_000_000_000)
     wanted = LearnSettings(self_study=False, memory=MemorySettings("kv"), training=training)
     assert read_settings(tmp_path / "all.toml") == wanted
+
+
+def test_of_several_files_the_last_comes_first(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "first.toml").write_text("keep = true\n[memory]\nkind = 'kv'\nsizes = [8]\n[tree]\nleaves = 1\n")
+    (tmp_path / "second.toml").write_text("[memory]\nsizes = [4]\n")
+    found = read_settings(tmp_path / "first.toml", tmp_path / "second.toml")
+    assert found == LearnSettings(keep=True, memory=MemorySettings("kv", (4,)), tree=TreeSettings(leaves=1))
+    (tmp_path / "second.toml").write_text("keep = 2\n")
+    with pytest.raises(SettingsError, match=r"second\.toml: keep is 2"):
+        read_settings(tmp_path / "first.toml", tmp_path / "second.toml")
+
+
+def test_the_large_articles_differ_in_size_alone() -> None:
+    usual, large = read_settings(VITAL / "learn.toml"), read_settings(VITAL / "learn.toml", VITAL / "large.toml")
+    assert large.memory.sizes == (192, 192) != usual.memory.sizes
+    assert replace(large, memory=usual.memory) == usual
 
 
 def test_the_elements_settings_are_settings() -> None:

@@ -29,6 +29,7 @@ from mlx_hiermem.learn import stages
 from mlx_hiermem.learn.corpus.corpus import Corpus
 from mlx_hiermem.learn.corpus.readers import check_there
 from mlx_hiermem.learn.publish import ANCHOR, BANK, About, Nodes, link, publish, write_bank
+from mlx_hiermem.learn.record import RECORD, files_learnt, write_record
 from mlx_hiermem.learn.settings import (
     ExampleSettings,
     LearnSettings,
@@ -238,7 +239,7 @@ class _Run(stages.StagedRun):
             chosen = ExampleSettings(self.settings.heldout, self.settings.training.objective == "distillation")
             make_examples(self.work, built, embedder, tokenizer, chosen, self.progress("windows"))
             learnt, _ = open_examples(self.work)
-            nodes = describe_nodes(self.work, built, lambda text: len(tokenizer.encode(text)), learnt)
+            nodes = describe_nodes(self.work, built, self._count, learnt)
             self.listener.end(f"{len(learnt):,} texts, {int(learnt.lengths.sum()):,} tokens")
         return Prepared(
             corpus.documents, corpus.count, skipped, built.agreement, given, nodes, embedder.identity, built
@@ -297,6 +298,7 @@ class _Run(stages.StagedRun):
             for file in (SKIPPED, AGREEMENT, EXAMPLES, WRITTEN, f"{TRAINING}/{LOG}", f"{TRAINING}/{PLOT}"):
                 if (source := self.work.path(file)).exists():
                     link(source, model / LEARNING / source.name)
+            write_record(model / RECORD, files_learnt(prepared.built, self._count))
         learnt = Learnt(
             prepared.documents,
             prepared.windows,
@@ -316,6 +318,10 @@ class _Run(stages.StagedRun):
     def _put(self, anchor: AnchorSource) -> None:
         shutil.rmtree(self.work.path(BASE), ignore_errors=True)
         anchor.put(self.work.path(BASE))
+
+    def _count(self, text: str) -> int:
+        """The anchor's tokens in a text."""
+        return len(self.loaded[1].encode(text))
 
     def _check(self) -> None:
         """Raises AnchorError where this anchor cannot learn, before anything that takes long."""
