@@ -13,7 +13,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,21 +23,18 @@ import numpy as np
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.block import MemoryBlock, block_name, write_block
 from mlx_hiermem.bank.commit import FORGET, LEARNING
-from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry, order
+from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
 from mlx_hiermem.bank.quantize import quantized
-from mlx_hiermem.bank.sources import BankSources, LeafSources, SourceWindow
+from mlx_hiermem.bank.sources import LeafSources
 from mlx_hiermem.bank.writer import BankWriter, to_disk
 from mlx_hiermem.config import GENERIC_NODE, AnchorIdentity, EmbedderIdentity, MemoryConfig, Path
 from mlx_hiermem.errors import HierMemError, OutputError
 from mlx_hiermem.files import locked, replace_folder, restore_folder
-from mlx_hiermem.learn.corpus.windows import Window
-from mlx_hiermem.learn.record import text_digest
 from mlx_hiermem.learn.train.blocks import Tensors
 from mlx_hiermem.learn.train.dataset import TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.train.encoding import EXAMPLES, TOGETHER
 from mlx_hiermem.learn.train.jobs import Trainer
-from mlx_hiermem.learn.tree.build import CorpusTree, descend
-from mlx_hiermem.learn.work import PROBE_VECTORS, PROBES, read_rows
+from mlx_hiermem.learn.tree.build import descend
 from mlx_hiermem.router import TextEmbedder
 from mlx_hiermem.tree import ClusterTree
 
@@ -234,85 +231,3 @@ class MovedTexts:
                 if Path.of_row(row, level, self.tree.branching) == self.leaf:
                     found.add(example.window)
         return found
-
-
-# The windows that a bank keeps as its sources: each in the leaves that have learnt it, with its vector
-
-
-def learnt_sources(built: CorpusTree) -> Iterator[LeafSources]:
-    """Leaf after leaf, in the order that `write_sources` wants."""
-    members, first = _members(built), _first_probes(built)
-    probes = np.load(built.corpus.work.path(PROBE_VECTORS), mmap_mode="r")  # [p, dim]
-    for leaf in sorted(members, key=order):
-        windows = [_as_source(window) for window in built.corpus.read(members[leaf])]
-        yield LeafSources(leaf, windows, probes[first[members[leaf]]])
-
-
-def more_sources(
-    old: BankSources, built: CorpusTree | None, new_leaf: Path | None = None, gone: Collection[str] = ()
-) -> Iterator[LeafSources]:
-    """A bank's sources without those that are `gone` (by `text_digest`), and those of documents that are added.
-
-    A new leaf has the old windows that now go there.
-    """
-    added = {one.leaf: one for one in learnt_sources(built)} if built else {}
-    if built and new_leaf and (moved := _moved(old, built.tree, new_leaf)):
-        added[new_leaf] = _together(moved, added.get(new_leaf))
-    for leaf in sorted({*old.leaves(), *added}, key=order):
-        if (found := old.read(leaf)) and (left := _without(found, gone)).windows:
-            yield _together(left, added.get(leaf))
-        elif leaf in added:
-            yield added[leaf]
-
-
-def _without(found: LeafSources, gone: Collection[str]) -> LeafSources:
-    left = [number for number, one in enumerate(found.windows) if text_digest(one.document, one.text) not in gone]
-    return LeafSources(found.leaf, [found.windows[number] for number in left], found.vectors[left])
-
-
-def _as_source(window: Window) -> SourceWindow:
-    return SourceWindow(window.source, window.title, window.place, window.text)
-
-
-def _members(built: CorpusTree) -> Mapping[Path, list[int]]:
-    """Leaf -> the numbers of its windows, in order."""
-    found: dict[Path, list[int]] = {}
-    for placed in built.placed():
-        for leaf in placed.leaves:
-            found.setdefault(leaf, []).append(placed.window)
-    return found
-
-
-def _first_probes(built: CorpusTree) -> np.ndarray:
-    """Each window's first probe [windows]: the window as a whole, so that it need not be embedded again."""
-    first: list[int] = []
-    for number, row in enumerate(read_rows(built.corpus.work.path(PROBES))):
-        if len(first) == built.corpus.count:
-            break
-        if row["window"] == len(first):
-            first.append(number)
-    return np.array(first, np.int64)
-
-
-def _moved(old: BankSources, tree: ClusterTree, leaf: Path) -> LeafSources | None:
-    """The old windows that the tree with its new leaf takes there."""
-    windows, vectors = dict[SourceWindow, None](), list[np.ndarray]()
-    for one in old.all():
-        levels, rows = descend(tree, one.vectors)
-        for window, vector, level, row in zip(
-            one.windows, one.vectors, levels.tolist(), rows.tolist(), strict=True
-        ):
-            if window not in windows and Path.of_row(row, level, tree.branching) == leaf:
-                windows[window] = None
-                vectors.append(vector)
-    return LeafSources(leaf, list(windows), np.stack(vectors)) if windows else None
-
-
-def _together(first: LeafSources, second: LeafSources | None) -> LeafSources:
-    """The windows of both. One that both have is there once: an interrupted command adds its documents again."""
-    if second is None:
-        return first
-    known = set(first.windows)
-    new = [number for number, window in enumerate(second.windows) if window not in known]
-    windows: Sequence[SourceWindow] = [*first.windows, *(second.windows[number] for number in new)]
-    return LeafSources(first.leaf, windows, np.concatenate([first.vectors, second.vectors[new]]))
