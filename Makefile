@@ -23,6 +23,9 @@ SWIFT = apps/ios/swift.sh
 WORKERS ?= 2
 SIDE_BY_SIDE = -n $(WORKERS) --dist loadfile
 CHAT = apps/ios/HierMemChat/Sources
+VITAL = apps/demo/vital
+LEARN_VITAL = mkdir -p build && $(BIN)/python tests/replay.py $(VITAL)/study.jsonl.gz \
+	$(BIN)/hiermem learn $(VITAL)/documents.jsonl --teacher-url {url} --config $(VITAL)/learn.toml
 # What is no measurement, is given its corpus or model, or is for Linux alone.
 OTHER = common banks cpu_tricks learn_corpora editing evaluation_equality knowledge plot reach
 # What has a small form that takes seconds; the rest of benchmarks/ takes minutes however little is asked for.
@@ -33,7 +36,7 @@ QUICK = fetch growth hidden_fetch swap decode minilm start
 INPUTS ?= 10000
 TRIALS ?= 200
 
-.PHONY: help setup demo test test-fast test-swift torture lint elements vital bench bench-quick
+.PHONY: help setup demo test test-fast test-swift torture lint elements vital vital-large bench bench-quick
 
 help:  ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,16 +69,17 @@ lint: setup  ## check style, format, types, and the page of commands
 	MYPYPATH=$(LINKED) $(BIN)/mypy
 	$(BIN)/python docs/make_commands.py --check
 
-elements: setup  ## learn the bundled elements bank again from its corpus (an hour or more, resumes)
+elements: setup  ## learn the bank of tests/elements again from its corpus (an hour or more, resumes)
 	mkdir -p build
-	$(BIN)/python -m mlx_hiermem.apps.demo.wordings > build/prompts.jsonl
-	$(BIN)/hiermem learn apps/demo/elements.jsonl build/elements --config apps/demo/elements.toml \
+	$(BIN)/python tests/elements/wordings.py > build/prompts.jsonl
+	$(BIN)/hiermem learn tests/elements/elements.jsonl build/elements --config tests/elements/elements.toml \
 		--prompts build/prompts.jsonl
 
-vital: setup  ## learn the 480 articles of apps/demo/vital from their stored study (seven hours on one core, resumes)
-	mkdir -p build
-	$(BIN)/python tests/replay.py apps/demo/vital/study.jsonl.gz $(BIN)/hiermem learn \
-		apps/demo/vital/documents.jsonl build/vital --config apps/demo/vital/learn.toml --teacher-url {url}
+vital: setup  ## learn the 480 articles of apps/demo/vital from their stored study (hours, resumes)
+	$(LEARN_VITAL) build/vital
+
+vital-large: setup  ## the same with larger blocks, 400 MB: more is known
+	$(LEARN_VITAL) build/vital-large --config $(VITAL)/large.toml
 
 bench: .venv/bench.stamp  ## measure everything (hours; results in benchmarks/results/)
 	@for file in $(filter-out $(OTHER:%=benchmarks/%.py),$(wildcard benchmarks/*.py)); do \
@@ -97,6 +101,7 @@ bench-quick: .venv/bench.stamp  ## measure speed in little (two minutes)
 .venv/dev.stamp: pyproject.toml | .venv/bin/python
 	$(PIP) install '$(TORCH)'
 	$(call install,dev)
+	@$(call install,coreai) || echo 'Core AI is left out: its packages are for macOS 26, and for Linux on x86-64'
 	@touch $@ .venv/demo.stamp .venv/links.stamp
 
 .venv/links.stamp: $(FOLDERS)

@@ -23,8 +23,8 @@ from typing import Any
 
 import common
 import numpy as np
+from elements import DOCUMENTS
 
-from mlx_hiermem.apps.demo.evaluate import HERE
 from mlx_hiermem.learn.tree.kmeans import BALANCE, Shape, assign, grow, kmeans, squared
 from mlx_hiermem.learn.tree.probes import write_vectors
 from mlx_hiermem.sentences import sentences
@@ -45,10 +45,10 @@ def made(count: int, seed: int = 0, chunk: int = 10_000) -> Iterator[np.ndarray]
 
 
 def element_sentences() -> np.ndarray:
-    """[1070, 384] embeddings of the demo corpus' sentences."""
+    """[1070, 384] embeddings of the elements' sentences."""
     from mlx_hiermem.embedder import Embedder
 
-    rows = map(json.loads, (HERE / "elements.jsonl").read_text(encoding="utf-8").splitlines())
+    rows = map(json.loads, DOCUMENTS.read_text(encoding="utf-8").splitlines())
     return Embedder.load().embed([sentence for row in rows for sentence in sentences(row["text"])])
 
 

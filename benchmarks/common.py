@@ -23,7 +23,7 @@ from mlx_hiermem import cpu
 cpu.enable(lambda line: print(line, file=sys.stderr))  # so `import common` comes before MLX
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-ELEMENTS = pathlib.Path(__file__).parents[1] / "apps" / "demo" / "elements.jsonl"  # texts, under "text"
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "tests"))  # where `elements` is
 
 
 def options(doc: str | None, runs: int, quick: int = 3) -> argparse.ArgumentParser:

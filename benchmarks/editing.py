@@ -1,4 +1,4 @@
-"""What removing a block leaves behind, and what a corrected fact changes: the demo's bank, 472 of its questions.
+"""What removing a block leaves behind, and what a corrected fact changes: the elements' bank, 472 of its questions.
 
     python benchmarks/editing.py MODEL [--leaf 0.1] [--subject Molybdenum] [--answer 142]
 
@@ -22,6 +22,7 @@ from typing import Any
 import common  # noqa: F401  # before MLX, for which it picks the BLAS
 import mlx.core as mx
 import numpy as np
+from elements import QUESTIONS
 
 from mlx_hiermem.anchor import load_anchor
 from mlx_hiermem.bank import edit
@@ -36,12 +37,12 @@ from mlx_hiermem.learn.settings import TrainingSettings
 from mlx_hiermem.learn.train.blocks import Tensors
 from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.train.jobs import Trainer
-from mlx_hiermem.model import load
+from mlx_hiermem.model_folder import load
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "editing.json"
-QUESTIONS = (ROOT / "apps/demo/elements_qa.jsonl").read_text(encoding="utf-8")
-ROWS = [row for row in map(json.loads, QUESTIONS.splitlines()) if row["relation"] != "element_of_number"]
+ASKED = map(json.loads, QUESTIONS.read_text(encoding="utf-8").splitlines())
+ROWS = [row for row in ASKED if row["relation"] != "element_of_number"]
 SETTINGS = TrainingSettings(epochs=30, groups=1, group_tokens=512, rate=3e-3, generic=False)
 
 

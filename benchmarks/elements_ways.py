@@ -2,10 +2,10 @@
 
     python benchmarks/elements_ways.py elements       # a model; its results go to results/elements_ways.json
 
-Greedy, with the generic block and with fetched memory: the prompts of `apps/demo/elements_qa.jsonl`, each held-out
-wording, and for atomic numbers the last of these as a user's turn. A number is the reply's first integer; a name or
-a symbol is its first word. Then follow-ups, which name nothing, behind a question and its right answer, on the path
-of that question; there a symbol is right anywhere in the reply.
+Greedy, with the generic block and with fetched memory: the prompts of `tests/elements/elements_qa.jsonl`, each
+held-out wording, and for atomic numbers the last of these as a user's turn. A number is the reply's first integer;
+a name or a symbol is its first word. Then follow-ups, which name nothing, behind a question and its right answer,
+on the path of that question; there a symbol is right anywhere in the reply.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import common  # noqa: F401  # before MLX, for which it picks the BLAS
+from elements import QUESTIONS
 
 from mlx_hiermem import load
-from mlx_hiermem.apps.demo.evaluate import HERE, first_word, said
+from mlx_hiermem.apps.demo.evaluate import first_word, said
 from mlx_hiermem.evaluate.answers import first_integer
 from mlx_hiermem.model import MemoryModel
 
@@ -70,7 +71,7 @@ class Asked:
 
 def ways() -> dict[str, list[Asked]]:
     found = defaultdict[str, list[Asked]](list)
-    for row in map(json.loads, (HERE / "elements_qa.jsonl").read_text(encoding="utf-8").splitlines()):
+    for row in map(json.loads, QUESTIONS.read_text(encoding="utf-8").splitlines()):
         relation, answer, heldout = row["relation"], row["answer"], row["heldout_prompts"]
         found[f"{relation}: prompt"].append(Asked(row["prompt"], answer, False))
         for number, text in enumerate(heldout, 1):
@@ -83,7 +84,7 @@ def ways() -> dict[str, list[Asked]]:
 
 def follow_ups() -> dict[str, list[Asked]]:
     answers = defaultdict[str, dict[str, str]](dict)
-    for row in map(json.loads, (HERE / "elements_qa.jsonl").read_text(encoding="utf-8").splitlines()):
+    for row in map(json.loads, QUESTIONS.read_text(encoding="utf-8").splitlines()):
         answers[row["relation"]][row["subject"].lower()] = row["answer"]
     found = defaultdict[str, list[Asked]](list)
     for text, (told, relation) in FOLLOW_UPS.items():

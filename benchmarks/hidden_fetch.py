@@ -17,6 +17,7 @@ from typing import Any
 
 import banks
 import common
+from elements import DOCUMENTS
 
 from mlx_hiermem import load
 from mlx_hiermem.bank.block import block_name
@@ -30,7 +31,7 @@ TOKENS = 128  # of a question, at least
 def questions(model: MemoryModel) -> list[str]:
     """Texts about the elements, as long as they have to be."""
     found = []
-    for line in common.ELEMENTS.read_text(encoding="utf-8").splitlines():
+    for line in DOCUMENTS.read_text(encoding="utf-8").splitlines():
         words = json.loads(line)["text"].split()
         count = next((n for n in range(60, len(words)) if len(model.tokens(" ".join(words[:n]))) >= TOKENS), 0)
         if count:

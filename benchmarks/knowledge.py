@@ -16,10 +16,8 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import math
 import os
 import pathlib
-import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -29,31 +27,13 @@ from mlx.utils import tree_flatten
 
 from mlx_hiermem import load
 from mlx_hiermem.config import MemoryChoice
+from mlx_hiermem.evaluate.answers import is_only, mentions
+from mlx_hiermem.evaluate.statistics import share_interval
 from mlx_hiermem.model import MemoryModel
 
 MEMORIES = ("none", "generic", "fetched", "oracle", "source", "fetched+source")
 TOKENS = 48  # of a reply, at most
 Row = dict[str, Any]
-
-
-def words(text: str) -> list[str]:
-    """A text's words as they are compared."""
-    found = re.sub(r"[^a-z0-9 ]", " ", text.lower().replace(",", "")).split()
-    return [word for word in found if word not in ("a", "an", "the")]
-
-
-def graded(reply: str, names: Sequence[str]) -> tuple[bool, bool]:
-    """(lenient, strict): whether a name stands in the reply, and whether it is the reply."""
-    said, wanted = words(reply), [own for name in names if (own := words(name))]
-    inside = any(f" {' '.join(own)} " in f" {' '.join(said)} " for own in wanted)
-    return inside, said in wanted
-
-
-def interval(right: int, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share."""
-    z, share = 1.96, right / count
-    middle, half = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + (z / count / 2) ** 2)
-    return (middle - half) / (1 + z * z / count), (middle + half) / (1 + z * z / count)
 
 
 class Exam:
@@ -73,15 +53,14 @@ class Exam:
             first = first or time.perf_counter() - start
         reply = self.model.response
         assert reply is not None
-        lenient, strict = graded(reply.text, (row["answer"], *row["aliases"]))
-        chosen = reply.selection
+        names, chosen = (row["answer"], *row["aliases"]), reply.selection
         moved = (self.anchor_bytes + chosen.memory_bytes) * (1 + reply.generation_tokens) + chosen.bytes_read
         return {
             "id": row["id"],
             "memory": memory,
             "reply": reply.text,
-            "lenient": lenient,
-            "strict": strict,
+            "lenient": mentions(reply.text, names),
+            "strict": is_only(reply.text, names),
             "path": str(chosen.path),
             "right_leaf": chosen.path == self.leaves.get(row["doc"]) if chosen.path else None,
             "prompt_tokens": reply.prompt_tokens,
@@ -103,7 +82,7 @@ def summary(rows: Sequence[Row]) -> Row:
     count, found = len(rows), {"questions": len(rows)} | dict[str, Any]()
     for name in ("lenient", "strict"):
         right = sum(row[name] for row in rows)
-        found[name] = {"right": right, "share": right / count, "interval": interval(right, count)}
+        found[name] = {"right": right, "share": right / count, "interval": share_interval(right, count)}
     routed = [row["right_leaf"] for row in rows if row["right_leaf"] is not None]
     found["right_leaf"] = sum(routed) / len(routed) if routed else None
     for name in ("prompt_tokens", "tokens", "first_ms", "bytes_moved"):

@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-ELEMENTS = pathlib.Path(__file__).parents[1] / "apps" / "demo" / "elements.jsonl"
+ELEMENTS = pathlib.Path(__file__).parents[1] / "tests" / "elements" / "elements.jsonl"
 BATCH, CORES = 32, int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
 
 

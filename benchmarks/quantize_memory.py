@@ -21,6 +21,7 @@ import time
 from typing import Any
 
 import common
+import elements
 
 from mlx_hiermem import load
 from mlx_hiermem.apps.demo import tour
@@ -87,7 +88,7 @@ def nats(model: MemoryModel, tokens: list[int], known: int) -> float:
 
 def perplexity(model: MemoryModel) -> float:
     """Of documents that the bank was made of, each with the memory that its text fetches."""
-    texts = [json.loads(line)["text"] for line in common.ELEMENTS.read_text(encoding="utf-8").splitlines()]
+    texts = [json.loads(line)["text"] for line in elements.DOCUMENTS.read_text(encoding="utf-8").splitlines()]
     total, count = 0.0, 0
     for text in texts[:: len(texts) // DOCUMENTS]:
         model.select("fetched", text)

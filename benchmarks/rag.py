@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import common
 import numpy as np
+from elements import DOCUMENTS
 
 from mlx_hiermem import load
 from mlx_hiermem.apps.demo import tour
@@ -30,7 +31,7 @@ class Retrieval:
     """The documents and their embeddings."""
 
     def __init__(self, model: MemoryModel) -> None:
-        rows = [json.loads(line) for line in common.ELEMENTS.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in DOCUMENTS.read_text(encoding="utf-8").splitlines()]
         self.model, self.documents = model, [row["text"] for row in rows]
         self.vectors = model.router.embedder.embed(self.documents)
 

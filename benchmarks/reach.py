@@ -3,7 +3,7 @@
     python benchmarks/reach.py MODEL DATA        # the paper's tasks in DATA, every example embedded: some minutes
 
 An example beyond the reach gets no memory: it is answered as the anchor alone answers it. Of the questions that the
-bank is for (apps/demo/elements_qa.jsonl) as many as possible should be within. Writes results/reach.json.
+bank is for (tests/elements/elements_qa.jsonl) as many as possible should be within. Writes results/reach.json.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import argparse
 import json
 import pathlib
 
-from common import ELEMENTS, RESULTS, machine
+from common import RESULTS, machine
+from elements import QUESTIONS
 
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.evaluate.examples import read_examples
@@ -30,7 +31,7 @@ def main() -> None:
     router, rows = Router.of_bank(bank), {}
     tasks = [
         *find_tasks(["all"], options.data),
-        Task("elements", "questions", ELEMENTS.with_name("elements_qa.jsonl")),
+        Task("elements", "questions", QUESTIONS),
     ]
     for task in tasks:
         perplexity = task.kind == "perplexity"

@@ -3,9 +3,9 @@
     python benchmarks/routing_agreement.py              results/routing_agreement.md; some minutes on two cores
     python benchmarks/routing_agreement.py --run WORK   of the default way alone, with the questions of a self-study
 
-The demo's 118 elements are the documents, and its 354 questions with all their held-out wordings are asked; none
-of these shapes a tree. Trees are of the demo's shape (two levels of 4) and of one level of 16. Only the embedder is
-used: nothing is trained but centroids. Figures are over several seeds, because any way has lucky trees. WORK is the
+The 118 elements are the documents, and their 354 questions with all held-out wordings are asked; none of these
+shapes a tree. Trees are of their bank's shape (two levels of 4) and of one level of 16. Only the embedder is used:
+nothing is trained but centroids. Figures are over several seeds, because any way has lucky trees. WORK is the
 folder that `hiermem learn elements.jsonl OUT --keep` leaves.
 """
 
@@ -22,8 +22,8 @@ from typing import Any
 
 import common
 import numpy as np
+from elements import DOCUMENTS, QUESTIONS
 
-from mlx_hiermem.apps.demo.evaluate import HERE
 from mlx_hiermem.config import Path
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.learn.corpus.windows import Window
@@ -110,10 +110,10 @@ TURNED = (
 
 
 class Corpus:
-    """The demo's elements, one window each, and the embeddings of what is asked of them."""
+    """The elements, one window each, and the embeddings of what is asked of them."""
 
     def __init__(self) -> None:
-        rows = [json.loads(line) for line in (HERE / "elements.jsonl").read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in DOCUMENTS.read_text(encoding="utf-8").splitlines()]
         windows = [Window(i, i, row["id"], row["name"], row["text"]) for i, row in enumerate(rows)]
         self.windows = list(with_subjects(windows))
         self.embedder, self.vectors = Embedder.load(), dict[str, np.ndarray]()
@@ -127,7 +127,7 @@ class Corpus:
         }
         document = {row["id"]: i for i, row in enumerate(rows)}
         self.questions: dict[str, list[tuple[str, int]]] = defaultdict(list)
-        for line in (HERE / "elements_qa.jsonl").read_text(encoding="utf-8").splitlines():
+        for line in QUESTIONS.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             for number, text in enumerate([row["prompt"], *row["heldout_prompts"]]):
                 self.questions[f"{row['relation']} {number}"].append((text, document[row["doc"]]))

@@ -26,6 +26,7 @@ from typing import Any
 
 import common
 import numpy as np
+from elements import DOCUMENTS
 
 from mlx_hiermem.anchor import load_anchor
 from mlx_hiermem.apps.demo.tour import model_folder
@@ -145,7 +146,7 @@ class Memory:
 def documents(folder: pathlib.Path, batch: int, length: int, kind: str) -> list[Example]:
     """Rows of `length` predictions from the elements' texts."""
     _, tokenizer, _ = load_anchor(folder)
-    text = "\n".join(json.loads(line)["text"] for line in common.ELEMENTS.read_text(encoding="utf-8").splitlines())
+    text = "\n".join(json.loads(line)["text"] for line in DOCUMENTS.read_text(encoding="utf-8").splitlines())
     tokens = np.array(tokenizer.encode(text[: 8 * batch * (length + 1)])[: batch * (length + 1)], np.int32).reshape(
         batch, -1
     )

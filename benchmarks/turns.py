@@ -1,6 +1,6 @@
 """Measures where the turns of a conversation go (mlx_hiermem/router.py).
 
-    python benchmarks/turns.py                    the demo's bank, and ten more trees of its wordings: a minute
+    python benchmarks/turns.py                    the elements' bank, and ten more trees of its wordings: a minute
     python benchmarks/turns.py --corpora FOLDER   also small banks of other subjects, made here: some minutes
 
 Each turn in tests/conversations.jsonl and tests/changes_of_subject.jsonl says what it is about, or that the bank
@@ -24,9 +24,9 @@ from typing import Any
 
 import common
 import numpy as np
+from elements import BANK, DOCUMENTS
+from elements.wordings import element_wordings
 
-from mlx_hiermem.apps.demo import tour
-from mlx_hiermem.apps.demo.wordings import element_wordings
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.policy import OPEN, BankPolicy
 from mlx_hiermem.config import Path
@@ -40,7 +40,6 @@ from mlx_hiermem.tree import ClusterTree, Route
 
 ROOT = pathlib.Path(__file__).parent.parent
 TALKS = [ROOT / "tests" / name for name in ("conversations.jsonl", "changes_of_subject.jsonl")]
-ELEMENTS = ROOT / "apps" / "demo" / "elements.jsonl"
 KINDS = {  # what a turn may be, and what is said of it
     "follow": "follow-ups",
     "change": "to another subject of the bank",
@@ -94,9 +93,9 @@ RULES: dict[str, Rule] = {"each turn alone": alone, "never without memory": alwa
 
 
 def bundled(texts: TextEmbedder, elements: list[dict[str, Any]]) -> Bank:
-    """The demo's bank: its manifest says in which leaf each element was learnt."""
-    bank = MemoryBank.open(tour.BANK)
-    names = {f"{ELEMENTS.name}:{line}": element["name"] for line, element in enumerate(elements, 1)}
+    """The elements' bank: its manifest says in which leaf each element was learnt."""
+    bank = MemoryBank.open(BANK)
+    names = {f"{DOCUMENTS.name}:{line}": element["name"] for line, element in enumerate(elements, 1)}
     homes: dict[str, set[Path]] = {}
     for path, entry in bank.manifest.blocks.items():
         for source in entry.sources if len(path) == bank.config.depth else ():
@@ -108,7 +107,7 @@ def bundled(texts: TextEmbedder, elements: list[dict[str, Any]]) -> Bank:
 
 
 def wordings(elements: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """The demo's prompts by what they are about: an element's name, or for questions in reverse `number 51`."""
+    """The elements' prompts by what they are about: an element's name, or for questions in reverse `number 51`."""
     found = dict[str, list[str]]()
     for element in elements:
         for wording in element_wordings(element):
@@ -205,7 +204,7 @@ def main() -> None:
     parser.add_argument("--corpora", type=pathlib.Path, help="a folder with corpora of other subjects")
     options = parser.parse_args()
     talks = [{"bank": "elements"} | talk for file in TALKS for talk in rows(file)]
-    elements, texts = rows(ELEMENTS), RememberedTexts(Embedder.load(), most=1_000_000)
+    elements, texts = rows(DOCUMENTS), RememberedTexts(Embedder.load(), most=1_000_000)
     banks = {"elements": bundled(texts, elements)}
     if options.corpora:
         banks |= others(texts, options.corpora, talks)

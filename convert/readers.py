@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mlx_hiermem.errors import CheckpointError
-from mlx_hiermem.files import read_header
+from mlx_hiermem.safetensors_file import read_header
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 # dtype -> how numpy carries it. numpy has no bfloat16: its bits travel as uint16.

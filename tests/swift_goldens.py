@@ -23,6 +23,7 @@ cpu.enable()
 
 import mlx.core as mx
 import numpy as np
+from elements import BANK
 from swift_session import write_session
 from swift_texts import write_real_tokens, write_tokenizers, write_tokens
 
@@ -33,7 +34,6 @@ from mlx_hiermem.tree import ClusterTree
 
 ROOT = pathlib.Path(__file__).parents[1]
 FIXTURES = ROOT / "apps/ios/HierMemKit/Tests/HierMemKitTests/Fixtures"
-ELEMENTS = ROOT / "apps/demo/bank"
 TALKS = {"conversations.jsonl": 8, "changes_of_subject.jsonl": 12}  # so many of each: those on the elements
 EMBEDDED = "inputs/conversations"  # the texts that a router asks for (.json), and their vectors (.safetensors)
 VECTORS = 1000
@@ -81,9 +81,7 @@ def write_routes(folder: pathlib.Path) -> None:
     )
     ragged.save(folder / "ragged-tree.safetensors")
     vectors = uniform(2, VECTORS, 16)
-    cases = {
-        "elements": (ClusterTree.load(ELEMENTS / "tree.safetensors"), uniform(1, VECTORS, 384) / 16, BankPolicy())
-    }
+    cases = {"elements": (ClusterTree.load(BANK / "tree.safetensors"), uniform(1, VECTORS, 384) / 16, BankPolicy())}
     blocked, goldens = frozenset(map(Path.parse, CLOSED)), {}
     for name, policy in (
         ("ragged", BankPolicy()),
@@ -138,7 +136,7 @@ def play(router: Router) -> Iterator[list[Turn]]:
 
 def write_turns(folder: pathlib.Path) -> None:
     """The path of every turn of real conversations, with real embeddings, on the elements' bank."""
-    tree, policy = ClusterTree.load(ELEMENTS / "tree.safetensors"), BankPolicy.read(ELEMENTS / "policy.json")
+    tree, policy = ClusterTree.load(BANK / "tree.safetensors"), BankPolicy.read(BANK / "policy.json")
     talks = [
         [
             {
@@ -222,7 +220,7 @@ class Recording:
 
 def write_embedded(folder: pathlib.Path) -> None:
     """Embeds the conversations' questions, and follow-ups behind their questions."""
-    tree, policy = ClusterTree.load(ELEMENTS / "tree.safetensors"), BankPolicy.read(ELEMENTS / "policy.json")
+    tree, policy = ClusterTree.load(BANK / "tree.safetensors"), BankPolicy.read(BANK / "policy.json")
     for _ in play(Router(tree, recording := Recording(), policy)):
         pass
     vectors = mx.array(np.stack(list(recording.vectors.values())))

@@ -8,6 +8,7 @@ import shutil
 import unicodedata
 from collections.abc import Iterator
 
+from elements import DOCUMENTS
 from tokenizers import (
     AddedToken,
     Regex,
@@ -53,7 +54,7 @@ TEXTS = [
 
 def write_tokenizers(folder: pathlib.Path) -> None:
     """Trains small tokenizers of the kinds that Swift runs on, on the elements' texts; makes no goldens."""
-    lines = (ROOT / "apps/demo/elements.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = DOCUMENTS.read_text(encoding="utf-8").splitlines()
     corpus = [text for line in lines for text in _strings(json.loads(line))] + TEXTS
 
     digits = Tokenizer(models.BPE())
@@ -120,9 +121,9 @@ def write_real_tokens(out: pathlib.Path) -> None:
 
 
 def _real_texts() -> Iterator[str]:
-    """The conversations, the demo's texts, the docs, and every character of the first planes that has a name."""
-    for file in ("tests/conversations.jsonl", "apps/demo/elements.jsonl"):
-        for line in (ROOT / file).read_text(encoding="utf-8").splitlines():
+    """The conversations, the elements' texts, the docs, and every character of the first planes that has a name."""
+    for file in (ROOT / "tests/conversations.jsonl", DOCUMENTS):
+        for line in file.read_text(encoding="utf-8").splitlines():
             yield from _strings(json.loads(line))
     for page in sorted((ROOT / "docs").glob("*.md")):
         yield from page.read_text(encoding="utf-8").split("\n\n")

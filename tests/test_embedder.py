@@ -10,19 +10,19 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from elements import DOCUMENTS
 from transformers import AutoTokenizer, BertModel
 
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import AssetError
 
-ELEMENTS = pathlib.Path(__file__).parent.parent / "apps" / "demo" / "elements.jsonl"
 ODD = ["", " \n\t", "naïve Ångström 日本語のテキスト 🎉", "x" * 5000, "[CLS] [MASK] <s>\u0000"]
 
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
     """Prompts, sentences, documents, texts far beyond 256 tokens, and odd ones."""
-    rows = [json.loads(line) for line in ELEMENTS.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in DOCUMENTS.read_text(encoding="utf-8").splitlines()]
     prompts = [f"The atomic number of {row['name']} is" for row in rows[:20]]
     sentences = [row["facts_text"] for row in rows[20:30]]
     documents = [" ".join(row["facts_text"] for row in rows[i : i + 3]) for i in range(30, 45, 3)]

@@ -14,9 +14,9 @@ from evaluating import task_files, write
 from tiny import make_model
 
 from mlx_hiermem.errors import TaskError
-from mlx_hiermem.evaluate.answers import begins_with, is_number, normalise, starts_with
+from mlx_hiermem.evaluate.answers import begins_with, is_number, is_only, mentions, normalise, starts_with
 from mlx_hiermem.evaluate.examples import read_examples
-from mlx_hiermem.evaluate.statistics import difference, figure, mcnemar
+from mlx_hiermem.evaluate.statistics import difference, figure, mcnemar, share_interval
 from mlx_hiermem.evaluate.tasks import PAPER, Task, find_tasks, read_tasks
 from mlx_hiermem.evaluate.texts import read_documents, windows
 
@@ -217,6 +217,19 @@ def test_rules() -> None:
     assert is_number(" is 26, not 27", ["26"])
     assert not is_number(" 126", ["26"])
     assert not is_number(" none", ["26"])
+
+
+def test_rules_of_an_exam() -> None:
+    assert mentions("It was made by the coil method, by hand.", ["Coiling", "the coil method"])
+    assert not mentions("Recoiling", ["coil", "the"])
+    assert is_only("1,200 km.", ["1200 km"])
+    assert not is_only("It is 1200 km", ["1200 km"])
+    assert not is_only("", ["the"])
+
+
+def test_interval_of_a_share() -> None:
+    assert share_interval(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
+    assert share_interval(540, 720) == pytest.approx((0.7171, 0.7803), abs=1e-4)
 
 
 def test_standard_errors() -> None:

@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from elements import DOCUMENTS
 from mlx_lm import generate, load
 from safetensors.torch import load_file
 from sources import KINDS, LLAMA3_ROPE, byte_tokens, hf_model, make_gguf
@@ -24,7 +25,6 @@ from mlx_hiermem.convert.source import find_source
 from mlx_hiermem.errors import AnchorError, CheckpointError, HierMemError, MissingDependencyError
 
 IDS = parity.prompt(40, 260)
-ELEMENTS = pathlib.Path(__file__).parent.parent / "apps" / "demo" / "elements.jsonl"
 
 
 def convert(file: pathlib.Path, **options: Any) -> pathlib.Path:
@@ -132,7 +132,7 @@ def test_words_are_cut_as_the_file_says(tmp_path: pathlib.Path, pre: str, words:
 def test_sentencepiece_token_for_token(tmp_path: pathlib.Path, prefix: bool) -> None:
     import sentencepiece
 
-    texts = [json.loads(line)["text"] for line in ELEMENTS.read_text().splitlines()]
+    texts = [json.loads(line)["text"] for line in DOCUMENTS.read_text().splitlines()]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_writer=model, vocab_size=700, model_type="bpe", byte_fallback=True,
@@ -200,7 +200,7 @@ def test_smollm2_tokens(smollm2_anchor: pathlib.Path, smollm2_gguf: pathlib.Path
     ours = Tokenizer.from_file(str(smollm2_anchor / "tokenizer.json"))
     theirs = AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
     assert ours.encode("In 1984").tokens == ["In", "Ġ", "1", "9", "8", "4"]
-    for line in ELEMENTS.read_text().splitlines():
+    for line in DOCUMENTS.read_text().splitlines():
         text = json.loads(line)["text"]
         assert ours.decode(ours.encode(text).ids) == text
         words = "".join(char for char in text if not char.isnumeric())

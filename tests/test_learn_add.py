@@ -26,9 +26,11 @@ from mlx_hiermem.config import Path
 from mlx_hiermem.errors import BankError, HierMemError
 from mlx_hiermem.files import replace_folder
 from mlx_hiermem.learn.publish import kept_texts
+from mlx_hiermem.learn.record import read_record, text_digest
 from mlx_hiermem.learn.settings import LearnSettings, TrainingSettings, TreeSettings, write_settings
 from mlx_hiermem.learn.train.dataset import TrainingSet
-from mlx_hiermem.model import MemoryModel, load
+from mlx_hiermem.model import MemoryModel
+from mlx_hiermem.model_folder import load
 
 pytestmark = pytest.mark.slow
 
@@ -211,3 +213,22 @@ def test_texts_put_aside_by_a_killed_swap_come_back(model: pathlib.Path, monkeyp
     monkeypatch.undo()
     assert not texts.exists()
     assert TrainingSet.open(kept_texts(model)).digest == before
+
+
+def test_the_files_are_recorded(original: pathlib.Path, model: pathlib.Path, news: pathlib.Path) -> None:
+    call("bank", "add", model, news, *QUICK)
+    record, texts = read_record(model), TrainingSet.open(model / "learning" / "examples")
+    assert read_record(original).items() <= record.items()
+    new = record[str(news / f"{VILLAGES[COUNT]}.txt")]
+    assert new.sha256 == hashlib.sha256((text(COUNT) + "\n").encode()).hexdigest()
+    numbers = [number for row in record.values() for number in row.windows]
+    assert sorted(numbers) == sorted(texts.windows.tolist()) == list(range(COUNT + NEW))
+    assert "binary" in record[str(news / "picture.txt")].why
+    rows, bank = record.values(), MemoryBank.open(model / "bank")
+    assert bank.sources is not None
+    for node in bank.manifest.blocks:
+        if len(node) == 2:
+            documents = sum(row.homes.get(str(node), (0, 0))[0] for row in rows)
+            assert documents == bank.manifest.blocks[node].documents
+    kept = {text_digest(w.document, w.text) for one in bank.sources.all() for w in one.windows}
+    assert kept == {digest for row in rows for digest in row.texts}

@@ -18,7 +18,7 @@ from mlx_hiermem.learn.corpus.corpus import Seen, read_corpus
 from mlx_hiermem.learn.corpus.windows import Document, Skipped, splintered, split, untruncated
 from mlx_hiermem.learn.settings import CorpusSettings
 from mlx_hiermem.learn.tree import labels
-from mlx_hiermem.learn.work import SKIPPED, WINDOWS, Work
+from mlx_hiermem.learn.work import FILES, SKIPPED, WINDOWS, Work
 from mlx_hiermem.sentences import sentences
 
 PAGE = """<html><head><title>Salt</title></head><body><nav><a href="/">Home</a> <a href="/all">All pages</a></nav>
@@ -240,7 +240,7 @@ def test_a_corpus_in_files(folder: pathlib.Path, tmp_path: pathlib.Path, minilm:
     assert " ".join(w.text for w in windows) == STORY
     assert {(w.document, w.source, w.title) for w in windows} == {(0, "a.txt", "a")}
     assert list(made.skipped()) == [Skipped("b.txt", "the same as a.txt"), Skipped("c.bin", "no reader for .bin")]
-    assert sorted(path.name for path in work.folder.iterdir()) == [SKIPPED, "stages.json", WINDOWS]
+    assert sorted(path.name for path in work.folder.iterdir()) == [FILES, SKIPPED, "stages.json", WINDOWS]
 
 
 def test_a_stage_is_made_again_only_if_something_changed(

@@ -149,8 +149,8 @@ def test_all_of_them_are_learnt_and_shape_the_tree(
     assert f" {NAME}.{end}" in learnt
 
 
-def test_the_demos_wordings_are_prompts(tmp_path: pathlib.Path) -> None:
-    from mlx_hiermem.apps.demo.wordings import element_wordings, prompt_line
+def test_the_elements_wordings_are_prompts(tmp_path: pathlib.Path) -> None:
+    from elements.wordings import element_wordings, prompt_line
 
     gold = {"id": "el079", "name": "Gold", "symbol": "Au", "atomic_number": 79, "series": "Transition metals"}
     wordings = element_wordings(gold)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pathlib
 import tomllib
+from dataclasses import replace
 
 import pytest
+from elements import SETTINGS
 from typer.testing import CliRunner
 
-from mlx_hiermem.apps import demo
 from mlx_hiermem.apps.cli.main import app
 from mlx_hiermem.errors import OutputError, SettingsError
 from mlx_hiermem.learn.settings import (
@@ -24,6 +25,7 @@ from mlx_hiermem.learn.settings import (
     write_settings,
 )
 
+VITAL = pathlib.Path(__file__).parents[1] / "apps" / "demo" / "vital"
 OTHER = LearnSettings(
     corpus=CorpusSettings(field='a "quoted" field', title="Überschrift\n", any_language=True),
     tree=TreeSettings(branching=4, balance=1.5),
@@ -106,6 +108,21 @@ def test_the_command_writes_the_settings_in_force(tmp_path: pathlib.Path) -> Non
     assert read_settings(tmp_path / "all.toml") == wanted
 
 
-def test_the_demo_s_settings_are_settings() -> None:
-    file = pathlib.Path(demo.__file__).with_name("elements.toml")
-    assert read_settings(file).tree == TreeSettings(branching=4, leaves=1, seed=166)
+def test_of_several_files_the_last_comes_first(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "first.toml").write_text("keep = true\n[memory]\nkind = 'kv'\nsizes = [8]\n[tree]\nleaves = 1\n")
+    (tmp_path / "second.toml").write_text("[memory]\nsizes = [4]\n")
+    found = read_settings(tmp_path / "first.toml", tmp_path / "second.toml")
+    assert found == LearnSettings(keep=True, memory=MemorySettings("kv", (4,)), tree=TreeSettings(leaves=1))
+    (tmp_path / "second.toml").write_text("keep = 2\n")
+    with pytest.raises(SettingsError, match=r"second\.toml: keep is 2"):
+        read_settings(tmp_path / "first.toml", tmp_path / "second.toml")
+
+
+def test_the_large_articles_differ_in_size_alone() -> None:
+    usual, large = read_settings(VITAL / "learn.toml"), read_settings(VITAL / "learn.toml", VITAL / "large.toml")
+    assert large.memory.sizes == (192, 192) != usual.memory.sizes
+    assert replace(large, memory=usual.memory) == usual
+
+
+def test_the_elements_settings_are_settings() -> None:
+    assert read_settings(SETTINGS).tree == TreeSettings(branching=4, leaves=1, seed=166)

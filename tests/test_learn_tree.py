@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from elements import DOCUMENTS
 from tiny import unit
 
 from mlx_hiermem.apps.demo import evaluate
@@ -176,9 +177,9 @@ def test_one_window_is_no_tree(tmp_path: pathlib.Path, minilm: Embedder) -> None
         build_tree(work, corpus, Letters())
 
 
-def test_the_demos_questions_reach_their_elements(tmp_path: pathlib.Path, minilm: Embedder) -> None:
+def test_the_elements_questions_reach_their_elements(tmp_path: pathlib.Path, minilm: Embedder) -> None:
     """The target of the issue for one held-out wording, at the demo's tree; the benchmark has them all."""
-    elements = [json.loads(line) for line in (evaluate.HERE / "elements.jsonl").read_text().splitlines()][:60]
+    elements = [json.loads(line) for line in DOCUMENTS.read_text().splitlines()][:60]
     rows = (
         {"title": e["name"], "text": f"The atomic number of {e['name']} is {e['atomic_number']}."} for e in elements
     )

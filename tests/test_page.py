@@ -25,12 +25,12 @@ from browsing import (
     replies_cut,
     watched,
 )
+from elements import BANK
 from playwright.sync_api import Browser, Page, expect
 from serving import CONTEXT, Gate, Running, eventually, serving
 from tiny import Aimed, HashEmbedder, give_sources, make_model
 
 from mlx_hiermem import load
-from mlx_hiermem.apps.demo import tour
 from mlx_hiermem.apps.picture.icicle import HEIGHT, WIDTH, icicle
 from mlx_hiermem.apps.picture.page import page as picture_page
 from mlx_hiermem.bank.bank import MemoryBank
@@ -183,9 +183,9 @@ def test_blocking_a_node_changes_the_answer(page: Page, server: Running) -> None
 
 
 def test_real_weights(browser: Browser, smollm2_anchor: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """The demo's bank: what was learnt is known, and no longer once its block is closed."""
+    """The elements' bank: what was learnt is known, and no longer once its block is closed."""
     (tmp_path / "anchor").symlink_to(smollm2_anchor)
-    (tmp_path / "bank").symlink_to(tour.BANK)
+    (tmp_path / "bank").symlink_to(BANK)
     question = "What is the atomic number of iron?"
     with serving(lambda: load(tmp_path), timeout=120) as server, watched(browser) as context:
         page = opened(context, server)

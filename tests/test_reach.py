@@ -10,13 +10,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from elements import BANK
 from tiny import HashEmbedder, make_model
 from typer.testing import CliRunner
 
 from mlx_hiermem import load
 from mlx_hiermem.apps.cli.display import FAR, describe
 from mlx_hiermem.apps.cli.main import app
-from mlx_hiermem.apps.demo import tour
 from mlx_hiermem.bank import edit
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.merge import merge_policies
@@ -122,8 +122,8 @@ def test_what_was_said_long_ago_is_embedded_again() -> None:
 
 
 def test_genuine_changes_of_subject(minilm: Embedder) -> None:
-    """On the demo's bank; benchmarks/turns.py measures other banks too."""
-    bank = MemoryBank.open(tour.BANK)
+    """On the elements' bank; benchmarks/turns.py measures other banks too."""
+    bank = MemoryBank.open(BANK)
     router, counts = Router(bank.tree, minilm, bank.policy), Counter[tuple[str, bool]]()
     for talk in map(json.loads, SUBJECTS.read_text(encoding="utf-8").splitlines()):
         topic = None
@@ -137,7 +137,7 @@ def test_genuine_changes_of_subject(minilm: Embedder) -> None:
 
 
 def test_cooking_rice_gets_no_memory(minilm: Embedder) -> None:
-    bank = MemoryBank.open(tour.BANK)
+    bank = MemoryBank.open(BANK)
     router = Router(bank.tree, minilm, bank.policy)
     talk = [
         "What is the symbol of gold?",

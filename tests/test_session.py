@@ -113,12 +113,13 @@ def test_a_blocked_topic_is_left(model: MemoryModel) -> None:
 
 def test_real_conversations_on_the_real_tree(minilm: Embedder) -> None:
     """The conversations that were written after the rule was found; benchmarks/turns.py measures all of them."""
-    from mlx_hiermem.apps.demo.tour import BANK
+    from elements import BANK, DOCUMENTS
+
     from mlx_hiermem.bank.bank import MemoryBank
 
     bank = MemoryBank.open(BANK)
     router = Router(bank.tree, minilm)  # without a reach
-    elements = (BANK.parent / "elements.jsonl").read_text(encoding="utf-8").splitlines()
+    elements = DOCUMENTS.read_text(encoding="utf-8").splitlines()
     ids = {json.loads(line)["name"]: f"elements.jsonl:{number}" for number, line in enumerate(elements, 1)}
     talks = [json.loads(line) for line in CONVERSATIONS.read_text(encoding="utf-8").splitlines()]
     right = []

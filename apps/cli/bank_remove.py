@@ -96,7 +96,7 @@ def _ask(model: pathlib.Path, questions: list[Question], max_tokens: int, when: 
     """Greedy replies, each on one line, with the memory that each question is routed to."""
     if not questions:
         return []
-    from mlx_hiermem.model import load
+    from mlx_hiermem.model_folder import load
 
     loaded, replies = load(model), []
     with progress_bar(f"asking {when}", unit="questions") as progress:

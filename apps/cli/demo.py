@@ -27,7 +27,7 @@ def demo(
     Example: `hiermem demo`
     """
     from mlx_hiermem.apps.demo import evaluate, tour
-    from mlx_hiermem.model import load
+    from mlx_hiermem.model_folder import load
 
     folder = tour.prepare(lambda line: notes.print(line, style="dim", markup=False))
     model = load(folder)

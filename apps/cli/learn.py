@@ -55,7 +55,9 @@ CACHE = typer.Option(
     help="Disk for what the anchor computes once and uses often: 500M, 20G. Less is slower. Default: 20G."
 )
 KEEP = typer.Option("--keep", help="Keep the work folder OUT.learn.")
-CONFIG = typer.Option(help="TOML file with any settings; options on the line come before it.")
+CONFIG = typer.Option(
+    help="TOML file with any settings; of several the last comes first, and options on the line before all."
+)
 WRITE_CONFIG = typer.Option(help="Write all settings that would be used into this TOML file, and learn nothing.")
 JSON = typer.Option("--json", help="Print one JSON object in the end instead of text.")
 
@@ -78,7 +80,7 @@ def learn(
     sources: Annotated[bool | None, SOURCES] = None,
     cache: Annotated[str | None, CACHE] = None,
     keep: Annotated[bool, KEEP] = False,
-    config: Annotated[pathlib.Path | None, CONFIG] = None,
+    config: Annotated[list[pathlib.Path] | None, CONFIG] = None,
     write_config: Annotated[pathlib.Path | None, WRITE_CONFIG] = None,
     as_json: Annotated[bool, JSON] = False,
 ) -> None:
@@ -88,11 +90,11 @@ def learn(
 
     Example: `hiermem learn --write-config learn.toml`, then `hiermem learn ./docs my-model --config learn.toml`
     """
-    from mlx_hiermem.learn.settings import LearnSettings, read_settings
+    from mlx_hiermem.learn.settings import read_settings
 
     if memory:
         renamed("--memory KIND", "--kind KIND")
-    settings = read_settings(config) if config else LearnSettings()
+    settings = read_settings(*config or ())
     states_bytes = parse_size(cache, "--cache") if cache else None
     settings = _changed(
         settings,

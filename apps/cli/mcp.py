@@ -37,7 +37,7 @@ def mcp(
         with notes.status(f"loading {name}"):
             from mlx_hiermem.apps.server.engine import Engine
             from mlx_hiermem.apps.server.mcp import serve_http, tools
-            from mlx_hiermem.model import load
+            from mlx_hiermem.model_folder import load
 
             called = model_id(name)
             engine = Engine(lambda: {called: load(name, cache_bytes=cache_bytes)}, max_batch)

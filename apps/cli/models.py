@@ -84,7 +84,7 @@ def open_model(name: str, cache_bytes: int = 512 << 20) -> MemoryModel:
     folder = folder_of(name)  # first: a download has a bar of its own
     finish_removal(folder / "bank")
     with waiting("loading"):
-        from mlx_hiermem.model import load
+        from mlx_hiermem.model_folder import load
 
         model = load(folder, cache_bytes=cache_bytes)
     remember(name)

@@ -105,7 +105,7 @@ def model_id(name: str) -> str:
 def load_all(names: list[str], cache_bytes: int) -> dict[str, MemoryModel]:
     """The models by what clients call them; those of one anchor share it. Raises ArgumentError for a name twice."""
     from mlx_hiermem.errors import ArgumentError
-    from mlx_hiermem.model import load
+    from mlx_hiermem.model_folder import load
 
     loaded: dict[str, MemoryModel] = {}
     for name in names:

@@ -37,7 +37,7 @@ from mlx_hiermem.apps.server.schema import (
 )
 from mlx_hiermem.config import MemoryChoice
 from mlx_hiermem.errors import HierMemError
-from mlx_hiermem.model import load
+from mlx_hiermem.model_folder import load
 
 # Resolved, because an editable install links each file, and StaticFiles follows no links.
 PAGE = pathlib.Path(__file__).resolve().parent / "page"

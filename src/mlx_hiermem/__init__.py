@@ -39,7 +39,8 @@ from mlx_hiermem.errors import (
 
 if TYPE_CHECKING:
     from mlx_hiermem.bank.bank import MemoryBank
-    from mlx_hiermem.model import MemoryModel, load
+    from mlx_hiermem.model import MemoryModel
+    from mlx_hiermem.model_folder import load
     from mlx_hiermem.response import Response
     from mlx_hiermem.selection import Selection
     from mlx_hiermem.session import Session
@@ -81,7 +82,7 @@ _MODULES = {  # of what needs MLX, and is loaded when it is first used
     "Response": "response",
     "Selection": "selection",
     "Session": "session",
-    "load": "model",
+    "load": "model_folder",
 }
 
 

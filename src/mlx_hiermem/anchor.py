@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from mlx_hiermem.config import AnchorIdentity
 from mlx_hiermem.cpu import report_slow_blas
 from mlx_hiermem.errors import AnchorError, HierMemError
-from mlx_hiermem.files import read_header, read_json
+from mlx_hiermem.files import read_json
 from mlx_hiermem.printable import printable
+from mlx_hiermem.safetensors_file import read_header
 from mlx_hiermem.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:

@@ -55,6 +55,10 @@ class CorpusError(HierMemError):
     """What is to be learnt is missing, has none of the fields named, or is too little."""
 
 
+class NothingToLearnError(CorpusError):
+    """No file of a corpus can be read, or none has a text."""
+
+
 class TeacherError(HierMemError):
     """A teacher's server cannot be reached, or what a teacher writes is not what was asked for."""
 

@@ -1,6 +1,5 @@
 """MemoryModel: an anchor, a bank and a router that together answer.
 
-    model = load("my-model")
     print(model.generate("The atomic number of neon is"))            # routed, fetched, attached
     for piece in model.stream("…", memory="none"): ...
 
@@ -9,30 +8,26 @@ For each prompt the router picks a path, the cache brings its blocks, and the at
 
 from __future__ import annotations
 
-import pathlib
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Unpack
 
-import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_hiermem.anchor import identify, load_anchor
-from mlx_hiermem.bank.bank import MANIFEST, MemoryBank
-from mlx_hiermem.bank.sources import SourceWindow
+from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.batch import MemoryBatch
 from mlx_hiermem.cache import BlockCache, Fetch
 from mlx_hiermem.config import AnchorIdentity, MemoryChoice, Path
 from mlx_hiermem.errors import AnchorError, ArgumentError, BankError
 from mlx_hiermem.grammar import Grammars
 from mlx_hiermem.memory.attach import Attachment, attach
+from mlx_hiermem.prompt import Asked, Prompt
 from mlx_hiermem.response import GrowingText, Response
-from mlx_hiermem.sampling import LogitsProcessor, Options, Sampling
+from mlx_hiermem.sampling import Options, Sampling, real_ids
 from mlx_hiermem.selection import Selection
-from mlx_hiermem.share.resolve import resolve
-from mlx_hiermem.sources import Source, SourceSearch, Text, asked, messages_with, text_with
+from mlx_hiermem.sources import Source, SourceSearch, Text, asked
 from mlx_hiermem.tokenizer import encode_chat, encode_text
 from mlx_hiermem.tree import Route
 
@@ -42,8 +37,6 @@ if TYPE_CHECKING:
     from mlx_hiermem.router import Router
 
 Wanted = Path | str  # what callers may write for a MemoryChoice
-Message = Mapping[str, str]  # of a conversation: role and content
-Prompt = str | Sequence[Message]
 
 
 class MemoryModel:
@@ -164,7 +157,7 @@ class MemoryModel:
         if wanted.is_routed:
             route = route or self._route(text, blocked)
         else:
-            self._check_open(wanted.path, blocked)
+            bank.policy.check_open(wanted.path, bank.tree, blocked)
             route = Route(wanted.path)
         labels = tuple(bank.manifest.label(node) for node in route.path.prefixes())
         search = self.search if wanted.has_passage else None
@@ -207,15 +200,6 @@ class MemoryModel:
             raise ArgumentError("memory fetched is routed by the user's messages, and there are none")
         return self.router.conversation(text, blocked).route
 
-    def _check_open(self, path: Path, blocked: Collection[Path]) -> None:
-        """Raises BankError for a path that the tree does not have, or that is closed."""
-        assert self.bank is not None  # `choose` has seen to it
-        if path:
-            self.bank.tree.check([path])
-            closed = self.bank.policy.block(blocked).blocker(path)
-            if closed is not None:
-                raise BankError(f"the memory {path} is blocked (at {closed})", "Take another path, or unblock it.")
-
     def fetch(self, chosen: Selection) -> Fetch | None:
         """Brings the blocks of what was chosen into memory; None where there is no memory."""
         if self.cache is None or not chosen.memory.has_blocks:
@@ -256,9 +240,9 @@ class MemoryModel:
         fetched where the model has a bank, and is routed by what the user said alone. `Options` lists the other
         options. Raises ArgumentError for what is no prompt, or no option.
         """
-        sampling, asked_ = Sampling.of(options), self._asked(prompt, chat)
+        sampling, asked = Sampling.of(options), Asked.of(prompt, chat, self.tokens, self.chat_tokens)
         wanted = MemoryChoice.parse(self.default_memory if memory is None else memory)
-        return self._reply(asked_, wanted, sampling)
+        return self._reply(asked, wanted, sampling)
 
     def generate(
         self,
@@ -299,7 +283,8 @@ class MemoryModel:
             memories = list(memory)
         if len(memories) != len(prompts):
             raise ArgumentError(f"there are {len(memories)} memories for {len(prompts)} prompts")
-        sampling, asked = Sampling.of(options), [self._asked(prompt, chat) for prompt in prompts]
+        sampling = Sampling.of(options)
+        asked = [Asked.of(prompt, chat, self.tokens, self.chat_tokens) for prompt in prompts]
         self.refresh()
         chosen = [self.choose(one, each.questions) for one, each in zip(memories, asked, strict=True)]
         tokens = [each.tokens(memory.passage) for each, memory in zip(asked, chosen, strict=True)]
@@ -314,7 +299,7 @@ class MemoryModel:
             if self.attachment:
                 self.attachment.clear()
 
-    def _reply(self, asked: _Asked, memory: MemoryChoice, sampling: Sampling) -> Iterator[str]:
+    def _reply(self, asked: Asked, memory: MemoryChoice, sampling: Sampling) -> Iterator[str]:
         self.response, text, last = None, GrowingText(tuple(sampling.stop)), None
         selection = self.select(memory, asked.questions)
         try:
@@ -326,16 +311,6 @@ class MemoryModel:
             if last is not None:
                 find = partial(self.sources_of, selection, asked.questions, text.text)
                 self.response = Response.of(text, last, selection, find)
-
-    def _asked(self, prompt: Prompt, chat: bool) -> _Asked:
-        """A prompt, looked at. Raises ArgumentError for what is none."""
-        if not prompt:
-            raise ArgumentError("the prompt is empty", "Give a text, or a list of messages.")
-        if isinstance(prompt, str) and not chat:
-            return _Asked.of([prompt], lambda passage: self.tokens(text_with(prompt, passage)))
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else check_messages(prompt)
-        questions = [one["content"] for one in messages if one["role"] == "user"]
-        return _Asked.of(questions, lambda passage: self.chat_tokens(messages_with(messages, passage)))
 
     def tokens(self, text: str) -> list[int]:
         """Token ids of a plain prompt, with the tokenizer's beginning; no text in it is a control token."""
@@ -365,85 +340,6 @@ class MemoryModel:
             tokens,
             max_tokens=sampling.max_tokens,
             sampler=sampling.draw(),
-            logits_processors=[*self._real_tokens(), *sampling.processors()],
+            logits_processors=[*real_ids(self.config.get("effective_vocab_size")), *sampling.processors()],
             prompt_cache=prompt_cache,
         )
-
-    def _real_tokens(self) -> list[LogitsProcessor]:
-        """Keeps a padded vocabulary's unused ids from being sampled."""
-        real = self.config.get("effective_vocab_size")
-        if not real:
-            return []
-        return [lambda _, logits: mx.where(mx.arange(logits.shape[-1]) < real, logits, -mx.inf)]
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """A prompt: the user's words in it, its token ids, and what makes these, with a passage in the prompt."""
-
-    questions: list[str]
-    plain: list[int]
-    encode: Callable[[SourceWindow | None], list[int]]
-
-    @classmethod
-    def of(cls, questions: list[str], encode: Callable[[SourceWindow | None], list[int]]) -> _Asked:
-        """Encodes at once, so that what cannot be asked is refused before anything is chosen or fetched."""
-        return cls(questions, encode(None), encode)
-
-    def tokens(self, passage: SourceWindow | None) -> list[int]:
-        return self.encode(passage) if passage else self.plain
-
-
-def check_messages(messages: Any) -> list[dict[str, str]]:
-    """The messages of a conversation; ArgumentError for what are none."""
-    if not isinstance(messages, Sequence):
-        raise ArgumentError(f"{messages!r} is no prompt", "Give a text, or a list of messages.")
-    for message in messages:
-        texts = [message.get(key) for key in ("role", "content")] if isinstance(message, Mapping) else [None]
-        if not all(isinstance(text, str) for text in texts):
-            raise ArgumentError(f"{message!r} is no message", 'Write {"role": "user", "content": "…"}.')
-    return [dict(message) for message in messages]
-
-
-def load(
-    folder: str | pathlib.Path,
-    *,
-    cache_bytes: int = 512 << 20,
-    beside: Iterable[MemoryModel] = (),
-    verify: bool | None = None,
-) -> MemoryModel:
-    """Opens a memory model (`anchor/` and `bank/`), or a plain mlx-lm folder without memory, by folder or hub id.
-
-    Where one of the models `beside` has the same anchor in memory, that is used; `folder` may then be a bank alone.
-    `verify` has each file of the bank checked when it is first read; by default so, unless HIERMEM_VERIFY is 0.
-    Raises AnchorError, BankError, HubError, or AnchorMismatchError where the bank was made for another anchor.
-    """
-    if not isinstance(folder, str | pathlib.Path):
-        raise ArgumentError(f"{folder!r} is no model", "Give a folder, or org/name on the hub.")
-    name = str(folder) if isinstance(folder, str) and not pathlib.Path(folder).is_dir() else ""
-    folder = resolve(folder)
-    anchor_folder = folder / "anchor" if (folder / "anchor").is_dir() else folder
-    if (folder / MANIFEST).is_file():
-        return _bank_alone(MemoryBank.open(folder, verify), name or folder.resolve().name, cache_bytes, beside)
-    bank = MemoryBank.open(folder / "bank", verify) if (folder / "bank").is_dir() else None
-    if bank and bank.remote and anchor_folder == folder:
-        bring = f"hiermem bank pull {bank.remote.origin.repo} {folder} --lazy"
-        raise AnchorError(f"{folder} was pulled without its anchor", f"`{bring}` brings it.")
-    identity, name = identify(anchor_folder), name or folder.resolve().name
-    if bank:
-        bank.manifest.check_anchor(identity)
-    for other in beside:
-        if other.identity and other.identity.is_same(identity) and (made := other.beside(bank, name, cache_bytes)):
-            return made
-    anchor, tokenizer, config = load_anchor(anchor_folder)
-    return MemoryModel(anchor, tokenizer, config, bank, cache_bytes=cache_bytes, name=name, identity=identity)
-
-
-def _bank_alone(bank: MemoryBank, name: str, cache_bytes: int, beside: Iterable[MemoryModel]) -> MemoryModel:
-    for other in beside:
-        if made := other.beside(bank, name, cache_bytes):
-            return made
-    raise AnchorError(
-        f"{bank.root} is a bank without its anchor, {bank.manifest.anchor.name}",
-        "Give the folder of a model, or load the bank beside a model of that anchor.",
-    )

@@ -157,3 +157,8 @@ def _of_the_reply(penalty: LogitsProcessor) -> LogitsProcessor:
         return penalty(tokens[prompt:], logits)
 
     return process
+
+
+def real_ids(count: int | None) -> list[LogitsProcessor]:
+    """What keeps a padded vocabulary's unused ids, from `count` on, from being drawn; None: it has none."""
+    return [lambda _, logits: mx.where(mx.arange(logits.shape[-1]) < count, logits, -mx.inf)] if count else []

@@ -228,7 +228,7 @@ def _export(folder: pathlib.Path) -> pathlib.Path:
 
 @functools.cache
 def _session() -> object:
-    from mlx_hiermem.model import load
+    from mlx_hiermem.model_folder import load
     from mlx_hiermem.session import Session
 
     return Session(load(_model()), "none")
@@ -274,7 +274,7 @@ def _runs(folder: pathlib.Path) -> pathlib.Path:
     return folder / "a.jsonl"
 
 
-SETTINGS = pathlib.Path(__file__).parents[2] / "apps" / "demo" / "elements.toml"
+SETTINGS = pathlib.Path(__file__).parents[1] / "elements" / "elements.toml"
 QUESTION = {"id": 1, "prompt": "The symbol of gold is", "answer": "Au", "aliases": ["au"], "relation": "symbol"}
 PROMPTS = (
     {"document": "a.txt", "prompt": "Gold is", "completion": "a metal"},

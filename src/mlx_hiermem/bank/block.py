@@ -20,7 +20,8 @@ import numpy as np
 
 from mlx_hiermem.config import BIASES, GENERIC_LEVEL, GENERIC_NODE, SCALES, MemoryConfig, Path, Quantization
 from mlx_hiermem.errors import BankError
-from mlx_hiermem.files import read_header, reason
+from mlx_hiermem.files import reason
+from mlx_hiermem.safetensors_file import read_header
 
 GENERIC_FILE = "generic.safetensors"
 SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32", "int64": "I64"}

@@ -1,8 +1,9 @@
 """When a reply is right, and when it need not go on because that is decided.
 
-Three rules: LLM-Foundry's for generation tasks (the normalised reply starts with a normalised name of the answer),
-the paper's for numbers (the first integer), and for questions of a bank's own the answer's name as whole words,
-since the symbol H is not to be found in “Helium”.
+Three rules of tasks: LLM-Foundry's for generation tasks (the normalised reply starts with a normalised name of the
+answer), the paper's for numbers (the first integer), and for questions of a bank's own the answer's name as whole
+words, since the symbol H is not to be found in “Helium”. Two of an exam in chat: an accepted answer stands
+anywhere in the reply, or is all of it.
 """
 
 from __future__ import annotations
@@ -41,6 +42,24 @@ def first_integer(text: str) -> int | None:
 def is_number(reply: str, names: Sequence[str]) -> bool:
     """The paper's rule for atomic numbers: the first integer of the reply is the answer."""
     return first_integer(reply) in [int(name) for name in names if name.isdecimal()]
+
+
+def mentions(reply: str, names: Sequence[str]) -> bool:
+    """An exam's lenient rule: a name stands in the reply as whole words."""
+    said = f" {' '.join(_compared(reply))} "
+    return any(f" {' '.join(own)} " in said for name in names if (own := _compared(name)))
+
+
+def is_only(reply: str, names: Sequence[str]) -> bool:
+    """An exam's strict rule: the reply is a name."""
+    said = _compared(reply)
+    return said != [] and said in [_compared(name) for name in names]
+
+
+def _compared(text: str) -> list[str]:
+    """A text's words as an exam compares them: without capitals, marks and articles."""
+    found = re.sub(r"[^a-z0-9 ]", " ", text.lower().replace(",", "")).split()
+    return [word for word in found if word not in ("a", "an", "the")]
 
 
 def rule_for(kind: str, answer: str) -> Rule:

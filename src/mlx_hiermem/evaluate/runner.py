@@ -34,7 +34,8 @@ from mlx_hiermem.evaluate.task_file import refuse
 from mlx_hiermem.evaluate.tasks import Task
 from mlx_hiermem.evaluate.texts import WINDOW, read_documents, windows
 from mlx_hiermem.files import file_digest
-from mlx_hiermem.model import MemoryModel, load
+from mlx_hiermem.model import MemoryModel
+from mlx_hiermem.model_folder import load
 from mlx_hiermem.progress import Progress
 from mlx_hiermem.share.resolve import resolve
 from mlx_hiermem.sources import before

@@ -46,6 +46,13 @@ class Difference:
         return asdict(self)
 
 
+def share_interval(right: int, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share."""
+    share, part = right / count, Z * Z / count
+    middle, half = share + part / 2, Z * math.sqrt(share * (1 - share) / count + part / count / 4)
+    return (middle - half) / (1 + part), (middle + half) / (1 + part)
+
+
 def figure(rows: Sequence[Row], metric: str) -> Figure:
     """A metric of rows that have it. Wordings of one question are averaged first: they are not independent."""
     if metric not in PER:

@@ -9,7 +9,8 @@ something else (`work.Work`). Memory grows with the corpus by some tens of bytes
 that self-study makes of it; texts and vectors stay on disk.
 
     stage     code           file              a line, or an array
-    corpus    corpus/corpus  windows.jsonl     {"id", "document", "source", "title", "text"}: line i is window i
+    corpus    corpus/corpus  files.jsonl       {"file", "name", "sha256"}: what is read
+                             windows.jsonl     {"id", "document", "source", "title", "text", …}: line i is window i
                              skipped.jsonl     {"what", "why"}
     study     study/stage    study.jsonl       {"window", "question", "answer", ...}: any number of lines for a
                                                window, in the order of the windows
@@ -34,8 +35,8 @@ that self-study makes of it; texts and vectors stay on disk.
     training  train/jobs     training/         a folder for each subtree, log.jsonl, loss.png
     bank      publish        model/            what becomes OUT
 
-`run` goes through all of it, `add` brings new documents into a bank that is there. `settings` has everything that
-can be chosen.
+`run` goes through all of it; `add` brings new documents into a bank that is there, by `relearn`, which has some of
+its blocks learn again. `record` keeps which files a bank has learnt. `settings` has everything that can be chosen.
 """
 
 from __future__ import annotations

@@ -29,13 +29,14 @@ from mlx_hiermem.learn import stages
 from mlx_hiermem.learn.corpus.corpus import Corpus
 from mlx_hiermem.learn.corpus.readers import check_there
 from mlx_hiermem.learn.publish import ANCHOR, BANK, About, Nodes, link, publish, write_bank
+from mlx_hiermem.learn.record import RECORD, files_learnt, write_record
 from mlx_hiermem.learn.settings import (
     ExampleSettings,
     LearnSettings,
     MemorySettings,
     epochs_for,
 )
-from mlx_hiermem.learn.sources import learnt_sources
+from mlx_hiermem.learn.sources import learnt_sources, passage_reach
 from mlx_hiermem.learn.study.stage import Teaching, help_study
 from mlx_hiermem.learn.train.encoding import EXAMPLES, make_examples, open_examples
 from mlx_hiermem.learn.train.jobs import LOG, PLOT, Trainer
@@ -238,7 +239,7 @@ class _Run(stages.StagedRun):
             chosen = ExampleSettings(self.settings.heldout, self.settings.training.objective == "distillation")
             make_examples(self.work, built, embedder, tokenizer, chosen, self.progress("windows"))
             learnt, _ = open_examples(self.work)
-            nodes = describe_nodes(self.work, built, lambda text: len(tokenizer.encode(text)), learnt)
+            nodes = describe_nodes(self.work, built, self._count, learnt)
             self.listener.end(f"{len(learnt):,} texts, {int(learnt.lengths.sum()):,} tokens")
         return Prepared(
             corpus.documents, corpus.count, skipped, built.agreement, given, nodes, embedder.identity, built
@@ -290,10 +291,14 @@ class _Run(stages.StagedRun):
             )
             sources = learnt_sources(prepared.built) if settings.sources else None
             manifest = write_bank(model / BANK, trainer, ClusterTree.load(self.work.path(TREE)), about, sources)
-            BankPolicy(reach=prepared.agreement["reach"]).write(model / BANK / POLICY)
+            policy = BankPolicy(reach=prepared.agreement["reach"])
+            if settings.sources:
+                policy = replace(policy, passage_reach=passage_reach(prepared.built))
+            policy.write(model / BANK / POLICY)
             for file in (SKIPPED, AGREEMENT, EXAMPLES, WRITTEN, f"{TRAINING}/{LOG}", f"{TRAINING}/{PLOT}"):
                 if (source := self.work.path(file)).exists():
                     link(source, model / LEARNING / source.name)
+            write_record(model / RECORD, files_learnt(prepared.built, self._count))
         learnt = Learnt(
             prepared.documents,
             prepared.windows,
@@ -313,6 +318,10 @@ class _Run(stages.StagedRun):
     def _put(self, anchor: AnchorSource) -> None:
         shutil.rmtree(self.work.path(BASE), ignore_errors=True)
         anchor.put(self.work.path(BASE))
+
+    def _count(self, text: str) -> int:
+        """The anchor's tokens in a text."""
+        return len(self.loaded[1].encode(text))
 
     def _check(self) -> None:
         """Raises AnchorError where this anchor cannot learn, before anything that takes long."""

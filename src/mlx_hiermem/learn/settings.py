@@ -213,17 +213,28 @@ NOT_IN_FILE = ("questions", "prompts")  # read from files of their own
 NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", tuple: "a list of numbers"}
 
 
-def read_settings(file: pathlib.Path) -> LearnSettings:
-    """The settings in a TOML file. Raises SettingsError, which names the file and the key that is wrong."""
+def read_settings(*files: pathlib.Path) -> LearnSettings:
+    """The settings in TOML files; what two of them set is as the later one says.
+
+    Raises SettingsError, which names the file and the key that is wrong.
+    """
+    settings, merged = LearnSettings(), dict[str, Any]()
+    for file in files:
+        for name, value in _table(file).items():
+            merged[name] = merged.get(name, {}) | value if isinstance(value, dict) else value
+        try:
+            settings = settings_from_dict(merged)
+        except HierMemError as error:
+            raise SettingsError(f"{file}: {error.what}", error.hint) from error
+    return settings
+
+
+def _table(file: pathlib.Path) -> dict[str, Any]:
     text = read_text(file, SettingsError)
     try:
-        table = parse_toml(text)
+        return parse_toml(text)
     except ValueError as error:
         raise SettingsError(f"{file} is not TOML: {error}") from error
-    try:
-        return settings_from_dict(table)
-    except HierMemError as error:
-        raise SettingsError(f"{file}: {error.what}", error.hint) from error
 
 
 def write_settings(file: pathlib.Path, settings: LearnSettings) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -10,9 +11,13 @@ from mlx_hiermem.bank.manifest import order
 from mlx_hiermem.bank.sources import BankSources, LeafSources, SourceWindow
 from mlx_hiermem.config import Path
 from mlx_hiermem.learn.corpus.windows import Window
+from mlx_hiermem.learn.record import text_digest
 from mlx_hiermem.learn.tree.build import CorpusTree, descend
 from mlx_hiermem.learn.work import PROBE_VECTORS, PROBES, read_rows
 from mlx_hiermem.tree import ClusterTree
+
+MOST = 0.95  # of the probes are within a bank's reach; what is farther names nothing: "It was one of the last"
+MEASURED = 100_000  # probes, about, that say how far that is
 
 
 def learnt_sources(built: CorpusTree) -> Iterator[LeafSources]:
@@ -24,16 +29,41 @@ def learnt_sources(built: CorpusTree) -> Iterator[LeafSources]:
         yield LeafSources(leaf, windows, probes[first[members[leaf]]])
 
 
-def more_sources(old: BankSources, built: CorpusTree, new_leaf: Path | None) -> Iterator[LeafSources]:
-    """A bank's sources and those of documents that are added. A new leaf has the old windows that now go there."""
-    added = {one.leaf: one for one in learnt_sources(built)}
-    if new_leaf and (moved := _moved(old, built.tree, new_leaf)):
+def more_sources(
+    old: BankSources, built: CorpusTree | None, new_leaf: Path | None = None, gone: Collection[str] = ()
+) -> Iterator[LeafSources]:
+    """A bank's sources without those that are `gone` (by `text_digest`), and those of documents that are added.
+
+    A new leaf has the old windows that now go there.
+    """
+    added = {one.leaf: one for one in learnt_sources(built)} if built else {}
+    if built and new_leaf and (moved := _moved(old, built.tree, new_leaf)):
         added[new_leaf] = _together(moved, added.get(new_leaf))
     for leaf in sorted({*old.leaves(), *added}, key=order):
-        if found := old.read(leaf):
-            yield _together(found, added.get(leaf))
-        else:
+        if (found := old.read(leaf)) and (left := _without(found, gone)).windows:
+            yield _together(left, added.get(leaf))
+        elif leaf in added:
             yield added[leaf]
+
+
+def passage_reach(built: CorpusTree) -> float:
+    """How far from its passage a question may be: most of a window's probes are that near to the window.
+
+    The others are sentences and questions that name nothing. A bank that took them in would take in all the world.
+    """
+    first, work = _first_probes(built), built.corpus.work
+    probes = np.load(work.path(PROBE_VECTORS), mmap_mode="r")  # [p, dim]
+    windows = [-1 if "held_out" in row else row["window"] for row in read_rows(work.path(PROBES))]
+    step = max(1, len(windows) // MEASURED)
+    some = np.array([at for at in range(0, len(windows), step) if windows[at] >= 0])
+    own = first[np.array(windows)[some]]  # [n]: the probe that is the whole window
+    distances = np.linalg.norm(probes[some] - probes[own], axis=1)
+    return math.ceil(1e4 * float(np.quantile(distances, MOST))) / 1e4
+
+
+def _without(found: LeafSources, gone: Collection[str]) -> LeafSources:
+    left = [number for number, one in enumerate(found.windows) if text_digest(one.document, one.text) not in gone]
+    return LeafSources(found.leaf, [found.windows[number] for number in left], found.vectors[left])
 
 
 def _kept(window: Window) -> SourceWindow:

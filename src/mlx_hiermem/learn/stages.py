@@ -8,7 +8,7 @@ import itertools
 import json
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -91,7 +91,11 @@ class StagedRun:
         return lambda done, total: self.listener.advance(done, total, unit)
 
     def read(
-        self, sources: Sequence[str], tokenizer: Tokenizer, settings: LearnSettings | AddSettings
+        self,
+        sources: Sequence[str],
+        tokenizer: Tokenizer,
+        settings: LearnSettings | AddSettings,
+        only: Collection[str] | None = None,
     ) -> tuple[Corpus, int]:
         """Stage `corpus`; returns it and the number of documents that were skipped."""
         with self.stage("corpus"):
@@ -102,6 +106,7 @@ class StagedRun:
                 tokenizer,
                 settings.corpus,
                 lambda source: self.listener.advance(next(count), None, "documents"),
+                only,
             )
             skipped = sum(1 for _ in corpus.skipped())
             self.listener.end(corpus_line(corpus, skipped))

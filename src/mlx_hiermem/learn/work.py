@@ -26,7 +26,7 @@ from mlx_hiermem.errors import CorpusError, OutputError
 
 SUFFIX = ".learn"  # of a work folder's name
 STAGES, TIMES = "stages.json", "times.json"
-WINDOWS, SKIPPED = "windows.jsonl", "skipped.jsonl"
+FILES, WINDOWS, SKIPPED = "files.jsonl", "windows.jsonl", "skipped.jsonl"
 STUDY, PROMPTS = "study.jsonl", "prompts.jsonl"
 WRITTEN, STUDIED = "written.jsonl", "studied.json"
 PROBES, PROBE_VECTORS, MEANS = "probes.jsonl", "probes.npy", "means.npy"

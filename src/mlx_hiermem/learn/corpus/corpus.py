@@ -11,6 +11,7 @@ common. That is much: in a short document one other word already makes another f
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -20,7 +21,7 @@ import sqlite3
 import statistics
 import zlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from types import TracebackType
@@ -28,12 +29,23 @@ from types import TracebackType
 import numpy as np
 from tokenizers import Tokenizer
 
-from mlx_hiermem.errors import CorpusError
-from mlx_hiermem.files import new_file
+from mlx_hiermem.errors import CorpusError, NothingToLearnError
+from mlx_hiermem.files import file_digest, new_file
 from mlx_hiermem.learn.corpus import readers
 from mlx_hiermem.learn.corpus.windows import Document, Skipped, Window, splintered, split, untruncated
 from mlx_hiermem.learn.settings import CorpusSettings
-from mlx_hiermem.learn.work import GO_ON, PROMPTS, SKIPPED, STUDY, WINDOWS, Work, count_lines, read_rows, write_rows
+from mlx_hiermem.learn.work import (
+    FILES,
+    GO_ON,
+    PROMPTS,
+    SKIPPED,
+    STUDY,
+    WINDOWS,
+    Work,
+    count_lines,
+    read_rows,
+    write_rows,
+)
 
 FOREIGN = 0.25  # share of splintered tokens from which on a corpus is not in English; see `splintered`
 LOOKED_AT = 500  # windows, by which the language is judged
@@ -107,11 +119,16 @@ def read_corpus(
     tokenizer: Tokenizer,
     settings: CorpusSettings = CorpusSettings(),
     progress: Callable[[str], None] = lambda what: None,
+    only: Collection[str] | None = None,
 ) -> Corpus:
-    """Stage `corpus`. `progress` is told each document's source. Raises CorpusError where nothing is left."""
+    """Stage `corpus`. `progress` is told each document's source; `only` names files, as for `readers.read`.
+
+    Raises NothingToLearnError where nothing is left, and CorpusError for what is wrong with it.
+    """
 
     def make() -> None:
         reader = untruncated(tokenizer)
+        write_rows(work.path(FILES), _files(sources, only))  # before they are read: what changes later is seen
         with (
             new_file(work.path(SKIPPED), GO_ON) as beside,
             beside.open("w", encoding="utf-8") as stream,
@@ -121,12 +138,14 @@ def read_corpus(
             def skip(skipped: Skipped) -> None:
                 stream.write(json.dumps(asdict(skipped), ensure_ascii=False) + "\n")
 
-            documents = _new_documents(readers.read(sources, settings.field, settings.title), seen, skip, progress)
+            documents = _new_documents(
+                readers.read(sources, settings.field, settings.title, only), seen, skip, progress
+            )
             windows = _windows(documents, reader, settings.tokens)
             count = write_rows(work.path(WINDOWS), map(asdict, windows))
         if not count:
             first = next((f": {row['what']} is skipped, {row['why']}" for row in read_rows(work.path(SKIPPED))), "")
-            raise CorpusError(
+            raise NothingToLearnError(
                 f"there is nothing to learn in {', '.join(sources)}{first}",
                 "Readable: .txt .md .html .pdf .docx .pptx .epub .csv .jsonl files, folders of them, data sets.",
             )
@@ -134,7 +153,7 @@ def read_corpus(
         if not settings.any_language:
             _check_language(work, reader)
 
-    return Corpus(work, work.stage("corpus", [asdict(settings), _stamp(sources)], (), make))
+    return Corpus(work, work.stage("corpus", [asdict(settings), _stamp(sources, only)], (), make))
 
 
 def _check_language(work: Work, tokenizer: Tokenizer) -> None:
@@ -150,18 +169,23 @@ def _check_language(work: Work, tokenizer: Tokenizer) -> None:
         )
 
 
-def _stamp(sources: Sequence[str]) -> str:
+def _stamp(sources: Sequence[str], only: Collection[str] | None) -> str:
     """Changes when a file of the sources does, by name, size or time; of a data set only the name is known."""
     digest = hashlib.sha256()
     for source in sources:
-        path = pathlib.Path(source)
-        files = (file for file, why in readers.files_in(path) if not why) if path.is_dir() else [path]
-        for file in files:
+        for file, _ in readers.files_of([source], only):
             if file.is_file():
                 status = file.stat()
                 digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
         digest.update(source.encode())
     return digest.hexdigest()
+
+
+def _files(sources: Sequence[str], only: Collection[str] | None) -> Iterator[dict[str, str]]:
+    """Each file of the sources, by its whole path, with its digest."""
+    for file, name in readers.files_of(sources, only):
+        with contextlib.suppress(OSError):  # one that cannot be read is skipped, and its reader says why
+            yield {"file": readers.clean(os.path.abspath(file)), "name": name, "sha256": file_digest(file)}
 
 
 def _new_documents(
@@ -182,7 +206,7 @@ def _windows(documents: Iterable[Document], tokenizer: Tokenizer, tokens: int) -
     count = 0
     for number, document in enumerate(documents):
         for start, text in split(document.text, tokenizer, tokens):
-            yield Window(count, number, document.source, document.title, text, document.place(start))
+            yield Window(count, number, document.source, document.title, text, document.place(start), document.file)
             count += 1
 
 

@@ -18,7 +18,8 @@ import os
 import pathlib
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mlx_hiermem.errors import CorpusError, MissingDependencyError
@@ -41,20 +42,34 @@ BLOB = re.compile(r"[A-Za-z0-9+/=_-]{200,}")  # base64, keys, sequences: no word
 FRONT_MATTER = re.compile(r"---\n(.*?)\n(?:---|\.\.\.)(?:\n|$)", re.DOTALL)
 
 
-def read(sources: Sequence[str], field: str = "text", title: str = "") -> Iterator[Found]:
+def read(
+    sources: Sequence[str], field: str = "text", title: str = "", only: Collection[str] | None = None
+) -> Iterator[Found]:
     """Every document of these files, folders and `hf://owner/name[:split]` data sets, in a fixed order.
 
     `field` names what is learnt of a .jsonl line or a data set's row, `title` what it is called (by default the
-    first of `TITLES` that is there). Raises CorpusError where a source does not exist or has no such field at all.
+    first of `TITLES` that is there). Of folders only the files named in `only` are read, where it is given. Raises
+    CorpusError where a source does not exist or has no such field at all.
     """
     check_there(sources)
     for source in sources:
         if source.startswith(HUB):
             yield from _read_hub(source, field, title)
         elif (path := pathlib.Path(source)).is_dir():
-            yield from _read_folder(path, field, title)
+            yield from _read_folder(path, field, title, only)
         else:
             yield from _read_file(path, clean(path.name), field, title)
+
+
+def files_of(sources: Sequence[str], only: Collection[str] | None = None) -> Iterator[tuple[pathlib.Path, str]]:
+    """The files that `read` opens, each with the name that its documents have as their source."""
+    for source in sources:
+        path = pathlib.Path(source)
+        if path.is_dir():
+            names = ((file, _name_below(path, file)) for file, why in files_in(path) if not why)
+            yield from ((file, name) for file, name in names if only is None or name in only)
+        elif path.is_file():
+            yield path, clean(path.name)
 
 
 def check_there(sources: Sequence[str]) -> None:
@@ -64,10 +79,16 @@ def check_there(sources: Sequence[str]) -> None:
             raise CorpusError(f"there is no file or folder {source}", f"A data set of the hub is {HUB}owner/name.")
 
 
-def _read_folder(root: pathlib.Path, field: str, title: str) -> Iterator[Found]:
+def _name_below(root: pathlib.Path, file: pathlib.Path) -> str:
+    return clean(file.relative_to(root).as_posix())
+
+
+def _read_folder(root: pathlib.Path, field: str, title: str, only: Collection[str] | None) -> Iterator[Found]:
     """Sources are named from `root`."""
     for path, why in files_in(root):
-        source = clean(path.relative_to(root).as_posix())
+        source = _name_below(root, path)
+        if only is not None and source not in only:
+            continue
         if why:
             yield Skipped(source + "/" * path.is_dir(), why)
         else:
@@ -99,6 +120,13 @@ def _foreign(folder: pathlib.Path) -> str:
 
 
 def _read_file(path: pathlib.Path, source: str, field: str, title: str) -> Iterator[Found]:
+    """A file's documents, which know its whole path."""
+    file = clean(os.path.abspath(path))
+    for found in _by_suffix(path, source, field, title):
+        yield replace(found, file=file) if isinstance(found, Document) else found
+
+
+def _by_suffix(path: pathlib.Path, source: str, field: str, title: str) -> Iterator[Found]:
     """A file by its suffix. A damaged file is skipped, whatever its reader's library raises."""
     suffix = path.suffix.lower()
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from tokenizers import Tokenizer
@@ -23,7 +23,7 @@ class Document:
     """One document as a reader gives it. `source` says where it was: a file, or a file and a line.
 
     `line` is the one at which the text begins, where its lines are those of the file; `pages` are the places in the
-    text at which the file's pages begin, where it has pages.
+    text at which the file's pages begin, where it has pages. `file` is the file's whole path, where it is one.
     """
 
     source: str
@@ -31,6 +31,7 @@ class Document:
     text: str
     line: int = 0
     pages: tuple[int, ...] = ()
+    file: str = field(default="", compare=False)
 
     def place(self, at: int) -> str:
         """Where in the file a character of the text stands: `page 3`, `line 12`; empty where that is not known."""
@@ -56,7 +57,7 @@ class Window:
     """A piece of a document that is learnt as a whole: full sentences, up to a number of tokens.
 
     `id` counts the windows of a corpus from 0, `document` its documents. `place` is where in the file it begins,
-    where that is known.
+    where that is known, and `file` that file's whole path.
     """
 
     id: int
@@ -65,6 +66,7 @@ class Window:
     title: str
     text: str
     place: str = ""
+    file: str = field(default="", compare=False)
 
 
 def untruncated(tokenizer: Tokenizer) -> Tokenizer:

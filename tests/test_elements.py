@@ -1,16 +1,17 @@
-"""The elements demo: its data, the bundled bank, and what the bank answers on the real anchor."""
+"""The elements: their data, their bank, and what the bank answers on the real anchor."""
 
 import json
 import pathlib
 from functools import partial
 
 import pytest
+from elements import BANK, DOCUMENTS, QUESTIONS, checkpoint
+from elements.wordings import element_wordings
 from tiny import HashEmbedder, make_model
 
 from mlx_hiermem import load
 from mlx_hiermem.anchor import identify, read_config
-from mlx_hiermem.apps.demo import checkpoint, evaluate, tour
-from mlx_hiermem.apps.demo.wordings import element_wordings
+from mlx_hiermem.apps.demo import evaluate, tour
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.policy import BankPolicy
 from mlx_hiermem.config import Path
@@ -20,16 +21,14 @@ from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.router import Router
 from mlx_hiermem.session import Session
 
-HERE = pathlib.Path(tour.__file__).parent
 
-
-def _rows(name: str) -> list[dict]:
-    return [json.loads(line) for line in (HERE / name).read_text(encoding="utf-8").splitlines()]
+def _rows(file: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def _leaves(bank: MemoryBank) -> dict[str, set[Path]]:
     """Element id -> the leaves that learnt something of it."""
-    ids = {f"elements.jsonl:{line}": row["id"] for line, row in enumerate(_rows("elements.jsonl"), 1)}
+    ids = {f"elements.jsonl:{line}": row["id"] for line, row in enumerate(_rows(DOCUMENTS), 1)}
     found = {element: set[Path]() for element in ids.values()}
     for path, entry in bank.manifest.blocks.items():
         for source in entry.sources if len(path) == 2 else ():
@@ -38,9 +37,9 @@ def _leaves(bank: MemoryBank) -> dict[str, set[Path]]:
 
 
 def test_nothing_held_out_is_trained_on() -> None:
-    wordings = [wording for row in _rows("elements.jsonl") for wording in element_wordings(row)]
+    wordings = [wording for row in _rows(DOCUMENTS) for wording in element_wordings(row)]
     texts = "\n".join(f"{wording.prompt} {wording.answer}" for wording in wordings).lower()
-    for row in _rows("elements_qa.jsonl"):
+    for row in _rows(QUESTIONS):
         for prompt in row["heldout_prompts"]:
             inner = prompt.removeprefix("Question: ").removesuffix("\nAnswer:")
             assert inner.lower() not in texts
@@ -55,10 +54,10 @@ def test_questions_beyond_the_reach_are_the_anchors(tmp_path: pathlib.Path) -> N
     assert evaluate.answers(model, prompts, "fetched") == evaluate.answers(model, prompts, "none")
 
 
-def test_bundled_bank_is_whole_and_small() -> None:
-    bank = MemoryBank.open(tour.BANK)
+def test_the_bank_is_whole_and_small() -> None:
+    bank = MemoryBank.open(BANK)
     assert list(bank.problems()) == []
-    assert sum(file.stat().st_size for file in tour.BANK.rglob("*") if file.is_file()) <= 10_000_000
+    assert sum(file.stat().st_size for file in BANK.rglob("*") if file.is_file()) <= 10_000_000
     assert bank.manifest.generic is not None
     assert all(_leaves(bank).values())
     assert all(bank.manifest.label(node) for node in bank.manifest.blocks)
@@ -66,9 +65,9 @@ def test_bundled_bank_is_whole_and_small() -> None:
 
 def test_every_question_reaches_its_elements_leaf(minilm: Embedder) -> None:
     """The bank's tree was made without the held-out wordings, and routes them all the same."""
-    bank = MemoryBank.open(tour.BANK)
+    bank = MemoryBank.open(BANK)
     leaf = _leaves(bank)
-    rows = [row for row in _rows("elements_qa.jsonl") if row["relation"] != "element_of_number"]
+    rows = [row for row in _rows(QUESTIONS) if row["relation"] != "element_of_number"]
     asked = [(row["doc"], text) for row in rows for text in (row["prompt"], *row["heldout_prompts"])]
     routes = bank.tree.route(minilm.embed([text for _, text in asked]))
     missed = [text for (doc, text), route in zip(asked, routes, strict=True) if route.path not in leaf[doc]]
@@ -95,11 +94,11 @@ def test_first_integer() -> None:
 
 @pytest.fixture(scope="module")
 def folder(smollm2_anchor: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """The demo's model from the session's converted anchor and the bundled bank."""
+    """The session's converted anchor and the elements' bank."""
     folder = tmp_path_factory.mktemp("demo") / "model"
     folder.mkdir()
     (folder / "anchor").symlink_to(smollm2_anchor)
-    (folder / "bank").symlink_to(tour.BANK)
+    (folder / "bank").symlink_to(BANK)
     return folder
 
 
@@ -153,7 +152,7 @@ def test_another_subject_and_thanks_are_answered_without_memory(folder: pathlib.
 
 def test_its_memory_checkpoint_converts_to_its_blocks(smollm2_anchor: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """What docs/convert.md converts: a checkpoint of the documented layout, and byte for byte the same again."""
-    bank, file = MemoryBank.open(tour.BANK), tmp_path / "elements.safetensors"
+    bank, file = MemoryBank.open(BANK), tmp_path / "elements.safetensors"
     checkpoint.write(bank, file)
     anchor, dims = identify(smollm2_anchor), anchor_dims(read_config(smollm2_anchor))
     again, manifest = convert_memory(file, tmp_path / "bank", anchor=anchor, anchor_dims=dims), bank.manifest

@@ -1,6 +1,6 @@
-"""The demo's bank as the memory checkpoint that a training elsewhere leaves: something to try `hiermem convert` on.
+"""The elements' bank as the memory checkpoint that a training elsewhere leaves: one to try `hiermem convert` on.
 
-    python -m mlx_hiermem.apps.demo.checkpoint elements.safetensors
+    python tests/elements/checkpoint.py elements.safetensors
 
 The layout is that of docs/convert.md, one row of a level's tensors per cluster; the settings are in the metadata.
 Converted, it gives the bank's blocks again, byte for byte.

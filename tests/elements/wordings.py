@@ -1,6 +1,6 @@
-"""The wordings in which the demo's bank was taught each fact, by `make elements`.
+"""The wordings in which the elements' bank was taught each fact, by `make elements`.
 
-    python -m mlx_hiermem.apps.demo.wordings > prompts.jsonl    # for hiermem learn --prompts
+    python tests/elements/wordings.py > prompts.jsonl    # for hiermem learn --prompts
 
 A fact learnt in one wording cannot be asked for in another, so every fact is
 written many times: as statements, as question and answer, and as a turn of the

@@ -1,0 +1,118 @@
+"""The files that a bank has learnt, by digest, and what it has of each: by this `sync` sees what has changed since.
+
+`learning/files.jsonl` in a model has a file a line. `windows` are numbers that its examples have, in the same order
+`texts` digests of the windows; `homes` says how many documents and tokens are counted in which leaf:
+
+    {"file": "/home/me/docs/gold.txt", "name": "gold.txt", "sha256": "…", "windows": [12, 13], "texts": ["…", "…"],
+     "homes": {"0.1": [1, 310]}, "why": ""}
+
+A file of which nothing could be learnt is there too, with the reason, so that it is not new for ever. Data sets of
+the hub are not files, and are not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from mlx_hiermem.bank.commit import LEARNING
+from mlx_hiermem.errors import BankError
+from mlx_hiermem.files import read_json_lines
+from mlx_hiermem.learn.corpus.windows import Window
+from mlx_hiermem.learn.tree.build import CorpusTree
+from mlx_hiermem.learn.work import FILES, SKIPPED, Work, read_rows, write_rows
+
+RECORD = f"{LEARNING}/{FILES}"
+
+
+@dataclass(frozen=True)
+class LearntFile:
+    """One file as it was when it was learnt."""
+
+    file: str  # its whole path
+    name: str  # what it is called in the bank's sources
+    sha256: str
+    windows: tuple[int, ...] = ()
+    texts: tuple[str, ...] = ()
+    homes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    why: str = ""  # nothing was learnt of it
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> LearntFile:
+        homes = {leaf: (int(documents), int(tokens)) for leaf, (documents, tokens) in row["homes"].items()}
+        parts = {name: tuple(row[name]) for name in ("windows", "texts")}
+        return cls(row["file"], row["name"], row["sha256"], **parts, homes=homes, why=row["why"])
+
+    def and_again(self, later: LearntFile) -> LearntFile:
+        """What the bank has of a file that it learnt twice."""
+        homes = dict(self.homes)
+        for leaf, (documents, tokens) in later.homes.items():
+            before = homes.get(leaf, (0, 0))
+            homes[leaf] = before[0] + documents, before[1] + tokens
+        return replace(later, windows=self.windows + later.windows, texts=self.texts + later.texts, homes=homes)
+
+
+def text_digest(source: str, text: str) -> str:
+    """Names a window among a bank's sources."""
+    return hashlib.blake2b(f"{source}\0{text}".encode(), digest_size=8).hexdigest()
+
+
+def read_record(model: pathlib.Path) -> dict[str, LearntFile]:
+    """A model's files by their whole paths; none where it has no record. Raises BankError where it is damaged."""
+    file = model / RECORD
+    if not file.is_file():
+        return {}
+    hint = "Learn the documents again: without it nobody knows which text is of which file."
+    try:
+        rows = [LearntFile.from_json(row) for _, row in read_json_lines(file, BankError, hint)]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BankError(f"{file} is damaged: {error!r}", hint) from error
+    return {row.file: row for row in rows}
+
+
+def write_record(file: pathlib.Path, rows: Iterable[LearntFile]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_rows(file, map(asdict, rows))
+
+
+def files_read(work: Work) -> dict[str, LearntFile]:
+    """What a run has read, as far as the stage `corpus` knows it: by whole paths, with reasons for what was not."""
+    if not work.path(FILES).exists():
+        return {}
+    why = dict[str, str]()
+    for row in read_rows(work.path(SKIPPED)):
+        why.setdefault(row["what"], row["why"])
+    rows = (LearntFile(**row) for row in read_rows(work.path(FILES)))
+    return {row.file: replace(row, why=why.get(row.name, "")) for row in rows}
+
+
+def files_learnt(built: CorpusTree, tokens: Callable[[str], int], first: int = 0) -> Iterator[LearntFile]:
+    """The files that a run has read, and what is learnt of them. Windows are counted from `first`."""
+    found = {file: _Parts(row) for file, row in files_read(built.corpus.work).items()}
+    for window, placed in zip(built.corpus.windows(), built.placed(), strict=True):
+        if window.file in found:
+            found[window.file].add(window, str(placed.leaves[0]), tokens(window.text), first)
+    return (parts.row() for parts in found.values())
+
+
+class _Parts:
+    """What is gathered of one file."""
+
+    def __init__(self, read: LearntFile) -> None:
+        self.read, self.windows, self.texts = read, list[int](), list[str]()
+        self.documents, self.tokens = defaultdict[str, set[int]](set), Counter[str]()  # by leaf
+
+    def add(self, window: Window, leaf: str, tokens: int, first: int) -> None:
+        self.windows.append(first + window.id)
+        self.texts.append(text_digest(window.source, window.text))
+        self.documents[leaf].add(window.document)
+        self.tokens[leaf] += tokens
+
+    def row(self) -> LearntFile:
+        homes = {leaf: (len(self.documents[leaf]), tokens) for leaf, tokens in self.tokens.items()}
+        why = "" if self.windows else self.read.why
+        return replace(self.read, windows=tuple(self.windows), texts=tuple(self.texts), homes=homes, why=why)
