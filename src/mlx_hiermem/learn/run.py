@@ -29,6 +29,7 @@ from mlx_hiermem.learn import stages
 from mlx_hiermem.learn.corpus.corpus import Corpus
 from mlx_hiermem.learn.corpus.readers import check_there
 from mlx_hiermem.learn.publish import ANCHOR, BANK, About, Nodes, link, publish, write_bank
+from mlx_hiermem.learn.ranks import Ranks
 from mlx_hiermem.learn.record import RECORD, files_learnt, write_record
 from mlx_hiermem.learn.settings import (
     ExampleSettings,
@@ -50,7 +51,6 @@ from mlx_hiermem.learn.work import (
     TRAINING,
     TREE,
     WRITTEN,
-    Ranks,
     Work,
     locked_work,
     work_folder,
