@@ -26,7 +26,7 @@ from typing import Any
 from mlx_hiermem.errors import TeacherError
 from mlx_hiermem.learn.corpus.corpus import Corpus
 from mlx_hiermem.learn.corpus.windows import Window
-from mlx_hiermem.learn.parts import help_make_parts, make_parts
+from mlx_hiermem.learn.ranks import Ranks, help_make_parts, make_parts
 from mlx_hiermem.learn.settings import StudySettings
 from mlx_hiermem.learn.study.checks import same_words
 from mlx_hiermem.learn.study.free_study import TRIED, TURNS, FreeStudy, Trial, forms
@@ -40,7 +40,6 @@ from mlx_hiermem.learn.work import (
     STUDIED,
     STUDY,
     WRITTEN,
-    Ranks,
     Row,
     Work,
     read_rows,
