@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 import pytest
-from tiny import Aimed, HashEmbedder, give_sources, make_model
+from tiny import Aimed, give_sources, make_model
 
 from mlx_hiermem import load
 from mlx_hiermem.apps.cli import demo
@@ -39,9 +39,10 @@ def test_one_question_of_each_topic_is_asked() -> None:
 def shown(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """Runs `hiermem demo` on a tiny model whose bank keeps sources; returns what it prints."""
     folder = make_model(tmp_path / "model")
-    give_sources(folder / "bank", {"1.1": [("Rabbit", "Rabbits hop.")]}, HashEmbedder().embed)
     tree = MemoryBank.open(folder / "bank").tree
     rabbits = Aimed(tree, {"rabbits": Path((1, 1))}, Path((0, 1)))
+    texts = {"1.1": [("Rabbit", "Such are rabbits.")], "0.1": [("All else", "It is as it is.")]}
+    give_sources(folder / "bank", texts, rabbits.embed)
     monkeypatch.setattr("mlx_hiermem.router.load_embedder", lambda _: rabbits)
     monkeypatch.setattr(tour, "prepare", lambda say: folder)
     monkeypatch.setattr(exam, "stored", lambda: RESULT)

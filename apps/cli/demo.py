@@ -94,14 +94,19 @@ def _print_question(question: Question, answers: dict[str, Any]) -> None:
     marks = [("✓ ", "green") if one["lenient"] else ("✗ ", "red") for one in answers.values()]
     replies = [_cut(printable(one["reply"]), question.names, _width() - 2) for one in answers.values()]
     _print_columns([Text.assemble(mark, reply) for mark, reply in zip(marks, replies, strict=True)])
-    selection, source = answers["fetched"]["selection"], answers["fetched"]["source"]
+    console.print(f"  {_where(answers['fetched'])}", style="dim", markup=False, no_wrap=True, overflow="ellipsis")
+
+
+def _where(fetched: dict[str, Any]) -> str:
+    """`3.1 coast, bay, gulf · 1.1 MB in 43 ms · from Caribbean Sea`: what was fetched, and what says the answer."""
+    selection, source = fetched["selection"], fetched["source"]
+    if not selection["path"]:
+        return FAR
     took = sum(selection[f"{step}_ms"] for step in ("route", "fetch", "attach"))
-    parts = [
-        f"{selection['path']} {selection['labels'][-1]}" if selection["labels"] else FAR,
-        f"{size(selection['bytes_read'])} in {took:.0f} ms",
-        f"from {source['title']}" if source else NOT_SAID,
-    ]
-    console.print("  " + " · ".join(parts), style="dim", markup=False, no_wrap=True, overflow="ellipsis")
+    said = f"from {source['title']}" if source else NOT_SAID
+    return (
+        f"{selection['path']} {selection['labels'][-1]} · {size(selection['bytes_read'])} in {took:.0f} ms · {said}"
+    )
 
 
 def _print_columns(cells: list[Text]) -> None:
