@@ -190,7 +190,7 @@ def _shuffled(leaves: Sequence[Path], rng: np.random.Generator) -> Iterator[Path
 class Known:
     """What was seen of a job's texts, each by its place in `TrainingSet.assigned`: two leaves may learn it.
 
-    The file's rows only grow in number; its size goes into a commit, and what a killed run wrote after it is cut off.
+    The file's rows only grow in number; its size goes into a commit, and what a killed run wrote after it is cut.
     """
 
     def __init__(self, file: pathlib.Path, size: int, examples: TrainingSet) -> None:
