@@ -101,6 +101,7 @@ bench-quick: .venv/bench.stamp  ## measure speed in little (two minutes)
 .venv/dev.stamp: pyproject.toml | .venv/bin/python
 	$(PIP) install '$(TORCH)'
 	$(call install,dev)
+	@$(call install,coreai) || echo 'Core AI is left out: its packages are for macOS 26, and for Linux on x86-64'
 	@touch $@ .venv/demo.stamp .venv/links.stamp
 
 .venv/links.stamp: $(FOLDERS)

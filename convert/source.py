@@ -1,4 +1,7 @@
-"""What SRC is: a Hugging Face folder or hub id, an OpenLM checkpoint, or a GGUF file; and the record of it."""
+"""What SRC is: a Hugging Face folder or hub id, an OpenLM checkpoint, or a GGUF file; and the record of it.
+
+A checkpoint of other software is refused, with the tool that exports it.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,9 @@ import contextlib
 import importlib.metadata
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from mlx_hiermem.anchor import read_config
@@ -15,7 +19,6 @@ from mlx_hiermem.convert.anchors.adapters import adapter_files, refuse_alone
 from mlx_hiermem.convert.anchors.huggingface import download, is_hub_id
 from mlx_hiermem.convert.checkpoint import open_checkpoint
 from mlx_hiermem.convert.dcp_reader import METADATA, find_dcp
-from mlx_hiermem.convert.foreign import refuse_foreign
 from mlx_hiermem.convert.readers import TORCH_SUFFIXES
 from mlx_hiermem.errors import CheckpointError
 from mlx_hiermem.files import file_digest
@@ -178,3 +181,46 @@ def parts_of(file: pathlib.Path) -> list[pathlib.Path]:
             "Put all parts into one folder.",
         )
     return parts or [file]
+
+
+# Checkpoints of other software, which are refused with the tool that exports them
+
+
+@dataclass(frozen=True)
+class ForeignForm:
+    """Another software's checkpoint: names of its files, what it is, and how to export it to Hugging Face's form.
+
+    Its tensors have other names or orders than in that form, which is read here.
+    """
+
+    files: str
+    what: str
+    export: str
+
+
+FOREIGN = (
+    ForeignForm("consolidated.*.pth", "Meta's form of Llama", "transformers 4's convert_llama_weights_to_hf.py"),
+    ForeignForm(
+        "consolidated*.safetensors", "Mistral's own form", "transformers 4's convert_mistral_weights_to_hf.py"
+    ),
+    ForeignForm("lit_model.pth", "a LitGPT checkpoint", "`litgpt convert_from_litgpt`"),
+    ForeignForm(
+        "zero_to_fp32.py", "a DeepSpeed checkpoint", "`python zero_to_fp32.py . OUT --safe_serialization` in it"
+    ),
+    ForeignForm("*.nemo", "a NeMo checkpoint", "NeMo's `export_ckpt` with the target hf"),
+    ForeignForm(
+        "tf_model.h5", "a TensorFlow model", "transformers 4 (from_pretrained with from_tf, save_pretrained)"
+    ),
+    ForeignForm("flax_model.msgpack", "a Flax model", "transformers 4 (from_pretrained with from_flax)"),
+)
+
+
+def refuse_foreign(where: str, names: Iterable[str]) -> None:
+    """Raises CheckpointError where one of the names gives away another software's checkpoint."""
+    for name in sorted(names):
+        for form in FOREIGN:
+            if fnmatchcase(name, form.files):
+                raise CheckpointError(
+                    f"{where} is {form.what} ({name})",
+                    f"Export it to Hugging Face's form with {form.export}, or take its repository there.",
+                )

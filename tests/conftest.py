@@ -16,6 +16,7 @@ from mlx_hiermem import cpu
 if TYPE_CHECKING:
     import openai
     from hub_server import HubServer
+    from playwright.sync_api import Browser, Page
     from serving import Running
 
     from mlx_hiermem.embedder import Embedder
@@ -177,6 +178,24 @@ def server(folder: pathlib.Path) -> Iterator[Running]:
 @pytest.fixture(scope="module")
 def client(server: Running) -> openai.OpenAI:
     return server.client
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A headless Chromium."""
+    from browsing import chromium
+
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(browser: Browser, server: Running) -> Iterator[Page]:
+    """The page of `server`, in a fresh profile."""
+    from browsing import opened, watched
+
+    with watched(browser) as context:
+        yield opened(context, server)
 
 
 @pytest.fixture(scope="session")

@@ -14,10 +14,10 @@ from mlx_hiermem.convert.coreml import anchor, layers, mil, package
 from mlx_hiermem.convert.coreml.anchor import build
 from mlx_hiermem.convert.coreml.architecture import Norm
 from mlx_hiermem.convert.coreml.compress import rounded
+from mlx_hiermem.convert.coreml.distance import Distance, Float32Anchor
 from mlx_hiermem.convert.coreml.exported import Runner
 from mlx_hiermem.convert.coreml.interpreter import Program
 from mlx_hiermem.convert.coreml.limits import Overflow
-from mlx_hiermem.convert.coreml.measure import Distance, Float32Anchor
 from mlx_hiermem.convert.coreml.mil import Var, Weights, half, mb
 from mlx_hiermem.convert.coreml.mixed_precision import uniform
 from mlx_hiermem.convert.coreml.shape import PART, Export, matrices

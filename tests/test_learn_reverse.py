@@ -12,8 +12,9 @@ from books import VILLAGES
 from mlx_hiermem.learn.corpus.windows import Window
 from mlx_hiermem.learn.settings import StudySettings
 from mlx_hiermem.learn.study.facts import SUBJECT, Fact, facts, reversible
-from mlx_hiermem.learn.study.study import RIGHT, try_reversed
-from mlx_hiermem.learn.study.teacher import Teacher, patterns
+from mlx_hiermem.learn.study.pattern_study import RIGHT, try_reversed
+from mlx_hiermem.learn.study.patterns import patterns
+from mlx_hiermem.learn.study.teacher import Teacher
 from mlx_hiermem.learn.study.wordings import PairJudge, Tried, Wording
 
 

@@ -7,9 +7,10 @@ import pathlib
 import pytest
 from tiny import make_anchor
 
-from mlx_hiermem.apps.cli import learn_screen
+from mlx_hiermem.apps.cli import display, learn_screen
+from mlx_hiermem.apps.cli.display import duration, progress_bar
 from mlx_hiermem.apps.cli.learn import next_step
-from mlx_hiermem.apps.cli.learn_screen import Screen, duration
+from mlx_hiermem.apps.cli.learn_screen import Screen
 
 
 def test_the_time_left_is_told(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
@@ -30,6 +31,30 @@ def test_the_time_left_is_told(monkeypatch: pytest.MonkeyPatch, capfd: pytest.Ca
     now += 61
     screen.advance(5, 10, "texts embedded")
     assert capfd.readouterr().err == "tree      5 of 10 texts embedded\n"
+
+
+def test_any_long_command_says_how_far_it_is_in_a_log(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    now = 1_000.0
+    monkeypatch.setattr(display.time, "monotonic", lambda: now)
+    with progress_bar("pulling") as progress:
+        assert progress
+        progress(0, 4_000_000)
+        now += 20
+        progress(1_000_000, 4_000_000)
+        assert capfd.readouterr().err == ""  # short work says nothing
+        now += 20
+        progress(2_000_000, 4_000_000)
+    assert capfd.readouterr().err == "pulling, 40 s: 2.0 MB of 4.0 MB, 40 s left\n"
+    with progress_bar("asking", unit="questions") as progress:
+        assert progress
+        progress(20, 1_000)  # done before
+        now += 300
+        progress(20, 1_000)
+    assert capfd.readouterr().err == "asking, 5 min: 20 of 1,000 questions\n"
+    with progress_bar("asking", show=False) as progress:
+        assert progress is None
 
 
 def test_durations() -> None:

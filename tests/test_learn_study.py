@@ -11,11 +11,12 @@ from books import COUNT, VILLAGES, fact
 from mlx_hiermem.learn.corpus.corpus import Corpus
 from mlx_hiermem.learn.corpus.windows import Window
 from mlx_hiermem.learn.settings import StudySettings
+from mlx_hiermem.learn.study import pattern_study
 from mlx_hiermem.learn.study import stage as stage_module
-from mlx_hiermem.learn.study import study as study_module
 from mlx_hiermem.learn.study.facts import BLANK, OTHER, SUBJECT, Fact, facts, worth_asking
+from mlx_hiermem.learn.study.patterns import patterns
 from mlx_hiermem.learn.study.stage import Teaching, study
-from mlx_hiermem.learn.study.teacher import Teacher, patterns
+from mlx_hiermem.learn.study.teacher import Teacher
 from mlx_hiermem.learn.study.wordings import (
     Tried,
     Wording,
@@ -213,7 +214,7 @@ class TestStudy:
         study(corpus.work, corpus, Teaching(QUICK, "tiny", lambda: tiny_teacher))
         whole = corpus.work.path(STUDY).read_text()
         again = Corpus(Work(corpus.work.folder), corpus.digest)
-        monkeypatch.setattr(study_module, "_studied", _must_not_run)
+        monkeypatch.setattr(pattern_study, "_studied", _must_not_run)
         study(again.work, again, Teaching(QUICK, "tiny", lambda: tiny_teacher))  # done: nothing runs
         monkeypatch.undo()
         monkeypatch.setattr(stage_module, "TOGETHER", 5)
@@ -226,8 +227,8 @@ class TestStudy:
         with pytest.raises(KeyboardInterrupt):
             study(again.work, again, Teaching(other, "tiny", lambda: tiny_teacher), progress=stop)
         seen: list[int] = []
-        own = study_module._studied
-        monkeypatch.setattr(study_module, "_studied", lambda some, *a: seen.append(len(some)) or own(some, *a))
+        own = pattern_study._studied
+        monkeypatch.setattr(pattern_study, "_studied", lambda some, *a: seen.append(len(some)) or own(some, *a))
         study(again.work, again, Teaching(other, "tiny", lambda: tiny_teacher))
         assert seen == [COUNT - 10]
         went_on = again.work.path(STUDY).read_text()

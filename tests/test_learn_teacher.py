@@ -12,7 +12,8 @@ from mlx_lm.generate import generate
 from mlx_lm.models.cache import RotatingKVCache
 
 from mlx_hiermem.errors import AnchorError
-from mlx_hiermem.learn.study.teacher import CachedTeacher, Teacher, load_teacher, patterns
+from mlx_hiermem.learn.study.patterns import patterns
+from mlx_hiermem.learn.study.teacher import CachedTeacher, Teacher, load_teacher
 from mlx_hiermem.learn.study.wordings import named
 
 

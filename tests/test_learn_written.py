@@ -25,11 +25,11 @@ from mlx_hiermem.errors import TeacherError
 from mlx_hiermem.learn.corpus.corpus import Corpus
 from mlx_hiermem.learn.corpus.windows import Window
 from mlx_hiermem.learn.settings import Prompt, StudySettings
-from mlx_hiermem.learn.study.checks import Source
-from mlx_hiermem.learn.study.forms import forms, parse_reply
+from mlx_hiermem.learn.study.checks import Evidence
+from mlx_hiermem.learn.study.free_study import forms, parse_reply
 from mlx_hiermem.learn.study.prompts import line_of, parse, read_prompts
-from mlx_hiermem.learn.study.replies import Replies
 from mlx_hiermem.learn.study.stage import Teaching, study
+from mlx_hiermem.learn.study.teacher import Replies
 from mlx_hiermem.learn.study.writers import ModelWriter, Request, ServerWriter
 from mlx_hiermem.learn.work import STUDIED, STUDY, WINDOWS, WRITTEN, Work, read_rows, write_rows
 
@@ -225,7 +225,9 @@ class TestReplies:
 
 
 class TestChecks:
-    SOURCE = Source("Leif Erikson", PASSAGES["Leif Erikson"] + " He had four ships and 1,200 men. Björn was one.")
+    EVIDENCE = Evidence(
+        "Leif Erikson", PASSAGES["Leif Erikson"] + " He had four ships and 1,200 men. Björn was one."
+    )
 
     @pytest.mark.parametrize(
         ("one", "kept"),
@@ -247,10 +249,10 @@ class TestChecks:
         ],
     )
     def test_numbers_and_names_stand_in_the_window(self, one: Prompt, kept: bool) -> None:
-        assert self.SOURCE.supports(one) == kept
+        assert self.EVIDENCE.supports(one) == kept
 
     def test_another_language_is_no_reply(self) -> None:
-        source = Source("Stoat", PASSAGES["Stoat"])
+        source = Evidence("Stoat", PASSAGES["Stoat"])
         french = "L'hermine est une espèce de mustélidé originaire d'Eurasie et des régions septentrionales."
         assert not source.shares([Prompt("Stoat", "", french)])
         assert source.shares([Prompt("Stoat", "", "The ermine is a mustelid that lives in Eurasia.")])

@@ -1,105 +1,58 @@
 """The web page in a real headless Chromium, against the real server over a tiny model; and the page that
 `hiermem bank show --html` writes, which has the same picture.
-
-Without a browser these tests are skipped; where CI is set they fail instead.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
 import pathlib
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from browsing import (
+    EVIL,
+    LENGTH,
+    NAMES,
+    ask,
+    caption,
+    direct,
+    lit,
+    load_aimed,
+    make_paged,
+    opened,
+    replies_cut,
+    watched,
+)
 from elements import BANK
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 from serving import CONTEXT, Gate, Running, eventually, serving
 from tiny import Aimed, HashEmbedder, give_sources, make_model
 
 from mlx_hiermem import load
 from mlx_hiermem.apps.picture.icicle import HEIGHT, WIDTH, icicle
 from mlx_hiermem.apps.picture.page import page as picture_page
-from mlx_hiermem.bank import edit
-from mlx_hiermem.bank.bank import MANIFEST, MemoryBank
-from mlx_hiermem.batch import MemoryBatch
+from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.config import Path
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.router import Router
 from mlx_hiermem.sources import Source, SourceSearch
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-ON_A_MAC = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
-QUIET = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
-NAMES = {"neon": Path((1, 1)), "iron": Path((2, 0))}
-WAIT = 60_000  # ms for a reply; a busy machine is slow
-LENGTH = 12  # tokens of a reply: a tiny model does not end by itself
-EVIL = "<img src=x onerror=alert(1)> & more"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as driver:
-        found = shutil.which(ON_A_MAC) or shutil.which(driver.chromium.executable_path)
-        found = next(filter(None, map(shutil.which, BROWSERS)), found)
-        if not found:
-            message = "no Chromium: install one, or let `playwright install chromium` do it"
-            pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
-        expect.set_options(timeout=15_000)
-        browser = driver.chromium.launch(executable_path=found, args=list(QUIET))
-        yield browser
-        browser.close()
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A bank with documents and sources, a label that would be HTML, and a node that its policy blocks."""
-    folder = make_model(tmp_path_factory.mktemp("page") / "model")
-    bank = MemoryBank.open(folder / "bank")
-    rows = {
-        path: replace(row, documents=4, sources=("Alpha", "Beta"), label=EVIL if path == (0,) else f"Topic {path}")
-        for path, row in bank.manifest.blocks.items()
-    }
-    replace(bank.manifest, blocks=rows).write(folder / "bank" / MANIFEST)
-    edit.block(folder / "bank", [Path((0, 2))])
-    return folder
+    return make_paged(tmp_path_factory.mktemp("page") / "model")
 
 
 @pytest.fixture(scope="module")
 def loading(folder: pathlib.Path) -> Callable[[], MemoryModel]:
-    def loading() -> MemoryModel:
-        model = load(folder)
-        assert model.bank
-        embedder: Any = Aimed(model.bank.tree, NAMES, Path((0, 1)))
-        model._router = Router(model.bank.tree, embedder, model.bank.policy)
-        model.config["max_position_embeddings"] = CONTEXT
-        return model
-
-    return loading
+    return lambda: load_aimed(folder)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def short_replies() -> Iterator[None]:
-    real = MemoryBatch.add
-
-    def add(self: MemoryBatch, tokens: Any, choice: Any, sampling: Any, *more: Any) -> Any:
-        return real(self, tokens, choice, replace(sampling, max_tokens=min(LENGTH, sampling.max_tokens)), *more)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MemoryBatch, "add", add)
+    with replies_cut():
         yield
 
 
@@ -109,62 +62,9 @@ def server(loading: Callable[[], MemoryModel]) -> Iterator[Running]:
         yield running
 
 
-@contextmanager
-def watched(browser: Browser, **options: Any) -> Iterator[BrowserContext]:
-    """A fresh profile. Fails where its pages complain, or ask another host for something."""
-    context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}} | options)
-    context.set_default_timeout(15_000)
-    complaints: list[str] = []
-    hosts: set[str] = set()
-    context.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
-    context.on("weberror", lambda error: complaints.append(str(error.error)))
-    context.on("request", lambda request: hosts.add(request.url.split("/")[2].partition(":")[0]))
-    try:
-        yield context
-        # A refused request is in the console whatever the page does about it.
-        assert not [text for text in complaints if "Failed to load resource" not in text]
-        assert hosts <= {"127.0.0.1", ""}
-    finally:
-        context.close()
-
-
-@pytest.fixture
-def page(browser: Browser, server: Running) -> Iterator[Page]:
-    with watched(browser) as context:
-        yield opened(context, server)
-
-
-def opened(context: BrowserContext, server: Running) -> Page:
-    page = context.new_page()
-    page.goto(server.url)
-    page.wait_for_selector(".blocks .block")
-    return page
-
-
-def ask(page: Page, text: str) -> str:
-    """Asks, and waits for the end; returns the reply."""
-    page.fill("#input", text)
-    page.press("#input", "Enter")
-    expect(page.locator(".words").last).not_to_be_empty(timeout=WAIT)
-    expect(page.locator("#send")).to_be_visible(timeout=WAIT)
-    return page.locator(".words").last.text_content() or ""
-
-
-def direct(server: Running, text: str, memory: Any) -> tuple[str, dict[str, Any]]:
-    """The same question without the page: the reply, and its memory."""
-    body = {"messages": [{"role": "user", "content": text}], "memory": memory}
-    status, answer = server.json("POST", "/v1/chat/completions", body)
-    assert status == 200
-    return answer["choices"][0]["message"]["content"], answer["memory"]
-
-
 def held(server: Running) -> str:
     """What the page says is in memory."""
     return f"{server.engine.model.cache.bytes / 1000:.1f} kB"
-
-
-def lit(page: Page) -> list[str | None]:
-    return [block.get_attribute("data-path") for block in page.locator(".blocks .lit").all()]
 
 
 def choose(page: Page, path: str, item: str) -> None:
@@ -180,10 +80,6 @@ def state(page: Page, path: str) -> str:
 
 def drawn(page: Page) -> list[str]:
     return [block.get_attribute("data-path") or "" for block in page.locator(".blocks .block").all()]
-
-
-def caption(page: Page) -> str:
-    return page.locator("footer").last.inner_text()
 
 
 def test_a_conversation_and_a_change_of_topic(page: Page, server: Running) -> None:
@@ -218,7 +114,9 @@ def test_the_source_is_named_below_the_answer(
     browser: Browser, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, found = make_model(tmp_path / "model"), list[Source]()
-    give_sources(folder / "bank", {"1.1": [("Neon", "Neon glows red.")]}, HashEmbedder().embed)
+    give_sources(
+        folder / "bank", {"1.1": [("Neon", "Neon glows red."), ("Argon", "Argon is idle.")]}, HashEmbedder().embed
+    )
     monkeypatch.setattr(SourceSearch, "find", lambda *_: tuple(found))  # random replies say nothing
 
     def loading() -> MemoryModel:
@@ -238,7 +136,17 @@ def test_the_source_is_named_below_the_answer(
         source = page.locator(".source").last
         assert source.inner_text().startswith("From Neon (Neon.txt, line 1)")
         assert source.locator("q").inner_text() == "Neon glows red."
-        assert "passage Neon" in caption(page)
+        source.get_by_role("button").click()
+        expect(page.locator("#passage mark")).to_have_text("Neon glows red.")
+        assert page.locator("#passage .where").inner_text() == "Neon.txt, line 1 · 1 of 2 on this topic"
+        page.get_by_role("button", name="Next").click()
+        expect(page.locator("#passage .passage")).to_have_text("Argon is idle.")
+        page.keyboard.press("Escape")
+        passage = page.get_by_role("button", name="passage ").last
+        passage.click()
+        expect(page.locator("#passage h2")).to_have_text(passage.inner_text().removeprefix("passage "))
+        expect(page.locator("#passage .where")).to_contain_text(" of 2 on this topic")
+        page.keyboard.press("Escape")
         page.select_option("#use", "none")
         ask(page, "tell me of neon")
         assert not page.locator(".source").last.is_visible()

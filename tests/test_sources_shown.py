@@ -117,6 +117,23 @@ def test_the_server_has_the_memories_of_sources(server: Running, folder: pathlib
     assert server.json("GET", "/v1/memory")[1]["sources"] == {"windows": 3, "documents": 3}
 
 
+def test_the_server_shows_the_passages_of_a_leaf(server: Running) -> None:
+    status, found = server.json("GET", "/v1/memory/passages?path=1.1")
+    assert (status, found["path"]) == (200, "1.1")
+    assert [(one["title"], one["text"]) for one in found["passages"]] == [
+        ("Neon", "Neon glows red."),
+        ("Argon", "Argon is in the air."),
+    ]
+    for path, expected, words in (
+        ("2.2", 404, "keeps no passages of 2.2"),
+        ("9.9.9", 404, "keeps no passages"),
+        ("x", 400, "'x' is not a path"),
+        ("", 400, "is not a path"),
+    ):
+        status, answer = server.json("GET", f"/v1/memory/passages?path={path}")
+        assert (status, words in answer["error"]["message"]) == (expected, True)
+
+
 def test_a_server_without_sources_says_so(tmp_path: pathlib.Path) -> None:
     folder = make_model(tmp_path / "model")
     with serving(lambda: opened_model(folder)) as running:
@@ -125,6 +142,8 @@ def test_a_server_without_sources_says_so(tmp_path: pathlib.Path) -> None:
         assert status == 400
         assert "keeps no sources" in answer["error"]["message"]
         assert running.json("GET", "/v1/memory")[1]["sources"] is None
+        status, answer = running.json("GET", "/v1/memory/passages?path=1.1")
+        assert (status, "keeps no sources" in answer["error"]["message"]) == (400, True)
         assert "tiny:source" not in [row["id"] for row in running.json("GET", "/v1/models")[1]["data"]]
 
 

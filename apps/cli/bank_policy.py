@@ -59,7 +59,7 @@ def reach(
     words: list[str] = typer.Argument(
         None,
         metavar="[MODEL] [DISTANCE]",
-        help="DISTANCE: the farthest that gets memory, as `route` shows it for a leaf.",
+        help="DISTANCE: the farthest that gets memory, as `route` shows it.",
     ),
     model: str = models.MODEL,
     off: bool = typer.Option(False, "--off", help="Every text gets the memory that is nearest to it."),
@@ -78,10 +78,12 @@ def reach(
     policy = bank.policy
     if off or distance is not None:
         policy = edit.reach(bank.root, math.inf if distance is None else distance)
-    if policy.reach == math.inf:
+    by_passages = bank.sources is not None and policy.passage_reach < math.inf
+    far, what = policy.measured_by(by_passages), "the nearest passage" if by_passages else "its leaf"
+    if far == math.inf:
         console.print("reach    any text gets the memory nearest to it")
     else:
-        console.print(f"reach    {policy.reach:.3f}: a text farther than that from its leaf gets no memory")
+        console.print(f"reach    {far:.3f}: a text farther than that from {what} gets no memory")
 
 
 def nodes_named(words: list[str], model: str) -> tuple[str, list[str]]:

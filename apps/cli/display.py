@@ -123,6 +123,37 @@ def waiting(what: str) -> Iterator[None]:
         yield
 
 
+def duration(seconds: float | None) -> str:
+    """4 s, 12 min, 3.1 h."""
+    seconds = max(seconds or 0.0, 0.0)  # what is left is an estimate, and may have passed
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+class Lines:
+    """Long work in a log: now and then a line on stderr that says what, how far and how long yet."""
+
+    def __init__(self, what: str, unit: str) -> None:
+        self.what, self.unit = what, unit
+        self._begun = self._said = time.monotonic()
+        self._since: tuple[float, int] | None = None  # when the first of it was done, and how much that was
+
+    def say(self, text: str) -> None:
+        self._said = time.monotonic()
+        took = duration(self._said - self._begun)
+        print(printable(f"{self.what}, {took}: {text}"), file=sys.stderr, flush=True)
+
+    def advance(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        since, before = self._since = self._since or (now, done)
+        if now - self._said < LINE_EVERY:
+            return
+        amounts = [size(done), size(total)] if self.unit == "bytes" else [f"{done:,}", f"{total:,} {self.unit}"]
+        left = f", {duration((now - since) / (done - before) * (total - done))} left" if done > before else ""
+        self.say(" of ".join(amounts) + left)
+
+
 @contextmanager
 def stages(what: str, show: bool = True) -> Iterator[tuple[Progress | None, Callable[[str], None]]]:
     """Long work that says what it is doing: a progress bar, or lines on stderr where there is no terminal.
@@ -136,25 +167,16 @@ def stages(what: str, show: bool = True) -> Iterator[tuple[Progress | None, Call
         with progress_bar(what, "steps") as progress:
             yield progress, lambda stage: notes.print(stage, style="dim", markup=False, soft_wrap=True)
     else:
-        begun = said = time.monotonic()
-
-        def line(text: str) -> None:
-            print(f"{what}, {time.monotonic() - begun:.0f} s: {text}", file=sys.stderr, flush=True)
-
-        def advance(done: int, total: int) -> None:
-            nonlocal said
-            if time.monotonic() - said >= LINE_EVERY:
-                said = time.monotonic()
-                line(f"{done} of {total} steps")
-
-        yield advance, line
+        lines = Lines(what, "steps")
+        yield lines.advance, lines.say
 
 
 @contextmanager
 def progress_bar(what: str, unit: str = "bytes", show: bool = True) -> Iterator[Progress | None]:
-    """A progress bar on stderr as a callback (done, total); None where nobody would see it."""
+    """Progress on stderr as a callback (done, total): a bar, or lines where there is no terminal; None without
+    `show`."""
     if not show or not sys.stderr.isatty():
-        yield None
+        yield Lines(what, unit).advance if show else None
         return
     from rich import progress as bars
 

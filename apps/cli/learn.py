@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from mlx_hiermem.apps.cli.display import console, notes, parse_size, renamed, several, size
-from mlx_hiermem.apps.cli.learn_screen import duration, screen_for
+from mlx_hiermem.apps.cli.display import console, duration, notes, parse_size, renamed, several, size
+from mlx_hiermem.apps.cli.learn_screen import screen_for
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from mlx_hiermem.apps.cli.display import console, notes
+from mlx_hiermem.apps.cli.display import console, duration, notes
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -93,11 +93,3 @@ def screen_for(lines: bool) -> Iterator[Screen]:
     columns = (TextColumn("{task.description:<9}"), BarColumn(), TextColumn("{task.fields[note]}", style="dim"))
     with Progress(*columns, console=notes, transient=True) as bar:
         yield Screen(bar, lines)
-
-
-def duration(seconds: float | None) -> str:
-    """4 s, 12 min, 3.1 h."""
-    seconds = max(seconds or 0.0, 0.0)  # what is left is an estimate, and may have passed
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

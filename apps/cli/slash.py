@@ -82,7 +82,9 @@ def _verdict(session: Session, turn: Turn, tried: bool = False) -> None:
     for node in turn.alone.avoided:
         _say(blocked_note(bank, node))
     if turn.alone.far:
-        _say(f"It is farther than {bank.policy.reach:.3f} from the leaf it would take: nothing there is like it.")
+        passage, policy = turn.alone.passage, bank.policy
+        what = "the leaf it would take" if passage is None else "the nearest passage"
+        _say(f"It is farther than {policy.measured_by(passage is not None):.3f} from {what}: nothing is like it.")
     stays, takes, gets = ("would stay", "would take", "would get") if tried else ("stays", "takes", "gets")
     keeps = f"the conversation {stays} on {turn.topic.path}"
     if turn.route.far:

@@ -117,7 +117,7 @@ def _add_openai(app: FastAPI, service: Service) -> None:
 
 
 def _add_memory(app: FastAPI, engine: Engine, settings: Settings) -> None:
-    # These two look for files: on a thread of their own.
+    # These three look for files: on a thread of their own.
     @app.get("/v1/memory")
     def overview(model: str = "") -> dict[str, Any]:
         named = Catalogue(engine.models, settings.any_model).find(model)
@@ -126,6 +126,14 @@ def _add_memory(app: FastAPI, engine: Engine, settings: Settings) -> None:
     @app.get("/v1/memory/state")
     def changing(model: str = "") -> dict[str, Any]:
         return memory.changing(engine, Catalogue(engine.models, settings.any_model).find(model).model)
+
+    @app.get("/v1/memory/passages")
+    def passages(path: str, model: str = "") -> dict[str, Any]:
+        bank = Catalogue(engine.models, settings.any_model).find(model).model.bank
+        if bank is None:
+            raise ApiError(400, "this model has no bank")
+        (leaf,) = paths([path], "path")
+        return memory.passages(bank, leaf)
 
     @app.post("/v1/memory/route")
     async def route(asked: RouteRequest) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from mlx_hiermem.apps.picture.rows import row
 from mlx_hiermem.apps.server.engine import Engine
+from mlx_hiermem.apps.server.refusal import ApiError
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.cache import BlockCache
 from mlx_hiermem.config import GENERIC_NODE, Path
@@ -47,6 +49,16 @@ def changing(engine: Engine, model: MemoryModel) -> dict[str, Any]:
         "bytes_read": stats.bytes_read if stats else 0,
         "remote_bytes": remote.bytes if remote else 0,
     }
+
+
+def passages(bank: MemoryBank, leaf: Path) -> dict[str, Any]:
+    """What a leaf was learnt from, window after window. Raises ApiError where that is not known."""
+    if bank.sources is None:
+        raise ApiError(400, "this model's bank keeps no sources")
+    found = bank.sources.read(leaf)
+    if found is None:
+        raise ApiError(404, f"the bank keeps no passages of {leaf}", "path")
+    return {"path": str(leaf), "passages": [asdict(window) for window in found.windows]}
 
 
 def state(bank: MemoryBank, cache: BlockCache, node: Path) -> str:

@@ -19,8 +19,7 @@ from mlx_hiermem.convert.coreml import package as folder
 from mlx_hiermem.convert.coreml.architecture import Architecture, Linear
 from mlx_hiermem.convert.coreml.exported import COREAI, Runner
 from mlx_hiermem.convert.coreml.exporter import Options, Report, Target, export_for
-from mlx_hiermem.convert.coreml.limits import Measured, Memories, Overflow, run_all
-from mlx_hiermem.convert.coreml.measure import Float32Anchor
+from mlx_hiermem.convert.coreml.limits import Measured, Overflow, SavedAnchor, Trial
 from mlx_hiermem.convert.coreml.mixed_precision import Codec
 from mlx_hiermem.convert.coreml.shape import CACHES, Export
 from mlx_hiermem.embedder import Embedder
@@ -64,25 +63,17 @@ class CoreAI(Target):
             "compression": dict(sorted(counts.items())),
         }
 
-    def measure(
-        self,
-        package: pathlib.Path,
-        anchor: Mapping[str, Any],
-        memory: Mapping[str, Any] | None,
-        reference: Float32Anchor,
-        memories: Memories,
-        did: Callable[[], None],
-    ) -> Measured:
+    def measure(self, saved: SavedAnchor, trial: Trial) -> Measured:
         """What float16 has to hold is seen in PyTorch, as the runtime does not tell."""
-        program = Runtime(package)
+        program = Runtime(saved.package)
         try:
-            distance = run_all(Runner(program, anchor, memory), reference, memories, did)
+            distance = trial.run(Runner(program, saved.anchor, saved.memory))
         finally:
             program.close()
-        units = memory or {"layers": (), "units": 0}
-        shape = Export(anchor["context"], tuple(units["layers"]), units["units"], "input")
-        module = Anchor(reference.sizes, shape, torch.float32).eval()
-        return Measured(distance, Overflow.of(peaks(module, reference.ids, memories)))
+        units = saved.memory or {"layers": (), "units": 0}
+        shape = Export(saved.anchor["context"], tuple(units["layers"]), units["units"], "input")
+        module = Anchor(trial.reference.sizes, shape, torch.float32).eval()
+        return Measured(distance, Overflow.of(peaks(module, trial.reference.ids, trial.memories)))
 
     def save_retriever(self, embedder: Embedder, package: pathlib.Path, tokenizer: pathlib.Path) -> dict[str, Any]:
         return export_retriever(embedder, package, tokenizer)

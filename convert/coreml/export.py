@@ -9,10 +9,11 @@ from typing import Any
 from mlx_hiermem.convert.coreml import compress, mil, package
 from mlx_hiermem.convert.coreml.anchor import build
 from mlx_hiermem.convert.coreml.architecture import Architecture, Linear
+from mlx_hiermem.convert.coreml.exported import Runner
 from mlx_hiermem.convert.coreml.exporter import Options as Options
 from mlx_hiermem.convert.coreml.exporter import Report, Target, export_for
-from mlx_hiermem.convert.coreml.limits import Measured, Memories, measure_package
-from mlx_hiermem.convert.coreml.measure import Float32Anchor
+from mlx_hiermem.convert.coreml.interpreter import Program
+from mlx_hiermem.convert.coreml.limits import Measured, Overflow, SavedAnchor, Trial
 from mlx_hiermem.convert.coreml.mixed_precision import Codec
 from mlx_hiermem.convert.coreml.retriever import export_retriever
 from mlx_hiermem.convert.coreml.shape import Export, matrices
@@ -36,16 +37,10 @@ class CoreML(Target):
     def describe(self, sizes: Architecture, shape: Export, formats: Mapping[str, str]) -> dict[str, Any]:
         return package.describe_anchor(sizes, shape, formats)
 
-    def measure(
-        self,
-        package: pathlib.Path,
-        anchor: Mapping[str, Any],
-        memory: Mapping[str, Any] | None,
-        reference: Float32Anchor,
-        memories: Memories,
-        did: Callable[[], None],
-    ) -> Measured:
-        return measure_package(package, anchor, memory, reference, memories, did)
+    def measure(self, saved: SavedAnchor, trial: Trial) -> Measured:
+        peaks: dict[str, float] = {}
+        distance = trial.run(Runner(Program.load(saved.package), saved.anchor, saved.memory, peaks))
+        return Measured(distance, Overflow.of(peaks))
 
     def save_retriever(self, embedder: Embedder, package: pathlib.Path, tokenizer: pathlib.Path) -> dict[str, Any]:
         return export_retriever(embedder, package, tokenizer)

@@ -19,8 +19,8 @@ from mlx_hiermem.convert.coreml import bundle, package, sizes
 from mlx_hiermem.convert.coreml.architecture import Architecture, Linear, check_memory
 from mlx_hiermem.convert.coreml.bundle import Choice
 from mlx_hiermem.convert.coreml.compress import FORMATS, check_half
-from mlx_hiermem.convert.coreml.limits import BOUNDS, WITH_MEMORY, Measured, Memories
-from mlx_hiermem.convert.coreml.measure import Float32Anchor
+from mlx_hiermem.convert.coreml.distance import Float32Anchor
+from mlx_hiermem.convert.coreml.limits import BOUNDS, Measured, SavedAnchor, Trial
 from mlx_hiermem.convert.coreml.mixed_precision import Codec, Plan, find_plan
 from mlx_hiermem.convert.coreml.references import read_memory
 from mlx_hiermem.convert.coreml.shape import PREFILL_TOKENS, Export
@@ -90,16 +90,8 @@ class Target(ABC):
         """The manifest's `anchor`."""
 
     @abstractmethod
-    def measure(
-        self,
-        package: pathlib.Path,
-        anchor: Mapping[str, Any],
-        memory: Mapping[str, Any] | None,
-        reference: Float32Anchor,
-        memories: Memories,
-        did: Callable[[], None],
-    ) -> Measured:
-        """Runs the saved anchor on every text, and on `WITH_MEMORY` with each memory; `did` after each."""
+    def measure(self, saved: SavedAnchor, trial: Trial) -> Measured:
+        """Runs the saved anchor."""
 
     @abstractmethod
     def save_retriever(self, embedder: Embedder, package: pathlib.Path, tokenizer: pathlib.Path) -> dict[str, Any]:
@@ -238,9 +230,9 @@ class _Exporter:
             longest = max(len(entry.path) for entry in self.choice.bundled)
             paths = [entry.path for entry in self.choice.bundled if len(entry.path) == longest]
             memories = {str(path): read_memory(self.choice.bank, str(path)) for path in (min(paths), max(paths))}
-        self.steps.expect(len(self.reference.ids) + WITH_MEMORY * len(memories))
-        package_folder = folder / self.target.anchor
-        return self.target.measure(package_folder, anchor, memory, self.reference, memories, self.steps.did)
+        trial = Trial(self.reference, memories, self.steps.did)
+        self.steps.expect(trial.texts)
+        return self.target.measure(SavedAnchor(folder / self.target.anchor, anchor, memory), trial)
 
     def _write_retriever(self, choice: Choice, folder: pathlib.Path) -> dict[str, Any]:
         """What finds the bank's paths; returns the manifest's `retriever`."""

@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 
 from mlx_hiermem.convert.coreml.compress import HALF_MAX
+from mlx_hiermem.convert.coreml.distance import Distance, Float32Anchor
 from mlx_hiermem.convert.coreml.exported import Runner
-from mlx_hiermem.convert.coreml.interpreter import Program
-from mlx_hiermem.convert.coreml.measure import Distance, Float32Anchor
 from mlx_hiermem.errors import CoreMLError, VerificationError
 
 # Mean KL from the anchor, in nats. Of SmolLM2: 2.8e-5 for fp16, 6.8e-3 for int8_channel, 7.1e-2 for int4.
@@ -89,32 +88,38 @@ class Measured:
             )
 
 
-def measure_package(
-    package: pathlib.Path,
-    anchor: Mapping[str, Any],
-    memory: Mapping[str, Any] | None,
-    reference: Float32Anchor,
-    memories: Memories,
-    did: Callable[[], None],
-) -> Measured:
-    """Runs the package on all texts.
+@dataclass(frozen=True)
+class SavedAnchor:
+    """The anchor as it was saved, and what the manifest says of it and of its memory."""
 
-    `anchor` and `memory` are the manifest's; `did` is called after each text. Raises CoreMLError where the
-    package contradicts its own declarations.
+    package: pathlib.Path
+    anchor: Mapping[str, Any]
+    memory: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a saved anchor is run on: every text without memory, and a few with each memory (tensors by path).
+
+    `did` is called after each text.
     """
-    peaks: dict[str, float] = {}
-    runner = Runner(Program.load(package), anchor, memory, peaks)
-    distance = run_all(runner, reference, memories, did)
-    return Measured(distance, Overflow.of(peaks))
 
+    reference: Float32Anchor
+    memories: Memories
+    did: Callable[[], None]
 
-def run_all(runner: Runner, reference: Float32Anchor, memories: Memories, did: Callable[[], None]) -> Distance:
-    """Every text without memory, whose distance is told, and a few with each of `memories` (tensors by path)."""
-    distance = reference.measure(runner, did)
-    for tensors in memories.values():
-        runner.set_memory(tensors)
-        for ids in reference.ids[:WITH_MEMORY]:
-            runner.reset()
-            runner.feed(ids)
-            did()
-    return distance
+    @property
+    def texts(self) -> int:
+        """How many are run."""
+        return len(self.reference.ids) + WITH_MEMORY * len(self.memories)
+
+    def run(self, runner: Runner) -> Distance:
+        """Returns how far the anchor is without memory. Raises CoreMLError where it contradicts its manifest."""
+        distance = self.reference.measure(runner, self.did)
+        for tensors in self.memories.values():
+            runner.set_memory(tensors)
+            for ids in self.reference.ids[:WITH_MEMORY]:
+                runner.reset()
+                runner.feed(ids)
+                self.did()
+        return distance

@@ -1,5 +1,7 @@
 """Text -> path: the sentence embedding, then greedy descent of the clustering tree (arXiv:2510.02375, §2.1).
 
+In a bank that keeps its sources the nearest passage has the last word on the leaf (`bank.passages`).
+
 A text goes where it leads alone (`Router.route`). A turn of a conversation (`Router.turn`) is one of three things:
 
 - It names its subject, so it leads to a path of its own. Such a turn is decided: it is much nearer to one child of
@@ -25,7 +27,9 @@ from typing import Protocol
 import numpy as np
 
 from mlx_hiermem.bank.bank import MemoryBank
+from mlx_hiermem.bank.passages import by_passages
 from mlx_hiermem.bank.policy import OPEN, BankPolicy
+from mlx_hiermem.bank.sources import BankSources
 from mlx_hiermem.config import ROOT, EmbedderIdentity, Path
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import BankError
@@ -74,14 +78,21 @@ class Turn:
 class Router:
     """Keeps to `policy`: nodes that it blocks are never entered, and texts beyond its reach enter none."""
 
-    def __init__(self, tree: ClusterTree, embedder: TextEmbedder, policy: BankPolicy = OPEN) -> None:
-        self.tree, self.embedder, self.policy = tree, embedder, policy
+    def __init__(
+        self,
+        tree: ClusterTree,
+        embedder: TextEmbedder,
+        policy: BankPolicy = OPEN,
+        sources: BankSources | None = None,
+    ) -> None:
+        """With `sources`, the nearest of their passages says which leaf a text goes to."""
+        self.tree, self.embedder, self.policy, self.sources = tree, embedder, policy, sources
         self._said = RememberedTexts(embedder)
 
     @classmethod
     def of_bank(cls, bank: MemoryBank) -> Router:
         """The bank's tree and policy, with the embedder that the tree was made with; see `load_embedder`."""
-        return cls(bank.tree, load_embedder(bank.manifest.embedder), bank.policy)
+        return cls(bank.tree, load_embedder(bank.manifest.embedder), bank.policy, bank.sources)
 
     def route(self, text: str, blocked: Collection[Path] = ()) -> Route:
         """Routes one text; `blocked` nodes are closed to it beside those of the policy."""
@@ -90,9 +101,20 @@ class Router:
     def route_batch(self, texts: Sequence[str], blocked: Collection[Path] = ()) -> list[Route]:
         """Routes n texts, embedded together; each gets an equal share of the batch's milliseconds."""
         start = time.perf_counter()
-        routes = self.policy.route(self.tree, self.embedder.embed(texts), blocked)
+        routes = self.route_vectors(self.embedder.embed(texts), blocked)
         milliseconds = (time.perf_counter() - start) * 1e3 / max(len(routes), 1)
         return [replace(route, milliseconds=milliseconds) for route in routes]
+
+    def route_vectors(self, vectors: np.ndarray, blocked: Collection[Path] = ()) -> list[Route]:
+        """Routes embedded texts [n, dim]."""
+        policy = self.policy.block(blocked)
+        routes = policy.route(self.tree, vectors)
+        if self.sources is None:
+            return routes
+        return [
+            by_passages(self.tree, self.sources, policy, vector, route)
+            for vector, route in zip(vectors, routes, strict=True)
+        ]
 
     def turn(self, text: str, topic: Topic | None = None, blocked: Collection[Path] = ()) -> Turn:
         """Routes one turn of a conversation. A topic whose path is blocked, by the policy or here, is left at once.
@@ -103,7 +125,7 @@ class Router:
         start = time.perf_counter()
         policy = self.policy.block(blocked)
         vector = self._said.embed([text])[0]
-        alone = policy.route(self.tree, vector)[0]
+        alone = self.route_vectors(vector[None], blocked)[0]
         decided = decidedness(self.tree, vector, alone.path)
         if topic is None or not topic.path or policy.blocker(topic.path):
             topic = None
@@ -111,10 +133,10 @@ class Router:
         after = follow(topic, alone.path, decided, text)
         if after is None:
             assert topic is not None
-            if policy.reach < math.inf:
+            if policy.has_reach:
                 belongs = self._belonging(text, vector, topic)
             if belongs is None or belongs > BELONGS:
-                distances = distances_on(self.tree, vector, topic.path)
+                distances = self.tree.distances_on(vector, topic.path)
                 stayed = topic.path != alone.path
                 route = replace(alone, path=topic.path, distances=distances, stayed=stayed, far=False)
                 after = replace(topic, aside="")
@@ -129,20 +151,21 @@ class Router:
 
         What was not asked before is embedded in one batch, and the follow-ups behind their questions in another.
         """
-        texts = texts[-LOOKED_BACK:]
+        start, texts = time.perf_counter(), texts[-LOOKED_BACK:]
         vectors = self._said.embed(texts)
-        if self.policy.reach < math.inf:
+        if self.policy.has_reach:
             self._said.embed(self._follow_ups(texts, vectors, blocked))
         topic = None
         for text in texts:
             turn = self.turn(text, topic, blocked)
             topic = turn.topic
-        return turn
+        route = replace(turn.route, milliseconds=(time.perf_counter() - start) * 1e3)  # with the embedding
+        return replace(turn, route=route)
 
     def _follow_ups(self, texts: Sequence[str], vectors: np.ndarray, blocked: Collection[Path]) -> list[str]:
         """The turns that lead nowhere, each behind the question that it may belong to."""
         topic, found = Topic(ROOT, 0.0), list[str]()
-        routes = self.policy.block(blocked).route(self.tree, vectors)
+        routes = self.route_vectors(vectors, blocked)
         for text, vector, alone in zip(texts, vectors, routes, strict=True):
             after = follow(topic, alone.path, decidedness(self.tree, vector, alone.path), text)
             if after is None:
@@ -162,8 +185,8 @@ class Router:
             [behind(topic.question, text), topic.question, *([topic.aside] if topic.aside else [])]
         )
         away = max(0.0, float(vector @ aside[0])) if aside else 0.0
-        pull = distances_on(self.tree, together, topic.path)[-1] - distances_on(self.tree, question, topic.path)[-1]
-        return float(vector @ question) - away - PULL * pull
+        pulled, led = (self.tree.distances_on(one, topic.path)[-1] for one in (together, question))
+        return float(vector @ question) - away - PULL * (pulled - led)
 
 
 class RememberedTexts:
@@ -205,11 +228,6 @@ def decidedness(tree: ClusterTree, vector: np.ndarray, path: Path) -> float:
         if len(distances) > 1 and 0 < distances[1] < np.inf:  # an only child decides nothing
             total += float(1 - distances[0] / distances[1])
     return total
-
-
-def distances_on(tree: ClusterTree, vector: np.ndarray, path: Path) -> tuple[float, ...]:
-    """From a [dim] embedding to each node of a path, level 1 first."""
-    return tuple(float(tree.distances(vector, Path(node[:-1]))[node[-1]]) for node in path.prefixes())
 
 
 def follow(topic: Topic | None, path: Path, decided: float, question: str) -> Topic | None:

@@ -54,6 +54,7 @@ class Selection:
             "path": str(route.path),
             "labels": list(self.labels),
             "distances": list(route.distances),
+            "passage_distance": route.passage,
             "avoided": [str(node) for node in route.avoided],
             "stayed": route.stayed,
             "far": route.far,

@@ -31,6 +31,7 @@ class Route:
     stayed: bool = False  # held on the path of its conversation, see `Router.turn`
     far: bool = False  # beyond the bank's reach: it is like nothing there, and stays at the root
     milliseconds: float = 0.0  # to embed the text and to descend
+    passage: float | None = None  # to the nearest passage, where the bank is routed by them (`bank.passages`)
 
 
 class ClusterTree:
@@ -136,6 +137,27 @@ class ClusterTree:
         row = node.row(self.branching)
         distance = np.linalg.norm(self.centroids[len(node)][row] - vector, axis=1)
         return np.where(self.present[len(node)][row], distance, np.inf)
+
+    def distances_on(self, vector: np.ndarray, path: Path) -> tuple[float, ...]:
+        """From a [dim] embedding to each node of a path, level 1 first."""
+        return tuple(float(self.distances(vector, Path(node[:-1]))[node[-1]]) for node in path.prefixes())
+
+    def beam(self, vector: np.ndarray, width: int) -> list[Path]:
+        """The leaves that a beam search finds for one [dim] embedding, nearest first: `width` at most.
+
+        Of each level the `width` nearest nodes are looked into. A leaf is a node without children, at any level.
+        """
+        ended, going = list[tuple[float, Path]](), [(0.0, ROOT)]
+        for level in range(self.depth + 1):
+            found = list[tuple[float, Path]]()
+            for near, node in going:
+                if level == self.depth or not self.present[level][node.row(self.branching)].any():
+                    ended.append((near, node))
+                    continue
+                distances = self.distances(vector, node).tolist()
+                found += [(d, Path((*node, child))) for child, d in enumerate(distances) if d < np.inf]
+            going = sorted(found)[:width]
+        return [node for _, node in sorted(ended)[:width] if node]
 
     def without(self, nodes: Iterable[Path]) -> ClusterTree:
         """A copy that lacks these nodes and all below them. Their centroids are zero: they were made from data."""

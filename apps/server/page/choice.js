@@ -37,8 +37,15 @@ export class Choice {
   }
 
   /** The `memory` field of a request. */
-  request() {
-    return ROUTED.includes(this.use) ? { use: this.use, blocked: [...this.blocked] } : { use: this.use };
+  request(use = this.use) {
+    return ROUTED.includes(use) ? { use, blocked: [...this.blocked] } : { use };
+  }
+
+  /** Lets everything go: another bank has other paths. */
+  clear() {
+    this.use = this.pinned ? "fetched" : this.use;
+    this.blocked.clear();
+    this.changed();
   }
 
   /** A list entry with a way back for what is pinned and for each blocked node; `name` gives a path's label. */

@@ -28,3 +28,31 @@ export function size(bytes) {
 export function count(number, what) {
   return `${number.toLocaleString("en")} ${what}${number === 1 ? "" : "s"}`;
 }
+
+/** Puts a text on the clipboard; whether that went well. */
+export async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    return copyByHand(text); // over plain HTTP from another machine there is no clipboard
+  }
+}
+
+function copyByHand(text) {
+  const focused = document.activeElement;
+  const field = element("textarea", { class: "unseen", text });
+  document.body.append(field);
+  field.select();
+  const done = document.execCommand("copy");
+  field.remove();
+  focused?.focus();
+  return done;
+}
+
+/** Has the browser save a text as a file. */
+export function download(name, text, type) {
+  const url = URL.createObjectURL(new Blob([text], { type }));
+  element("a", { href: url, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 1000);
+}

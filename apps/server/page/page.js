@@ -1,33 +1,49 @@
-// The page of `hiermem serve`: brings chat, picture, menu and meters together, and asks the server how it is.
+// The page of `hiermem serve`: brings conversations, picture, menus and meters together.
 
-import { ask, get } from "./api.js";
+import { ask } from "./api.js";
 import { Chat } from "./chat.js";
+import { Chats } from "./chats.js";
 import { Choice } from "./choice.js";
 import { count, size } from "./dom.js";
-import { BlockMenu } from "./menu.js";
+import { blockItems, Menu } from "./menu.js";
+import { Passage } from "./passage.js";
 import { MemoryPicture } from "./picture.js";
+import { drawing, Settings } from "./settings.js";
+import { fresh, Store, titleOf } from "./store.js";
+import { Watch } from "./watch.js";
 
-const POLL = 1000; // ms from one look at the memory to the next
 const REPLY = 512; // tokens of a reply at most, as in hiermem chat
+const COMPARED = 160; // of a reply that is compared: without memory small models ramble
 const by = (id) => document.getElementById(id);
 
 const choice = new Choice(showChoice);
 const picture = new MemoryPicture(
   by("picture"),
-  (node, x, y) => menu.open(node, x, y),
+  (node, x, y) => menu.open(picture.describe(node).name, blockItems(node, picture, choice), x, y, () => back(node)),
   matchMedia("(hover: none)").matches
     ? "Tap a block to see what is in it, to pin it or to block it."
     : "Point at a block to see what is in it. Click it to pin it or to block it.",
   true,
 );
-const menu = new BlockMenu(by("menu"), picture, choice);
-const chat = new Chat(by("log"), () => ({ memory: choice.request(), max_tokens: longest }), {
+const menu = new Menu(by("menu"));
+const passage = new Passage(by("passage"));
+const store = new Store((words) => (by("trouble").textContent = words));
+const settings = new Settings(by("open-settings"), (conversation) => conversation.turns.length && store.keep(conversation));
+const watch = new Watch({ models: showModels, bank: showBank, state: showState, connected: showConnected });
+const chats = new Chats(by("chats"), by("open-chats"), store, new Menu(by("chats-menu")), {
+  open: (id) => show(store.get(id) ?? fresh(watch.model), true),
+  changed: (id) => id === chat.conversation.id && show(store.get(id)),
+  gone: (id) => id === chat.conversation.id && show(fresh(watch.model), true),
+});
+const chat = new Chat(by("log"), { request, memories, waiting }, {
   busy: showBusy,
+  keep,
   memory: showMemory,
   show: (memory) => {
     fold(false);
     picture.reveal(known(memory.blocks));
   },
+  source: (source, memory) => passage.open(source, memory, watch.model),
   speed: (value) => value && (by("speed").textContent = value.toFixed(1)),
   say: (words) => (by("say").textContent = words),
 });
@@ -40,17 +56,64 @@ const MEANING = {
   "fetched+source": "The memory on its topic, and the best passage of its documents before the question.",
 };
 let longest = REPLY;
-let connected = false;
-let locked = false; // the reader was asked for the key, and did not give it
+let bank = null; // the last /v1/memory
 
 const option = (use) => document.querySelector(`#use [value="${use}"]`);
 const known = (blocks) => blocks.filter((path) => picture.root.found.has(path));
+
+/** What a question is sent with beside the messages; `use` is named where memories are compared. */
+function request(use) {
+  const most = use ? Math.min(COMPARED, longest) : longest;
+  return { model: watch.model, memory: choice.request(use), max_tokens: most, ...drawing(chat.conversation) };
+}
+
+/** What can be compared. */
+function memories() {
+  return bank?.nodes.length ? ["none", ...(bank.generic ? ["generic"] : []), "fetched"] : ["none"];
+}
+
+/** Why a reply has not begun. */
+function waiting() {
+  const { active, queued } = watch.state;
+  return queued ? `Waiting for a place: the server answers ${active}, and ${queued} wait` : "Reading the conversation";
+}
+
+/** Shows a conversation; as an entry of the browser's history where that is wanted. */
+function show(conversation, entry = false) {
+  const model = conversation.model || watch.model;
+  chat.open(conversation);
+  settings.show(conversation);
+  chats.draw(conversation.id);
+  if (entry) history.pushState(null, "", conversation.turns.length ? `#${conversation.id}` : location.pathname);
+  if (model !== watch.model && watch.models.includes(model)) takeModel(model);
+  else lightLast();
+  name();
+}
+
+/** Lights the blocks of the last reply. */
+function lightLast() {
+  picture.light(known(chat.turns.at(-1)?.answer.memory?.blocks ?? []));
+}
+
+function keep(conversation) {
+  conversation.model = watch.model;
+  store.keep(conversation);
+  if (location.hash !== `#${conversation.id}`) history.replaceState(null, "", `#${conversation.id}`);
+  chats.draw(conversation.id);
+  name();
+}
+
+/** The window's title. */
+function name() {
+  const { conversation } = chat;
+  document.title = [conversation.turns.length && titleOf(conversation), watch.model, "hiermem"].filter(Boolean).join(" · ");
+}
 
 /** A reply's memory is attached: its blocks are in memory now, whatever they were. */
 function showMemory(memory) {
   picture.update(Object.fromEntries(memory.blocks.map((path) => [path, "in memory"])));
   picture.light(known(memory.blocks));
-  look();
+  watch.look();
 }
 
 function showBusy(busy) {
@@ -58,6 +121,7 @@ function showBusy(busy) {
   by("send").hidden = busy;
   by("stop").hidden = !busy;
   if (focused) by(busy ? "stop" : "send").focus(); // the other took its place
+  for (const button of by("log").querySelectorAll("[data-asks]")) button.disabled = busy;
 }
 
 function showChoice() {
@@ -69,22 +133,45 @@ function showChoice() {
   picture.close(choice.blocked);
 }
 
+function showModels(names, chosen) {
+  by("models").replaceChildren(...names.map((name) => new Option(name, name, false, name === chosen)));
+  by("models").hidden = names.length < 2;
+  by("model").hidden = names.length > 1;
+  by("model").textContent = chosen;
+}
+
+function takeModel(model) {
+  watch.take(model);
+  by("models").value = model;
+  choice.clear();
+  picture.show([]);
+  watch.look();
+  name();
+}
+
 /** The bank as it is now. */
-async function open() {
-  const memory = await get("/v1/memory");
+function showBank(memory) {
+  bank = memory;
   const blocks = memory.nodes.length;
   const bytes = memory.nodes.reduce((sum, node) => sum + node.bytes, 0);
-  by("model").textContent = memory.model;
-  document.title = `${memory.model} · hiermem`;
   by("about").textContent = blocks
     ? `${memory.model} has ${count(blocks, "block")} of memory, ${size(bytes)}. Each question brings only those on its topic.`
     : `${memory.model} has no memory bank.`;
   document.body.classList.toggle("bankless", !blocks);
   option("generic").disabled = !memory.generic;
   for (const use of ["source", "fetched+source"]) option(use).hidden = !memory.sources;
+  if (!choice.pinned && (option(choice.use).hidden || option(choice.use).disabled)) choice.take("fetched");
   longest = memory.context ? Math.min(REPLY, Math.floor(memory.context / 2)) : REPLY;
   picture.show(memory.nodes);
+  lightLast();
   showCache(memory.cache);
+  name();
+}
+
+function showState(state) {
+  picture.update(state.states);
+  showCache(state.cache, state.generic_bytes);
+  if (state.tokens_per_second && !chat.busy) by("speed").textContent = state.tokens_per_second.toFixed(1);
 }
 
 /** What is in memory; the general block is among it, and is no block of the picture. */
@@ -99,28 +186,8 @@ function showCache(cache, generic = 0) {
   meter.firstElementChild.style.width = `${Math.min(100, (100 * cache.bytes) / cache.budget)}%`;
 }
 
-async function look() {
-  try {
-    if (!connected) await open();
-    const state = await get("/v1/memory/state");
-    picture.update(state.states);
-    showCache(state.cache, state.generic_bytes);
-    if (state.tokens_per_second && !chat.busy) by("speed").textContent = state.tokens_per_second.toFixed(1);
-    connected = true;
-  } catch (error) {
-    connected = false;
-    locked = error.code === "no_key";
-  }
+function showConnected(connected) {
   by("offline").hidden = connected;
-}
-
-/** Looks for as long as the page can be seen; where the answer takes long, less often. */
-async function keepLooking() {
-  for (;;) {
-    const begun = performance.now();
-    if (!document.hidden && !locked) await look();
-    await new Promise((done) => setTimeout(done, Math.max(POLL, 10 * (performance.now() - begun))));
-  }
 }
 
 function send(event) {
@@ -130,7 +197,7 @@ function send(event) {
   if (!text || chat.busy) return;
   input.value = "";
   grow();
-  locked = false;
+  watch.locked = false;
   chat.send(text);
 }
 
@@ -139,6 +206,17 @@ function grow() {
   const input = by("input");
   input.style.height = "auto";
   input.style.height = `${input.scrollHeight + input.offsetHeight - input.clientHeight}px`; // with its border
+}
+
+/** The keyboard's focus goes back to a block whose menu has closed. */
+function back(node) {
+  picture.focus(picture.drawn.has(node.path) ? node : picture.focused);
+}
+
+/** Folds the picture away, or shows it. */
+function fold(away) {
+  document.body.classList.toggle("folded", away);
+  by("fold").ariaExpanded = String(!away);
 }
 
 /** Asks for the API key; null where the reader does not give it. */
@@ -159,20 +237,24 @@ by("input").addEventListener("keydown", (event) => {
 });
 by("stop").addEventListener("click", () => chat.stop());
 by("new").addEventListener("click", () => {
-  chat.clear();
-  picture.light([]);
+  show(fresh(watch.model), true);
   by("input").focus();
 });
 by("key-cancel").addEventListener("click", () => by("key").close());
 by("use").addEventListener("change", () => by("use").value !== "pinned" && choice.take(by("use").value));
+by("models").addEventListener("change", () => takeModel(by("models").value));
 by("fold").addEventListener("click", () => fold(!document.body.classList.contains("folded")));
-
-/** Folds the picture away, or shows it. */
-function fold(away) {
-  document.body.classList.toggle("folded", away);
-  by("fold").ariaExpanded = String(!away);
-}
+addEventListener("popstate", () => show(store.get(location.hash.slice(1)) ?? fresh(watch.model)));
+addEventListener("pagehide", () => chat.stop());
+store.watch((id) => {
+  const found = id === chat.conversation.id && !chat.busy && store.get(id);
+  if (found) show(found);
+  else chats.draw();
+});
 
 fold(matchMedia("(max-width: 820px)").matches); // a phone's first screen is for the conversation
 showChoice();
-keepLooking();
+const opened = store.get(location.hash.slice(1)) ?? fresh();
+watch.model = opened.model;
+show(opened);
+watch.keepLooking();

@@ -8,6 +8,7 @@ block of their leaf.
 
 from __future__ import annotations
 
+import math
 import pathlib
 import shutil
 from collections.abc import Iterable, Sequence
@@ -140,9 +141,16 @@ def block(root: pathlib.Path, paths: Sequence[Path], on_blocked: str | None = No
 
 
 def reach(root: pathlib.Path, distance: float) -> BankPolicy:
-    """Sets how far a text may be and still get memory (`math.inf`: any text does). Returns the new policy."""
+    """Sets how far a text may be and still get memory (`math.inf`: any text does). Returns the new policy.
+
+    In a bank that keeps its sources the distance is that from the nearest passage, else from the path's last node.
+    """
     with editing(root) as edit:
-        policy = replace(BankPolicy.read(root / POLICY), reach=distance)
+        policy, by_passages = BankPolicy.read(root / POLICY), MemoryBank.open(root).sources is not None
+        if by_passages and distance < math.inf:
+            policy = replace(policy, passage_reach=distance)
+        else:
+            policy = replace(policy, reach=distance, passage_reach=math.inf)
         policy.write(edit.file(POLICY))
     return policy
 

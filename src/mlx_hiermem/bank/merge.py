@@ -15,7 +15,7 @@ from mlx_hiermem.bank.bank import MANIFEST, MemoryBank
 from mlx_hiermem.bank.block import GENERIC_FILE, block_name
 from mlx_hiermem.bank.check import require_whole
 from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry, order
-from mlx_hiermem.bank.policy import OPEN, POLICY, BankPolicy
+from mlx_hiermem.bank.policy import OPEN, POLICY, REACHES, BankPolicy
 from mlx_hiermem.bank.sources import LeafSources
 from mlx_hiermem.bank.writer import BankWriter
 from mlx_hiermem.config import Path
@@ -121,8 +121,8 @@ def merge_trees(first: ClusterTree, second: ClusterTree) -> ClusterTree:
 def merge_policies(first: BankPolicy, second: BankPolicy) -> BankPolicy:
     """What either blocks; `parent` where either says so, for it gives less away; the longer reach."""
     on_blocked = "parent" if "parent" in (first.on_blocked, second.on_blocked) else "sibling"
-    reach = max(first.reach, second.reach)
-    return replace(first.block(second.blocked), on_blocked=on_blocked, reach=reach)
+    reaches = {name: max(getattr(first, name), getattr(second, name)) for name in REACHES}
+    return replace(first.block(second.blocked), on_blocked=on_blocked, **reaches)
 
 
 def merge_manifests(above: BankManifest, below: BankManifest) -> BankManifest:

@@ -20,6 +20,7 @@ from mlx_hiermem.files import read_json, write_json
 from mlx_hiermem.tree import ON_BLOCKED, ClusterTree, Route
 
 POLICY = "policy.json"
+REACHES = ("reach", "passage_reach")
 
 
 @dataclass(frozen=True)
@@ -29,17 +30,29 @@ class BankPolicy:
     `on_blocked`: a text whose nearest child is blocked goes to the nearest allowed `sibling`, or stops at the
     `parent` (see `ClusterTree.route`). `reach`: how far from the last node of its path a text may be (L2, between
     embeddings of length 1: 0 to about 2) and still be given memory; a bank of everything needs none.
+    `passage_reach` is the same from the nearest passage, for a bank that is routed by its passages.
     """
 
     blocked: frozenset[Path] = frozenset()
     on_blocked: str = "sibling"
     reach: float = math.inf
+    passage_reach: float = math.inf
 
     def __post_init__(self) -> None:
         if self.on_blocked not in ON_BLOCKED:
             raise BankError(f"on_blocked is '{self.on_blocked}'", f"Use {' or '.join(ON_BLOCKED)}.")
-        if not self.reach > 0:
-            raise BankError(f"reach is {self.reach}", "It is a distance, more than 0.")
+        for name in REACHES:
+            if not getattr(self, name) > 0:
+                raise BankError(f"{name} is {getattr(self, name)}", "It is a distance, more than 0.")
+
+    @property
+    def has_reach(self) -> bool:
+        """Whether there are texts for which the bank has no memory."""
+        return min(self.reach, self.passage_reach) < math.inf
+
+    def measured_by(self, passages: bool) -> float:
+        """The reach that is in force: in a bank that is routed by its passages the one from the nearest of them."""
+        return self.passage_reach if passages and self.passage_reach < math.inf else self.reach
 
     def route(self, tree: ClusterTree, embeddings: np.ndarray, blocked: Collection[Path] = ()) -> list[Route]:
         """`ClusterTree.route` under this policy; `blocked` nodes are closed beside its own."""
@@ -78,7 +91,7 @@ class BankPolicy:
 
     def to_json(self) -> dict[str, Any]:
         found = {"blocked": [str(node) for node in sorted(self.blocked)], "on_blocked": self.on_blocked}
-        return found | ({"reach": self.reach} if self.reach < math.inf else {})
+        return found | {name: getattr(self, name) for name in REACHES if getattr(self, name) < math.inf}
 
     def write(self, file: pathlib.Path) -> None:
         write_json(file, self.to_json(), indent=1)
@@ -93,11 +106,12 @@ class BankPolicy:
         try:
             if not isinstance(data["blocked"], list):
                 raise ValueError("blocked is not a list")
-            extra = data.keys() - {"blocked", "on_blocked", "reach"}
+            extra = data.keys() - {"blocked", "on_blocked", *REACHES}
             if extra:
                 raise ValueError(f"unknown settings {', '.join(sorted(extra))}")
             blocked = frozenset(map(Path.parse, data["blocked"]))
-            return cls(blocked, data.get("on_blocked", "sibling"), float(data.get("reach", math.inf)))
+            reaches = (float(data.get(name, math.inf)) for name in REACHES)
+            return cls(blocked, data.get("on_blocked", "sibling"), *reaches)
         except (ValueError, KeyError, TypeError, AttributeError, HierMemError) as error:
             raise BankError(f"cannot read {file}: {error}", mend) from error
 

@@ -78,19 +78,30 @@ class BankSources:
 
     def read(self, leaf: Path) -> LeafSources | None:
         """A leaf's windows; None where it has none."""
-        wanted = (len(leaf), leaf.row(self.branching))
-        at = bisect.bisect_left(self._leaves, wanted, key=lambda pair: (int(pair[0]), int(pair[1])))
-        if at == len(self._leaves) or tuple(self._leaves[at].tolist()) != wanted:
+        if (bounds := self._bounds(leaf)) is None:
             return None
-        begin, end = int(self._first[at]), int(self._first[at + 1])
+        begin, end = bounds
         windows, vectors = self._lines(begin, end), np.asarray(self._vectors[begin:end], np.float32)
         if not 0 < len(windows) == len(vectors):
             raise BankError(f"{self._texts} has {len(windows)} windows of {leaf}, not {len(vectors)}", AGAIN)
         return LeafSources(leaf, windows, vectors)
 
+    def vectors(self, leaf: Path) -> np.ndarray | None:
+        """The vectors [n, dim] of a leaf's windows, without their texts; None where it has none."""
+        bounds = self._bounds(leaf)
+        return np.asarray(self._vectors[slice(*bounds)], np.float32) if bounds else None
+
     def all(self) -> Iterator[LeafSources]:
         """Leaf after leaf."""
         return (found for leaf in self.leaves() if (found := self.read(leaf)))
+
+    def _bounds(self, leaf: Path) -> tuple[int, int] | None:
+        """Where a leaf's windows begin and end; None where it has none."""
+        wanted = (len(leaf), leaf.row(self.branching))
+        at = bisect.bisect_left(self._leaves, wanted, key=lambda pair: (int(pair[0]), int(pair[1])))
+        if at == len(self._leaves) or tuple(self._leaves[at].tolist()) != wanted:
+            return None
+        return int(self._first[at]), int(self._first[at + 1])
 
     def _lines(self, begin: int, end: int) -> list[SourceWindow]:
         try:

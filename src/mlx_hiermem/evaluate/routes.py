@@ -102,8 +102,7 @@ def _chosen(path: Path) -> Selection:
 
 
 def _route(model: MemoryModel, vectors: np.ndarray, closed: frozenset[Path] = frozenset()) -> list[Path]:
-    router = model.router
-    return [route.path for route in router.policy.route(router.tree, vectors, closed)]
+    return [route.path for route in model.router.route_vectors(vectors, closed)]
 
 
 def _around(model: MemoryModel, vectors: np.ndarray, paths: Sequence[Path]) -> list[Path]:

@@ -37,7 +37,7 @@ from mlx_hiermem.learn import publish, stages
 from mlx_hiermem.learn.publish import ANCHOR, BANK, MovedTexts, kept_texts
 from mlx_hiermem.learn.record import RECORD, LearntFile, files_learnt, files_read, read_record, write_record
 from mlx_hiermem.learn.settings import AddSettings
-from mlx_hiermem.learn.sources import more_sources
+from mlx_hiermem.learn.sources import more_sources, passage_reach
 from mlx_hiermem.learn.train.blocks import Tensors, new_block
 from mlx_hiermem.learn.train.dataset import TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.train.jobs import Trainer
@@ -309,9 +309,13 @@ class Relearning(stages.StagedRun):
                 f"the bank {self.root} has changed since these documents were begun with",
                 "Repeat the command: it begins anew.",
             )
-        policy, reach = BankPolicy.read(self.root / POLICY), new.built.agreement["reach"] if new else 0.0
-        if policy.reach < reach:
-            replace(policy, reach=reach).write(edit.file(POLICY))
+        policy = wider = BankPolicy.read(self.root / POLICY)
+        if new:
+            wider = replace(policy, reach=max(policy.reach, new.built.agreement["reach"]))
+            if self.bank.sources:
+                wider = replace(wider, passage_reach=max(policy.passage_reach, passage_reach(new.built)))
+        if wider != policy:
+            wider.write(edit.file(POLICY))
         if origin := Origin.read(self.root):  # the hub does not have these blocks
             replace(origin, subtrees=origin.subtrees | weights.keys()).write(edit.file(REMOTE).parent)
 

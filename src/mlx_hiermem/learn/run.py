@@ -29,6 +29,7 @@ from mlx_hiermem.learn import stages
 from mlx_hiermem.learn.corpus.corpus import Corpus
 from mlx_hiermem.learn.corpus.readers import check_there
 from mlx_hiermem.learn.publish import ANCHOR, BANK, About, Nodes, link, publish, write_bank
+from mlx_hiermem.learn.ranks import Ranks
 from mlx_hiermem.learn.record import RECORD, files_learnt, write_record
 from mlx_hiermem.learn.settings import (
     ExampleSettings,
@@ -36,7 +37,7 @@ from mlx_hiermem.learn.settings import (
     MemorySettings,
     epochs_for,
 )
-from mlx_hiermem.learn.sources import learnt_sources
+from mlx_hiermem.learn.sources import learnt_sources, passage_reach
 from mlx_hiermem.learn.study.stage import Teaching, help_study
 from mlx_hiermem.learn.train.encoding import EXAMPLES, make_examples, open_examples
 from mlx_hiermem.learn.train.jobs import LOG, PLOT, Trainer
@@ -50,7 +51,6 @@ from mlx_hiermem.learn.work import (
     TRAINING,
     TREE,
     WRITTEN,
-    Ranks,
     Work,
     locked_work,
     work_folder,
@@ -291,7 +291,10 @@ class _Run(stages.StagedRun):
             )
             sources = learnt_sources(prepared.built) if settings.sources else None
             manifest = write_bank(model / BANK, trainer, ClusterTree.load(self.work.path(TREE)), about, sources)
-            BankPolicy(reach=prepared.agreement["reach"]).write(model / BANK / POLICY)
+            policy = BankPolicy(reach=prepared.agreement["reach"])
+            if settings.sources:
+                policy = replace(policy, passage_reach=passage_reach(prepared.built))
+            policy.write(model / BANK / POLICY)
             for file in (SKIPPED, AGREEMENT, EXAMPLES, WRITTEN, f"{TRAINING}/{LOG}", f"{TRAINING}/{PLOT}"):
                 if (source := self.work.path(file)).exists():
                     link(source, model / LEARNING / source.name)

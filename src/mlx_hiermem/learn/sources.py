@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -14,6 +15,9 @@ from mlx_hiermem.learn.record import text_digest
 from mlx_hiermem.learn.tree.build import CorpusTree, descend
 from mlx_hiermem.learn.work import PROBE_VECTORS, PROBES, read_rows
 from mlx_hiermem.tree import ClusterTree
+
+MOST = 0.95  # of the probes are within a bank's reach; what is farther names nothing: "It was one of the last"
+MEASURED = 100_000  # probes, about, that say how far that is
 
 
 def learnt_sources(built: CorpusTree) -> Iterator[LeafSources]:
@@ -40,6 +44,21 @@ def more_sources(
             yield _together(left, added.get(leaf))
         elif leaf in added:
             yield added[leaf]
+
+
+def passage_reach(built: CorpusTree) -> float:
+    """How far from its passage a question may be: most of a window's probes are that near to the window.
+
+    The others are sentences and questions that name nothing. A bank that took them in would take in all the world.
+    """
+    first, work = _first_probes(built), built.corpus.work
+    probes = np.load(work.path(PROBE_VECTORS), mmap_mode="r")  # [p, dim]
+    windows = [-1 if "held_out" in row else row["window"] for row in read_rows(work.path(PROBES))]
+    step = max(1, len(windows) // MEASURED)
+    some = np.array([at for at in range(0, len(windows), step) if windows[at] >= 0])
+    own = first[np.array(windows)[some]]  # [n]: the probe that is the whole window
+    distances = np.linalg.norm(probes[some] - probes[own], axis=1)
+    return math.ceil(1e4 * float(np.quantile(distances, MOST))) / 1e4
 
 
 def _without(found: LeafSources, gone: Collection[str]) -> LeafSources:

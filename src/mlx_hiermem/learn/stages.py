@@ -17,13 +17,14 @@ from tokenizers import Tokenizer
 
 from mlx_hiermem.config import MemoryConfig
 from mlx_hiermem.learn.corpus.corpus import Corpus, read_corpus
+from mlx_hiermem.learn.ranks import Ranks
 from mlx_hiermem.learn.settings import AddSettings, LearnSettings, Prompt, StudySettings
 from mlx_hiermem.learn.study.prompts import about_windows, give
 from mlx_hiermem.learn.study.stage import Teaching, study
 from mlx_hiermem.learn.study.teacher import Teacher, load_teacher
 from mlx_hiermem.learn.study.writers import ModelWriter, ServerWriter
 from mlx_hiermem.learn.train.monitor import TrainingProgress
-from mlx_hiermem.learn.work import STUDIED, TIMES, Ranks, Work, read_rows, write_text
+from mlx_hiermem.learn.work import STUDIED, TIMES, Work, read_rows, write_text
 from mlx_hiermem.progress import Progress
 from mlx_hiermem.tokenizer import encode_text
 

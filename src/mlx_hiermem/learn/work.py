@@ -1,4 +1,4 @@
-"""The work folder `OUT.learn`: its files, the stages that are done, its lock, and ranks that wait for the first.
+"""The work folder `OUT.learn`: its files, the stages that are done, and its lock.
 
 A stage is done when its files were renamed into place and noted in `stages.json` with a digest of what they were
 made from: its settings, and through `after` the digests of the stages before. With another setting it and all that
@@ -12,14 +12,10 @@ import hashlib
 import itertools
 import json
 import pathlib
-import random
 import shutil
 import sqlite3
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
-
-import mlx.core as mx
 
 from mlx_hiermem import files
 from mlx_hiermem.errors import CorpusError, OutputError
@@ -33,10 +29,6 @@ PROBES, PROBE_VECTORS, MEANS = "probes.jsonl", "probes.npy", "means.npy"
 TREE, LEAVES_FILE, AGREEMENT, NODES = "tree.safetensors", "leaves.jsonl", "agreement.json", "nodes.json"
 TRAINING = "training"
 GO_ON = "What was done is kept: free space and run the same command again."
-FIRST_RANK = "first-rank"  # how the file's name begins by which the first rank speaks to the others
-BEGUN, READY, FAILED = "begun", "ready", "failed"  # what it says
-PATIENCE = 60.0  # seconds until the first rank must have begun
-NAP = 0.2  # seconds between looks
 Row = dict[str, Any]
 T = TypeVar("T")
 
@@ -145,70 +137,3 @@ def with_rows(
             yield window, []
     if following is not None or next(groups, None) is not None:
         raise CorpusError(f"{file} does not go window by window", "Remove it: it is written again.")
-
-
-class Ranks:
-    """The ranks of one command. The first works alone until the training, unless it asks the others to help.
-
-    The others wait, asleep, for a file in the work folder, which they share: a collective of MLX keeps a core busy
-    while it waits, the stages before the training may take hours, and where the first rank fails a collective only
-    says that a connection was lost. All ranks make one of these together.
-    """
-
-    def __init__(self, folder: pathlib.Path) -> None:
-        group = mx.distributed.init()
-        self.rank, self.count = group.rank(), group.size()
-        # A number that no earlier command had, so that what it left is not taken for news.
-        mine = random.randrange(1 << 20) if self.rank == 0 else 0
-        run = int(mx.distributed.all_sum(mx.array(mine))) if self.count > 1 else mine
-        self._file = folder / f"{FIRST_RANK}-{run}"
-
-    @contextlib.contextmanager
-    def leading(self) -> Iterator[None]:
-        """What only the first rank does; the others go on when it is done, or stop when it failed."""
-        if self.count == 1:
-            yield
-            return
-        for old in self._file.parent.glob(f"{FIRST_RANK}-*"):
-            old.unlink()
-        write_text(self._file, BEGUN)
-        try:
-            yield
-        except BaseException:
-            with contextlib.suppress(OSError, OutputError):
-                write_text(self._file, FAILED)
-            raise
-        write_text(self._file, READY)
-
-    @contextlib.contextmanager
-    def sharing(self, stage: str) -> Iterator[None]:
-        """Within `leading`: what the others help with meanwhile. All must be done when the block ends."""
-        if self.count > 1:
-            write_text(self._file, stage)
-        yield
-        if self.count > 1:
-            write_text(self._file, BEGUN)
-
-    def follow(self, help_with: Mapping[str, Callable[[Callable[[], bool]], None]]) -> None:
-        """Waits for the first rank, and helps with the stages that it shares, each once; `help_with` says how.
-
-        A helper is given a function that says whether its help is still wanted. Raises OutputError where the first
-        rank failed, or has another folder.
-        """
-        start, left = time.monotonic(), dict(help_with)
-        while (said := self._said()) not in (READY, FAILED):
-            if not said and time.monotonic() - start > PATIENCE:
-                raise OutputError(
-                    f"the first rank has not begun in {self._file.parent}", "The ranks must share that folder."
-                )
-            if helping := left.pop(said, None):
-                helping(lambda stage=said: self._said() == stage)  # type: ignore[misc]
-            time.sleep(NAP)
-        if said == FAILED:
-            raise OutputError("the first rank stopped", "Its own line says why.")
-
-    def _said(self) -> str:
-        try:
-            return self._file.read_text(encoding="utf-8")
-        except OSError:
-            return ""

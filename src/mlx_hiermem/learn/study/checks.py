@@ -15,7 +15,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 
 from mlx_hiermem.learn.settings import Prompt
-from mlx_hiermem.learn.study.teacher import patterns
+from mlx_hiermem.learn.study.patterns import patterns
 
 NUMBER = re.compile(r"\d(?:[\d.,]*\d)?")
 WORD = re.compile(r"[^\W\d_]+")
@@ -29,7 +29,7 @@ WRITTEN = {word: str(number) for number, word in enumerate(COUNTED.split())}
 WRITTEN |= {"half": "2", "hundred": "100", "thousand": "1000"}
 
 
-class Source:
+class Evidence:
     """What a window and its title say, as far as it is compared."""
 
     def __init__(self, title: str, text: str) -> None:

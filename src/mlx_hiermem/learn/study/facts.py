@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mlx_hiermem.learn.corpus.windows import Window
-from mlx_hiermem.learn.study.teacher import patterns
+from mlx_hiermem.learn.study.patterns import patterns
 from mlx_hiermem.learn.tree.probes import about, names
 from mlx_hiermem.sentences import sentences
 

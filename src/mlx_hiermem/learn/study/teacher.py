@@ -6,10 +6,10 @@ The prompts share a beginning, which is read once. Any model of mlx-lm will do; 
 from __future__ import annotations
 
 import copy
-import functools
+import hashlib
+import json
 import pathlib
-import re
-import tomllib
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,13 +23,10 @@ from mlx_lm.sample_utils import make_sampler
 
 from mlx_hiermem.cpu import report_slow_blas
 from mlx_hiermem.errors import AnchorError
-from mlx_hiermem.files import file_digest
-from mlx_hiermem.learn.study.replies import Replies, key_of
 from mlx_hiermem.partial import prefill, repeat_cache
 from mlx_hiermem.progress import FractionDone, unheard_fraction
 from mlx_hiermem.tokenizer import NO_CODE, encode_chat, encode_text
 
-PATTERNS = pathlib.Path(__file__).with_name("patterns.toml")
 BATCH = 32  # lines written at a time; when one is done, no other takes its place: that would copy all their caches
 
 
@@ -156,6 +153,66 @@ class Teacher:
         ]
 
 
+def load_teacher(name: str) -> Teacher:
+    """A model by its folder (a memory model's too) or hub id. Raises AnchorError where mlx-lm cannot load it."""
+    from mlx_lm import load
+
+    report_slow_blas()
+    if (inside := pathlib.Path(name) / "anchor").is_dir():
+        name = str(inside)
+    try:
+        model, tokenizer = load(name, NO_CODE)[:2]
+    except Exception as error:  # mlx-lm raises whatever the hub, the files or the architecture give rise to
+        raise AnchorError(
+            f"cannot load the teacher {name}: {error}", "Name a model that mlx-lm can load."
+        ) from error
+    if mx.default_device().type == mx.DeviceType.cpu:
+        model.set_dtype(mx.float32)
+    return Teacher(model, tokenizer)
+
+
+def _certainty(log_p: np.ndarray, answer: list[int], rivals: Sequence[list[int]]) -> float:
+    """Mean log p of the answer's tokens, or -inf; see `Teacher.finds`."""
+    for i, token in enumerate(answer):
+        like = {rival[i] for rival in rivals if rival[:i] == answer[:i] and len(rival) > i}
+        if any(log_p[i, other] > log_p[i, token] for other in like - {token}):
+            return float("-inf")
+    return float(log_p[np.arange(len(answer)), answer].mean())
+
+
+# Replies that are kept as they come: what was answered once is not asked again after a kill
+
+
+def key_of(asked: Any) -> str:
+    """By what a reply is found again: a digest of everything that was asked, as JSON."""
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
+
+
+class Replies:
+    """The replies in one file; several threads may add to them."""
+
+    def __init__(self, file: pathlib.Path, *others: pathlib.Path) -> None:
+        """Reads what is there, and in `others`. A line that a kill has torn is dropped."""
+        self.file, self._lock, self._known = file, threading.Lock(), dict[str, Any]()
+        for one in (*others, file):
+            whole, _, torn = one.read_bytes().rpartition(b"\n") if one.exists() else (b"", b"", b"")
+            if torn and one == file:
+                file.write_bytes(whole + b"\n" if whole else b"")
+            notes = (json.loads(line) for line in whole.splitlines())
+            self._known |= {note["of"]: note["answer"] for note in notes}
+
+    def get(self, key: str) -> Any:
+        """The reply, or None."""
+        return self._known.get(key)
+
+    def keep(self, key: str, answer: Any) -> None:
+        """Notes a reply, on disk before it is used."""
+        with self._lock:
+            self._known[key] = answer
+            with self.file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"of": key, "answer": answer}) + "\n")
+
+
 @dataclass(frozen=True)
 class CachedTeacher(Teacher):
     """A teacher whose replies are kept in a file: a study that was killed does not ask for them again.
@@ -193,85 +250,3 @@ class CachedTeacher(Teacher):
             known = ask()
             self.kept.keep(key, known)
         return list(known)
-
-
-def load_teacher(name: str) -> Teacher:
-    """A model by its folder (a memory model's too) or hub id. Raises AnchorError where mlx-lm cannot load it."""
-    from mlx_lm import load
-
-    report_slow_blas()
-    if (inside := pathlib.Path(name) / "anchor").is_dir():
-        name = str(inside)
-    try:
-        model, tokenizer = load(name, NO_CODE)[:2]
-    except Exception as error:  # mlx-lm raises whatever the hub, the files or the architecture give rise to
-        raise AnchorError(
-            f"cannot load the teacher {name}: {error}", "Name a model that mlx-lm can load."
-        ) from error
-    if mx.default_device().type == mx.DeviceType.cpu:
-        model.set_dtype(mx.float32)
-    return Teacher(model, tokenizer)
-
-
-def _certainty(log_p: np.ndarray, answer: list[int], rivals: Sequence[list[int]]) -> float:
-    """Mean log p of the answer's tokens, or -inf; see `Teacher.finds`."""
-    for i, token in enumerate(answer):
-        like = {rival[i] for rival in rivals if rival[:i] == answer[:i] and len(rival) > i}
-        if any(log_p[i, other] > log_p[i, token] for other in like - {token}):
-            return float("-inf")
-    return float(log_p[np.arange(len(answer)), answer].mean())
-
-
-# What it is shown
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """Examples that a model goes on with: a line for each subject that is shown."""
-
-    lines: tuple[str, ...]
-    statement: bool  # whether the answer completes a line; otherwise a line is a question
-
-
-@dataclass(frozen=True)
-class Patterns:
-    """All that patterns.toml says; the comments there say what each is for."""
-
-    digest: str
-    openers: re.Pattern[str]
-    function_words: frozenset[str]
-    asking_words: frozenset[str]
-    other_words: str
-    asked_for: str
-    example: str
-    shown: tuple[tuple[str, str], ...]  # (subject, what is asked for)
-    shown_reversed: tuple[tuple[str, str, str], ...]  # (subject, what is said of it, value)
-    forward: tuple[Pattern, ...]
-    backward: tuple[Pattern, ...]
-    own: Sequence[int]  # patterns, by number, in which the sentence's own words for what is asked for are tried
-    synonym: Sequence[int]  # other words
-    rare: Sequence[int]  # the own words of a sentence of which there are few alike
-
-
-@functools.cache
-def patterns() -> Patterns:
-    """Reads the file, once."""
-    data = tomllib.loads(PATTERNS.read_text(encoding="utf-8"))
-    numbers = {
-        use: [number for number, row in enumerate(data["pattern"]) if use in row["for"]]
-        for use in ("own", "synonym", "rare")
-    }
-    return Patterns(
-        file_digest(PATTERNS),
-        re.compile("|".join(data["openers"].split()), re.IGNORECASE),
-        frozenset(data["function_words"].split()),
-        frozenset(data["asking_words"].split()),
-        data["other_words"],
-        data["asked_for"],
-        data["example"],
-        tuple((subject, what) for subject, what in data["shown"]),
-        tuple((subject, what, value) for subject, what, value in data["shown_reversed"]),
-        tuple(Pattern(tuple(row["lines"]), row["statement"]) for row in data["pattern"]),
-        tuple(Pattern(tuple(row["lines"]), row["statement"]) for row in data["reversed_pattern"]),
-        **numbers,
-    )

@@ -25,7 +25,8 @@ from typing import Protocol
 from mlx_hiermem.learn.corpus.windows import Window
 from mlx_hiermem.learn.settings import StudySettings
 from mlx_hiermem.learn.study.facts import SUBJECT, Fact, without
-from mlx_hiermem.learn.study.teacher import Teacher, patterns
+from mlx_hiermem.learn.study.patterns import patterns
+from mlx_hiermem.learn.study.teacher import Teacher
 from mlx_hiermem.learn.tree.probes import FRAME
 from mlx_hiermem.progress import FractionDone, unheard_fraction
 

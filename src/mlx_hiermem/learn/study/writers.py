@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mlx_hiermem.errors import MissingDependencyError, TeacherError
-from mlx_hiermem.learn.study.replies import Replies, key_of
-from mlx_hiermem.learn.study.teacher import Teacher
+from mlx_hiermem.learn.study.teacher import Replies, Teacher, key_of
 
 if TYPE_CHECKING:
     import openai

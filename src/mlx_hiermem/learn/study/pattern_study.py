@@ -24,7 +24,8 @@ from typing import Any
 from mlx_hiermem.learn.corpus.windows import Window
 from mlx_hiermem.learn.settings import StudySettings
 from mlx_hiermem.learn.study.facts import COMMON, Fact, facts, mention, reversible, worth_asking
-from mlx_hiermem.learn.study.teacher import CachedTeacher, Teacher, patterns
+from mlx_hiermem.learn.study.patterns import patterns
+from mlx_hiermem.learn.study.teacher import CachedTeacher, Teacher
 from mlx_hiermem.learn.study.wordings import (
     PairJudge,
     Tried,

@@ -1,0 +1,68 @@
+"""Routing by passages: the tree says where to look, and the nearest passage says which leaf it is.
+
+Greedy descent compares a text with the middle of a leaf, which is like none of the documents there. Where a bank
+keeps the vectors of its passages (`bank.sources`), the leaves that a beam search finds are looked through, and the
+leaf of the nearest passage is taken. Vector indexes do the same, as an "inverted file" of which some lists are
+probed. Of 240 questions on the demo's 480 articles descent takes 91 % to the leaf that learnt the answer, this 99 %
+(docs/decisions/2026-11-29-routing-by-passages.md).
+
+It also tells better what a bank knows nothing of: a foreign question is as near to the middle of some leaf as the
+bank's own questions are, and to no passage.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from mlx_hiermem.bank.policy import BankPolicy
+from mlx_hiermem.bank.sources import BankSources
+from mlx_hiermem.config import Path
+from mlx_hiermem.tree import ClusterTree, Route
+
+PROBED = 8  # leaves that are looked through
+
+
+def by_passages(
+    tree: ClusterTree, sources: BankSources, policy: BankPolicy, vector: np.ndarray, descent: Route
+) -> Route:
+    """Where an embedding [dim] goes; `descent` is where the tree alone takes it, under the same policy.
+
+    That stands where none of the leaves has a passage, or all are blocked. A blocked leaf is passed over for the
+    nearest passage of an open one, or, where the policy says `parent`, the text stops above what is blocked.
+    """
+    near = _nearest(tree, sources, vector)
+    if not near:
+        return descent
+    nearest = near[0][0]
+    if nearest > policy.passage_reach:
+        return Route(avoided=descent.avoided, passage=nearest, far=True)
+    if descent.far and policy.passage_reach == math.inf:
+        return replace(descent, passage=nearest)
+    avoided = dict[Path, None]()
+    for distance, leaf in near:
+        closed = policy.blocker(leaf)
+        if closed is None:
+            return Route(leaf, tree.distances_on(vector, leaf), tuple(avoided), passage=distance)
+        avoided[closed] = None
+        if policy.on_blocked == "parent":
+            above = Path(closed[:-1])
+            return Route(above, tree.distances_on(vector, above), tuple(avoided), passage=distance)
+    return descent
+
+
+def passage_distance(cosine: float) -> float:
+    """L2 between embeddings of length 1."""
+    return math.sqrt(max(0.0, 2 - 2 * cosine))
+
+
+def _nearest(tree: ClusterTree, sources: BankSources, vector: np.ndarray) -> list[tuple[float, Path]]:
+    """Distance of the nearest passage of each leaf that is looked through, and the leaf; nearest first."""
+    found = list[tuple[float, Path]]()
+    for leaf in tree.beam(vector, PROBED):
+        passages = sources.vectors(leaf)
+        if passages is not None:
+            found.append((passage_distance(float((passages @ vector).max())), leaf))
+    return sorted(found)
