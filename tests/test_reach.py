@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pathlib
+import time
 from collections import Counter
 from dataclasses import replace
 
@@ -111,6 +112,15 @@ def test_a_conversation_is_embedded_in_two_batches_and_never_again(tree: Cluster
     assert fresh.conversation(texts).topic == topic
     assert other.calls == [4, 2]  # what was said, and two follow-ups behind their question
     assert sum(embedder.calls) == 6
+
+
+def test_the_time_of_a_route_has_the_embedding_in_it(tree: ClusterTree) -> None:
+    class Slow(Placed):
+        def embed(self, texts: list[str]) -> np.ndarray:
+            time.sleep(0.02)
+            return super().embed(texts)
+
+    assert Router(tree, Slow()).conversation(["1 0"]).route.milliseconds >= 20
 
 
 def test_what_was_said_long_ago_is_embedded_again() -> None:

@@ -151,7 +151,7 @@ class Router:
 
         What was not asked before is embedded in one batch, and the follow-ups behind their questions in another.
         """
-        texts = texts[-LOOKED_BACK:]
+        start, texts = time.perf_counter(), texts[-LOOKED_BACK:]
         vectors = self._said.embed(texts)
         if self.policy.has_reach:
             self._said.embed(self._follow_ups(texts, vectors, blocked))
@@ -159,7 +159,8 @@ class Router:
         for text in texts:
             turn = self.turn(text, topic, blocked)
             topic = turn.topic
-        return turn
+        route = replace(turn.route, milliseconds=(time.perf_counter() - start) * 1e3)  # with the embedding
+        return replace(turn, route=route)
 
     def _follow_ups(self, texts: Sequence[str], vectors: np.ndarray, blocked: Collection[Path]) -> list[str]:
         """The turns that lead nowhere, each behind the question that it may belong to."""

@@ -24,7 +24,7 @@ from typing import Any
 
 from mlx_hiermem.errors import CorpusError, MissingDependencyError
 from mlx_hiermem.learn.corpus.windows import Document, Skipped
-from mlx_hiermem.learn.work import STAGES, SUFFIX
+from mlx_hiermem.learn.work import STAGES, SUFFIX, SYNC
 
 Found = Document | Skipped
 
@@ -116,7 +116,7 @@ def _foreign(folder: pathlib.Path) -> str:
         return "hidden folder"
     if any((folder / name).is_file() for name in ("bank.json", "bank/bank.json", "anchor/config.json")):
         return "a model"
-    return "the work folder of a model" if folder.suffix == SUFFIX and (folder / STAGES).is_file() else ""
+    return "the work folder of a model" if folder.suffix in (SUFFIX, SYNC) and (folder / STAGES).is_file() else ""
 
 
 def _read_file(path: pathlib.Path, source: str, field: str, title: str) -> Iterator[Found]:
