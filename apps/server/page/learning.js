@@ -24,7 +24,7 @@ export class Learning {
 
   open() {
     this.place.showModal();
-    this.look();
+    this.keepLooking();
   }
 
   async look() {
@@ -35,12 +35,12 @@ export class Learning {
     }
   }
 
+  /** Looks, and again after a while: sooner while the runs are watched. */
   async keepLooking() {
-    for (;;) {
-      if (!document.hidden) await this.look();
-      if (this.none) return; // the server watches nothing, and will not while it runs
-      await new Promise((done) => setTimeout(done, this.place.open ? OPEN : SHUT));
-    }
+    if (!document.hidden) await this.look();
+    clearTimeout(this.timer);
+    if (this.none) return; // the server watches nothing, and will not while it runs
+    this.timer = setTimeout(() => this.keepLooking(), this.place.open ? OPEN : SHUT);
   }
 
   show(runs) {
