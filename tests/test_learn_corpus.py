@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import CorpusError, OutputError
-from mlx_hiermem.learn.corpus import readers as corpus
+from mlx_hiermem.learn.corpus import formats, readers
 from mlx_hiermem.learn.corpus.corpus import Seen, read_corpus
 from mlx_hiermem.learn.corpus.windows import Document, Skipped, splintered, split, untruncated
 from mlx_hiermem.learn.settings import CorpusSettings
@@ -60,7 +60,7 @@ def pdf(text: str) -> bytes:
 
 def read(*sources: object, **options: str) -> tuple[list[Document], dict[str, str]]:
     """(documents, what was skipped -> why)"""
-    found = list(corpus.read([str(source) for source in sources], **options))
+    found = list(readers.read([str(source) for source in sources], **options))
     return [d for d in found if isinstance(d, Document)], {s.what: s.why for s in found if isinstance(s, Skipped)}
 
 
@@ -137,7 +137,7 @@ def test_fields_are_chosen(tmp_path: pathlib.Path) -> None:
 
 
 def test_long_text_comes_in_pieces(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "PIECE", 100)
+    monkeypatch.setattr(formats, "PIECE", 100)
     text = "".join(f"Paragraph {i} has some words in it.\n\n" for i in range(40))
     (folder / "book.txt").write_text(text)
     documents, _ = read(folder)
@@ -315,7 +315,7 @@ def test_memory_does_not_grow_with_the_corpus(
             for i in range(documents):
                 yield Document(f"{i}", "", f"Line {i} of it. " + f"{i} words. " * 100)
 
-        monkeypatch.setattr(corpus, "read", lambda *args: found())
+        monkeypatch.setattr(readers, "read", lambda *args: found())
         tracemalloc.start()
         read_corpus(Work(tmp_path / f"work{documents}"), [str(folder)], tokenizer)
         _, most = tracemalloc.get_traced_memory()

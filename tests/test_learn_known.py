@@ -13,8 +13,8 @@ from mlx_hiermem.anchor import load_anchor
 from mlx_hiermem.config import Path
 from mlx_hiermem.learn.train.dataset import FRAMED, IN_CHAT, Example, TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.train.jobs import Trainer
-from mlx_hiermem.learn.train.known import KNOWN, Known
 from mlx_hiermem.learn.train.monitor import ProgressMeter, TrainingProgress, read_log
+from mlx_hiermem.learn.train.schedule import KNOWN, Known
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_what_is_known_is_not_learnt_in_each_epoch(
     anchor: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The log and the meter tell it, and the last epoch goes through everything once more."""
-    monkeypatch.setattr("mlx_hiermem.learn.train.known.KNOWN", 5.0)  # a tiny anchor learns random tokens slowly
+    monkeypatch.setattr("mlx_hiermem.learn.train.schedule.KNOWN", 5.0)  # a tiny anchor learns random tokens slowly
     model = load_anchor(anchor / "anchor")[0]
     examples = make_set(tmp_path / "set", 6)
     settings = dataclasses.replace(QUICK, epochs=10, group_tokens=32, rate=3e-2, generic=False)

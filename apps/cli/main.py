@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import typer
 
 from mlx_hiermem import cpu
-from mlx_hiermem.apps.cli import ask, bank, chat, convert, demo, evaluate, export, learn, mcp, plan, serve
+from mlx_hiermem.apps.cli import ask, bank, chat, convert, demo, evaluate, export, learn, mcp, plan, serve, sync
 from mlx_hiermem.errors import HierMemError
 from mlx_hiermem.printable import printable
 
@@ -34,6 +34,7 @@ A small language model with a large memory on disk.
   hiermem route      show the path that a text takes through the memory
 
   hiermem learn      make a model of your documents
+  hiermem sync       learn what has changed in their folder
   hiermem convert    make one of a checkpoint that was trained elsewhere
   hiermem verify     check a model, also against what it was made of
   hiermem eval       test a model with and without its memory
@@ -62,6 +63,7 @@ for command in (
     mcp.mcp,
     ask.route,
     learn.learn,
+    sync.sync,
     convert.convert,
     convert.verify,
 ):

@@ -20,6 +20,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_hiermem.anchor import identify, load_anchor
 from mlx_hiermem.bank.bank import MANIFEST, TREE, MemoryBank
@@ -159,7 +160,7 @@ class Relearning(stages.StagedRun):
         after = [new.digest] if new else []
         self.work.stage("joined", [self.digest, made_of, gone.above], after, lambda: self._join(new, gone, blocks))
         count = len(new.texts) if new else 0
-        forgotten = sum(window in gone.windows for window in self.kept.windows.tolist()) if self.kept else 0
+        forgotten = int(np.isin(self.kept.windows, list(gone.windows)).sum()) if self.kept else 0
         return Lesson(blocks, afresh, TrainingSet.open(self.work.path(JOINED)), count, forgotten)
 
     def _target(self, leaf: Path) -> Path:
@@ -205,11 +206,11 @@ class Relearning(stages.StagedRun):
                     everything.add(example, leaves)
                     if here := [leaf for leaf in leaves if self._target(leaf) in blocks]:
                         joined.add(example, here)
-            for number, leaves in enumerate(new.texts.leaves_of() if new else ()):
-                example = new.texts.read(number) if new else None
-                assert example
-                joined.add(example, leaves)
-                everything.add(replace(example, window=windows + example.window), leaves)
+            if new:
+                for number, leaves in enumerate(new.texts.leaves_of()):
+                    example = new.texts.read(number)
+                    joined.add(example, leaves)
+                    everything.add(replace(example, window=windows + example.window), leaves)
         self._join_record(record, new, gone, windows)
 
     def _join_record(self, record: dict[str, LearntFile], new: NewTexts | None, gone: Gone, windows: int) -> None:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from mlx_hiermem import files
 from mlx_hiermem.errors import CorpusError, OutputError
 
-SUFFIX = ".learn"  # of a work folder's name
+SUFFIX, SYNC = ".learn", ".sync"  # of a work folder's name
 STAGES, TIMES = "stages.json", "times.json"
 FILES, WINDOWS, SKIPPED = "files.jsonl", "windows.jsonl", "skipped.jsonl"
 STUDY, PROMPTS = "study.jsonl", "prompts.jsonl"
@@ -33,9 +33,9 @@ Row = dict[str, Any]
 T = TypeVar("T")
 
 
-def work_folder(model: pathlib.Path) -> pathlib.Path:
+def work_folder(model: pathlib.Path, suffix: str = SUFFIX) -> pathlib.Path:
     """Where everything lies until the model folder is whole."""
-    return model.absolute().with_name(model.name + SUFFIX)
+    return model.absolute().with_name(model.name + suffix)
 
 
 @contextlib.contextmanager

@@ -18,9 +18,8 @@ from mlx_hiermem.learn.settings import TrainingSettings
 from mlx_hiermem.learn.train.activations import JobStates
 from mlx_hiermem.learn.train.blocks import Tensors, TrainedBlocks
 from mlx_hiermem.learn.train.dataset import TrainingSet
-from mlx_hiermem.learn.train.known import Known
 from mlx_hiermem.learn.train.monitor import Log, ProgressMeter
-from mlx_hiermem.learn.train.schedule import Group, Job, Schedule, nodes_with_block
+from mlx_hiermem.learn.train.schedule import Group, Job, Known, Schedule, nodes_with_block
 from mlx_hiermem.learn.train.step import MemoryLoss, rate_factor, update
 from mlx_hiermem.progress import Progress
 
