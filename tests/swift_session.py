@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from swift_sources import write_windows
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -179,7 +180,7 @@ class Said:
 
 
 def write_bank(folder: pathlib.Path) -> MemoryBank:
-    """A bank of random blocks in float16; node 2.2 is in the tree, but has no block."""
+    """A bank of random blocks in float16, with sources; node 2.2 is in the tree, but has no block."""
     from swift_goldens import uniform
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -210,6 +211,7 @@ def write_bank(folder: pathlib.Path) -> MemoryBank:
         rows,
         FileEntry((folder / TREE).stat().st_size, file_digest(folder / TREE)),
         generic,
+        sources=write_windows(folder, CONFIG.branching, DIM),
         labels={Path((2, 2)): "no block"},
         licence="CC0",
     )

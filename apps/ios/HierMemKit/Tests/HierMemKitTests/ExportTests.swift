@@ -68,7 +68,9 @@ struct ExportTests {
   @Test func questionsGoWherePythonSendsThem() async throws {
     let (bank, retriever) = (try #require(folder.bank), try #require(folder.manifest.retriever))
     let tokenizer = try JSONTokenizer(contentsOf: folder.url.appendingPathComponent(retriever.tokenizer))
-    let router = Router(tree: bank.tree, embedder: KnownEmbedder(vectors: golden.questions.vectors), policy: bank.policy)
+    let router = Router(
+      tree: bank.tree, embedder: KnownEmbedder(vectors: golden.questions.vectors), policy: bank.policy,
+      sources: bank.sources)
     #expect(golden.questions.talks.joined().count > 30)
     for talk in golden.questions.talks {
       var topic: Topic?
