@@ -25,7 +25,7 @@ cpu.enable()
 import mlx.core as mx
 import numpy as np
 from elements import BANK
-from swift_session import Said, write_session
+from swift_session import Said, with_sources, write_session
 from swift_texts import write_real_tokens, write_tokenizers, write_tokens
 
 from mlx_hiermem.bank.bank import MemoryBank
@@ -108,8 +108,8 @@ def write_routes(folder: pathlib.Path) -> None:
 
 
 def passage_routes(folder: pathlib.Path) -> dict[str, Any]:
-    """Where vectors go in the tiny bank, which has sources."""
-    bank = MemoryBank.open(folder / "bank")
+    """Where vectors go in the tiny bank with its sources."""
+    bank = with_sources(MemoryBank.open(folder / "bank"))
     vectors = uniform(5, 60, bank.tree.dim)
     vectors /= np.sqrt((vectors**2).sum(1, keepdims=True))
     assert bank.sources

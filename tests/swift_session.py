@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import pathlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -180,7 +180,7 @@ class Said:
 
 
 def write_bank(folder: pathlib.Path) -> MemoryBank:
-    """A bank of random blocks in float16, with sources; node 2.2 is in the tree, but has no block."""
+    """A bank of random blocks in float16; node 2.2 is in the tree, but has no block."""
     from swift_goldens import uniform
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -211,12 +211,17 @@ def write_bank(folder: pathlib.Path) -> MemoryBank:
         rows,
         FileEntry((folder / TREE).stat().st_size, file_digest(folder / TREE)),
         generic,
-        sources=write_windows(folder, CONFIG.branching, DIM),
         labels={Path((2, 2)): "no block"},
         licence="CC0",
     )
     manifest.write(folder / MANIFEST)
     return MemoryBank.open(folder)
+
+
+def with_sources(bank: MemoryBank) -> MemoryBank:
+    """The same bank with sources; its manifest on disk does not name them, so that whoever opens it has none."""
+    entry = write_windows(bank.root, CONFIG.branching, DIM)
+    return MemoryBank(bank.root, replace(bank.manifest, sources=entry))
 
 
 def write_session(folder: pathlib.Path) -> None:

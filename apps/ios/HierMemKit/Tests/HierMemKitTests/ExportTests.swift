@@ -71,6 +71,7 @@ struct ExportTests {
     let router = Router(
       tree: bank.tree, embedder: KnownEmbedder(vectors: golden.questions.vectors), policy: bank.policy,
       sources: bank.sources)
+    #expect(bank.sources != nil)
     #expect(golden.questions.talks.joined().count > 30)
     for talk in golden.questions.talks {
       var topic: Topic?

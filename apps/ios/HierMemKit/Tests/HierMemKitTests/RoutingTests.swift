@@ -75,7 +75,8 @@ struct RoutingTests {
     let numbered = Dictionary(uniqueKeysWithValues: vectors.enumerated().map { ("\($0)", $1) })
     let router = Router(
       tree: bank.tree, embedder: KnownEmbedder(vectors: numbered), policy: try golden.policy,
-      sources: try #require(bank.sources))
+      sources: try BankSources(folder: bank.folder, tree: bank.tree))
+    #expect(bank.sources == nil)  // its manifest names none
     for index in vectors.indices {
       let route = try await router.turn("\(index)", topic: nil).alone
       #expect(route.path.description == golden.paths[index])
@@ -95,7 +96,8 @@ struct RoutingTests {
     let elements = try ClusterTree(contentsOf: Fixtures.elements.appendingPathComponent("tree.safetensors"))
     #expect(await hierMemError { _ = try BankSources(folder: folder, tree: elements) }?.kind == .bank)
     try FileManager.default.removeItem(at: folder.appendingPathComponent("sources"))
-    #expect(await hierMemError { _ = try MemoryBank(folder: folder, downloads: folder) }?.kind == .bank)
+    let own = try MemoryBank(folder: folder, downloads: folder).tree
+    #expect(await hierMemError { _ = try BankSources(folder: folder, tree: own) }?.kind == .bank)
   }
 
   private struct GoldenTalks: Decodable {
