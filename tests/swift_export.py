@@ -51,6 +51,7 @@ def write_export(out: pathlib.Path, exported: pathlib.Path | None = None) -> Non
     golden = {
         **_texts(folder, manifest),
         "questions": _questions(bank),
+        "sources": bank.sources is not None,
         "blocks": _blocks(bank, set(manifest["bank"]["download"])),
     }
     (out / "export.json").write_text(json.dumps(golden, ensure_ascii=False) + "\n", encoding="utf-8")
