@@ -110,7 +110,7 @@ public struct Router: Sendable {
     let after = Topic.following(topic, path: alone.path, decided: decided, question: said)
     if let after { return turn(alone, after) }
     guard let topic else { preconditionFailure("a first turn leads") }
-    let belongs = policy.reach < .infinity ? try await belonging(said, topic) : nil
+    let belongs = policy.hasReach ? try await belonging(said, topic) : nil
     if let belongs, belongs <= Topic.belongs {
       let nowhere = Route(path: .root, distances: [], avoided: alone.avoided, isFar: true)
       return turn(nowhere, belongs: belongs, topic.with(aside: said.vector))
