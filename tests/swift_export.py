@@ -18,7 +18,7 @@ from swift_texts import ROOT, TEXTS
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.block import block_name, read_block
 from mlx_hiermem.convert.coreml.export import Options, export
-from mlx_hiermem.convert.coreml.package import MANIFEST
+from mlx_hiermem.convert.export.package import MANIFEST
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.router import Router, behind
 from mlx_hiermem.tokenizer import encode_chat, load_tokenizer

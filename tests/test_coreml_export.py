@@ -27,11 +27,11 @@ from mlx_hiermem.bank.sources import INDEX_FILE
 from mlx_hiermem.cache import BlockCache
 from mlx_hiermem.config import Path
 from mlx_hiermem.convert.anchors.huggingface import convert_huggingface
-from mlx_hiermem.convert.coreml import bundle, sizes
 from mlx_hiermem.convert.coreml.export import Options, export
-from mlx_hiermem.convert.coreml.exported import Exported
-from mlx_hiermem.convert.coreml.references import read_memory
-from mlx_hiermem.convert.coreml.verify import check_files
+from mlx_hiermem.convert.export import bundle, sizes
+from mlx_hiermem.convert.export.exported import Exported
+from mlx_hiermem.convert.export.references import read_memory
+from mlx_hiermem.convert.export.verify import check_files
 from mlx_hiermem.errors import AnchorMismatchError, BankError, HierMemError
 from mlx_hiermem.memory.attach import attach
 

@@ -13,7 +13,7 @@ from mlx_hiermem.apps.cli import models
 from mlx_hiermem.apps.cli.display import console, notes, renamed, size, stages
 
 if TYPE_CHECKING:
-    from mlx_hiermem.convert.coreml.exporter import Options, Report
+    from mlx_hiermem.convert.export.exporter import Options, Report
 
 app = typer.Typer(help="Export a model for where no Python runs.")
 
@@ -65,7 +65,7 @@ def coreml(
     Example: `hiermem export coreml my-model MyApp/Model --only bromine`
     """
     from mlx_hiermem.convert.coreml.export import export as run
-    from mlx_hiermem.convert.coreml.exporter import Options
+    from mlx_hiermem.convert.export.exporter import Options
 
     if memory:
         renamed("--memory", "--attach")
@@ -93,7 +93,7 @@ def coreai(
     Example: `hiermem export coreai my-model MyApp/Model --weights int4`
     """
     from mlx_hiermem.convert.coreai.export import export as run
-    from mlx_hiermem.convert.coreml.exporter import Options
+    from mlx_hiermem.convert.export.exporter import Options
 
     options = Options(context, "input", weights, bound, blocks, tuple(only or ()), url, with_sources)
     _export(run, "--coreai", words, model, options, as_json)
