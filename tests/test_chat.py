@@ -26,8 +26,9 @@ from mlx_hiermem.apps.cli.display import FAR, console, notes
 from mlx_hiermem.apps.cli.main import main
 from mlx_hiermem.apps.cli.shelf import Shelf
 from mlx_hiermem.bank.policy import BankPolicy
-from mlx_hiermem.config import MemoryChoice, Path
+from mlx_hiermem.config import Path
 from mlx_hiermem.errors import AnchorError, HierMemError
+from mlx_hiermem.memory_choice import MemoryChoice
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.router import Router
 from mlx_hiermem.selection import Selection

@@ -363,6 +363,27 @@ def test_labels_are_what_sets_a_node_apart() -> None:
     json.dumps(nodes)
 
 
+def test_titles_come_first_in_a_label() -> None:
+    from mlx_hiermem.config import Path
+    from mlx_hiermem.learn.corpus.windows import Window
+    from mlx_hiermem.learn.tree.build import Placed
+
+    about = {
+        "Sourdough": "abiding brewer crumb",
+        "Rye": "abiding brewer crumb",
+        "Sloop": "mast keel",
+        "": "mast keel",
+    }
+    windows = [Window(i, i, f"d{i}.txt", title, text) for i, (title, text) in enumerate(about.items())]
+    placed = [Placed(i, (Path((i // 2,)),)) for i in range(4)]
+    nodes = labels.describe(
+        windows, lambda numbers: [windows[n] for n in numbers], placed, [one.leaves for one in placed], len
+    )
+    # A word of both is in as many windows as a title of one is not.
+    assert nodes["0"]["label"].split(", ") == ["rye", "sourdough", "abiding"]
+    assert nodes["1"]["label"].split(", ") == ["sloop", "keel", "mast"]
+
+
 @pytest.mark.slow
 def test_memory_for_labels_does_not_grow_with_the_terms_of_leaves() -> None:
     from mlx_hiermem.config import Path

@@ -114,8 +114,8 @@ def talk(session: Session, header: str = "", shelf: Shelf | None = None) -> bool
 
 def _draft(session: Session) -> Paused:
     """What is done while the user thinks: the embedder is loaded, then drafts are routed and their blocks read."""
-    from mlx_hiermem.config import MemoryChoice
     from mlx_hiermem.errors import HierMemError
+    from mlx_hiermem.memory_choice import MemoryChoice
 
     def paused(text: str) -> None:
         with contextlib.suppress(HierMemError):  # the question itself will tell

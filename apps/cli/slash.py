@@ -96,7 +96,7 @@ def said(session: Session) -> str:
 
 def _compare(session: Session, argument: str) -> None:
     """The last question again, without memory, with the generic one, and with that of its path."""
-    from mlx_hiermem.config import MemoryChoice
+    from mlx_hiermem.memory_choice import MemoryChoice
     from mlx_hiermem.session import Session
 
     if not session.messages:
@@ -284,7 +284,8 @@ def _memory(session: Session, argument: str) -> None:
 
 
 def _pin(session: Session, argument: str) -> None:
-    from mlx_hiermem.config import MemoryChoice, Path
+    from mlx_hiermem.config import Path
+    from mlx_hiermem.memory_choice import MemoryChoice
 
     if argument == "off":
         if not session.memory.path:
