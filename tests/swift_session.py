@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from swift_sources import write_windows
+from swift_sources import Worded, found_sources, write_windows
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -240,6 +240,11 @@ def write_session(folder: pathlib.Path) -> None:
         "none": session("none"),
         "reach": Session(narrow, max_tokens=MAX_TOKENS, earlier=0),
     }
+    shelf, worded = with_sources(bank), Worded(DIM)
+    assert shelf.sources
+    learnt = TinyModel(shelf, tokenizer, Router(bank.tree, worded, sources=shelf.sources))
+    for memory in ("source", "fetched+source"):
+        sessions[memory] = Session(learnt, memory, max_tokens=MAX_TOKENS, earlier=0)
     golden = {
         "context": CONTEXT,
         "eos": [EOS],
@@ -248,6 +253,8 @@ def write_session(folder: pathlib.Path) -> None:
         "reach": REACH,
         "logits": _logits(model),
         "sessions": {name: _run(session) for name, session in sessions.items()},
+        **found_sources(shelf.sources, worded),
+        "worded": {text: vector.tolist() for text, vector in worded.vectors.items()},
         "vectors": {text: vector.tolist() for text, vector in said.vectors.items()},
     }
     (folder / "session.json").write_text(json.dumps(golden, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
@@ -257,6 +264,7 @@ def _run(session: Session) -> dict[str, Any]:
     turns = []
     for text, _, _ in SAID:
         reply = "".join(session.ask(text))
+        said = session.model.response.sources if session.model.response else None
         turns.append(
             {
                 "text": text,
@@ -265,6 +273,8 @@ def _run(session: Session) -> dict[str, Any]:
                 "stayed": bool(session.turn and session.turn.route.stayed),
                 "far": session.selection.route.far,
                 "blocks": list(session.selection.blocks),
+                "passage": passage.title if (passage := session.selection.passage) else None,
+                "sources": None if said is None else [str(source) for source in said],
                 "first": session.first,
                 "prefilled": session.prefilled,
             }

@@ -1,21 +1,52 @@
 import Foundation
 
-/// A bank's sources: the vectors of the windows that its leaves have learnt.
+/// A stretch of a document that was learnt as a whole.
+public struct SourceWindow: Decodable, Equatable, Sendable {
+  /// The file, or the file and the line of a row.
+  public let document: String
+  public let title: String
+  /// Where it begins: `page 3`, `line 12`; empty where that is not known.
+  public let place: String
+  public let text: String
+
+  enum CodingKeys: CodingKey {
+    case document, title, place, text
+  }
+
+  /// Without control characters.
+  public init(from decoder: any Decoder) throws {
+    let values = try decoder.container(keyedBy: CodingKeys.self)
+    func printable(_ key: CodingKeys) throws -> String {
+      let scalars = try values.decode(String.self, forKey: key).unicodeScalars.filter { scalar in
+        scalar.properties.generalCategory != .control || scalar == "\t" || scalar == "\n"
+      }
+      return String(String.UnicodeScalarView(scalars))
+    }
+    (document, title) = (try printable(.document), try printable(.title))
+    (place, text) = (try printable(.place), try printable(.text))
+  }
+}
+
+/// A bank's sources: the windows that its leaves have learnt, and their vectors.
 ///
-/// The index stays memory-mapped. A leaf is found in it by bisection; then its vectors are read, and no others.
+/// The index stays memory-mapped. A leaf is found in it by bisection; then its lines and vectors are read, and no
+/// others.
 public struct BankSources: Sendable {
+  private let texts: URL
   private let index: SafetensorsFile
   private let branching: Int
   private let leaves: Int
   private let windows: Int
   private let dimension: Int
 
+  static let textsName = "sources/windows.jsonl"
   static let indexName = "sources/index.safetensors"
 
   /// Opens the sources below a bank's folder.
   ///
   /// - Throws: ``HierMemError`` of kind `bank` where the index is missing or damaged, or was not made for this tree.
   public init(folder: URL, tree: ClusterTree) throws {
+    texts = folder.appendingPathComponent(Self.textsName)
     index = try SafetensorsFile(contentsOf: folder.appendingPathComponent(Self.indexName))
     branching = tree.branching
     dimension = tree.dimension
@@ -45,7 +76,27 @@ public struct BankSources: Sendable {
     }
   }
 
-  /// A leaf's windows; `nil` where it has none.
+  /// The texts of a leaf's windows, in the order of `cosines`; `nil` where it has none.
+  func windows(of leaf: NodePath) throws -> [SourceWindow]? {
+    guard let rows = try rows(of: leaf) else { return nil }
+    let begin = try index.integer("starts", rows.lowerBound)
+    let end = try index.integer("starts", rows.upperBound)
+    do {
+      guard 0 <= begin, begin < end else { throw CocoaError(.fileReadCorruptFile) }
+      let file = try FileHandle(forReadingFrom: texts)
+      defer { try? file.close() }
+      try file.seek(toOffset: UInt64(begin))
+      let lines = (try file.read(upToCount: end - begin) ?? Data()).split(separator: UInt8(ascii: "\n"))
+      let windows = try lines.map { try JSONDecoder().decode(SourceWindow.self, from: $0) }
+      guard windows.count == rows.count else { throw CocoaError(.fileReadCorruptFile) }
+      return windows
+    } catch {
+      throw HierMemError(
+        .bank, "cannot read the windows of \(leaf) in \(texts.path)", hint: "Export the model again.")
+    }
+  }
+
+  /// Where a leaf's windows are; `nil` where it has none.
   private func rows(of leaf: NodePath) throws -> Range<Int>? {
     let wanted = (leaf.level, leaf.row(branching: branching))
     var (low, high) = (0, leaves)

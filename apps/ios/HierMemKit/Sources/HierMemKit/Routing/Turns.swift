@@ -126,6 +126,11 @@ public struct Router: Sendable {
     return turn(held, stayed: topic.path != alone.path, belongs: belongs, topic.with(aside: nil))
   }
 
+  /// Looks through the bank's sources; `nil` where it has none.
+  public var search: SourceSearch? {
+    sources.map { SourceSearch(sources: $0, embedder: embedder) }
+  }
+
   /// Where an embedding goes if no conversation holds it.
   private func route(_ embedding: [Float], under policy: BankPolicy) throws -> Route {
     let descent = try tree.route(embedding, policy: policy)
@@ -146,7 +151,7 @@ public struct Router: Sendable {
   }
 }
 
-private func dot(_ a: [Float], _ b: [Float]) -> Double {
+func dot(_ a: [Float], _ b: [Float]) -> Double {
   Double(zip(a, b).reduce(Float(0)) { $0 + $1.0 * $1.1 })
 }
 
