@@ -92,7 +92,8 @@ struct RoutingTests {
   @Test func refusesSourcesOfAnotherBank() async throws {
     let folder = try Fixtures.copy("bank")
     let ragged = try ClusterTree(contentsOf: Fixtures.url("ragged-tree.safetensors"))
-    #expect(await hierMemError { _ = try BankSources(folder: folder, tree: ragged) }?.what.contains("another tree") == true)
+    let error = await hierMemError { _ = try BankSources(folder: folder, tree: ragged) }
+    #expect(error?.what.contains("another tree") == true)
     let elements = try ClusterTree(contentsOf: Fixtures.elements.appendingPathComponent("tree.safetensors"))
     #expect(await hierMemError { _ = try BankSources(folder: folder, tree: elements) }?.kind == .bank)
     try FileManager.default.removeItem(at: folder.appendingPathComponent("sources"))

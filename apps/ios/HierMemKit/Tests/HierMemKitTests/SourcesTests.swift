@@ -56,7 +56,8 @@ struct SourcesTests {
     try text.replacingOccurrences(of: "{\"leaf\": \"0.2\"", with: "}\"leaf\": \"0.2\"")
       .write(to: file, atomically: true, encoding: .utf8)
     let sources = try BankSources(folder: folder, tree: tree)
-    #expect(await hierMemError { _ = try sources.windows(of: NodePath("0.2")) }?.what.contains("windows of 0.2") == true)
+    let error = await hierMemError { _ = try sources.windows(of: NodePath("0.2")) }
+    #expect(error?.what.contains("windows of 0.2") == true)
     #expect(try sources.windows(of: NodePath("0.1"))?.count == 3)
     #expect(try sources.windows(of: NodePath("1.0")) == nil)
     try Data("short".utf8).write(to: file)
