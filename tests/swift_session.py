@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import pathlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from swift_sources import write_windows
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -215,6 +216,12 @@ def write_bank(folder: pathlib.Path) -> MemoryBank:
     )
     manifest.write(folder / MANIFEST)
     return MemoryBank.open(folder)
+
+
+def with_sources(bank: MemoryBank) -> MemoryBank:
+    """The same bank with sources; its manifest on disk does not name them, so that whoever opens it has none."""
+    entry = write_windows(bank.root, CONFIG.branching, DIM)
+    return MemoryBank(bank.root, replace(bank.manifest, sources=entry))
 
 
 def write_session(folder: pathlib.Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import typer
-from tiny import make_anchor, make_bank, make_model
+from tiny import make_anchor, make_bank
 
 from mlx_hiermem.apps.cli.main import app
 
@@ -20,11 +20,6 @@ def run(*arguments: str | pathlib.Path, stdin: str = "") -> subprocess.Completed
     code = "from mlx_hiermem.apps.cli.main import main; main()"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=300, check=False)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return make_model(tmp_path_factory.mktemp("cli") / "model")
 
 
 def test_help_lists_every_command() -> None:
@@ -48,29 +43,29 @@ def test_version() -> None:
 
 
 @pytest.mark.slow
-def test_ask_continues_a_text(model: pathlib.Path) -> None:
-    result = run("ask", "--plain", "abc", "-m", model, "--memory", "1.2", "-n", "5")
+def test_ask_continues_a_text(folder: pathlib.Path) -> None:
+    result = run("ask", "--plain", "abc", "-m", folder, "--memory", "1.2", "-n", "5")
     assert result.returncode == 0
     assert "1.2 · topic 1 › topic 1.2 · 2 blocks" in " ".join(result.stderr.split())
-    result = run("ask", "--plain", "-m", model, "-", "--memory", "1.2", "-n", "5", "--json", stdin="abc")
+    result = run("ask", "--plain", "-m", folder, "-", "--memory", "1.2", "-n", "5", "--json", stdin="abc")
     answer = json.loads(result.stdout)
     assert answer["selection"]["blocks"] == ["1", "1.2"]
     assert answer["generated_tokens"] <= 5
-    earlier = run("generate", model, "abc", "--memory", "1.2", "-n", "5", "--json")
+    earlier = run("generate", folder, "abc", "--memory", "1.2", "-n", "5", "--json")
     assert json.loads(earlier.stdout)["text"] == answer["text"]
     assert earlier.stderr == "note: `hiermem generate MODEL PROMPT` is now `hiermem ask --plain -m MODEL PROMPT`\n"
 
 
 @pytest.mark.real
-def test_route(model: pathlib.Path) -> None:
+def test_route(folder: pathlib.Path) -> None:
     from mlx_hiermem import load
 
-    result = run("route", "-m", model, "some text", "--json")
+    result = run("route", "-m", folder, "some text", "--json")
     routed = json.loads(result.stdout)
-    assert routed["path"] == str(load(model).router.route("some text").path)
+    assert routed["path"] == str(load(folder).router.route("some text").path)
     assert [node["label"] for node in routed["nodes"]] == [f"topic {node['node']}" for node in routed["nodes"]]
     assert f"path {routed['path']}" in run("route", "some text").stdout  # of the model used last
-    assert json.loads(run("route", model, "some", "text", "--json").stdout)["path"] == routed["path"]
+    assert json.loads(run("route", folder, "some", "text", "--json").stdout)["path"] == routed["path"]
 
 
 @pytest.mark.parametrize(
@@ -94,12 +89,12 @@ def test_errors_are_one_line(arguments: tuple[str, ...], message: str, tmp_path:
 
 
 @pytest.mark.slow
-def test_bad_memory_and_foreign_bank(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    result = run("ask", "-m", model, "abc", "--memory", "lots")
+def test_bad_memory_and_foreign_bank(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    result = run("ask", "-m", folder, "abc", "--memory", "lots")
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)
     assert "unknown memory 'lots'" in result.stderr
     make_anchor(tmp_path / "model" / "anchor", seed=1)
-    make_bank(tmp_path / "model" / "bank", model / "anchor")
+    make_bank(tmp_path / "model" / "bank", folder / "anchor")
     result = run("ask", "-m", tmp_path / "model", "abc")
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)
     assert "was made for the anchor" in result.stderr

@@ -25,11 +25,11 @@ from mlx_hiermem.convert.anchors.openlm import convert_openlm  # noqa: E402
 from mlx_hiermem.convert.coreai import asset, compress, export  # noqa: E402
 from mlx_hiermem.convert.coreai.anchor import Anchor  # noqa: E402
 from mlx_hiermem.convert.coreai.interpreter import Runtime  # noqa: E402
-from mlx_hiermem.convert.coreml import verify  # noqa: E402
-from mlx_hiermem.convert.coreml.architecture import Architecture  # noqa: E402
-from mlx_hiermem.convert.coreml.exported import COREAI, Exported, Runner  # noqa: E402
-from mlx_hiermem.convert.coreml.exporter import Options  # noqa: E402
-from mlx_hiermem.convert.coreml.shape import CACHES, Export  # noqa: E402
+from mlx_hiermem.convert.export import verify  # noqa: E402
+from mlx_hiermem.convert.export.architecture import Architecture  # noqa: E402
+from mlx_hiermem.convert.export.exported import COREAI, Exported, Runner  # noqa: E402
+from mlx_hiermem.convert.export.exporter import Options  # noqa: E402
+from mlx_hiermem.convert.export.shape import CACHES, Export  # noqa: E402
 from mlx_hiermem.errors import CoreAIError, CoreMLError, HierMemError  # noqa: E402
 
 

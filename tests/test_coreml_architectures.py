@@ -23,12 +23,13 @@ from mlx_hiermem.config import MemoryConfig
 from mlx_hiermem.convert import parity, reference_memory
 from mlx_hiermem.convert.anchors.huggingface import convert_huggingface
 from mlx_hiermem.convert.anchors.openlm import convert_openlm
-from mlx_hiermem.convert.coreml import mil, package
+from mlx_hiermem.convert.coreml import mil
 from mlx_hiermem.convert.coreml.anchor import build
-from mlx_hiermem.convert.coreml.architecture import Architecture
-from mlx_hiermem.convert.coreml.exported import Runner
 from mlx_hiermem.convert.coreml.interpreter import Program
-from mlx_hiermem.convert.coreml.shape import Export
+from mlx_hiermem.convert.export import package
+from mlx_hiermem.convert.export.architecture import Architecture
+from mlx_hiermem.convert.export.exported import Runner
+from mlx_hiermem.convert.export.shape import Export
 from mlx_hiermem.errors import AnchorError
 
 TOKENS = np.random.default_rng(0).integers(0, 256, 45)  # two calls of prefill; longer than gemma's window of 6

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from tiny import make_anchor
 
-from mlx_hiermem.convert.coreml import mil, package
+from mlx_hiermem.convert.coreml import mil
 from mlx_hiermem.convert.coreml.anchor import build
 from mlx_hiermem.convert.coreml.compress import check_half, encode, group_of, rounded, size
-from mlx_hiermem.convert.coreml.distance import Distance, Float32Anchor
-from mlx_hiermem.convert.coreml.exported import Runner
 from mlx_hiermem.convert.coreml.interpreter import Program
-from mlx_hiermem.convert.coreml.mixed_precision import Codec, find_plan
-from mlx_hiermem.convert.coreml.shape import Export, matrices
+from mlx_hiermem.convert.export import package
+from mlx_hiermem.convert.export.distance import Distance, Float32Anchor
+from mlx_hiermem.convert.export.exported import Runner
+from mlx_hiermem.convert.export.mixed_precision import Codec, find_plan
+from mlx_hiermem.convert.export.shape import Export, matrices
 from mlx_hiermem.errors import CoreMLError, HierMemError
 
 BITS = {"int8": 8, "int8_channel": 8, "int4": 4, "lut4": 4}

@@ -10,17 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlx_hiermem.convert.coreml import anchor, layers, mil, package
+from mlx_hiermem.convert.coreml import anchor, layers, mil
 from mlx_hiermem.convert.coreml.anchor import build
-from mlx_hiermem.convert.coreml.architecture import Norm
 from mlx_hiermem.convert.coreml.compress import rounded
-from mlx_hiermem.convert.coreml.distance import Distance, Float32Anchor
-from mlx_hiermem.convert.coreml.exported import Runner
 from mlx_hiermem.convert.coreml.interpreter import Program
-from mlx_hiermem.convert.coreml.limits import Overflow
 from mlx_hiermem.convert.coreml.mil import Var, Weights, half, mb
-from mlx_hiermem.convert.coreml.mixed_precision import uniform
-from mlx_hiermem.convert.coreml.shape import PART, Export, matrices
+from mlx_hiermem.convert.export import package
+from mlx_hiermem.convert.export.architecture import Norm
+from mlx_hiermem.convert.export.distance import Distance, Float32Anchor
+from mlx_hiermem.convert.export.exported import Runner
+from mlx_hiermem.convert.export.limits import Overflow
+from mlx_hiermem.convert.export.mixed_precision import uniform
+from mlx_hiermem.convert.export.shape import PART, Export, matrices
 from mlx_hiermem.errors import CoreMLError
 
 CONTEXT, TEXTS = 192, 5

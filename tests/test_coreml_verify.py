@@ -15,10 +15,11 @@ import tiny
 from coremltools.proto import Model_pb2
 
 from mlx_hiermem.apps.cli import main as cli
-from mlx_hiermem.convert.coreml import export, text_checks, verify
-from mlx_hiermem.convert.coreml.exported import Exported
+from mlx_hiermem.convert.coreml import export
 from mlx_hiermem.convert.coreml.interpreter import Program
-from mlx_hiermem.convert.coreml.references import open_reference
+from mlx_hiermem.convert.export import text_checks, verify
+from mlx_hiermem.convert.export.exported import Exported
+from mlx_hiermem.convert.export.references import open_reference
 from mlx_hiermem.errors import CoreMLError, HierMemError
 from mlx_hiermem.files import file_digest
 

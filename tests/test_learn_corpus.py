@@ -13,8 +13,9 @@ from tokenizers import Tokenizer
 
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import CorpusError, OutputError
-from mlx_hiermem.learn.corpus import readers as corpus
-from mlx_hiermem.learn.corpus.corpus import Seen, read_corpus
+from mlx_hiermem.learn.corpus import formats, readers
+from mlx_hiermem.learn.corpus.corpus import read_corpus
+from mlx_hiermem.learn.corpus.duplicates import Seen
 from mlx_hiermem.learn.corpus.windows import Document, Skipped, splintered, split, untruncated
 from mlx_hiermem.learn.settings import CorpusSettings
 from mlx_hiermem.learn.tree import labels
@@ -60,7 +61,7 @@ def pdf(text: str) -> bytes:
 
 def read(*sources: object, **options: str) -> tuple[list[Document], dict[str, str]]:
     """(documents, what was skipped -> why)"""
-    found = list(corpus.read([str(source) for source in sources], **options))
+    found = list(readers.read([str(source) for source in sources], **options))
     return [d for d in found if isinstance(d, Document)], {s.what: s.why for s in found if isinstance(s, Skipped)}
 
 
@@ -137,7 +138,7 @@ def test_fields_are_chosen(tmp_path: pathlib.Path) -> None:
 
 
 def test_long_text_comes_in_pieces(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "PIECE", 100)
+    monkeypatch.setattr(formats, "PIECE", 100)
     text = "".join(f"Paragraph {i} has some words in it.\n\n" for i in range(40))
     (folder / "book.txt").write_text(text)
     documents, _ = read(folder)
@@ -315,7 +316,7 @@ def test_memory_does_not_grow_with_the_corpus(
             for i in range(documents):
                 yield Document(f"{i}", "", f"Line {i} of it. " + f"{i} words. " * 100)
 
-        monkeypatch.setattr(corpus, "read", lambda *args: found())
+        monkeypatch.setattr(readers, "read", lambda *args: found())
         tracemalloc.start()
         read_corpus(Work(tmp_path / f"work{documents}"), [str(folder)], tokenizer)
         _, most = tracemalloc.get_traced_memory()
@@ -360,6 +361,27 @@ def test_labels_are_what_sets_a_node_apart() -> None:
         "tokens": 10,
     }
     json.dumps(nodes)
+
+
+def test_titles_come_first_in_a_label() -> None:
+    from mlx_hiermem.config import Path
+    from mlx_hiermem.learn.corpus.windows import Window
+    from mlx_hiermem.learn.tree.build import Placed
+
+    about = {
+        "Sourdough": "abiding brewer crumb",
+        "Rye": "abiding brewer crumb",
+        "Sloop": "mast keel",
+        "": "mast keel",
+    }
+    windows = [Window(i, i, f"d{i}.txt", title, text) for i, (title, text) in enumerate(about.items())]
+    placed = [Placed(i, (Path((i // 2,)),)) for i in range(4)]
+    nodes = labels.describe(
+        windows, lambda numbers: [windows[n] for n in numbers], placed, [one.leaves for one in placed], len
+    )
+    # A word of both is in as many windows as a title of one is not.
+    assert nodes["0"]["label"].split(", ") == ["rye", "sourdough", "abiding"]
+    assert nodes["1"]["label"].split(", ") == ["sloop", "keel", "mast"]
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from books import COUNT, VILLAGES, fact, text, write_library
 from test_learn_command import digests
 
 from mlx_hiermem.bank.bank import MemoryBank
+from mlx_hiermem.learn.status import read_status
 from mlx_hiermem.learn.train.dataset import TrainingSet
 from mlx_hiermem.learn.work import read_rows
 
@@ -42,6 +43,7 @@ def test_self_study_by_the_command_and_killed_in_the_middle(anchor: pathlib.Path
     library = write_library(tmp_path / "books")
     whole, other = tmp_path / "whole", tmp_path / "other"
     learn(library, whole, anchor, "--keep")
+    assert read_status(whole)["state"] == "done"
     rows = list(read_rows(tmp_path / "whole.learn" / "study.jsonl"))
     assert {row["window"] for row in rows} == set(range(COUNT))
     for number in range(COUNT):
@@ -57,6 +59,8 @@ def test_self_study_by_the_command_and_killed_in_the_middle(anchor: pathlib.Path
                 break
     assert process.returncode == -signal.SIGKILL
     assert not other.exists()
+    stopped = read_status(other)
+    assert (stopped["state"], stopped["stage"]) == ("stopped", "study")
     learn(library, other, anchor)
     assert digests(other) == digests(whole)
 

@@ -25,11 +25,6 @@ MAIN = "from mlx_hiermem.apps.cli.main import main; main()"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return make_model(tmp_path_factory.mktemp("mcp") / "model")
-
-
-@pytest.fixture(scope="module")
 def engine(folder: pathlib.Path) -> Iterator[Engine]:
     engine = Engine(lambda: {"tiny": tiny_model(folder)}, max_batch=4)
     engine.start()

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from hub_server import HubServer
-from tiny import LLAMA, make_model
+from tiny import LLAMA
 
 from mlx_hiermem import load, plan
 from mlx_hiermem.apps.cli.main import main
@@ -17,11 +17,6 @@ from mlx_hiermem.errors import AnchorError, HierMemError
 from mlx_hiermem.sampling import Sampling
 
 PRO = "iphone-15-pro"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return make_model(tmp_path_factory.mktemp("plan") / "model")
 
 
 def paper_model() -> plan.ModelSize:
@@ -34,22 +29,22 @@ def paper_model() -> plan.ModelSize:
     return plan.ModelSize("160M", 2 * 163_510_016, 2 * 2 * 35 * 12 * 32, 8192, tuple(levels))
 
 
-def test_sizes_are_those_of_the_files(model: pathlib.Path) -> None:
-    size = plan.measure(model)
-    blocks = [file.stat().st_size for file in (model / "bank/blocks").rglob("*.safetensors")]
+def test_sizes_are_those_of_the_files(folder: pathlib.Path) -> None:
+    size = plan.measure(folder)
+    blocks = [file.stat().st_size for file in (folder / "bank/blocks").rglob("*.safetensors")]
     assert size.bank_bytes == sum(blocks)
     assert size.path_bytes == max(blocks) + min(blocks)  # level 1 has twice the units of level 2
-    assert size.anchor_bytes == (model / "anchor/model.safetensors").stat().st_size
+    assert size.anchor_bytes == (folder / "anchor/model.safetensors").stat().st_size
     assert [level.blocks for level in size.levels] == [3, 9]
-    plain = plan.measure(model / "anchor")
+    plain = plan.measure(folder / "anchor")
     assert (plain.anchor_bytes, plain.levels, plain.has_bank) == (size.anchor_bytes, (), False)
 
 
-def test_kv_bytes_are_those_of_a_real_cache(model: pathlib.Path) -> None:
+def test_kv_bytes_are_those_of_a_real_cache(folder: pathlib.Path) -> None:
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
 
-    opened = load(model)
+    opened = load(folder)
     cache = make_prompt_cache(opened.anchor)
     for _ in opened.responses(opened.tokens("x" * 20), Sampling(3), prompt_cache=cache):
         pass
@@ -121,8 +116,8 @@ def test_what_fits() -> None:
     assert too_much.fetches == ()
 
 
-def test_a_bank_that_fits_whole(model: pathlib.Path) -> None:
-    result = plan.plan(plan.measure(model), plan.device(PRO))
+def test_a_bank_that_fits_whole(folder: pathlib.Path) -> None:
+    result = plan.plan(plan.measure(folder), plan.device(PRO))
     assert result.pinned_levels == 2
     assert result.contexts[0].paths == 9
 
@@ -139,10 +134,10 @@ def test_every_figure_has_a_basis_and_a_source() -> None:
         plan.device("nokia")
 
 
-def test_model_on_the_hub_is_planned_without_its_weights(hub: HubServer, model: pathlib.Path) -> None:
-    files = {file.relative_to(model).as_posix(): file.read_bytes() for file in model.rglob("*") if file.is_file()}
+def test_model_on_the_hub_is_planned_without_its_weights(hub: HubServer, folder: pathlib.Path) -> None:
+    files = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     hub.repo("me/tiny").commit(files)
-    here, there = plan.measure(model), plan.measure("me/tiny")
+    here, there = plan.measure(folder), plan.measure("me/tiny")
     assert there.name == "me/tiny"
     assert plan.plan(here, plan.device(PRO)).contexts == plan.plan(there, plan.device(PRO)).contexts
     assert here.levels == there.levels
@@ -161,39 +156,39 @@ def hiermem(capsys: pytest.CaptureFixture[str], *arguments: str | pathlib.Path) 
     return int(ended.value.code or 0), done.out, done.err
 
 
-def test_command(model: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, text, errors = hiermem(capsys, model)
+def test_command(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, text, errors = hiermem(capsys, folder)
     assert (code, errors) == (0, "")
     assert all(name in text for name in plan.devices())
-    text = hiermem(capsys, model, "--device", PRO, "--context", "1024")[1]
+    text = hiermem(capsys, folder, "--device", PRO, "--context", "1024")[1]
     for part in ("iPhone 15 Pro", "3.2 GB for one program (assumed)", "1024 tokens", "all 9", "the whole path"):
         assert part in text
     assert "in memory" in text
     assert "a flat bank" in text
-    assert "on a USB SSD" in hiermem(capsys, model, "--device", PRO, "--disk", "usb-ssd")[1]
-    text = hiermem(capsys, model, "--device", PRO, "--context", "99999")[1]
+    assert "on a USB SSD" in hiermem(capsys, folder, "--device", PRO, "--disk", "usb-ssd")[1]
+    text = hiermem(capsys, folder, "--device", PRO, "--context", "99999")[1]
     assert "no more than" in text
-    text = hiermem(capsys, model / "anchor", "--device", PRO)[1]
+    text = hiermem(capsys, folder / "anchor", "--device", PRO)[1]
     assert "embedder" not in text
-    data = json.loads(hiermem(capsys, model, "--device", PRO, "--json")[1])
+    data = json.loads(hiermem(capsys, folder, "--device", PRO, "--json")[1])
     assert data["fits"] is True
     assert data["device"]["storage"]["basis"] == "measured"
-    assert len(json.loads(hiermem(capsys, model, "--json")[1])) == len(plan.devices())
+    assert len(json.loads(hiermem(capsys, folder, "--json")[1])) == len(plan.devices())
     assert "developer.apple.com" in "".join(hiermem(capsys, "--list")[1].split())
     listed = json.loads(hiermem(capsys, "--list", "--json")[1])
     assert [row["name"] for row in listed] == [*plan.devices(), *plan.disks()]
     assert all(name in hiermem(capsys, "--list")[1] for name in (*plan.devices(), *plan.disks()))
 
 
-def test_command_fails_in_one_line(model: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in ((model, "--device", "nokia"), ("nowhere",)):
+def test_command_fails_in_one_line(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ((folder, "--device", "nokia"), ("nowhere",)):
         code, text, errors = hiermem(capsys, *arguments)
         assert (code, text, errors.count("\n")) == (1, "", 1)
-    assert hiermem(capsys, model, "--context", "0")[0] == 2
+    assert hiermem(capsys, folder, "--context", "0")[0] == 2
 
 
 def test_command_takes_the_model_used_last(
-    model: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HIERMEM_MODEL", str(model))
-    assert hiermem(capsys, "--device", PRO) == hiermem(capsys, model, "--device", PRO)
+    monkeypatch.setenv("HIERMEM_MODEL", str(folder))
+    assert hiermem(capsys, "--device", PRO) == hiermem(capsys, folder, "--device", PRO)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import openai
 import pytest
 from pydantic import BaseModel
-from serving import Running, serving, tiny_model
+from serving import tiny_model
 from tiny import make_model
 
 from mlx_hiermem.errors import ArgumentError
@@ -34,18 +33,6 @@ ELEMENT = {
 class Element(BaseModel):
     state: Literal["solid", "liquid", "gas"]
     stable: bool
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    folder = make_model(tmp_path_factory.mktemp("forms") / "model")
-    with serving(lambda: tiny_model(folder)) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(server: Running) -> openai.OpenAI:
-    return server.client
 
 
 def chat(client: openai.OpenAI, schema: Any = ELEMENT, **options: Any) -> Any:

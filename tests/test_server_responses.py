@@ -4,32 +4,18 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
 import pytest
-from serving import Running, serving, tiny_model
+from serving import Running
 from test_server_tools import DICTATED, TOOL, WEIGHT, dictating
-from tiny import make_model
 
 from mlx_hiermem.apps.server import responses
 from mlx_hiermem.apps.server.responses import Stored
 
 QUESTION = "hello there"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    folder = make_model(tmp_path_factory.mktemp("responses") / "model")
-    with serving(lambda: tiny_model(folder)) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(server: Running) -> openai.OpenAI:
-    return server.client
 
 
 def respond(client: openai.OpenAI, memory: Any = "none", **options: Any) -> Any:

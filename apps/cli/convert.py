@@ -100,7 +100,7 @@ def verify(
     folder = models.folder_of(name)
     with progress_bar("verifying", unit="checks", show=not as_json) as progress:
         if exported:
-            from mlx_hiermem.convert.coreml.verify import Options, verify_export
+            from mlx_hiermem.convert.export.verify import Options, verify_export
 
             receipt = verify_export(folder, Options(against, prompts, text, exported), progress)
         else:

@@ -51,6 +51,9 @@ def serve(
     allow_loading: bool = typer.Option(
         False, "--allow-loading", help="Let clients load and unload banks (`/v1/banks/load`, `unload`)."
     ),
+    watch: list[pathlib.Path] = typer.Option(
+        [], metavar="OUT", help="Show on the page how far `hiermem learn DOCS OUT` is. Can be given again."
+    ),
 ) -> None:
     """Serve a model to OpenAI's clients, and a page to chat and see its memory.
 
@@ -79,7 +82,9 @@ def serve(
             engine = Engine(lambda: load_all(names, cache_bytes), max_batch, max_queue)
             engine.start()
         models.remember(names[0])
-        settings = Settings(api_key, max_request_bytes, timeout, any_model, allow_loading, cache_bytes, defaults)
+        settings = Settings(
+            api_key, max_request_bytes, timeout, any_model, allow_loading, cache_bytes, defaults, watch
+        )
         listen.serve(engine, settings, listening, lambda: announce(", ".join(engine.models), address(listening)))
 
 

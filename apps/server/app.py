@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pathlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, JSONResponse
 from starlette.staticfiles import StaticFiles
 
-from mlx_hiermem.apps.server import memory
+from mlx_hiermem.apps.server import learning, memory
 from mlx_hiermem.apps.server.catalogue import Catalogue
 from mlx_hiermem.apps.server.embeddings import embed
 from mlx_hiermem.apps.server.engine import Engine
@@ -35,8 +35,8 @@ from mlx_hiermem.apps.server.schema import (
     UnloadRequest,
     paths,
 )
-from mlx_hiermem.config import MemoryChoice
 from mlx_hiermem.errors import HierMemError
+from mlx_hiermem.memory_choice import MemoryChoice
 from mlx_hiermem.model_folder import load
 
 # Resolved, because an editable install links each file, and StaticFiles follows no links.
@@ -54,6 +54,7 @@ class Settings:
     allow_loading: bool = False  # clients may load and unload banks: files of this machine, by their path
     cache_bytes: int = 512 << 20  # of a bank that is loaded
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of requests' fields
+    watch: Sequence[pathlib.Path] = ()  # folders that `hiermem learn` is making
 
 
 def create_app(engine: Engine, settings: Settings) -> FastAPI:
@@ -185,6 +186,10 @@ def _add_others(app: FastAPI, engine: Engine, metrics: Metrics, settings: Settin
     async def health() -> JSONResponse:
         status = "ok" if engine.alive else "the engine has stopped"
         return JSONResponse({"status": status, "model": next(iter(engine.models))}, 200 if engine.alive else 503)
+
+    @app.get("/v1/learning")
+    def learning_runs() -> dict[str, Any]:
+        return learning.runs(settings.watch, engine.models, settings.allow_loading)
 
     @app.get("/metrics")
     async def figures() -> Response:

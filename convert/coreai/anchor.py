@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlx_hiermem.convert.coreml.architecture import Architecture, Layer, Linear
-from mlx_hiermem.convert.coreml.architecture import Norm as NormSizes
-from mlx_hiermem.convert.coreml.shape import CACHES, Export
+from mlx_hiermem.convert.export.architecture import Architecture, Layer, Linear
+from mlx_hiermem.convert.export.architecture import Norm as NormSizes
+from mlx_hiermem.convert.export.shape import CACHES, Export
 
 HEAD = "head"
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -1,4 +1,4 @@
-"""`hiermem export coreai`: the exporter (`coreml/exporter.py`) with Core AI's assets."""
+"""`hiermem export coreai`: the exporter (`export/exporter.py`) with Core AI's assets."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from mlx_hiermem.convert.coreai.anchor import HEAD, Anchor
 from mlx_hiermem.convert.coreai.interpreter import Runtime
 from mlx_hiermem.convert.coreai.peaks import peaks
 from mlx_hiermem.convert.coreai.retriever import export_retriever
-from mlx_hiermem.convert.coreml import package as folder
-from mlx_hiermem.convert.coreml.architecture import Architecture, Linear
-from mlx_hiermem.convert.coreml.exported import COREAI, Runner
-from mlx_hiermem.convert.coreml.exporter import Options, Report, Target, export_for
-from mlx_hiermem.convert.coreml.limits import Measured, Overflow, SavedAnchor, Trial
-from mlx_hiermem.convert.coreml.mixed_precision import Codec
-from mlx_hiermem.convert.coreml.shape import CACHES, Export
+from mlx_hiermem.convert.export import package as folder
+from mlx_hiermem.convert.export.architecture import Architecture, Linear
+from mlx_hiermem.convert.export.exported import COREAI, Runner
+from mlx_hiermem.convert.export.exporter import Options, Report, Target, export_for
+from mlx_hiermem.convert.export.limits import Measured, Overflow, SavedAnchor, Trial
+from mlx_hiermem.convert.export.mixed_precision import Codec
+from mlx_hiermem.convert.export.shape import CACHES, Export
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.progress import Progress
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from mlx_hiermem.convert.coreai.anchor import Anchor
-from mlx_hiermem.convert.coreml.limits import WITH_MEMORY, Memories
-from mlx_hiermem.convert.coreml.shape import CACHES
+from mlx_hiermem.convert.export.limits import WITH_MEMORY, Memories
+from mlx_hiermem.convert.export.shape import CACHES
 
 
 def peaks(anchor: Anchor, texts: Sequence[np.ndarray], memories: Memories) -> dict[str, float]:

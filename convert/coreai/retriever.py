@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from mlx_hiermem.convert.coreai import asset
 from mlx_hiermem.convert.coreai.anchor import product
-from mlx_hiermem.convert.coreml.architecture import Linear
-from mlx_hiermem.convert.coreml.shape import lengths_of
+from mlx_hiermem.convert.export.architecture import Linear
+from mlx_hiermem.convert.export.shape import lengths_of
 from mlx_hiermem.embedder import Embedder
 
 EPSILON = 1e-12  # BERT's

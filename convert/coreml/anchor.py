@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from mlx_hiermem.convert.coreml import mil
-from mlx_hiermem.convert.coreml.architecture import Architecture, Layer
 from mlx_hiermem.convert.coreml.layers import Cache, Positions, attention, linear, norm, take
 from mlx_hiermem.convert.coreml.mil import Var, Weights, half, mb
-from mlx_hiermem.convert.coreml.shape import CACHES, LOAD, MEMORY, Export, parts
+from mlx_hiermem.convert.export.architecture import Architecture, Layer
+from mlx_hiermem.convert.export.shape import CACHES, LOAD, MEMORY, Export, parts
 
 
 def build(sizes: Architecture, export: Export, plan: Mapping[str, str] | None = None) -> dict[str, Any]:

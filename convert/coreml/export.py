@@ -1,4 +1,4 @@
-"""`hiermem export coreml`: `exporter.py` with Core ML's packages."""
+"""`hiermem export coreml`: the exporter (`export/exporter.py`) with Core ML's packages."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mlx_hiermem.convert.coreml import compress, mil, package
+from mlx_hiermem.convert.coreml import compress, mil
 from mlx_hiermem.convert.coreml.anchor import build
-from mlx_hiermem.convert.coreml.architecture import Architecture, Linear
-from mlx_hiermem.convert.coreml.exported import Runner
-from mlx_hiermem.convert.coreml.exporter import Options as Options
-from mlx_hiermem.convert.coreml.exporter import Report, Target, export_for
 from mlx_hiermem.convert.coreml.interpreter import Program
-from mlx_hiermem.convert.coreml.limits import Measured, Overflow, SavedAnchor, Trial
-from mlx_hiermem.convert.coreml.mixed_precision import Codec
 from mlx_hiermem.convert.coreml.retriever import export_retriever
-from mlx_hiermem.convert.coreml.shape import Export, matrices
+from mlx_hiermem.convert.export import package
+from mlx_hiermem.convert.export.architecture import Architecture, Linear
+from mlx_hiermem.convert.export.exported import Runner
+from mlx_hiermem.convert.export.exporter import Options as Options
+from mlx_hiermem.convert.export.exporter import Report, Target, export_for
+from mlx_hiermem.convert.export.limits import Measured, Overflow, SavedAnchor, Trial
+from mlx_hiermem.convert.export.mixed_precision import Codec
+from mlx_hiermem.convert.export.shape import Export, matrices
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.progress import Progress
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_hiermem.convert.coreml.architecture import Architecture, Layer, Linear, Norm
 from mlx_hiermem.convert.coreml.mil import Var, Weights, half, mb
+from mlx_hiermem.convert.export.architecture import Architecture, Layer, Linear, Norm
 
 MASKED = 30_000.0  # taken off a score: nothing is left of its share, and float16 holds the difference
 

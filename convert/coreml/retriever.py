@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mlx_hiermem.convert.coreml.mil import Var, Weights, ct, function, get_new_symbol, half, mb, save, types
-from mlx_hiermem.convert.coreml.shape import lengths_of
+from mlx_hiermem.convert.export.shape import lengths_of
 from mlx_hiermem.embedder import Embedder
 
 MASKED = -30_000.0  # added to the score of a masked token; float16 reaches to 65 504

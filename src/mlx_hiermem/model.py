@@ -19,10 +19,11 @@ import mlx.nn as nn
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.batch import MemoryBatch
 from mlx_hiermem.cache import BlockCache, Fetch
-from mlx_hiermem.config import AnchorIdentity, MemoryChoice, Path
+from mlx_hiermem.config import AnchorIdentity, Path
 from mlx_hiermem.errors import AnchorError, ArgumentError, BankError
 from mlx_hiermem.grammar import Grammars
 from mlx_hiermem.memory.attach import Attachment, attach
+from mlx_hiermem.memory_choice import MemoryChoice
 from mlx_hiermem.prompt import Asked, Prompt
 from mlx_hiermem.response import GrowingText, Response
 from mlx_hiermem.sampling import Options, Sampling, real_ids

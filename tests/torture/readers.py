@@ -202,7 +202,7 @@ def _key_map(file: pathlib.Path) -> object:
 
 
 def _exported(file: pathlib.Path) -> object:
-    from mlx_hiermem.convert.coreml.exported import Exported
+    from mlx_hiermem.convert.export.exported import Exported
     from mlx_hiermem.plan import _exported as size_of_export
 
     for read in (Exported, size_of_export):

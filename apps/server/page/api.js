@@ -53,6 +53,11 @@ export async function get(path) {
   return (await request(path)).json();
 }
 
+export async function post(path, body) {
+  const headers = { "Content-Type": "application/json" };
+  return (await request(path, { method: "POST", headers, body: JSON.stringify(body) })).json();
+}
+
 /** The chunks of a streamed chat completion, each as it comes. */
 export async function* reply(body, signal) {
   const response = await request("/v1/chat/completions", {

@@ -5,6 +5,7 @@ import { Chat } from "./chat.js";
 import { Chats } from "./chats.js";
 import { Choice } from "./choice.js";
 import { count, size } from "./dom.js";
+import { Learning } from "./learning.js";
 import { blockItems, Menu } from "./menu.js";
 import { Passage } from "./passage.js";
 import { MemoryPicture } from "./picture.js";
@@ -46,6 +47,10 @@ const chat = new Chat(by("log"), { request, memories, waiting }, {
   source: (source, memory) => passage.open(source, memory, watch.model),
   speed: (value) => value && (by("speed").textContent = value.toFixed(1)),
   say: (words) => (by("say").textContent = words),
+});
+const learning = new Learning(by("open-learning"), by("learning"), {
+  say: (words) => (by("say").textContent = words),
+  loaded: (name) => takeModel(name),
 });
 // What each choice does, in a sentence.
 const MEANING = {
@@ -188,6 +193,7 @@ function showCache(cache, generic = 0) {
 
 function showConnected(connected) {
   by("offline").hidden = connected;
+  if (connected) learning.start();
 }
 
 function send(event) {

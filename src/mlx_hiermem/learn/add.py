@@ -24,6 +24,7 @@ from mlx_hiermem.learn.corpus.corpus import Corpus
 from mlx_hiermem.learn.publish import ANCHOR, BANK, MovedTexts, kept_texts
 from mlx_hiermem.learn.relearn import Lesson, NewTexts, Relearning
 from mlx_hiermem.learn.settings import AddSettings, ExampleSettings, Prompt
+from mlx_hiermem.learn.status import forget_status
 from mlx_hiermem.learn.train.dataset import TrainingSet
 from mlx_hiermem.learn.train.encoding import EXAMPLES, make_examples
 from mlx_hiermem.learn.tree.build import CorpusTree, added_node, place_in_tree, with_new_leaf
@@ -61,6 +62,7 @@ def add(
     check_model(model)
     with locked_work(work_folder(model)) as work:
         added = Adding(work, model, settings, listener).run(sources)
+        forget_status(work.folder)
     if not settings.keep:
         shutil.rmtree(work.folder, ignore_errors=True)
     return added

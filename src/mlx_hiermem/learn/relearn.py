@@ -26,7 +26,7 @@ from mlx_hiermem.anchor import identify, load_anchor
 from mlx_hiermem.bank.bank import MANIFEST, TREE, MemoryBank
 from mlx_hiermem.bank.block import block_name
 from mlx_hiermem.bank.commit import Edit, editing
-from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
+from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry, in_order
 from mlx_hiermem.bank.policy import POLICY, BankPolicy
 from mlx_hiermem.bank.remote import REMOTE, Origin
 from mlx_hiermem.bank.sources import INDEX_FILE, write_sources
@@ -293,7 +293,7 @@ class Relearning(stages.StagedRun):
             )
             blocks[row.path] = replace(row, bytes=file.bytes, sha256=file.sha256)
         labels = {node: label for node, label in self.bank.manifest.labels.items() if node not in blocks}
-        manifest = replace(self.bank.manifest, blocks=publish.in_order(blocks), labels=labels)
+        manifest = replace(self.bank.manifest, blocks=in_order(blocks), labels=labels)
         if new and new.leaf:
             new.built.tree.save(edit.file(TREE))
             size, digest = edit.file(TREE).stat().st_size, file_digest(edit.file(TREE))

@@ -38,6 +38,7 @@ from mlx_hiermem.learn.settings import (
     epochs_for,
 )
 from mlx_hiermem.learn.sources import learnt_sources, passage_reach
+from mlx_hiermem.learn.status import forget_status
 from mlx_hiermem.learn.study.stage import Teaching, help_study
 from mlx_hiermem.learn.train.encoding import EXAMPLES, make_examples, open_examples
 from mlx_hiermem.learn.train.jobs import LOG, PLOT, Trainer
@@ -168,6 +169,7 @@ def learn(
         learnt = run.write(source.name, prepared, *run.train())
         with work.writing():
             publish(work.path(MODEL), out)
+        forget_status(work.folder)
     if not settings.keep:
         shutil.rmtree(work.folder, ignore_errors=True)
     return learnt

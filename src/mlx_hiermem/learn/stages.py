@@ -19,6 +19,7 @@ from mlx_hiermem.config import MemoryConfig
 from mlx_hiermem.learn.corpus.corpus import Corpus, read_corpus
 from mlx_hiermem.learn.ranks import Ranks
 from mlx_hiermem.learn.settings import AddSettings, LearnSettings, Prompt, StudySettings
+from mlx_hiermem.learn.status import STATUS, Recorder
 from mlx_hiermem.learn.study.prompts import about_windows, give
 from mlx_hiermem.learn.study.stage import Teaching, study
 from mlx_hiermem.learn.study.teacher import Teacher, load_teacher
@@ -67,7 +68,8 @@ class StagedRun:
     """A command that learns: its stages are told to a listener, and timed."""
 
     def __init__(self, work: Work, listener: Listener, ranks: Ranks | None = None) -> None:
-        self.work, self.listener, self.ranks = work, listener, ranks
+        self.work, self.ranks = work, ranks
+        self.listener = listener if ranks and ranks.rank else Recorder(listener, work.path(STATUS))  # one writes it
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:

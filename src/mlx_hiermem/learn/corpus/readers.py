@@ -1,45 +1,24 @@
 """Readers: files, folders and data sets of the hub as a stream of documents.
 
-Plain formats are read here, others by libraries that are kept well: HTML by trafilatura, PDF by pypdf, Markdown's
-structure by markdown-it, and Word, PowerPoint and EPUB by markitdown, which makes Markdown of them.
-
-A reader yields a `Document`, or `Skipped` with the reason where there is nothing to learn from. None holds more
-than one document, and a long text file comes as several: a corpus may be larger than memory.
+Which files there are, and which reader each one gets by its suffix; the readers of the formats are in `formats`.
 """
 
 from __future__ import annotations
 
-import codecs
-import csv
-import io
-import itertools
-import json
 import os
 import pathlib
-import re
-import zipfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from mlx_hiermem.errors import CorpusError, MissingDependencyError
+from mlx_hiermem.learn.corpus import formats
+from mlx_hiermem.learn.corpus.formats import Found, clean
 from mlx_hiermem.learn.corpus.windows import Document, Skipped
 from mlx_hiermem.learn.work import STAGES, SUFFIX, SYNC
 
-Found = Document | Skipped
-
-PIECE = 1 << 20  # characters of a text file that make one document
 HUB = "hf://"
-TITLES = ("title", "name", "heading", "subject")  # where a record's title is looked for
-EXTRA = "pip install 'mlx-hiermem[learn]'"
 OFFICE = (".docx", ".pptx", ".epub")
-DAMAGED = 0.1  # share of characters that could not be decoded, from which on a file is no text
-MARKS = (
-    *((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32")),  # before UTF-16's: they begin alike
-    *((codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")),
-)
-BLOB = re.compile(r"[A-Za-z0-9+/=_-]{200,}")  # base64, keys, sequences: no words, and no language
-FRONT_MATTER = re.compile(r"---\n(.*?)\n(?:---|\.\.\.)(?:\n|$)", re.DOTALL)
 
 
 def read(
@@ -48,7 +27,7 @@ def read(
     """Every document of these files, folders and `hf://owner/name[:split]` data sets, in a fixed order.
 
     `field` names what is learnt of a .jsonl line or a data set's row, `title` what it is called (by default the
-    first of `TITLES` that is there). Of folders only the files named in `only` are read, where it is given. Raises
+    first of `formats.TITLES` that is there). `only` names the files that are read of folders, where given. Raises
     CorpusError where a source does not exist or has no such field at all.
     """
     check_there(sources)
@@ -135,215 +114,27 @@ def _by_suffix(path: pathlib.Path, source: str, field: str, title: str) -> Itera
         elif path.stat().st_size == 0:
             yield Skipped(source, "empty")
         elif suffix == ".txt":
-            yield from _read_text(path, source)
+            yield from formats.read_text(path, source)
         elif suffix in (".md", ".markdown"):
-            yield from _read_markdown(path, source)
+            yield from formats.read_markdown(path, source)
         elif suffix in (".html", ".htm"):
-            yield _read_html(path, source)
+            yield formats.read_html(path, source)
         elif suffix == ".pdf":
-            yield _read_pdf(path, source)
+            yield formats.read_pdf(path, source)
         elif suffix == ".jsonl":
-            yield from _read_jsonl(path, source, field, title)
+            yield from formats.read_jsonl(path, source, field, title)
         elif suffix == ".csv":
-            yield from _read_csv(path, source, field, title)
+            yield from formats.read_csv(path, source, field, title)
         elif suffix in OFFICE:
-            yield from _read_office(path, source)
+            yield from formats.read_office(path, source)
         else:
             yield Skipped(source, f"no reader for {suffix or 'files without a suffix'}")
     except (CorpusError, MissingDependencyError):
         raise
-    except _NotTextError as error:
+    except formats.NotTextError as error:
         yield Skipped(source, str(error))
     except Exception as error:
         yield Skipped(source, f"cannot be read: {str(error).splitlines()[0] if str(error) else error!r}")
-
-
-class _NotTextError(Exception):
-    """A file has bytes that no text has; says which."""
-
-
-def clean(text: str) -> str:
-    """The same text as Unicode that can be written: halves of surrogate pairs are joined, or replaced.
-
-    JSON can spell such halves, and a file name that is not UTF-8 reaches Python as some.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
-def _title_of(path: pathlib.Path) -> str:
-    return clean(re.sub(r"[_\W]+", " ", path.stem).strip())
-
-
-def _encoding(path: pathlib.Path) -> str:
-    """By the byte order mark; without one it is UTF-8."""
-    with path.open("rb") as stream:
-        start = stream.read(4)
-    return next((name for mark, name in MARKS if start.startswith(mark)), "utf-8-sig")
-
-
-def _read_text(path: pathlib.Path, source: str) -> Iterator[Found]:
-    line = 1
-    for text in _pieces(path):
-        yield Document(source, _title_of(path), text, line)
-        line += text.count("\n")
-    yield from _damage(path, source)
-
-
-def _pieces(path: pathlib.Path) -> Iterator[str]:
-    """A text file in pieces of about `PIECE` characters that end with a paragraph, or failing that with a line.
-
-    Bytes that are no text are replaced (U+FFFD), so that one of them does not cost the whole file.
-    """
-    with path.open(encoding=_encoding(path), errors="replace") as stream:
-        rest = ""
-        while block := stream.read(PIECE):
-            if "\0" in block:
-                raise _NotTextError("binary, not text")
-            if block.count("\ufffd") > DAMAGED * len(block):
-                raise _NotTextError("not UTF-8 text, nor UTF-16 with a byte order mark")
-            rest += BLOB.sub(" ", block)
-            if len(block) < PIECE:
-                break
-            end = max(rest.rfind("\n\n"), 0) or max(rest.rfind("\n"), rest.rfind(" "), 0) or len(rest)
-            yield rest[:end]
-            rest = rest[end:]
-        if rest.strip():
-            yield rest
-
-
-def _damage(path: pathlib.Path, source: str) -> Iterator[Skipped]:
-    """Says how many bytes of a text file were none; what stands around them is learnt."""
-    decoder = codecs.getincrementaldecoder(_encoding(path))(errors="replace")
-    lost = 0
-    with path.open("rb") as stream:
-        while block := stream.read(PIECE):
-            lost += decoder.decode(block).count("\ufffd") - block.count("\ufffd".encode())
-    if lost > 0:
-        places = "1 place is" if lost == 1 else f"{lost} places are"
-        yield Skipped(source, f"{places} not UTF-8 text; all else is learnt")
-
-
-def _read_markdown(path: pathlib.Path, source: str) -> Iterator[Found]:
-    yield from _sections("".join(_pieces(path)), _title_of(path), source, line=1)
-    yield from _damage(path, source)
-
-
-def _sections(text: str, title: str, source: str, line: int = 0) -> Iterator[Document]:
-    """One document a section, called by the file's title and its own: what stands below is about both.
-
-    The title is that of the front matter, else the first heading, else the file's name. `line` is the text's first
-    in the file; 0 where its lines are not the file's.
-    """
-    from markdown_it import MarkdownIt
-
-    called, section, start = "", "", 0
-    if front := FRONT_MATTER.match(text):
-        found = re.search(r"^title:[ \t]*(.+)$", front[1], re.MULTILINE)
-        called = found[1].strip(" \t\"'") if found else ""
-        text = text[front.end() :]
-        line += front[0].count("\n") if line else 0
-    lines = text.splitlines()
-
-    def document(end: int) -> Iterator[Document]:
-        section_text = "\n".join(lines[start:end])
-        if body := section_text.strip():
-            titles = dict.fromkeys(filter(None, (called or title, section)))
-            above = start + section_text[: section_text.index(body)].count("\n")
-            yield Document(source, ": ".join(titles), body, line + above if line else 0)
-
-    tokens = MarkdownIt("commonmark").parse("\n".join(lines))
-    for heading, inside in itertools.pairwise(tokens):
-        if heading.type != "heading_open" or heading.level or heading.map is None:
-            continue  # a heading in a quotation or a list begins no section
-        yield from document(heading.map[0])
-        start, section = heading.map[1], inside.content
-        called = called or section
-    yield from document(len(lines))
-
-
-def _read_office(path: pathlib.Path, source: str) -> Iterator[Found]:
-    try:
-        from markitdown import MarkItDown
-    except ImportError as error:
-        raise MissingDependencyError(f"{source} needs markitdown", EXTRA) from error
-    if not zipfile.is_zipfile(path):  # markitdown would take it for plain text
-        yield Skipped(source, f"cannot be read: it is no {path.suffix.lower()} file")
-        return
-    made = MarkItDown(enable_plugins=False).convert_local(path)
-    documents: list[Found] = list(_sections(BLOB.sub(" ", made.markdown), made.title or _title_of(path), source))
-    yield from documents or [Skipped(source, "no text in it")]
-
-
-def _read_html(path: pathlib.Path, source: str) -> Found:
-    """The page's own text without menus and footers, by trafilatura."""
-    try:
-        import trafilatura
-    except ImportError as error:
-        raise MissingDependencyError(f"{source} needs trafilatura", EXTRA) from error
-    page: Any = trafilatura.bare_extraction(
-        path.read_bytes(), favor_recall=True, include_comments=False, with_metadata=True
-    )
-    if page is None or not page.text:
-        return Skipped(source, "no text in the page")
-    return Document(source, page.title or _title_of(path), page.text)
-
-
-def _read_pdf(path: pathlib.Path, source: str) -> Found:
-    try:
-        import pypdf
-    except ImportError as error:
-        raise MissingDependencyError(f"{source} needs pypdf", EXTRA) from error
-    reader = pypdf.PdfReader(io.BytesIO(path.read_bytes()))  # opens what is encrypted for permissions only
-    if reader.is_encrypted and not reader.decrypt(""):
-        return Skipped(source, "it needs a password")
-    texts = [page.extract_text() + "\n\n" for page in reader.pages]
-    text, pages = "".join(texts)[:-2], tuple(itertools.accumulate(map(len, texts[:-1]), initial=0))
-    if not text.strip():
-        return Skipped(source, f"no text in its {len(reader.pages)} pages (scanned?)")
-    return Document(source, (reader.metadata and reader.metadata.title) or _title_of(path), text, pages=pages)
-
-
-def _read_jsonl(path: pathlib.Path, source: str, field: str, title: str) -> Iterator[Found]:
-    rows, others = 0, set[str]()
-    with path.open(encoding=_encoding(path), errors="replace") as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            where = f"{source}:{number}"
-            if number == 1 and line.lstrip().startswith("["):
-                yield Skipped(source, "a JSON array; a .jsonl file has one object on each line")
-                return
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield Skipped(where, f"not JSON: {error}")
-                continue
-            found = _of_row(row, where, field, title)
-            others |= row.keys() if isinstance(row, dict) else set()
-            rows += isinstance(found, Document)
-            yield found
-    if not rows and others and field not in others:
-        raise CorpusError(f"{path} has no field '{field}'", f"Its fields are {', '.join(sorted(others))}.")
-
-
-def _read_csv(path: pathlib.Path, source: str, field: str, title: str) -> Iterator[Found]:
-    """A document a row: the column `field` where there is one, else every column with its name."""
-    with path.open(encoding=_encoding(path), errors="replace", newline="") as stream:
-        sample = stream.read(1 << 14)
-        stream.seek(0)
-        try:
-            dialect: Any = csv.Sniffer().sniff(sample, ",;\t")
-        except csv.Error:
-            dialect = csv.excel
-        for number, row in enumerate(csv.DictReader(stream, dialect=dialect), 2):
-            told = {name: value for name, value in row.items() if name and isinstance(value, str) and value.strip()}
-            if field not in row:
-                told[field] = "\n".join(f"{name}: {value}" for name, value in told.items())
-            yield _of_row(told, f"{source}:{number}", field, title)
 
 
 def _read_hub(source: str, field: str, title: str) -> Iterator[Found]:
@@ -351,7 +142,7 @@ def _read_hub(source: str, field: str, title: str) -> Iterator[Found]:
     try:
         import datasets
     except ImportError as error:
-        raise MissingDependencyError(f"{source} needs datasets", EXTRA) from error
+        raise MissingDependencyError(f"{source} needs datasets", formats.EXTRA) from error
     name, _, split = source.removeprefix(HUB).partition(":")
     try:
         rows: Iterable[Any] = datasets.load_dataset(name, split=split or "train", streaming=True)
@@ -359,7 +150,7 @@ def _read_hub(source: str, field: str, title: str) -> Iterator[Found]:
             if field not in row:
                 fields = ", ".join(sorted(row))
                 raise CorpusError(f"{source} has no field '{field}'", f"Its fields are {fields}.")
-            yield _of_row(row, f"{source}:{number}", field, title)
+            yield formats.of_row(row, f"{source}:{number}", field, title)
     except CorpusError:
         raise
     except Exception as error:  # every kind of network and file error
@@ -367,12 +158,3 @@ def _read_hub(source: str, field: str, title: str) -> Iterator[Found]:
         raise CorpusError(
             f"cannot read the data set {source}: {reason}", "Is the hub reachable, and the name right?"
         ) from error
-
-
-def _of_row(row: Any, where: str, field: str, title: str) -> Found:
-    text = row.get(field) if isinstance(row, dict) else None
-    if not isinstance(text, str) or not text.strip():
-        return Skipped(where, f"no text in '{field}'")
-    called = (row.get(key) for key in ([title] if title else TITLES))
-    name = next((name for name in called if isinstance(name, str) and name), "")
-    return Document(where, clean(name), BLOB.sub(" ", clean(text)))

@@ -92,11 +92,13 @@ struct BankTests {
     #expect(try BankPolicy(contentsOf: file) == .open)
     try Data(#"{"blocked": ["1.2"], "on_blocked": "parent"}"#.utf8).write(to: file)
     #expect(try BankPolicy(contentsOf: file) == BankPolicy(blocked: [below], onBlocked: .parent))
-    try Data(#"{"blocked": [], "reach": 1.25}"#.utf8).write(to: file)
+    try Data(#"{"blocked": [], "reach": 1.25, "passage_reach": 1.06}"#.utf8).write(to: file)
     let reaching = try BankPolicy(contentsOf: file)
-    #expect(reaching == BankPolicy(reach: 1.25))
-    #expect(reaching.blocking([one]).reach == 1.25)
-    for damaged in ["{}", #"{"blocked": [], "reach": 0}"#, #"{"blocked": "1"}"#, #"{"blocked": ["x"]}"#, #"{"blocked": [], "extra": 1}"#,
+    #expect(reaching == BankPolicy(reach: 1.25, passageReach: 1.06))
+    #expect(reaching.blocking([one]) == BankPolicy(blocked: [one], reach: 1.25, passageReach: 1.06))
+    #expect(BankPolicy(passageReach: 1.06).hasReach && !BankPolicy.open.hasReach)
+    for damaged in ["{}", #"{"blocked": [], "reach": 0}"#, #"{"blocked": [], "passage_reach": 0}"#,
+      #"{"blocked": "1"}"#, #"{"blocked": ["x"]}"#, #"{"blocked": [], "extra": 1}"#,
       #"{"blocked": [], "on_blocked": "maybe"}"#, "["]
     {
       try Data(damaged.utf8).write(to: file)

@@ -16,17 +16,24 @@ public struct BankPolicy: Equatable, Sendable {
   public let onBlocked: OnBlocked
   /// How far from the last node of its path a text may be and still be given memory.
   public let reach: Float
+  /// The same from the nearest passage, for a bank that is routed by its passages.
+  public let passageReach: Float
 
   /// Blocks nothing.
   public static let open = BankPolicy()
 
   public init(
-    blocked: Set<NodePath> = [], onBlocked: OnBlocked = .sibling, reach: Float = .infinity
+    blocked: Set<NodePath> = [], onBlocked: OnBlocked = .sibling, reach: Float = .infinity,
+    passageReach: Float = .infinity
   ) {
     self.blocked = blocked
     self.onBlocked = onBlocked
     self.reach = reach
+    self.passageReach = passageReach
   }
+
+  /// Whether there are texts for which the bank has no memory.
+  public var hasReach: Bool { min(reach, passageReach) < .infinity }
 
   /// Reads policy.json; no file blocks nothing.
   ///
@@ -48,7 +55,7 @@ public struct BankPolicy: Equatable, Sendable {
   public func blocking(_ nodes: some Sequence<NodePath>) -> BankPolicy {
     let wanted = blocked.union(nodes)
     let tops = wanted.filter { node in !node.prefixes.dropLast().contains { wanted.contains($0) } }
-    return BankPolicy(blocked: tops, onBlocked: onBlocked, reach: reach)
+    return BankPolicy(blocked: tops, onBlocked: onBlocked, reach: reach, passageReach: passageReach)
   }
 }
 
@@ -57,6 +64,7 @@ extension BankPolicy: Decodable {
     case blocked
     case onBlocked = "on_blocked"
     case reach
+    case passageReach = "passage_reach"
   }
 
   public init(from decoder: any Decoder) throws {
@@ -69,7 +77,13 @@ extension BankPolicy: Decodable {
     let nodes = try values.decode([String].self, forKey: .blocked).map(NodePath.init(parsing:))
     blocked = Set(nodes)
     onBlocked = try values.decodeIfPresent(OnBlocked.self, forKey: .onBlocked) ?? .sibling
-    reach = try values.decodeIfPresent(Float.self, forKey: .reach) ?? .infinity
-    guard reach > 0 else { throw HierMemError(.bank, "reach is \(reach), not more than 0") }
+    reach = try Self.distance(.reach, in: values)
+    passageReach = try Self.distance(.passageReach, in: values)
+  }
+
+  private static func distance(_ key: CodingKeys, in values: KeyedDecodingContainer<CodingKeys>) throws -> Float {
+    let found = try values.decodeIfPresent(Float.self, forKey: key) ?? .infinity
+    guard found > 0 else { throw HierMemError(.bank, "\(key.rawValue) is \(found), not more than 0") }
+    return found
   }
 }

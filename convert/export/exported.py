@@ -17,7 +17,7 @@ from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.block import block_name
 from mlx_hiermem.convert.coreml.device import open_package
 from mlx_hiermem.convert.coreml.interpreter import Program
-from mlx_hiermem.convert.coreml.sample_texts import prompts
+from mlx_hiermem.convert.export.sample_texts import prompts
 from mlx_hiermem.errors import CoreMLError
 from mlx_hiermem.files import parse_json
 from mlx_hiermem.tokenizer import encode_text, load_tokenizer

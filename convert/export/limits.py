@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from mlx_hiermem.convert.coreml.compress import HALF_MAX
-from mlx_hiermem.convert.coreml.distance import Distance, Float32Anchor
-from mlx_hiermem.convert.coreml.exported import Runner
+from mlx_hiermem.convert.export.distance import Distance, Float32Anchor
+from mlx_hiermem.convert.export.exported import Runner
 from mlx_hiermem.errors import CoreMLError, VerificationError
 
 # Mean KL from the anchor, in nats. Of SmolLM2: 2.8e-5 for fp16, 6.8e-3 for int8_channel, 7.1e-2 for int4.

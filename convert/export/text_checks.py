@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlx_hiermem.convert.checks import Check
-from mlx_hiermem.convert.coreml.distance import Distance
-from mlx_hiermem.convert.coreml.exported import COREAI, MEMORY, Exported, Runner
 from mlx_hiermem.convert.coreml.interpreter import Program
-from mlx_hiermem.convert.coreml.limits import BOUNDS as KL
-from mlx_hiermem.convert.coreml.references import NONE, Reference, read_memory
-from mlx_hiermem.convert.coreml.sample_texts import prompts
+from mlx_hiermem.convert.export.distance import Distance
+from mlx_hiermem.convert.export.exported import COREAI, MEMORY, Exported, Runner
+from mlx_hiermem.convert.export.limits import BOUNDS as KL
+from mlx_hiermem.convert.export.references import NONE, Reference, read_memory
+from mlx_hiermem.convert.export.sample_texts import prompts
 from mlx_hiermem.errors import CoreMLError, HierMemError
 from mlx_hiermem.tokenizer import encode_text
 

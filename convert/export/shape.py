@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from mlx_hiermem.convert.coreml.architecture import Architecture, Linear
+from mlx_hiermem.convert.export.architecture import Architecture, Linear
 from mlx_hiermem.embedder import Embedder
 
 DECODE, PREFILL, LOAD = "decode", "prefill", "load_block"

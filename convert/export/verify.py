@@ -16,12 +16,12 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from mlx_hiermem.convert.checks import Check
-from mlx_hiermem.convert.coreml.exported import MEMORY, Exported
 from mlx_hiermem.convert.coreml.interpreter import Program
 from mlx_hiermem.convert.coreml.program import FunctionSpec, TensorSpec
-from mlx_hiermem.convert.coreml.references import Reference, open_reference
-from mlx_hiermem.convert.coreml.sample_texts import TEXTS
-from mlx_hiermem.convert.coreml.text_checks import check_choices, check_texts
+from mlx_hiermem.convert.export.exported import MEMORY, Exported
+from mlx_hiermem.convert.export.references import Reference, open_reference
+from mlx_hiermem.convert.export.sample_texts import TEXTS
+from mlx_hiermem.convert.export.text_checks import check_choices, check_texts
 from mlx_hiermem.convert.source import tool_versions
 from mlx_hiermem.convert.verify import RECEIPT, Receipt, write_receipt
 from mlx_hiermem.embedder import Embedder

@@ -15,15 +15,15 @@ from typing import Any
 
 from mlx_hiermem.anchor import identify
 from mlx_hiermem.bank.bank import MemoryBank
-from mlx_hiermem.convert.coreml import bundle, package, sizes
-from mlx_hiermem.convert.coreml.architecture import Architecture, Linear, check_memory
-from mlx_hiermem.convert.coreml.bundle import Choice
 from mlx_hiermem.convert.coreml.compress import FORMATS, check_half
-from mlx_hiermem.convert.coreml.distance import Float32Anchor
-from mlx_hiermem.convert.coreml.limits import BOUNDS, Measured, SavedAnchor, Trial
-from mlx_hiermem.convert.coreml.mixed_precision import Codec, Plan, find_plan
-from mlx_hiermem.convert.coreml.references import read_memory
-from mlx_hiermem.convert.coreml.shape import PREFILL_TOKENS, Export
+from mlx_hiermem.convert.export import bundle, package, sizes
+from mlx_hiermem.convert.export.architecture import Architecture, Linear, check_memory
+from mlx_hiermem.convert.export.bundle import Choice
+from mlx_hiermem.convert.export.distance import Float32Anchor
+from mlx_hiermem.convert.export.limits import BOUNDS, Measured, SavedAnchor, Trial
+from mlx_hiermem.convert.export.mixed_precision import Codec, Plan, find_plan
+from mlx_hiermem.convert.export.references import read_memory
+from mlx_hiermem.convert.export.shape import PREFILL_TOKENS, Export
 from mlx_hiermem.convert.source import tool_versions
 from mlx_hiermem.convert.staging import partial_folder
 from mlx_hiermem.embedder import Embedder
@@ -47,6 +47,7 @@ class Options:
     blocks: str = "all"
     only: tuple[str, ...] = ()
     url: str = ""
+    sources: bool = False
 
     def __post_init__(self) -> None:
         if self.memory not in MODES:
@@ -154,7 +155,7 @@ class _Exporter:
         self.choice: Choice | None = None
         if bank:
             bank.manifest.check_anchor(identify(self.anchor))
-            self.choice = bundle.choose(bank, options.blocks, options.only, options.url)
+            self.choice = bundle.choose(bank, options.blocks, options.only, options.url, options.sources)
         self.say("reading the anchor, and running it on the texts that it is measured on")
         self.reference = Float32Anchor(self.anchor, longest=options.context or CONTEXT)
         longest = self.reference.sizes.longest or CONTEXT
@@ -219,6 +220,7 @@ class _Exporter:
             *reference.notes,
             *measured.overflow.warnings(),
             *target.warnings(reference.sizes, self.shape, plan.formats),
+            *(choice.warnings() if choice else ()),
         ]
         warnings += sizes.warnings(devices)
         return Report(manifest, receipt, tuple(warnings))

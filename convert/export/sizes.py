@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mlx_hiermem import plan
-from mlx_hiermem.convert.coreml.architecture import Architecture, Linear
-from mlx_hiermem.convert.coreml.shape import Export
+from mlx_hiermem.convert.export.architecture import Architecture, Linear
+from mlx_hiermem.convert.export.shape import Export
 from mlx_hiermem.errors import OutputError
 
 # Bytes of one file. Core ML maps weight.bin as a whole; an iPhone XR failed to map 1.3 GB (whisper.cpp #2456).

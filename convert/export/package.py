@@ -37,9 +37,9 @@ from typing import Any
 
 from mlx_hiermem.anchor import read_config
 from mlx_hiermem.config import MemoryConfig
-from mlx_hiermem.convert.coreml.architecture import Architecture
-from mlx_hiermem.convert.coreml.chat import chat_format
-from mlx_hiermem.convert.coreml.shape import CACHES, LOAD, MEMORY, Export, matrices, parts
+from mlx_hiermem.convert.export.architecture import Architecture
+from mlx_hiermem.convert.export.chat import chat_format
+from mlx_hiermem.convert.export.shape import CACHES, LOAD, MEMORY, Export, matrices, parts
 from mlx_hiermem.errors import AnchorError
 from mlx_hiermem.files import file_digest
 

@@ -17,9 +17,9 @@ import numpy as np
 from mlx_lm.utils import dequantize_model
 
 from mlx_hiermem.anchor import load_anchor
-from mlx_hiermem.convert.coreml.architecture import Architecture, Linear
-from mlx_hiermem.convert.coreml.exported import Runner
-from mlx_hiermem.convert.coreml.sample_texts import token_ids
+from mlx_hiermem.convert.export.architecture import Architecture, Linear
+from mlx_hiermem.convert.export.exported import Runner
+from mlx_hiermem.convert.export.sample_texts import token_ids
 
 
 @dataclass(frozen=True)

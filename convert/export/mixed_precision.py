@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_hiermem.convert.coreml.architecture import Linear
-from mlx_hiermem.convert.coreml.distance import Distance, Float32Anchor
+from mlx_hiermem.convert.export.architecture import Linear
+from mlx_hiermem.convert.export.distance import Distance, Float32Anchor
 from mlx_hiermem.errors import HierMemError
 from mlx_hiermem.progress import Progress
 

@@ -1,0 +1,1 @@
+"""What an app is given: the folder, how it is measured and verified; for Core ML and Core AI alike."""
