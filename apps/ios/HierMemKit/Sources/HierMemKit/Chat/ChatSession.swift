@@ -134,6 +134,10 @@ public actor ChatSession {
   private func prepareAnswer(
     _ text: String, emit: (ChatEvent) -> Void
   ) async throws -> (prompt: [Int], turn: Turn?) {
+    if options.memory.hasPassage && model.router?.sources == nil {
+      throw HierMemError(
+        .bank, "this model has no sources", hint: "Use memory fetched, or export it with --with-sources.")
+    }
     let turn = options.memory.isRouted
       ? try await model.router?.turn(text, topic: topic, blocked: options.blocked) : nil
     let passage = try await passage(for: turn)
@@ -150,12 +154,7 @@ public actor ChatSession {
 
   /// What goes into the prompt, where that is wanted and the question's leaf has something.
   private func passage(for turn: Turn?) async throws -> SourceWindow? {
-    guard options.memory.hasPassage else { return nil }
-    guard let search = model.router?.search else {
-      throw HierMemError(
-        .bank, "this model has no sources", hint: "Use memory fetched, or export it with --with-sources.")
-    }
-    guard let turn else { return nil }
+    guard options.memory.hasPassage, let turn, let search = model.router?.search else { return nil }
     return try await search.passage(for: messages.asked(stayed: turn.stayed), in: turn.path)
   }
 

@@ -61,7 +61,7 @@ enum Sentences {
     """
     a i
     am an as at be by do go he if in is it me my no of on or so to up us we
-    about after again all also although among and another any are because been before being below between both
+    about above after again all also although among and another any are because been before being below between both
     but can could did does down during each either few first for from had has have her him his how however into its
     itself just made many may more most much must near neither never not now off often one only other others our out
     over own same she should since some such than that the their them then there these they this those through too
