@@ -65,7 +65,7 @@ def command(session: Session, line: str, capsys: pytest.CaptureFixture[str]) -> 
 # talking
 
 
-def talk(session: Session, lines: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:
+def talk(session: Session, lines: list[str], monkeypatch: pytest.MonkeyPatch, shelf: Shelf | None = None) -> bool:
     read = iter(lines)
 
     def one() -> str:
@@ -77,7 +77,7 @@ def talk(session: Session, lines: list[str], monkeypatch: pytest.MonkeyPatch) ->
         return line
 
     monkeypatch.setattr(keyboard, "reader", lambda *_: one)
-    return chat.talk(session)
+    return chat.talk(session, shelf=shelf)
 
 
 def test_replies_go_to_the_output_and_all_else_beside_it(
@@ -343,6 +343,19 @@ def test_conversations_are_kept_and_gone_on_with(
     for line, words in (("/chats 9", "no conversation 9"), ("/chats x", "'x' is no number")):
         with pytest.raises(HierMemError, match=words):
             slash.run(other, line, newest)
+
+
+def test_a_resumed_chat_shows_where_it_was_and_is_kept(
+    session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
+) -> None:
+    monkeypatch.setenv("HIERMEM_CACHE", str(tmp_path))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    reply = say(session, "about neon")
+    assert talk(session, ["/chats", "now iron"], monkeypatch, Shelf("my-model"))
+    assert f"› about neon\n{reply}\n" in capsys.readouterr().out
+    (kept,) = Shelf("my-model").kept()
+    assert kept.data["messages"] == session.messages
+    assert len(session.messages) == 4
 
 
 def chats(session: Session, line: str, shelf: Shelf, capsys: pytest.CaptureFixture[str]) -> str:

@@ -38,6 +38,7 @@ from mlx_hiermem.learn.publish import ANCHOR, BANK, MovedTexts, kept_texts
 from mlx_hiermem.learn.record import RECORD, LearntFile, files_learnt, files_read, read_record, write_record
 from mlx_hiermem.learn.settings import AddSettings
 from mlx_hiermem.learn.sources import more_sources, passage_reach
+from mlx_hiermem.learn.status import Listener
 from mlx_hiermem.learn.train.blocks import Tensors, new_block
 from mlx_hiermem.learn.train.dataset import TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.train.jobs import Trainer
@@ -122,7 +123,7 @@ class Lesson:
 class Relearning(stages.StagedRun):
     """One command's work. What it computes is of the bank as it was `before`, however often it is interrupted."""
 
-    def __init__(self, work: Work, model: pathlib.Path, settings: AddSettings, listener: stages.Listener) -> None:
+    def __init__(self, work: Work, model: pathlib.Path, settings: AddSettings, listener: Listener) -> None:
         super().__init__(work, listener)
         self.model, self.root, self.settings = model, model / BANK, settings
         self.before = before = work.path(BEFORE)

@@ -31,7 +31,6 @@ from mlx_hiermem.config import Path
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import BankError, NothingToLearnError
 from mlx_hiermem.files import file_digest
-from mlx_hiermem.learn import stages
 from mlx_hiermem.learn.add import Adding
 from mlx_hiermem.learn.changes import Changes
 from mlx_hiermem.learn.corpus import readers
@@ -40,11 +39,12 @@ from mlx_hiermem.learn.publish import BANK
 from mlx_hiermem.learn.record import files_read, read_record
 from mlx_hiermem.learn.relearn import AFTER, Gone, Lesson, NewTexts
 from mlx_hiermem.learn.settings import AddSettings, settings_from_dict
+from mlx_hiermem.learn.status import Listener, Silent
 from mlx_hiermem.learn.work import SYNC, WRITTEN, Work, locked_work, read_rows, work_folder, write_rows, write_text
 from mlx_hiermem.model_folder import load
 
 RECEIPT = f"{LEARNING}/sync.json"
-SILENT = stages.Silent()
+SILENT = Silent()
 PLAN, PROBED, DRAFT = "plan.json", "probed.json", "draft.json"
 
 
@@ -90,9 +90,7 @@ def settings_of(model: pathlib.Path) -> AddSettings:
     )
 
 
-def sync(
-    model: pathlib.Path, changes: Changes, settings: SyncSettings, listener: stages.Listener = SILENT
-) -> Receipt:
+def sync(model: pathlib.Path, changes: Changes, settings: SyncSettings, listener: Listener = SILENT) -> Receipt:
     """Learns what is new and forgets what is gone. Interrupted, the same call goes on.
 
     Where an earlier run only has to be completed, that is done, and its receipt is returned. Raises as `add` does.
@@ -109,7 +107,7 @@ def sync(
     return receipt
 
 
-def finish(model: pathlib.Path, listener: stages.Listener = SILENT) -> Receipt | None:
+def finish(model: pathlib.Path, listener: Listener = SILENT) -> Receipt | None:
     """Completes a run that was killed after it had changed the bank; None where there is none."""
     folder = work_folder(model, SYNC)
     if not all((folder / name).exists() for name in (PLAN, DRAFT, AFTER)):
@@ -142,7 +140,7 @@ class _Syncing(Adding):
         model: pathlib.Path,
         changes: Changes,
         settings: SyncSettings,
-        listener: stages.Listener,
+        listener: Listener,
     ) -> None:
         super().__init__(work, model, settings.learning, listener)
         self.changes, self.how = changes, settings
