@@ -196,7 +196,7 @@ def write_quantized(folder: pathlib.Path) -> None:
     """Quantised tensors of every kind a bank may have, and their values in float16."""
     tensors: dict[str, mx.array] = {}
     for dtype in (mx.float16, mx.bfloat16, mx.float32):
-        for bits in (4, 8):
+        for bits in (2, 4, 8):
             for group in (32, 64, 128):
                 seed = 100 * bits + group
                 # rows of very different sizes, down to where float16 has few bits left

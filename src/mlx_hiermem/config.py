@@ -15,7 +15,7 @@ from mlx_hiermem.printable import printable
 
 KINDS = ("ffn", "lora-qk", "lora-vo", "lora-ffn", "kv")
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}  # name -> bytes per value
-BITS, GROUP_SIZES = (4, 8), (32, 64, 128)  # of quantised blocks; the group sizes are MLX's
+BITS, GROUP_SIZES = (2, 4, 8), (32, 64, 128)  # of quantised blocks; the group sizes are MLX's
 PACKED = "uint32"  # the dtype of quantised values: 32 / bits of them in each
 PATH = re.compile(r"(0|[1-9][0-9]{0,8})(\.(0|[1-9][0-9]{0,8}))*", re.ASCII)
 SCALES, BIASES = ".scales", ".biases"  # after a quantised tensor's name
@@ -70,7 +70,7 @@ class Quantization:
         if self.bits not in BITS or self.group_size not in GROUP_SIZES:
             raise BankError(
                 f"blocks of {self.bits} bits in groups of {self.group_size} are not possible",
-                f"Bits are {' or '.join(map(str, BITS))}, groups {', '.join(map(str, GROUP_SIZES))}.",
+                f"Bits are {', '.join(map(str, BITS))}, groups {', '.join(map(str, GROUP_SIZES))}.",
             )
 
     def __str__(self) -> str:
