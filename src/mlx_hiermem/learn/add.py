@@ -125,7 +125,8 @@ class Adding(Relearning):
     def examples(self, built: CorpusTree, embedder: Embedder, new_leaf: Path | None = None) -> NewTexts:
         """Within stage `examples`."""
         tokenizer = self.loaded[1]
-        settings = ExampleSettings(0.0, self.settings.training.objective == "distillation")
+        distil = self.settings.training.objective == "distillation"
+        settings = ExampleSettings(0.0, distil, self.bank.sources is not None)
         digest = make_examples(self.work, built, embedder, tokenizer, settings, self.progress("windows"))
         new = TrainingSet.open(self.work.path(EXAMPLES))
         nodes = describe_nodes(self.work, built, self.count, new)

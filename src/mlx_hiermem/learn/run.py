@@ -236,7 +236,9 @@ class _Run(stages.StagedRun):
             given = given_agreement(built, embedder, asked) if asked else None
             self.listener.end(stages.tree_line(built.agreement, given))
         with self.stage("examples"):
-            chosen = ExampleSettings(self.settings.heldout, self.settings.training.objective == "distillation")
+            chosen = ExampleSettings(
+                self.settings.heldout, self.settings.training.objective == "distillation", self.settings.sources
+            )
             make_examples(self.work, built, embedder, tokenizer, chosen, self.progress("windows"))
             learnt, _ = open_examples(self.work)
             nodes = describe_nodes(self.work, built, self._count, learnt)
