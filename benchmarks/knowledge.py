@@ -26,9 +26,9 @@ import common
 from mlx.utils import tree_flatten
 
 from mlx_hiermem import load
-from mlx_hiermem.config import MemoryChoice
 from mlx_hiermem.evaluate.answers import is_only, mentions
 from mlx_hiermem.evaluate.statistics import share_interval
+from mlx_hiermem.memory_choice import MemoryChoice
 from mlx_hiermem.model import MemoryModel
 
 MEMORIES = ("none", "generic", "fetched", "oracle", "source", "fetched+source")

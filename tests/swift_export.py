@@ -41,12 +41,17 @@ def write_export(out: pathlib.Path, exported: pathlib.Path | None = None) -> Non
         with tempfile.TemporaryDirectory() as name:
             model = tiny.make_model(pathlib.Path(name) / "tiny", absent=("1.2",))
             url = "https://example.org/tiny/bank"
-            export(model, folder, Options(context=64, weights="fp16", blocks="level-1", url=url))
+            texts = {
+                leaf: [(f"Topic {leaf}", f"What is known of {leaf}.")] for leaf in ("0.1", "0.2", "1.1", "2.0")
+            }
+            tiny.give_sources(model / "bank", texts, Embedder.load().embed)
+            export(model, folder, Options(context=64, weights="fp16", blocks="level-1", url=url, sources=True))
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     bank = MemoryBank.open(folder / manifest["bank"]["folder"])
     golden = {
         **_texts(folder, manifest),
         "questions": _questions(bank),
+        "sources": bank.sources is not None,
         "blocks": _blocks(bank, set(manifest["bank"]["download"])),
     }
     (out / "export.json").write_text(json.dumps(golden, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -70,7 +75,7 @@ def _texts(folder: pathlib.Path, manifest: dict[str, Any]) -> dict[str, Any]:
 def _questions(bank: MemoryBank) -> dict[str, Any]:
     """Real conversations, turn by turn: what the retriever is given, what it makes of it, and where that goes."""
     embedder = Embedder.load()
-    router, talks, vectors = Router(bank.tree, embedder, bank.policy), [], dict[str, list[float]]()
+    router, talks, vectors = Router(bank.tree, embedder, bank.policy, bank.sources), [], dict[str, list[float]]()
     for line in (ROOT / "tests/conversations.jsonl").read_text(encoding="utf-8").splitlines()[:12]:
         topic, turns = None, []
         for text in [turn["user"] for turn in json.loads(line)["turns"]]:

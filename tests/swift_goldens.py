@@ -16,6 +16,7 @@ import argparse
 import json
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 from mlx_hiermem import cpu
 
@@ -24,9 +25,11 @@ cpu.enable()
 import mlx.core as mx
 import numpy as np
 from elements import BANK
-from swift_session import write_session
+from swift_session import Said, with_sources, write_session
 from swift_texts import write_real_tokens, write_tokenizers, write_tokens
 
+from mlx_hiermem.bank.bank import MemoryBank
+from mlx_hiermem.bank.passages import PROBED
 from mlx_hiermem.bank.policy import BankPolicy
 from mlx_hiermem.config import Path
 from mlx_hiermem.router import Router, Turn
@@ -96,10 +99,40 @@ def write_routes(folder: pathlib.Path) -> None:
             "paths": [str(route.path) for route in routes],
             "avoided": [" ".join(map(str, route.avoided)) for route in routes],
             "distances": [route.distances for route in routes[:50]],
+            "beams": [" ".join(map(str, tree.beam(vector, PROBED))) for vector in embeddings[:50]],
         }
         goldens[name] = golden | policy.to_json()
+    goldens |= passage_routes(folder)
     text = json.dumps(goldens, separators=(",", ":")).replace("]]", "]]\n")
     (folder / "routes.json").write_text(text + "\n")
+
+
+def passage_routes(folder: pathlib.Path) -> dict[str, Any]:
+    """Where vectors go in the tiny bank with its sources."""
+    bank = with_sources(MemoryBank.open(folder / "bank"))
+    vectors = uniform(5, 60, bank.tree.dim)
+    vectors /= np.sqrt((vectors**2).sum(1, keepdims=True))
+    assert bank.sources
+    some, goldens = frozenset(map(Path.parse, ("0", "1.2", "2.0"))), {}
+    for name, policy in {
+        "open": BankPolicy(),
+        "passage reach": BankPolicy(passage_reach=1.05),
+        "reach": BankPolicy(reach=2.2),
+        "both": BankPolicy(reach=2.2, passage_reach=1.05),
+        "sibling": BankPolicy(some, passage_reach=1.2),
+        "parent": BankPolicy(some, "parent"),
+        "closed": BankPolicy(frozenset(bank.sources.leaves()), "sibling"),
+    }.items():
+        routes = Router(bank.tree, Said(bank.tree), policy, bank.sources).route_vectors(vectors)
+        golden = {
+            "paths": [str(route.path) for route in routes],
+            "avoided": [" ".join(map(str, route.avoided)) for route in routes],
+            "distances": [route.distances for route in routes],
+            "passages": [route.passage for route in routes],
+            "far": [route.far for route in routes],
+        }
+        goldens[f"passages, {name}"] = golden | policy.to_json()
+    return goldens
 
 
 class Recorded:
@@ -163,7 +196,7 @@ def write_quantized(folder: pathlib.Path) -> None:
     """Quantised tensors of every kind a bank may have, and their values in float16."""
     tensors: dict[str, mx.array] = {}
     for dtype in (mx.float16, mx.bfloat16, mx.float32):
-        for bits in (4, 8):
+        for bits in (2, 4, 8):
             for group in (32, 64, 128):
                 seed = 100 * bits + group
                 # rows of very different sizes, down to where float16 has few bits left
@@ -231,12 +264,12 @@ def write_embedded(folder: pathlib.Path) -> None:
 
 def write_goldens(folder: pathlib.Path) -> None:
     """Everything but the inputs, which must be in the folder."""
+    write_session(folder)  # first: the routes need its bank
     write_routes(folder)
     write_turns(folder)
     write_quantized(folder)
     write_samples(folder)
     write_tokens(folder)
-    write_session(folder)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import pathlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from swift_sources import Worded, found_sources, write_windows
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -217,6 +218,12 @@ def write_bank(folder: pathlib.Path) -> MemoryBank:
     return MemoryBank.open(folder)
 
 
+def with_sources(bank: MemoryBank) -> MemoryBank:
+    """The same bank with sources; its manifest on disk does not name them, so that whoever opens it has none."""
+    entry = write_windows(bank.root, CONFIG.branching, DIM)
+    return MemoryBank(bank.root, replace(bank.manifest, sources=entry))
+
+
 def write_session(folder: pathlib.Path) -> None:
     """The bank, and how each of several sessions goes."""
     bank = write_bank(folder / "bank")
@@ -233,6 +240,11 @@ def write_session(folder: pathlib.Path) -> None:
         "none": session("none"),
         "reach": Session(narrow, max_tokens=MAX_TOKENS, earlier=0),
     }
+    shelf, worded = with_sources(bank), Worded(DIM)
+    assert shelf.sources
+    learnt = TinyModel(shelf, tokenizer, Router(bank.tree, worded, sources=shelf.sources))
+    for memory in ("source", "fetched+source"):
+        sessions[memory] = Session(learnt, memory, max_tokens=MAX_TOKENS, earlier=0)
     golden = {
         "context": CONTEXT,
         "eos": [EOS],
@@ -241,6 +253,8 @@ def write_session(folder: pathlib.Path) -> None:
         "reach": REACH,
         "logits": _logits(model),
         "sessions": {name: _run(session) for name, session in sessions.items()},
+        **found_sources(shelf.sources, worded),
+        "worded": {text: vector.tolist() for text, vector in worded.vectors.items()},
         "vectors": {text: vector.tolist() for text, vector in said.vectors.items()},
     }
     (folder / "session.json").write_text(json.dumps(golden, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
@@ -250,6 +264,7 @@ def _run(session: Session) -> dict[str, Any]:
     turns = []
     for text, _, _ in SAID:
         reply = "".join(session.ask(text))
+        said = session.model.response.sources if session.model.response else None
         turns.append(
             {
                 "text": text,
@@ -258,6 +273,8 @@ def _run(session: Session) -> dict[str, Any]:
                 "stayed": bool(session.turn and session.turn.route.stayed),
                 "far": session.selection.route.far,
                 "blocks": list(session.selection.blocks),
+                "passage": passage.title if (passage := session.selection.passage) else None,
+                "sources": None if said is None else [str(source) for source in said],
                 "first": session.first,
                 "prefilled": session.prefilled,
             }

@@ -24,9 +24,11 @@ from mlx_hiermem import load
 from mlx_hiermem.apps.cli import chat, keyboard, models, slash
 from mlx_hiermem.apps.cli.display import FAR, console, notes
 from mlx_hiermem.apps.cli.main import main
+from mlx_hiermem.apps.cli.shelf import Shelf
 from mlx_hiermem.bank.policy import BankPolicy
-from mlx_hiermem.config import MemoryChoice, Path
+from mlx_hiermem.config import Path
 from mlx_hiermem.errors import AnchorError, HierMemError
+from mlx_hiermem.memory_choice import MemoryChoice
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.router import Router
 from mlx_hiermem.selection import Selection
@@ -63,7 +65,7 @@ def command(session: Session, line: str, capsys: pytest.CaptureFixture[str]) -> 
 # talking
 
 
-def talk(session: Session, lines: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:
+def talk(session: Session, lines: list[str], monkeypatch: pytest.MonkeyPatch, shelf: Shelf | None = None) -> bool:
     read = iter(lines)
 
     def one() -> str:
@@ -75,7 +77,7 @@ def talk(session: Session, lines: list[str], monkeypatch: pytest.MonkeyPatch) ->
         return line
 
     monkeypatch.setattr(keyboard, "reader", lambda *_: one)
-    return chat.talk(session)
+    return chat.talk(session, shelf=shelf)
 
 
 def test_replies_go_to_the_output_and_all_else_beside_it(
@@ -121,8 +123,9 @@ def test_a_turn_without_memory_is_told(
     arrows = [line.rstrip() for line in capsys.readouterr().out.splitlines() if line.startswith("→")]
     assert arrows == [f"→ {FAR}", "→ topic 0 › topic 0.1", f"→ {FAR}"]
     assert chat.status_line(session, 120).startswith(FAR)
-    why = command(session, "/why", capsys)
-    assert "“cook rice again” was answered without memory" in why
+    plain = command(session, "/why", capsys)
+    assert plain == "“cook rice again” was answered without memory: nothing in the bank is like it."
+    why = command(session, "/why --verbose", capsys)
     assert "alone it takes none; it gets no memory, and the conversation stays on 0.1 (decided by 0.000" in why
     assert "belonging to the conversation by -" in why
     tried = command(session, "/route cook rice", capsys)
@@ -221,6 +224,8 @@ def test_a_narrow_status_line_keeps_its_figures(session: Session, width: int) ->
         ("/pin", "no path to stay on yet"),
         ("/pin off", "nothing is pinned"),
         ("/why", "no memory was used"),
+        ("/why else", "/why knows no 'else'"),
+        ("/compare", "nothing was asked yet"),
         ("/route", "nothing was routed yet"),
         ("/save", "no file is named. Write /save FILE."),
         ("/load", "no file is named. Write /load FILE."),
@@ -253,8 +258,12 @@ def test_route_and_why(session: Session, capsys: pytest.CaptureFixture[str]) -> 
     assert session.topic is None  # asking changes nothing
     say(session, "about neon")
     say(session, "and its symbol?")
-    text = command(session, "/why", capsys)
-    assert "“and its symbol?” was answered on 0.1" in text
+    plain = command(session, "/why", capsys)
+    memory = "the memory on topic 0 › topic 0.1 (0.1), where the conversation was before."
+    told = f"“and its symbol?” was answered with {memory}"
+    assert plain.startswith(f"{told} provenance: ")
+    text = command(session, "/why --verbose", capsys)
+    assert text.startswith(told)
     assert "topic 0.1 1.7 kB, in memory" in text
     assert "topic 0.2 1.7 kB, on disk" in text  # what else was near
     assert "alone it takes 2.2; the conversation stays on 0.1 (decided by " in text
@@ -271,10 +280,88 @@ def test_why_names_sources_and_blocked_nodes(session: Session, capsys: pytest.Ca
     bank.manifest = replace(bank.manifest, blocks=bank.manifest.blocks | {many.path: many})
     bank.policy = session.model.router.policy = BankPolicy(frozenset([Path((0, 1))]))
     say(session, "about neon")
-    text = command(session, "/why", capsys)
+    assert "0.1 topic 0.1 would be nearer, but is blocked" in command(session, "/why", capsys)
+    text = command(session, "/why --verbose", capsys)
     assert "0.1 topic 0.1 would be nearer, but is blocked" in text
     assert "1.7 kB, blocked" in text
     assert "0 s0, s1, s2, s3, s4, s5, s6, s7 and 3 more" in text
+
+
+def test_memories_are_compared(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each as if it had answered, and the conversation stays what it was."""
+    say(session, "now iron")
+    say(session, "about neon")
+    before = session.to_json()
+    capsys.readouterr()
+    slash.run(session, "/compare")
+    lines = capsys.readouterr().out.splitlines()
+    expected = []
+    for memory, name in (("none", "without memory"), ("generic", "generic memory"), ("0.1", "topic 0 › topic 0.1")):
+        other = Session(session.model, memory, max_tokens=4)
+        other.messages = [dict(message) for message in session.messages[:2]]
+        expected += [name, say(other, "about neon")]
+    assert "\n".join(lines) == "\n".join(expected)
+    assert expected[-1] == session.messages[-1]["content"]
+    assert session.to_json() == before
+    fresh = Session(session.model, max_tokens=4)
+    for question in session.questions:
+        say(fresh, question)
+    expected = [say(fresh, "and its symbol?")]
+    slash.run(session, "/compare")  # what it attached is not what answers next
+    assert [say(session, "and its symbol?")] == expected
+
+
+def test_conversations_are_kept_and_gone_on_with(
+    session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
+) -> None:
+    monkeypatch.setenv("HIERMEM_CACHE", str(tmp_path))
+    shelf = Shelf("my-model")
+    assert "no earlier conversation" in chats(session, "/chats", shelf, capsys)
+    with pytest.raises(HierMemError, match="there are none yet"):
+        slash.run(session, "/chats 1", shelf)
+    say(session, "about neon")
+    shelf.keep(session)
+    say(session, "and its symbol?")
+    shelf.keep(session)
+    first = session.to_json()
+    other, later = Session(session.model, max_tokens=4), Shelf("my-model")
+    say(other, "now iron\nplease")
+    later.keep(other)
+    (tmp_path / "chats/broken.json").write_text("{")
+    Shelf("another").keep(other)
+    assert (tmp_path / "chats").stat().st_mode & 0o077 == 0
+    newest = Shelf("my-model")
+    rows = chats(session, "/chats", newest, capsys)
+    assert rows.index("now iron please") < rows.index("about neon")
+    text = chats(other, "/chats 2", newest, capsys)
+    assert text == " ".join(f"› and its symbol? {first['messages'][-1]['content']}".split())
+    assert other.to_json() == first
+    say(other, "once more")
+    newest.keep(other)  # in the same file
+    assert len(list((tmp_path / "chats").glob("2*.json"))) == 3
+    assert [one.title for one in Shelf("my-model").kept()] == ["about neon", "now iron\nplease"]
+    for line, words in (("/chats 9", "no conversation 9"), ("/chats x", "'x' is no number")):
+        with pytest.raises(HierMemError, match=words):
+            slash.run(other, line, newest)
+
+
+def test_a_resumed_chat_shows_where_it_was_and_is_kept(
+    session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
+) -> None:
+    monkeypatch.setenv("HIERMEM_CACHE", str(tmp_path))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    reply = say(session, "about neon")
+    assert talk(session, ["/chats", "now iron"], monkeypatch, Shelf("my-model"))
+    assert f"› about neon\n{reply}\n" in capsys.readouterr().out
+    (kept,) = Shelf("my-model").kept()
+    assert kept.data["messages"] == session.messages
+    assert len(session.messages) == 4
+
+
+def chats(session: Session, line: str, shelf: Shelf, capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    assert slash.run(session, line, shelf)
+    return " ".join(capsys.readouterr().out.split())
 
 
 def test_memory_and_pin(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
@@ -465,6 +552,25 @@ def test_chat_reads_a_pipe(folder: pathlib.Path, capsys: pytest.CaptureFixture[s
     code, out, err = run(capsys, "chat", folder, "--cache", "1k", "--memory", "0.1", stdin="/save\n/stats\n")
     assert (code, err) == (1, "hiermem: no file is named. Write /save FILE.\n")
     assert "of 1.0 kB" in out
+
+
+def test_the_last_conversation_is_resumed(
+    folder: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: pathlib.Path,
+) -> None:
+    monkeypatch.setenv("HIERMEM_CACHE", str(tmp_path))
+    call = ("chat", folder, "--memory", "0.1", "-n", "4", "--resume")
+    code, out, err = run(capsys, *call, stdin="hello\n")
+    assert (code, out) == (1, "")
+    assert err.startswith(f"hiermem: no conversation 1 with {folder.resolve()} is kept; there are none yet")
+    session = Session(load(folder), "0.1", max_tokens=4)
+    say(session, "hello")
+    Shelf(str(folder.resolve())).keep(session)
+    assert run(capsys, *call, stdin="and more\n")[0] == 0
+    (kept,) = Shelf(str(folder.resolve())).kept()
+    assert [m["content"] for m in kept.data["messages"] if m["role"] == "user"] == ["hello", "and more"]
 
 
 def test_what_cannot_be_is_said_before_the_first_question(

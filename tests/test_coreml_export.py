@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny import CONFIG, make_anchor, make_bank, make_model
+from tiny import CONFIG, HashEmbedder, give_sources, make_anchor, make_bank, make_model
 
 from mlx_hiermem import plan
 from mlx_hiermem.anchor import load_anchor
@@ -23,6 +23,7 @@ from mlx_hiermem.bank.block import GENERIC_FILE, block_name, write_block
 from mlx_hiermem.bank.manifest import BankManifest
 from mlx_hiermem.bank.policy import POLICY, BankPolicy
 from mlx_hiermem.bank.remote import Origin
+from mlx_hiermem.bank.sources import INDEX_FILE
 from mlx_hiermem.cache import BlockCache
 from mlx_hiermem.config import Path
 from mlx_hiermem.convert.anchors.huggingface import convert_huggingface
@@ -40,15 +41,18 @@ QUICK = Options(context=CONTEXT, weights="int8_channel", bound=0.1)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Three nodes of level 1 with three below each, but 2.0; do not write into it."""
-    return make_model(tmp_path_factory.mktemp("model") / "tiny", absent=("2.0",))
+    """Three nodes of level 1 with three below each, but 2.0, and sources; do not write into it."""
+    folder = make_model(tmp_path_factory.mktemp("model") / "tiny", absent=("2.0",))
+    texts = {leaf: [(f"Topic {leaf}", f"What is known of {leaf}.")] for leaf in ("0.1", "0.2", "1.1", "2.1")}
+    give_sources(folder / "bank", texts, HashEmbedder().embed)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def folder(model: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """One export by the command itself; do not write into it."""
     out = tmp_path_factory.mktemp("out") / "Model"
-    options = ["--context", str(CONTEXT), "--weights", "fp16"]
+    options = ["--context", str(CONTEXT), "--weights", "fp16", "--with-sources"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["hiermem", "export", "coreml", str(model), str(out), *options])
         with pytest.raises(SystemExit) as stop:
@@ -74,6 +78,7 @@ def test_the_folder(folder: pathlib.Path) -> None:
     assert found == set(manifest["files"]) | {"manifest.json", "receipt.json"}
     assert {"bank/bank.json", "bank/tree.safetensors", "bank/blocks/2/1.safetensors"} <= found
     assert {"tokenizer/tokenizer.json", "retriever/tokenizer.json"} <= found
+    assert {"bank/sources/windows.jsonl", "bank/sources/index.safetensors"} <= found
     assert f"bank/{GENERIC_FILE}" not in found
     assert check_files(Exported(folder)).passed
     assert [path.name for path in folder.parent.iterdir()] == ["Model"]
@@ -182,6 +187,41 @@ def test_a_part_of_a_bank_still_routes(model: pathlib.Path, tmp_path: pathlib.Pa
     assert bank.nodes_on(Path((0, 2))) == [Path((0,)), Path((0, 2))]
     assert bank.nodes_on(Path((1, 2))) == []
     assert bank.manifest.label(Path((1, 2))) == "topic 1.2"
+
+
+def test_sources_go_along_where_that_is_asked_for(copy: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Only those of leaves that the app gets."""
+
+    def bundled(name: str, **asked: Any) -> tuple[MemoryBank, bundle.Choice]:
+        choice = bundle.choose(MemoryBank.open(copy / "bank"), **asked)
+        bundle.write_bank(choice, tmp_path / name, lambda: None)
+        bank = MemoryBank.open(tmp_path / name)
+        assert not [problem for problem in bank.problems() if "sources" in problem]
+        return bank, choice
+
+    def leaves(bank: MemoryBank) -> list[str]:
+        assert bank.sources
+        return [str(leaf) for leaf in bank.sources.leaves()]
+
+    bank, choice = bundled("without")
+    assert bank.sources is None
+    assert not (tmp_path / "without/sources").exists()
+    assert "--with-sources" in choice.warnings()[0]
+    bank, choice = bundled("all", sources=True)
+    assert leaves(bank) == ["0.1", "0.2", "1.1", "2.1"]
+    assert not choice.warnings()
+    assert (tmp_path / "all" / INDEX_FILE).read_bytes() == (copy / "bank" / INDEX_FILE).read_bytes()
+    assert leaves(bundled("part", sources=True, only=("2", "0.1"))[0]) == ["0.1", "2.1"]
+    assert len(leaves(bundled("later", sources=True, only=("2",), url="https://example.org/b")[0])) == 4
+    BankPolicy(frozenset({Path((0,)), Path((2, 1))})).write(copy / "bank" / POLICY)
+    bank, _ = bundled("open", sources=True)
+    assert leaves(bank) == ["1.1"]
+    assert bank.sources
+    assert len(bank.sources) == 1
+    without = dataclasses.replace(bank.manifest, sources=None)
+    without.write(copy / "bank" / MANIFEST)
+    with pytest.raises(BankError, match=r"has no sources\. Export it without --with-sources"):
+        bundle.choose(MemoryBank.open(copy / "bank"), sources=True)
 
 
 def spoil_digest(model: pathlib.Path) -> None:

@@ -25,6 +25,7 @@ ORDER = [
     "files",
     "safetensors_file",
     "config",
+    "memory_choice",
     "sentences",
     "assets",
     "tree",

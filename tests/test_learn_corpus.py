@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import CorpusError, OutputError
 from mlx_hiermem.learn.corpus import formats, readers
-from mlx_hiermem.learn.corpus.corpus import Seen, read_corpus
+from mlx_hiermem.learn.corpus.corpus import read_corpus
+from mlx_hiermem.learn.corpus.duplicates import Seen
 from mlx_hiermem.learn.corpus.windows import Document, Skipped, splintered, split, untruncated
 from mlx_hiermem.learn.settings import CorpusSettings
 from mlx_hiermem.learn.tree import labels
@@ -360,6 +361,27 @@ def test_labels_are_what_sets_a_node_apart() -> None:
         "tokens": 10,
     }
     json.dumps(nodes)
+
+
+def test_titles_come_first_in_a_label() -> None:
+    from mlx_hiermem.config import Path
+    from mlx_hiermem.learn.corpus.windows import Window
+    from mlx_hiermem.learn.tree.build import Placed
+
+    about = {
+        "Sourdough": "abiding brewer crumb",
+        "Rye": "abiding brewer crumb",
+        "Sloop": "mast keel",
+        "": "mast keel",
+    }
+    windows = [Window(i, i, f"d{i}.txt", title, text) for i, (title, text) in enumerate(about.items())]
+    placed = [Placed(i, (Path((i // 2,)),)) for i in range(4)]
+    nodes = labels.describe(
+        windows, lambda numbers: [windows[n] for n in numbers], placed, [one.leaves for one in placed], len
+    )
+    # A word of both is in as many windows as a title of one is not.
+    assert nodes["0"]["label"].split(", ") == ["rye", "sourdough", "abiding"]
+    assert nodes["1"]["label"].split(", ") == ["sloop", "keel", "mast"]
 
 
 @pytest.mark.slow

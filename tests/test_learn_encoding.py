@@ -10,10 +10,12 @@ import pytest
 from books import COUNT, fact, text, write_library, write_study
 from tiny import make_anchor
 
+from mlx_hiermem.config import Path
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import CorpusError
 from mlx_hiermem.learn.corpus.corpus import read_corpus
 from mlx_hiermem.learn.settings import ExampleSettings, TreeSettings, epochs_for
+from mlx_hiermem.learn.sources import WindowVectors
 from mlx_hiermem.learn.train.dataset import Example, TrainingSet
 from mlx_hiermem.learn.train.encoding import (
     Encoder,
@@ -150,3 +152,26 @@ def test_rows_that_do_not_go_window_by_window_are_refused(
 
 def test_a_small_corpus_is_learnt_more_often() -> None:
     assert [epochs_for(tokens) for tokens in (1, 10_000, 25_000, 10_000_000)] == [16, 10, 4, 3]
+
+
+@pytest.mark.parametrize("by_passages", [False, True])
+def test_held_out_questions_lie_where_the_bank_will_take_them(
+    studied: CorpusTree, minilm: Embedder, encoder: Encoder, by_passages: bool
+) -> None:
+    make_examples(studied.corpus.work, studied, minilm, encoder.tokenizer, ExampleSettings(by_passages=by_passages))
+    _, held = open_examples(studied.corpus.work)
+    assert held is not None
+    tree, windows, own = studied.tree, WindowVectors(studied), [placed.leaves for placed in studied.placed()]
+    for number, leaves in enumerate(held.leaves_of()):
+        example = held.read(number)
+        asked, _ = parts(encoder, example)
+        question = asked.removeprefix("<user>").removesuffix("\n<assistant>")
+        vector = minilm.embed([question])[0]
+        near = max(tree.nodes(tree.depth), key=lambda leaf: _likest(windows, leaf, vector))
+        assert leaves == [near if by_passages else tree.route(vector)[0].path]
+        assert not by_passages or near in own[example.window]
+
+
+def _likest(windows: WindowVectors, leaf: Path, vector: np.ndarray) -> float:
+    vectors = windows.vectors(leaf)
+    return float((vectors @ vector).max()) if vectors is not None else -1.0

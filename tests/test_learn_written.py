@@ -28,7 +28,7 @@ from mlx_hiermem.learn.settings import Prompt, StudySettings
 from mlx_hiermem.learn.study.checks import Evidence
 from mlx_hiermem.learn.study.free_study import forms, parse_reply
 from mlx_hiermem.learn.study.prompts import line_of, parse, read_prompts
-from mlx_hiermem.learn.study.stage import Teaching, study
+from mlx_hiermem.learn.study.stage import Teaching, help_study, study
 from mlx_hiermem.learn.study.teacher import Replies
 from mlx_hiermem.learn.study.writers import ModelWriter, Request, ServerWriter
 from mlx_hiermem.learn.work import STUDIED, STUDY, WINDOWS, WRITTEN, Work, read_rows, write_rows
@@ -529,6 +529,16 @@ def test_two_ranks_make_the_model_of_one(
             })  # fmt: skip
     assert models[0] == models[1]
     assert len(models[0]["learning/written.jsonl"].splitlines()) == 3 * 36
+
+
+def test_a_rank_with_another_teacher_writes_nothing(corpus: Corpus) -> None:
+    """It finds no trial by its teacher. Without a model that writes by patterns it could only fail."""
+
+    def writer() -> Any:
+        raise AssertionError("it was asked")
+
+    help_study(corpus.work, corpus, Teaching(StudySettings(), "another", None, writer), lambda: True)
+    assert not corpus.work.path(STUDY).exists()
 
 
 class TestModels:

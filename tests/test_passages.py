@@ -15,9 +15,10 @@ from mlx_hiermem.apps.cli.main import app
 from mlx_hiermem.bank import edit, passages
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.passages import passage_distance
-from mlx_hiermem.bank.policy import OPEN, BankPolicy
+from mlx_hiermem.bank.policy import OPEN, POLICY, BankPolicy
 from mlx_hiermem.config import ROOT, Path
 from mlx_hiermem.errors import BankError
+from mlx_hiermem.model_folder import load
 from mlx_hiermem.router import Router
 from mlx_hiermem.tree import ClusterTree
 
@@ -96,6 +97,16 @@ def test_a_blocked_leaf_is_passed_over(bank: MemoryBank) -> None:
     assert (top.path, top.avoided) == (ROOT, (Path((0,)),))
     here = router(bank).route(mixed, blocked=[NEAR])
     assert (here.path, here.avoided) == (NEXT, (NEAR,))
+
+
+def test_a_bank_that_was_edited_is_routed_by_its_passages_again(bank: MemoryBank) -> None:
+    model = load(bank.root.parent)
+    model._router = router(bank)
+    BankPolicy(frozenset([NEAR])).write(bank.root / POLICY)
+    assert model.refresh()
+    route = model.router.route("neon 0.7 argon")
+    assert (route.path, route.avoided) == (NEXT, (NEAR,))
+    assert route.passage is not None
 
 
 def test_where_all_passages_are_blocked_the_tree_says_where_to_go(bank: MemoryBank) -> None:

@@ -16,9 +16,10 @@ from mlx_hiermem.bank.bank import MANIFEST, MemoryBank
 from mlx_hiermem.bank.block import block_name
 from mlx_hiermem.bank.check import check
 from mlx_hiermem.bank.sources import INDEX_FILE, WINDOWS_FILE, BankSources, write_sources
-from mlx_hiermem.config import MemoryChoice, Path
+from mlx_hiermem.config import Path
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import BankError
+from mlx_hiermem.memory_choice import MemoryChoice
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.router import Router
 from mlx_hiermem.session import Session

@@ -118,7 +118,7 @@ def known(model: pathlib.Path, name: str) -> float:
     prompt, answer = f"Question: What is the code of {name}?\nAnswer:", f" {8 * CODES[name]}"
     tokens = (*opened.tokens(prompt), *opened.tokens(answer))
     probe = Probe(name, prompt, answer, tuple(tokens), len(opened.tokens(prompt)))
-    return recall(opened, [probe], "fetched")[0].loss
+    return recall(opened, [probe], ["fetched"])[0].loss
 
 
 def receipt(model: pathlib.Path) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def quantize(
     ),
     model: str = models.MODEL,
     bits: str = typer.Option(
-        ..., help="8 or 4 for all levels, or level by level: 8,4 is level 1 in 8 bits and all below in 4. 16 keeps."
+        ..., help="8, 4 or 2 for all levels, or level by level: 8,4 is level 1 in 8 bits, all below in 4. 16 keeps."
     ),
     group_size: int | None = typer.Option(
         None, help="Values that share a scale: 32, 64 or 128. Default: 64, or 32 where the memory's widths need it."
@@ -87,7 +87,7 @@ def _parse(bits: str) -> list[int]:
 
     parts = bits.replace(" ", "").split(",")
     if not all(part.isdecimal() and int(part) in (*BITS, KEPT) for part in parts):
-        raise typer.BadParameter("write 8 or 4, or one of 8, 4 and 16 for each level: 8,4", param_hint="--bits")
+        raise typer.BadParameter("write 8, 4 or 2, or one of these and 16 for each level: 8,4", param_hint="--bits")
     return [int(part) for part in parts]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pathlib
 import sys
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ from mlx_hiermem.apps.cli.display import (
     waiting,
     write,
 )
+from mlx_hiermem.apps.cli.shelf import Shelf
 from mlx_hiermem.printable import printable
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ def chat(
     frequency_penalty: float = sampling.FREQUENCY_PENALTY,
     chat_template_args: str = sampling.TEMPLATE,
     cache: str = typer.Option("512M", help="Memory for blocks: 500M, 2G."),
+    resume: bool = typer.Option(False, "--resume", help="Go on with the last conversation with this model."),
 ) -> None:
     """Talk with a model; each turn is routed, and what it brings into memory is shown.
 
@@ -64,15 +67,25 @@ def chat(
 
         loaded = models.open_model(name, cache_bytes)
         session = Session(loaded, system=system, max_tokens=max_tokens, template=template, **drawn)
+        folder = pathlib.Path(name)
+        known = str(folder.resolve()) if folder.is_dir() else name  # from wherever it is named
+        shelf = Shelf(known) if resume or sys.stdin.isatty() else None
+        if resume and shelf:
+            shelf.take_up(session)
         if memory:
             session.use(memory)
-        well = talk(session, models.introduce(name, loaded))
+        if system:
+            session.system = system
+        well = talk(session, models.introduce(name, loaded), shelf)
     if not well and not sys.stdin.isatty():
         raise typer.Exit(1)
 
 
-def talk(session: Session, header: str = "") -> bool:
-    """Reads questions and commands until the end of input, /quit or Ctrl-D; whether all went well."""
+def talk(session: Session, header: str = "", shelf: Shelf | None = None) -> bool:
+    """Reads questions and commands until the end of input, /quit or Ctrl-D; whether all went well.
+
+    What is said is kept on the shelf, where there is one.
+    """
     from mlx_hiermem.apps.cli import slash
     from mlx_hiermem.errors import HierMemError
 
@@ -81,11 +94,15 @@ def talk(session: Session, header: str = "") -> bool:
     if sys.stdin.isatty():
         for line in filter(None, (header, WELCOME)):
             (console if console.is_terminal else notes).print(line, style="dim", markup=False, soft_wrap=True)
+        if session.messages:
+            console.print(slash.said(session), markup=False, highlight=False, soft_wrap=True)
     while (text := _next(read)) is not None:
         try:
             if not text.startswith("/"):
                 _reply(session, utf8(text))
-            elif not slash.run(session, text):
+                if shelf:
+                    shelf.keep(session)
+            elif not slash.run(session, text, shelf):
                 break
         except HierMemError as error:
             notes.print(printable(f"hiermem: {error}"), style="red", markup=False, soft_wrap=True)
@@ -97,8 +114,8 @@ def talk(session: Session, header: str = "") -> bool:
 
 def _draft(session: Session) -> Paused:
     """What is done while the user thinks: the embedder is loaded, then drafts are routed and their blocks read."""
-    from mlx_hiermem.config import MemoryChoice
     from mlx_hiermem.errors import HierMemError
+    from mlx_hiermem.memory_choice import MemoryChoice
 
     def paused(text: str) -> None:
         with contextlib.suppress(HierMemError):  # the question itself will tell

@@ -33,6 +33,11 @@ ONLY = typer.Option(
     None, help="Bundle a subtree: a path such as 2.1, or a word of a label. May be given several times."
 )
 URL = typer.Option("", help="Where the bank's folder will lie for the app. Default: where it came from.")
+SOURCES = typer.Option(
+    False,
+    "--with-sources",
+    help="Bundle the texts that the bank keeps, too: questions are routed by them, and answers name their source.",
+)
 AS_JSON = typer.Option(False, "--json", help="Print one JSON object instead of text.")
 
 
@@ -52,6 +57,7 @@ def coreml(
     blocks: str = BLOCKS,
     only: list[str] | None = ONLY,
     url: str = URL,
+    with_sources: bool = SOURCES,
     as_json: bool = AS_JSON,
 ) -> None:
     """Write the folder that an iOS app bundles: Core ML packages, tokenizers, bank, manifest, receipt.
@@ -63,7 +69,7 @@ def coreml(
 
     if memory:
         renamed("--memory", "--attach")
-    options = Options(context, memory or attach, weights, bound, blocks, tuple(only or ()), url)
+    options = Options(context, memory or attach, weights, bound, blocks, tuple(only or ()), url, with_sources)
     _export(run, "--coreml", words, model, options, as_json)
 
 
@@ -79,6 +85,7 @@ def coreai(
     blocks: str = BLOCKS,
     only: list[str] | None = ONLY,
     url: str = URL,
+    with_sources: bool = SOURCES,
     as_json: bool = AS_JSON,
 ) -> None:
     """The same for Core AI, which iOS 27 and macOS 27 have (Apple's Python packages for it are betas).
@@ -88,7 +95,7 @@ def coreai(
     from mlx_hiermem.convert.coreai.export import export as run
     from mlx_hiermem.convert.export.exporter import Options
 
-    options = Options(context, "input", weights, bound, blocks, tuple(only or ()), url)
+    options = Options(context, "input", weights, bound, blocks, tuple(only or ()), url, with_sources)
     _export(run, "--coreai", words, model, options, as_json)
 
 
@@ -132,5 +139,7 @@ def _lines(manifest: dict, receipt: dict) -> list[str]:
         blocks = sum(name.startswith("bank/blocks/") for name in files)
         left = len(manifest["bank"]["download"])
         lines.append(f"bank     {blocks} blocks, {total('bank/')}" + (f"; {left} to download" if left else ""))
+        if any(name.startswith("bank/sources/") for name in files):
+            lines.append(f"sources  {total('bank/sources/')}")
         lines.append(f"routing  {total('retriever')}")
     return [*lines, f"together {total('')}"]

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import pathlib
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-from mlx_hiermem.apps.cli.display import NOT_SAID, blocked_note, console, size
+from mlx_hiermem.apps.cli.display import NOT_SAID, blocked_note, console, size, write
 from mlx_hiermem.errors import FileError, HierMemError, OutputError
 from mlx_hiermem.files import parse_json, read_json, read_text, write_json
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from mlx_hiermem.apps.cli.shelf import Shelf
     from mlx_hiermem.bank.bank import MemoryBank
     from mlx_hiermem.config import Path
     from mlx_hiermem.router import Turn
     from mlx_hiermem.session import Session
 
 BEGINNING = 96  # characters of a window that `/sources` shows
+COMPARED = 160  # tokens of a reply that is compared: without memory small models ramble
+LISTED, TITLE = 20, 60  # conversations that `/chats` lists, characters of a title
 SHOWN = 8  # sources of a block that `/why` lists; the rest is counted
 
 
@@ -30,9 +34,14 @@ class Command:
     run: Callable[[Session, str], None]
 
 
-def run(session: Session, line: str) -> bool:
+def run(session: Session, line: str, shelf: Shelf | None = None) -> bool:
     """Runs one line; whether the chat goes on. Raises HierMemError for an unknown command."""
     name, _, argument = line.partition(" ")
+    if name == "/chats":
+        if shelf is None:
+            raise HierMemError("this conversation is not kept: it comes from a pipe", "`--resume` keeps it.")
+        _chats(session, argument.strip(), shelf)
+        return True
     if name in ("/quit", "/exit"):
         return False
     if name not in COMMANDS:
@@ -42,7 +51,7 @@ def run(session: Session, line: str) -> bool:
 
 
 def names() -> list[str]:
-    return [*COMMANDS, "/quit"]
+    return [*COMMANDS, "/chats", "/quit"]
 
 
 def _say(text: str) -> None:
@@ -57,10 +66,56 @@ def _help(session: Session, argument: str) -> None:
     table.add_column()
     for command in COMMANDS.values():
         table.add_row(command.usage, command.what)
+    table.add_row("/chats [NUMBER]", "earlier conversations with this model, or go on with one")
     table.add_row("/quit", "leave, as Ctrl-D does")
     table.add_row("Esc Enter, or \\ Enter", "start a new line")
     table.add_row("Ctrl-C", "stop a reply; what was said stays")
     console.print(table)
+
+
+def _chats(session: Session, argument: str, shelf: Shelf) -> None:
+    if not argument:
+        kept = shelf.kept()
+        for number, one in enumerate(kept[:LISTED], 1):
+            when = time.strftime("%d %b %Y, %H:%M", time.localtime(one.changed))
+            title = " ".join(one.title.split())
+            console.print(f"{number:3}  {when}  {title[:TITLE]}{'…' * (len(title) > TITLE)}", markup=False)
+        _say("/chats NUMBER goes on with one." if kept else "no earlier conversation with this model is kept")
+        return
+    if not argument.isdecimal():
+        raise HierMemError(f"'{argument}' is no number", "/chats lists the conversations.")
+    shelf.take_up(session, int(argument))
+    console.print(said(session), markup=False, highlight=False)
+
+
+def said(session: Session) -> str:
+    """The last question and its answer, for one who goes on with a conversation."""
+    question, answer = session.messages[-2:]
+    return f"› {question['content']}\n{answer['content']}"
+
+
+def _compare(session: Session, argument: str) -> None:
+    """The last question again, without memory, with the generic one, and with that of its path."""
+    from mlx_hiermem.memory_choice import MemoryChoice
+    from mlx_hiermem.session import Session
+
+    if not session.messages:
+        raise HierMemError("nothing was asked yet", "Ask something first.")
+    bank, response = session.model.bank, session.model.response
+    generic = [MemoryChoice.GENERIC] if bank and bank.manifest.generic else []
+    path = [MemoryChoice(str(session.selection.path))] if session.selection.path else []
+    try:
+        for memory in (MemoryChoice.NONE, *generic, *path):
+            other = Session(session.model, memory, system=session.system, template=session.template, earlier=0)
+            other.sampling = replace(session.sampling, max_tokens=min(COMPARED, session.sampling.max_tokens))
+            other.messages = [dict(message) for message in session.messages[session.first : -2]]
+            labels = " › ".join(filter(None, session.selection.labels)) or str(memory)
+            _say({"none": "without memory", "generic": "generic memory"}.get(memory, labels))
+            for piece in other.ask(session.messages[-2]["content"]):
+                write(piece)
+            console.print()
+    finally:
+        session.model.response = response  # what /why tells of is the conversation's
 
 
 def _route(session: Session, argument: str) -> None:
@@ -128,26 +183,42 @@ def _why(session: Session, argument: str) -> None:
     from mlx_hiermem.config import ROOT, Path
 
     bank, turn, path = session.model.bank, session.turn, session.selection.path
+    figures = argument in ("-v", "--verbose")
+    if argument and not figures:
+        raise HierMemError(f"/why knows no '{argument}'", "/why --verbose shows the numbers too.")
     if turn is not None and turn.route.far:
-        console.print(f"“{turn.text}” was answered without memory", markup=False)
-        _verdict(session, turn)
+        console.print(f"“{turn.text}” was answered without memory: nothing in the bank is like it.", markup=False)
+        if figures:
+            _verdict(session, turn)
         return
     if bank is None or not (session.selection.blocks or path):
         raise HierMemError("no memory was used", "/memory fetched, and a question, bring one in.")
+    console.print(_plainly(session), markup=False, highlight=False)
+    if turn is not None and not figures:
+        for node in turn.alone.avoided:
+            _say(blocked_note(bank, node))
     _told_by(session)
-    if turn is not None:
+    if turn is not None and figures:
         distances: dict[Path, float] = {}
         for parent in (ROOT, *path.prefixes()[:-1]):
             for child, distance in enumerate(_distances(bank, turn.vector, parent)):
                 if distance != float("inf"):
                     distances[Path((*parent, child))] = distance
         beside = tuple(node for node in distances if node not in path.prefixes())
-        console.print(f"“{turn.text}” was answered on {path}", markup=False)
         _path_table(session, path, distances, beside)
         _verdict(session, turn)
-    else:
-        console.print(f"the memory is {session.memory}; questions are not routed", markup=False)
     _provenance(bank, path)
+
+
+def _plainly(session: Session) -> str:
+    """Which memory answered, in one sentence."""
+    turn, path = session.turn, session.selection.path
+    if turn is None:
+        return f"The memory is {session.memory}; questions are not routed."
+    labels = " › ".join(filter(None, session.selection.labels))
+    on = f"on {labels} ({path})" if labels else f"on {path}"
+    stayed = ", where the conversation was before" if turn.route.stayed else ""
+    return f"“{turn.text}” was answered with the memory {on}{stayed}."
 
 
 def _told_by(session: Session) -> None:
@@ -213,7 +284,8 @@ def _memory(session: Session, argument: str) -> None:
 
 
 def _pin(session: Session, argument: str) -> None:
-    from mlx_hiermem.config import MemoryChoice, Path
+    from mlx_hiermem.config import Path
+    from mlx_hiermem.memory_choice import MemoryChoice
 
     if argument == "off":
         if not session.memory.path:
@@ -299,8 +371,11 @@ COMMANDS = {
         ),
         Command("/pin [PATH]", "stay on a path, or on the present one, until /pin off", _pin),
         Command(
-            "/why", "what says the last answer, its path, what else was near, and what its blocks learnt", _why
+            "/why [--verbose]",
+            "which memory answered, what says the answer, what was learnt; and with what numbers it was chosen",
+            _why,
         ),
+        Command("/compare", "the last question without memory, with the generic one, and with its own", _compare),
         Command("/sources", "the windows of the last question's leaf", _sources),
         Command("/stats", "figures of the block cache, the KV cache and the last reply", _stats),
         Command("/save FILE", "write the conversation", _save),

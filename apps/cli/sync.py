@@ -190,7 +190,7 @@ class _Run:
 
     def _show(self, receipt: Receipt) -> None:
         """The receipt on a screen."""
-        from mlx_hiermem.learn.forgotten import forgotten_line
+        from mlx_hiermem.learn.forgotten import forgotten_lines
         from mlx_hiermem.learn.sync import RECEIPT
 
         if self.as_json:
@@ -205,8 +205,8 @@ class _Run:
         self._say("learnt", f"{several(receipt.texts, 'new text')} in {blocks}{afresh}")
         if receipt.afresh:
             self._say("forgotten", f"{several(receipt.forgotten, 'text')} of {_some(_going(receipt))}")
-        if receipt.probes:
-            self._say("probed", forgotten_line(receipt.probes))
+        for name, line in list(forgotten_lines(receipt.probes))[:SHOWN]:
+            self._say("probed", f"{name}{' as it was' * (name in receipt.changed)}: {line}")
         if receipt.may_retain:
             holders = ", ".join(receipt.may_retain)
             self._say("left", f"{holders} may still hold something of it: they stay as they are")

@@ -35,8 +35,8 @@ from mlx_hiermem.apps.server.schema import (
     UnloadRequest,
     paths,
 )
-from mlx_hiermem.config import MemoryChoice
 from mlx_hiermem.errors import HierMemError
+from mlx_hiermem.memory_choice import MemoryChoice
 from mlx_hiermem.model_folder import load
 
 # Resolved, because an editable install links each file, and StaticFiles follows no links.

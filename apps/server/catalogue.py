@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_hiermem.apps.server.refusal import ApiError
-from mlx_hiermem.config import MemoryChoice, Path
+from mlx_hiermem.config import Path
 from mlx_hiermem.errors import HierMemError
+from mlx_hiermem.memory_choice import MemoryChoice
 from mlx_hiermem.model import MemoryModel
 
 STARTED = int(time.time())  # what OpenAI's rows call created

@@ -35,9 +35,10 @@ from mlx_hiermem.apps.server.schema import (
 )
 from mlx_hiermem.apps.server.text import Piece, ReplyText
 from mlx_hiermem.bank.sources import SourceWindow
-from mlx_hiermem.config import MemoryChoice, Path
+from mlx_hiermem.config import Path
 from mlx_hiermem.errors import AnchorError, ArgumentError, ChatTemplateError
 from mlx_hiermem.grammar import Grammar
+from mlx_hiermem.memory_choice import MemoryChoice
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.sampling import Sampling
 from mlx_hiermem.sources import PASSAGE_TOKENS, messages_with, text_with

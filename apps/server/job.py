@@ -12,7 +12,8 @@ from mlx_hiermem.apps.server.refusal import ApiError
 from mlx_hiermem.apps.server.text import Piece, ReplyText
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.sources import SourceWindow
-from mlx_hiermem.config import MemoryChoice, Path
+from mlx_hiermem.config import Path
+from mlx_hiermem.memory_choice import MemoryChoice
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.sampling import Sampling
 from mlx_hiermem.selection import Selection

@@ -24,8 +24,8 @@ from mlx_hiermem.apps.server.job import Job, Started
 from mlx_hiermem.apps.server.memory import routed
 from mlx_hiermem.apps.server.refusal import ApiError
 from mlx_hiermem.apps.server.schema import ChatRequest
-from mlx_hiermem.config import MemoryChoice
 from mlx_hiermem.errors import HierMemError
+from mlx_hiermem.memory_choice import MemoryChoice
 
 MEMORY = "fetched (by the question's own path), none, generic, or a path such as 3.1"
 

@@ -13,8 +13,9 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from mlx_hiermem.apps.server.asked import AnyObject, Asked, in_list
 from mlx_hiermem.apps.server.messages import Message, Tool, ToolChoice
 from mlx_hiermem.apps.server.refusal import ApiError
-from mlx_hiermem.config import MemoryChoice, Path
+from mlx_hiermem.config import Path
 from mlx_hiermem.errors import HierMemError
+from mlx_hiermem.memory_choice import MemoryChoice
 
 REPLY = 512  # tokens of a chat reply at most, where the request does not say; as for `hiermem chat`
 COMPLETION = 16  # the same for a completion; OpenAI's own default

@@ -1,7 +1,8 @@
 """What an app bundles beside the models: the bank, or a part of it, and the tokenizer.
 
 Every block that is bundled is read and checked: on a phone it becomes float16, which does not hold all that float32
-and bfloat16 do. The generic block stays behind, it is a control for experiments; so do blocks that are blocked.
+and bfloat16 do. The generic block stays behind, it is a control for experiments; so do blocks that are blocked. The
+texts that the bank has learnt go along where that is asked for, but for those of leaves that stay behind.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import numpy as np
 
 from mlx_hiermem.bank.bank import MANIFEST, TREE, MemoryBank
 from mlx_hiermem.bank.block import block_name, read_block
-from mlx_hiermem.bank.manifest import BankManifest, BlockEntry
+from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, SourcesEntry
 from mlx_hiermem.bank.policy import POLICY
+from mlx_hiermem.bank.sources import write_sources
 from mlx_hiermem.config import Path
 from mlx_hiermem.convert.coreml.compress import HALF_MAX
 from mlx_hiermem.errors import AnchorError, BankError, OutputError
@@ -39,17 +41,30 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Choice:
-    """Which blocks are bundled, which are listed for download, and where those lie (`url` ends with a slash)."""
+    """Which blocks are bundled, which are listed for download, and where those lie (`url` ends with a slash).
+
+    `sources`: whether the texts that their leaves have learnt are bundled, too.
+    """
 
     bank: MemoryBank
     bundled: tuple[BlockEntry, ...]
     download: tuple[BlockEntry, ...]
     url: str = ""
+    sources: bool = False
 
     @property
     def bytes(self) -> int:
         """Of the bundled blocks."""
         return sum(entry.bytes for entry in self.bundled)
+
+    def warnings(self) -> list[str]:
+        """What the user should know of what is left out."""
+        if self.sources or not self.bank.manifest.sources:
+            return []
+        return [
+            "the texts that the bank has learnt stay behind: the app routes by centroids, and names no sources "
+            "(--with-sources takes them along)"
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """The manifest's `bank`."""
@@ -62,13 +77,15 @@ class Choice:
         }
 
 
-def choose(bank: MemoryBank, blocks: str = "all", only: tuple[str, ...] = (), url: str = "") -> Choice:
+def choose(
+    bank: MemoryBank, blocks: str = "all", only: tuple[str, ...] = (), url: str = "", sources: bool = False
+) -> Choice:
     """Bundles all blocks, those of level 1, or with `only` those of subtrees and above them.
 
     The others are for the app to download from `url`, or from where on the hub the bank came from. Where there is
     neither, `only` leaves them out, and a text that is routed there gets the memory of the levels above. Raises
-    BankError for a subtree that does not exist, for blocks that are not here, and where level 1 would be all there
-    ever is.
+    BankError for a subtree that does not exist, for blocks or sources that are not here, and where level 1 would be
+    all there ever is.
     """
     origin = bank.remote.origin if bank.remote else None
     if not url and origin:
@@ -89,7 +106,9 @@ def choose(bank: MemoryBank, blocks: str = "all", only: tuple[str, ...] = (), ur
             f"{len(absent)} of the blocks to bundle are not in {bank.root}, {absent[0]} for one",
             "Bring them with `hiermem bank pull`, or bundle fewer: --only, --blocks level-1.",
         )
-    return Choice(bank, bundled, rest if url else (), url)
+    if sources and bank.sources is None:
+        raise BankError(f"{bank.root} has no sources", "Export it without --with-sources.")
+    return Choice(bank, bundled, rest if url else (), url, sources)
 
 
 def _wanted(node: Path, blocks: str, tops: list[Path]) -> bool:
@@ -99,7 +118,7 @@ def _wanted(node: Path, blocks: str, tops: list[Path]) -> bool:
 
 
 def write_bank(choice: Choice, folder: pathlib.Path, did: Callable[[], None]) -> None:
-    """Copies the tree, the policy and the chosen blocks; writes the manifest of what is left.
+    """Copies the tree, the policy, the chosen blocks and sources; writes the manifest of what is left.
 
     `did` is called after each block. Raises BankError for a file that is not what the manifest says,
     and for values that float16 does not hold.
@@ -117,9 +136,24 @@ def write_bank(choice: Choice, folder: pathlib.Path, did: Callable[[], None]) ->
     kept = {entry.path for entry in choice.bundled + choice.download}
     left = {node: entry for node, entry in bank.manifest.blocks.items() if node in kept}
     labels = {node: entry.label for node, entry in bank.manifest.blocks.items() if node not in left and entry.label}
-    manifest = replace(bank.manifest, blocks=left, labels=bank.manifest.labels | labels, generic=None, sources=None)
+    sources = _write_sources(bank, kept, folder) if choice.sources else None
+    labels = bank.manifest.labels | labels
+    manifest = replace(bank.manifest, blocks=left, labels=labels, generic=None, sources=sources)
     manifest.write(folder / MANIFEST)
     BankManifest.read(folder / MANIFEST)  # what an app's reader meets
+
+
+def _write_sources(bank: MemoryBank, kept: set[Path], folder: pathlib.Path) -> SourcesEntry | None:
+    """The windows of the leaves whose finest block is kept."""
+
+    def stays(leaf: Path) -> bool:
+        nodes = bank.nodes_on(leaf)
+        return bool(nodes) and nodes[-1] in kept and not bank.policy.blocker(leaf)
+
+    if bank.sources is None:
+        return None
+    found = (one for one in bank.sources.all() if stays(one.leaf))
+    return write_sources(folder, found, bank.tree.branching, bank.tree.dim)
 
 
 def _copy(bank: MemoryBank, name: str, row: Mapping[str, Any], folder: pathlib.Path) -> None:

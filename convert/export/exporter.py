@@ -47,6 +47,7 @@ class Options:
     blocks: str = "all"
     only: tuple[str, ...] = ()
     url: str = ""
+    sources: bool = False
 
     def __post_init__(self) -> None:
         if self.memory not in MODES:
@@ -154,7 +155,7 @@ class _Exporter:
         self.choice: Choice | None = None
         if bank:
             bank.manifest.check_anchor(identify(self.anchor))
-            self.choice = bundle.choose(bank, options.blocks, options.only, options.url)
+            self.choice = bundle.choose(bank, options.blocks, options.only, options.url, options.sources)
         self.say("reading the anchor, and running it on the texts that it is measured on")
         self.reference = Float32Anchor(self.anchor, longest=options.context or CONTEXT)
         longest = self.reference.sizes.longest or CONTEXT
@@ -219,6 +220,7 @@ class _Exporter:
             *reference.notes,
             *measured.overflow.warnings(),
             *target.warnings(reference.sizes, self.shape, plan.formats),
+            *(choice.warnings() if choice else ()),
         ]
         warnings += sizes.warnings(devices)
         return Report(manifest, receipt, tuple(warnings))

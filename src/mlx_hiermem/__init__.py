@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mlx_hiermem.config import MemoryChoice, Path
+from mlx_hiermem.config import Path
 from mlx_hiermem.errors import (
     AnchorError,
     AnchorMismatchError,
@@ -30,12 +30,14 @@ from mlx_hiermem.errors import (
     HierMemError,
     HubError,
     MissingDependencyError,
+    NothingToLearnError,
     OutputError,
     SettingsError,
     TaskError,
     TeacherError,
     VerificationError,
 )
+from mlx_hiermem.memory_choice import MemoryChoice
 
 if TYPE_CHECKING:
     from mlx_hiermem.bank.bank import MemoryBank
@@ -64,6 +66,7 @@ __all__ = [
     "MemoryChoice",
     "MemoryModel",
     "MissingDependencyError",
+    "NothingToLearnError",
     "OutputError",
     "Path",
     "Response",

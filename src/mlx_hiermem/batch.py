@@ -24,10 +24,11 @@ from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.block import block_name
 from mlx_hiermem.cache import BlockCache, Fetch
-from mlx_hiermem.config import GENERIC_NODE, MemoryChoice, Path
+from mlx_hiermem.config import GENERIC_NODE, Path
 from mlx_hiermem.errors import ArgumentError, HierMemError
 from mlx_hiermem.memory.attach import Attachment
 from mlx_hiermem.memory.table import NOTHING, MemoryTable
+from mlx_hiermem.memory_choice import MemoryChoice
 from mlx_hiermem.response import GrowingText, Response
 from mlx_hiermem.sampling import Sampling
 from mlx_hiermem.selection import Selection

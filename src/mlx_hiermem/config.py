@@ -8,14 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from mlx_hiermem.errors import BankError, HierMemError
 from mlx_hiermem.printable import printable
 
 KINDS = ("ffn", "lora-qk", "lora-vo", "lora-ffn", "kv")
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}  # name -> bytes per value
-BITS, GROUP_SIZES = (4, 8), (32, 64, 128)  # of quantised blocks; the group sizes are MLX's
+BITS, GROUP_SIZES = (2, 4, 8), (32, 64, 128)  # of quantised blocks; the group sizes are MLX's
 PACKED = "uint32"  # the dtype of quantised values: 32 / bits of them in each
 PATH = re.compile(r"(0|[1-9][0-9]{0,8})(\.(0|[1-9][0-9]{0,8}))*", re.ASCII)
 SCALES, BIASES = ".scales", ".biases"  # after a quantised tensor's name
@@ -58,61 +58,6 @@ class Path(tuple[int, ...]):
 ROOT = Path()  # above level 1: all clusters are below it, and a text that enters none stays there
 GENERIC_NODE, GENERIC_LEVEL = ROOT, 0  # where the generic block stands among the others: it belongs to no cluster
 
-EARLIER_WORDS = {"auto": "fetched", "on": "fetched", "routed": "fetched", "off": "none"}  # still understood
-
-
-class MemoryChoice(str):
-    """Which memory is wanted, in a word or as a path such as `3.1`.
-
-    none            the anchor alone
-    generic         the control block, the same for every text
-    fetched         the blocks on the text's own path
-    source          retrieval: the best passage of the path's leaf in the prompt, and no block
-    fetched+source  both
-    """
-
-    WORDS = ("none", "generic", "fetched", "source", "fetched+source")
-    NONE: ClassVar[MemoryChoice]
-    GENERIC: ClassVar[MemoryChoice]
-    FETCHED: ClassVar[MemoryChoice]
-    SOURCE: ClassVar[MemoryChoice]
-    FETCHED_SOURCE: ClassVar[MemoryChoice]
-
-    @property
-    def path(self) -> Path:
-        """The path that was named; the root where none was."""
-        return ROOT if self in self.WORDS else Path.parse(self)
-
-    @property
-    def is_routed(self) -> bool:
-        """Whether each text goes by a path of its own."""
-        return self in (self.FETCHED, self.SOURCE, self.FETCHED_SOURCE)
-
-    @property
-    def has_blocks(self) -> bool:
-        """Whether blocks are attached."""
-        return self not in (self.NONE, self.SOURCE)
-
-    @property
-    def has_passage(self) -> bool:
-        """Whether a passage goes into the prompt."""
-        return self in (self.SOURCE, self.FETCHED_SOURCE)
-
-    @classmethod
-    def parse(cls, wanted: Path | str) -> MemoryChoice:
-        """A choice from its text, which may be an earlier word for it. Raises HierMemError for anything else."""
-        text = str(wanted) if isinstance(wanted, Path | str) else ""
-        word = EARLIER_WORDS.get(text, text)
-        try:
-            return cls(word if word in cls.WORDS else Path.parse(word))
-        except HierMemError as error:
-            hint = f"Use {', '.join(cls.WORDS)}, or a path such as 10.7."
-            raise HierMemError(f"unknown memory {wanted!r}", hint) from error
-
-
-MemoryChoice.NONE, MemoryChoice.GENERIC, MemoryChoice.FETCHED = map(MemoryChoice, MemoryChoice.WORDS[:3])
-MemoryChoice.SOURCE, MemoryChoice.FETCHED_SOURCE = map(MemoryChoice, MemoryChoice.WORDS[3:])
-
 
 @dataclass(frozen=True)
 class Quantization:
@@ -125,7 +70,7 @@ class Quantization:
         if self.bits not in BITS or self.group_size not in GROUP_SIZES:
             raise BankError(
                 f"blocks of {self.bits} bits in groups of {self.group_size} are not possible",
-                f"Bits are {' or '.join(map(str, BITS))}, groups {', '.join(map(str, GROUP_SIZES))}.",
+                f"Bits are {', '.join(map(str, BITS))}, groups {', '.join(map(str, GROUP_SIZES))}.",
             )
 
     def __str__(self) -> str:

@@ -19,10 +19,11 @@ import mlx.nn as nn
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.batch import MemoryBatch
 from mlx_hiermem.cache import BlockCache, Fetch
-from mlx_hiermem.config import AnchorIdentity, MemoryChoice, Path
+from mlx_hiermem.config import AnchorIdentity, Path
 from mlx_hiermem.errors import AnchorError, ArgumentError, BankError
 from mlx_hiermem.grammar import Grammars
 from mlx_hiermem.memory.attach import Attachment, attach
+from mlx_hiermem.memory_choice import MemoryChoice
 from mlx_hiermem.prompt import Asked, Prompt
 from mlx_hiermem.response import GrowingText, Response
 from mlx_hiermem.sampling import Options, Sampling, real_ids
@@ -112,7 +113,7 @@ class MemoryModel:
         if self._router is not None:
             if bank.manifest.embedder != self.bank.manifest.embedder:
                 raise BankError(f"the bank {bank.root} has another embedder now", "Load the model again.")
-            self._router = type(self._router)(bank.tree, self._router.embedder, bank.policy)
+            self._router = type(self._router)(bank.tree, self._router.embedder, bank.policy, bank.sources)
         cache = BlockCache(bank, self.cache.budget, stats=self.cache.stats)
         cache.take_over(self.cache)
         self.bank, self.cache = bank, cache

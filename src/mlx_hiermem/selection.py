@@ -7,7 +7,8 @@ from typing import Any
 
 from mlx_hiermem.bank.sources import SourceWindow
 from mlx_hiermem.cache import Fetch
-from mlx_hiermem.config import MemoryChoice, Path
+from mlx_hiermem.config import Path
+from mlx_hiermem.memory_choice import MemoryChoice
 from mlx_hiermem.tree import Route
 
 UNROUTED = Route()

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Unpack
 from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
 from mlx_hiermem.bank.sources import SourceWindow
-from mlx_hiermem.config import MemoryChoice, Path
+from mlx_hiermem.config import Path
 from mlx_hiermem.errors import ArgumentError, ChatTemplateError, HierMemError
+from mlx_hiermem.memory_choice import MemoryChoice
 from mlx_hiermem.model import MemoryModel, Wanted
 from mlx_hiermem.response import GrowingText, Response
 from mlx_hiermem.router import Topic, Turn

@@ -60,7 +60,7 @@ const MEANING = {
   source: "The best passage of the documents on its topic is put before the question; no memory is used.",
   "fetched+source": "The memory on its topic, and the best passage of its documents before the question.",
 };
-let longest = REPLY;
+let longest; // tokens of a reply; as long as it is not known, the server decides
 let bank = null; // the last /v1/memory
 
 const option = (use) => document.querySelector(`#use [value="${use}"]`);
@@ -68,7 +68,7 @@ const known = (blocks) => blocks.filter((path) => picture.root.found.has(path));
 
 /** What a question is sent with beside the messages; `use` is named where memories are compared. */
 function request(use) {
-  const most = use ? Math.min(COMPARED, longest) : longest;
+  const most = use ? Math.min(COMPARED, longest ?? COMPARED) : longest;
   return { model: watch.model, memory: choice.request(use), max_tokens: most, ...drawing(chat.conversation) };
 }
 

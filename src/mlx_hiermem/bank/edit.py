@@ -21,7 +21,7 @@ from mlx_hiermem.bank.bank import MANIFEST, TREE, MemoryBank
 from mlx_hiermem.bank.block import MemoryBlock, block_name, read_block, write_block
 from mlx_hiermem.bank.check import require_tree
 from mlx_hiermem.bank.commit import FORGET, LEARNING, Edit, editing
-from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry, SourcesEntry, order
+from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry, SourcesEntry, in_order, order
 from mlx_hiermem.bank.policy import POLICY, BankPolicy
 from mlx_hiermem.bank.quantize import quantized
 from mlx_hiermem.bank.remote import REMOTE, Origin, node_of
@@ -119,9 +119,7 @@ def add(
             tokens=row.tokens,
             sources=row.sources if sources is None else tuple(sources),
         )
-        blocks = dict(
-            sorted({**bank.manifest.blocks, path: entry}.items(), key=lambda item: (len(item[0]), item[0]))
-        )
+        blocks = in_order({**bank.manifest.blocks, path: entry})
         labels = {node: text for node, text in bank.manifest.labels.items() if node != path}
         manifest = replace(bank.manifest, blocks=blocks, labels=labels)
         _write(edit, replace(manifest, sources=_stage_sources(edit, bank, _exchanged(bank, path, file))), tree)

@@ -94,6 +94,11 @@ def order(path: Path) -> tuple[int, Path]:
     return len(path), path
 
 
+def in_order(blocks: Mapping[Path, BlockEntry]) -> dict[Path, BlockEntry]:
+    """Level by level, as the table lists them."""
+    return {path: blocks[path] for path in sorted(blocks, key=order)}
+
+
 class BlockTable(Mapping[Path, BlockEntry]):
     """Path -> row, from the lines of an open manifest. Errors in a row are found when it is read (BankError)."""
 

@@ -14,7 +14,7 @@ import numpy as np
 from mlx_hiermem.bank.bank import MANIFEST, MemoryBank
 from mlx_hiermem.bank.block import GENERIC_FILE, block_name
 from mlx_hiermem.bank.check import require_whole
-from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry, order
+from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry, in_order, order
 from mlx_hiermem.bank.policy import OPEN, POLICY, REACHES, BankPolicy
 from mlx_hiermem.bank.sources import LeafSources
 from mlx_hiermem.bank.writer import BankWriter
@@ -132,7 +132,7 @@ def merge_manifests(above: BankManifest, below: BankManifest) -> BankManifest:
     recipe = above.recipe if above.recipe == below.recipe else {"merged": [above.recipe, below.recipe]}
     return replace(
         above,
-        blocks=dict(sorted(blocks.items(), key=lambda item: (len(item[0]), item[0]))),
+        blocks=in_order(blocks),
         generic=above.generic or below.generic,
         labels=labels,
         recipe=recipe,

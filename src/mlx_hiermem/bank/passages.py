@@ -14,33 +14,39 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 
 from mlx_hiermem.bank.policy import BankPolicy
-from mlx_hiermem.bank.sources import BankSources
 from mlx_hiermem.config import Path
 from mlx_hiermem.tree import ClusterTree, Route
 
 PROBED = 8  # leaves that are looked through
 
 
+class Passages(Protocol):
+    """Leaf -> the vectors [n, dim] of its passages, or None: a bank's sources, or what is to become them."""
+
+    def vectors(self, leaf: Path) -> np.ndarray | None: ...
+
+
 def by_passages(
-    tree: ClusterTree, sources: BankSources, policy: BankPolicy, vector: np.ndarray, descent: Route
+    tree: ClusterTree, passages: Passages, policy: BankPolicy, vector: np.ndarray, descent: Route
 ) -> Route:
     """Where an embedding [dim] goes; `descent` is where the tree alone takes it, under the same policy.
 
     That stands where none of the leaves has a passage, or all are blocked. A blocked leaf is passed over for the
     nearest passage of an open one, or, where the policy says `parent`, the text stops above what is blocked.
     """
-    near = _nearest(tree, sources, vector)
+    near = nearest(tree, passages, vector)
     if not near:
         return descent
-    nearest = near[0][0]
-    if nearest > policy.passage_reach:
-        return Route(avoided=descent.avoided, passage=nearest, far=True)
+    smallest = near[0][0]
+    if smallest > policy.passage_reach:
+        return Route(avoided=descent.avoided, passage=smallest, far=True)
     if descent.far and policy.passage_reach == math.inf:
-        return replace(descent, passage=nearest)
+        return replace(descent, passage=smallest)
     avoided = dict[Path, None]()
     for distance, leaf in near:
         closed = policy.blocker(leaf)
@@ -58,11 +64,11 @@ def passage_distance(cosine: float) -> float:
     return math.sqrt(max(0.0, 2 - 2 * cosine))
 
 
-def _nearest(tree: ClusterTree, sources: BankSources, vector: np.ndarray) -> list[tuple[float, Path]]:
+def nearest(tree: ClusterTree, passages: Passages, vector: np.ndarray) -> list[tuple[float, Path]]:
     """Distance of the nearest passage of each leaf that is looked through, and the leaf; nearest first."""
     found = list[tuple[float, Path]]()
     for leaf in tree.beam(vector, PROBED):
-        passages = sources.vectors(leaf)
-        if passages is not None:
-            found.append((passage_distance(float((passages @ vector).max())), leaf))
+        vectors = passages.vectors(leaf)
+        if vectors is not None:
+            found.append((passage_distance(float((vectors @ vector).max())), leaf))
     return sorted(found)

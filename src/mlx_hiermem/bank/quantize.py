@@ -75,7 +75,9 @@ def design(config: MemoryConfig, bits: Sequence[int], group_size: int | None = N
     if not 0 < len(bits) <= config.depth:
         raise BankError(f"bits are given for {len(bits)} levels, the bank has {config.depth}")
     if all(each == KEPT for each in bits):
-        raise BankError(f"{KEPT} bits keep a level as it is: nothing would change", "Give 8 or 4 for some level.")
+        raise BankError(
+            f"{KEPT} bits keep a level as it is: nothing would change", "Give 8, 4 or 2 for some level."
+        )
     if group_size is None:
         fits = (size for size in (GROUP, *GROUP_SIZES) if not any(w % size for w in config.widths.values()))
         group_size = next(fits, GROUP)

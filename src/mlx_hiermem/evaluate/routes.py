@@ -18,10 +18,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mlx_hiermem.bank.bank import MemoryBank
-from mlx_hiermem.config import MemoryChoice, Path
+from mlx_hiermem.config import Path
 from mlx_hiermem.errors import BankError, HierMemError, TaskError
 from mlx_hiermem.evaluate.examples import Example
 from mlx_hiermem.evaluate.results import MEMORIES
+from mlx_hiermem.memory_choice import MemoryChoice
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.selection import Selection
 from mlx_hiermem.tree import Route

@@ -24,7 +24,7 @@ from mlx_hiermem.learn.corpus.corpus import Corpus
 from mlx_hiermem.learn.publish import ANCHOR, BANK, MovedTexts, kept_texts
 from mlx_hiermem.learn.relearn import Lesson, NewTexts, Relearning
 from mlx_hiermem.learn.settings import AddSettings, ExampleSettings, Prompt
-from mlx_hiermem.learn.status import forget_status
+from mlx_hiermem.learn.status import Listener, Silent, forget_status
 from mlx_hiermem.learn.train.dataset import TrainingSet
 from mlx_hiermem.learn.train.encoding import EXAMPLES, make_examples
 from mlx_hiermem.learn.tree.build import CorpusTree, added_node, place_in_tree, with_new_leaf
@@ -48,11 +48,11 @@ class Added:
         return asdict(self)
 
 
-DEFAULT, SILENT = AddSettings(), stages.Silent()
+DEFAULT, SILENT = AddSettings(), Silent()
 
 
 def add(
-    model: pathlib.Path, sources: Sequence[str], settings: AddSettings = DEFAULT, listener: stages.Listener = SILENT
+    model: pathlib.Path, sources: Sequence[str], settings: AddSettings = DEFAULT, listener: Listener = SILENT
 ) -> Added:
     """Learns documents into a model folder's bank. Interrupted, the same call goes on.
 
@@ -125,7 +125,8 @@ class Adding(Relearning):
     def examples(self, built: CorpusTree, embedder: Embedder, new_leaf: Path | None = None) -> NewTexts:
         """Within stage `examples`."""
         tokenizer = self.loaded[1]
-        settings = ExampleSettings(0.0, self.settings.training.objective == "distillation")
+        distil = self.settings.training.objective == "distillation"
+        settings = ExampleSettings(0.0, distil, self.bank.sources is not None)
         digest = make_examples(self.work, built, embedder, tokenizer, settings, self.progress("windows"))
         new = TrainingSet.open(self.work.path(EXAMPLES))
         nodes = describe_nodes(self.work, built, self.count, new)

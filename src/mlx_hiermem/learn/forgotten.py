@@ -7,7 +7,8 @@ has forgotten comes near to that.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,10 +75,21 @@ def _probe(document: str, example: Example, first: int, tokenizer: Any) -> Probe
     return Probe(document, prompt, answer, tokens, max(first, 1))
 
 
-def recall(model: MemoryModel, probes: Sequence[Probe], memory: str, progress: Progress = unheard) -> list[Recall]:
-    """What a model knows of the probes, with the memory that each is routed to, or without (`NONE`)."""
+def memories_of(model: MemoryModel, probes: Sequence[Probe]) -> list[str]:
+    """The path that each probe takes.
+
+    The blocks are asked by it afterwards too: the bank may then have nothing like the probe any more, and would
+    answer without them.
+    """
+    return [str(model.choose(FETCHED, probe.asked).path) or FETCHED for probe in probes]
+
+
+def recall(
+    model: MemoryModel, probes: Sequence[Probe], memories: Sequence[str], progress: Progress = unheard
+) -> list[Recall]:
+    """What a model knows of the probes, each with its memory."""
     found = []
-    for probe in probes:
+    for probe, memory in zip(probes, memories, strict=True):
         model.select(memory, probe.asked)
         tokens = mx.array(probe.tokens)[None]
         logits = model.anchor(tokens[:, :-1])[0, probe.first - 1 :].astype(mx.float32)
@@ -89,11 +101,14 @@ def recall(model: MemoryModel, probes: Sequence[Probe], memory: str, progress: P
     return found
 
 
-def forgotten_line(probes: Sequence[dict[str, Any]]) -> str:
-    """Rows of a receipt in one line: `of 6 asked 6 were said word for word, now 0; loss 0.02, now 2.9, …`."""
-    said = {when: sum(row[when]["said"] for row in probes) for when in ("before", "after")}
-    loss = {when: np.mean([row[when]["loss"] for row in probes]) for when in ("before", "after", "without")}
-    return (
-        f"of {len(probes)} asked {said['before']} were said word for word, now {said['after']}; "
-        f"loss {loss['before']:.2f}, now {loss['after']:.2f}, without memory {loss['without']:.2f}"
-    )
+def forgotten_lines(probes: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """(document, what is left of it), of a receipt's rows: `4 asked, 4 said word for word, now 0; loss 0.02, …`."""
+    for document, rows in itertools.groupby(probes, key=lambda row: row["document"]):
+        some = list(rows)
+        said = {when: sum(row[when]["said"] for row in some) for when in ("before", "after")}
+        loss = {when: np.mean([row[when]["loss"] for row in some]) for when in ("before", "after", "without")}
+        yield (
+            document,
+            f"{len(some)} asked, {said['before']} said word for word, now {said['after']}; "
+            f"loss {loss['before']:.2f}, now {loss['after']:.2f}, without memory {loss['without']:.2f}",
+        )

@@ -23,7 +23,7 @@ import numpy as np
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.block import MemoryBlock, block_name, write_block
 from mlx_hiermem.bank.commit import FORGET, LEARNING
-from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
+from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry, in_order
 from mlx_hiermem.bank.quantize import quantized
 from mlx_hiermem.bank.sources import LeafSources
 from mlx_hiermem.bank.writer import BankWriter, to_disk
@@ -92,11 +92,6 @@ def write_bank(
         )
         writer.finish(manifest)
     return manifest
-
-
-def in_order(blocks: Mapping[Path, BlockEntry]) -> dict[Path, BlockEntry]:
-    """Level by level, as manifests list them."""
-    return dict(sorted(blocks.items(), key=lambda item: (len(item[0]), item[0])))
 
 
 def entry(node: Path, file: FileEntry, nodes: Nodes) -> BlockEntry:

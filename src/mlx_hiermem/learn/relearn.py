@@ -26,7 +26,7 @@ from mlx_hiermem.anchor import identify, load_anchor
 from mlx_hiermem.bank.bank import MANIFEST, TREE, MemoryBank
 from mlx_hiermem.bank.block import block_name
 from mlx_hiermem.bank.commit import Edit, editing
-from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
+from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry, in_order
 from mlx_hiermem.bank.policy import POLICY, BankPolicy
 from mlx_hiermem.bank.remote import REMOTE, Origin
 from mlx_hiermem.bank.sources import INDEX_FILE, write_sources
@@ -38,6 +38,7 @@ from mlx_hiermem.learn.publish import ANCHOR, BANK, MovedTexts, kept_texts
 from mlx_hiermem.learn.record import RECORD, LearntFile, files_learnt, files_read, read_record, write_record
 from mlx_hiermem.learn.settings import AddSettings
 from mlx_hiermem.learn.sources import more_sources, passage_reach
+from mlx_hiermem.learn.status import Listener
 from mlx_hiermem.learn.train.blocks import Tensors, new_block
 from mlx_hiermem.learn.train.dataset import TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.train.jobs import Trainer
@@ -122,7 +123,7 @@ class Lesson:
 class Relearning(stages.StagedRun):
     """One command's work. What it computes is of the bank as it was `before`, however often it is interrupted."""
 
-    def __init__(self, work: Work, model: pathlib.Path, settings: AddSettings, listener: stages.Listener) -> None:
+    def __init__(self, work: Work, model: pathlib.Path, settings: AddSettings, listener: Listener) -> None:
         super().__init__(work, listener)
         self.model, self.root, self.settings = model, model / BANK, settings
         self.before = before = work.path(BEFORE)
@@ -293,7 +294,7 @@ class Relearning(stages.StagedRun):
             )
             blocks[row.path] = replace(row, bytes=file.bytes, sha256=file.sha256)
         labels = {node: label for node, label in self.bank.manifest.labels.items() if node not in blocks}
-        manifest = replace(self.bank.manifest, blocks=publish.in_order(blocks), labels=labels)
+        manifest = replace(self.bank.manifest, blocks=in_order(blocks), labels=labels)
         if new and new.leaf:
             new.built.tree.save(edit.file(TREE))
             size, digest = edit.file(TREE).stat().st_size, file_digest(edit.file(TREE))

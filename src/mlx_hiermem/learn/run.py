@@ -38,7 +38,7 @@ from mlx_hiermem.learn.settings import (
     epochs_for,
 )
 from mlx_hiermem.learn.sources import learnt_sources, passage_reach
-from mlx_hiermem.learn.status import forget_status
+from mlx_hiermem.learn.status import Listener, Silent, forget_status
 from mlx_hiermem.learn.study.stage import Teaching, help_study
 from mlx_hiermem.learn.train.encoding import EXAMPLES, make_examples, open_examples
 from mlx_hiermem.learn.train.jobs import LOG, PLOT, Trainer
@@ -133,7 +133,7 @@ class Learnt:
         return asdict(self)
 
 
-DEFAULT, SILENT = LearnSettings(), stages.Silent()
+DEFAULT, SILENT = LearnSettings(), Silent()
 
 
 def learn(
@@ -141,7 +141,7 @@ def learn(
     out: str | pathlib.Path,
     anchor: Callable[[], AnchorSource] | pathlib.Path | str,
     settings: LearnSettings = DEFAULT,
-    listener: stages.Listener = SILENT,
+    listener: Listener = SILENT,
 ) -> Learnt | None:
     """Learns documents into the model folder `out`. On other ranks than the first it returns None.
 
@@ -175,7 +175,7 @@ def learn(
     return learnt
 
 
-def _help(ranks: Ranks, folder: pathlib.Path, settings: LearnSettings, listener: stages.Listener) -> None:
+def _help(ranks: Ranks, folder: pathlib.Path, settings: LearnSettings, listener: Listener) -> None:
     """What another rank than the first does until the training."""
 
     def studying(wanted: Callable[[], bool]) -> None:
@@ -204,9 +204,7 @@ def _tidy(folder: pathlib.Path) -> Iterator[None]:
 class _Run(stages.StagedRun):
     """Learning a new model."""
 
-    def __init__(
-        self, work: Work, settings: LearnSettings, listener: stages.Listener, ranks: Ranks | None = None
-    ) -> None:
+    def __init__(self, work: Work, settings: LearnSettings, listener: Listener, ranks: Ranks | None = None) -> None:
         super().__init__(work, listener, ranks)
         self.settings, self.folder = settings, work.path(BASE) / ANCHOR
 
@@ -238,7 +236,9 @@ class _Run(stages.StagedRun):
             given = given_agreement(built, embedder, asked) if asked else None
             self.listener.end(stages.tree_line(built.agreement, given))
         with self.stage("examples"):
-            chosen = ExampleSettings(self.settings.heldout, self.settings.training.objective == "distillation")
+            chosen = ExampleSettings(
+                self.settings.heldout, self.settings.training.objective == "distillation", self.settings.sources
+            )
             make_examples(self.work, built, embedder, tokenizer, chosen, self.progress("windows"))
             learnt, _ = open_examples(self.work)
             nodes = describe_nodes(self.work, built, self._count, learnt)

@@ -20,13 +20,26 @@ MOST = 0.95  # of the probes are within a bank's reach; what is farther names no
 MEASURED = 100_000  # probes, about, that say how far that is
 
 
+class WindowVectors:
+    """The vectors of a corpus' windows, as the bank's sources will have them: by these it is routed."""
+
+    def __init__(self, built: CorpusTree) -> None:
+        self.members, self._first = _members(built), _first_probes(built)
+        self._probes = np.load(built.corpus.work.path(PROBE_VECTORS), mmap_mode="r")  # [p, dim]
+
+    def vectors(self, leaf: Path) -> np.ndarray | None:
+        """[n, dim] of a leaf's windows in order; None where it has none."""
+        members = self.members.get(leaf)
+        return np.asarray(self._probes[self._first[members]]) if members else None
+
+
 def learnt_sources(built: CorpusTree) -> Iterator[LeafSources]:
     """Leaf after leaf, in the order that `write_sources` wants."""
-    members, first = _members(built), _first_probes(built)
-    probes = np.load(built.corpus.work.path(PROBE_VECTORS), mmap_mode="r")  # [p, dim]
-    for leaf in sorted(members, key=order):
-        windows = [_kept(window) for window in built.corpus.read(members[leaf])]
-        yield LeafSources(leaf, windows, probes[first[members[leaf]]])
+    found = WindowVectors(built)
+    for leaf in sorted(found.members, key=order):
+        vectors = found.vectors(leaf)
+        assert vectors is not None
+        yield LeafSources(leaf, [_kept(window) for window in built.corpus.read(found.members[leaf])], vectors)
 
 
 def more_sources(

@@ -10,7 +10,7 @@ import pathlib
 import time
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.nn as nn
 from tokenizers import Tokenizer
@@ -19,49 +19,16 @@ from mlx_hiermem.config import MemoryConfig
 from mlx_hiermem.learn.corpus.corpus import Corpus, read_corpus
 from mlx_hiermem.learn.ranks import Ranks
 from mlx_hiermem.learn.settings import AddSettings, LearnSettings, Prompt, StudySettings
-from mlx_hiermem.learn.status import STATUS, Recorder
+from mlx_hiermem.learn.status import STATUS, Listener, Recorder
 from mlx_hiermem.learn.study.prompts import about_windows, give
 from mlx_hiermem.learn.study.stage import Teaching, study
 from mlx_hiermem.learn.study.teacher import Teacher, load_teacher
 from mlx_hiermem.learn.study.writers import ModelWriter, ServerWriter
-from mlx_hiermem.learn.train.monitor import TrainingProgress
 from mlx_hiermem.learn.work import STUDIED, TIMES, Work, read_rows, write_text
 from mlx_hiermem.progress import Progress
 from mlx_hiermem.tokenizer import encode_text
 
 NAMED = 3  # of the skipped documents; skipped.jsonl has all
-
-
-class Listener(Protocol):
-    """Shows how far a run is."""
-
-    def begin(self, stage: str) -> None:
-        """A stage begins, or is found done."""
-
-    def advance(self, done: int, total: int | None, unit: str) -> None:
-        """This much of the stage is done; the total is None where it is not known."""
-
-    def end(self, line: str) -> None:
-        """The stage is done, and this came out of it."""
-
-    def training(self, progress: TrainingProgress) -> None:
-        """How far the training is."""
-
-
-class Silent:
-    """A listener that shows nothing."""
-
-    def begin(self, stage: str) -> None:
-        pass
-
-    def advance(self, done: int, total: int | None, unit: str) -> None:
-        pass
-
-    def end(self, line: str) -> None:
-        pass
-
-    def training(self, progress: TrainingProgress) -> None:
-        pass
 
 
 class StagedRun:

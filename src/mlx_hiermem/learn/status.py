@@ -1,4 +1,4 @@
-"""How far a run of learning is, in a file of its work folder, for whoever wants to watch it: `status.json`.
+"""How far a run of learning is: told to a listener, and kept in `status.json` for whoever wants to watch it.
 
     status = read_status(pathlib.Path("my-model"))    # {"state": "running", "stage": "training", ...}
 
@@ -14,20 +14,51 @@ import os
 import pathlib
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mlx_hiermem.errors import OutputError
 from mlx_hiermem.files import write_json
 from mlx_hiermem.learn.work import work_folder
 
 if TYPE_CHECKING:
-    from mlx_hiermem.learn.stages import Listener
     from mlx_hiermem.learn.train.monitor import TrainingProgress
 
 STATUS = "status.json"
 REPORT = "learning/report.json"  # of a model folder that is done
 PACE = 2.0  # seconds between two writings
 POINTS = 400  # of the loss that are kept; beyond that every second one goes
+
+
+class Listener(Protocol):
+    """Shows how far a run is."""
+
+    def begin(self, stage: str) -> None:
+        """A stage begins, or is found done."""
+
+    def advance(self, done: int, total: int | None, unit: str) -> None:
+        """This much of the stage is done; the total is None where it is not known."""
+
+    def end(self, line: str) -> None:
+        """The stage is done, and this came out of it."""
+
+    def training(self, progress: TrainingProgress) -> None:
+        """How far the training is."""
+
+
+class Silent:
+    """A listener that shows nothing."""
+
+    def begin(self, stage: str) -> None:
+        pass
+
+    def advance(self, done: int, total: int | None, unit: str) -> None:
+        pass
+
+    def end(self, line: str) -> None:
+        pass
+
+    def training(self, progress: TrainingProgress) -> None:
+        pass
 
 
 class Recorder:

@@ -31,20 +31,20 @@ from mlx_hiermem.config import Path
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import BankError, NothingToLearnError
 from mlx_hiermem.files import file_digest
-from mlx_hiermem.learn import stages
 from mlx_hiermem.learn.add import Adding
 from mlx_hiermem.learn.changes import Changes
 from mlx_hiermem.learn.corpus import readers
-from mlx_hiermem.learn.forgotten import FETCHED, NONE, Probe, forgotten_line, probes_of, recall
+from mlx_hiermem.learn.forgotten import NONE, Probe, memories_of, probes_of, recall
 from mlx_hiermem.learn.publish import BANK
 from mlx_hiermem.learn.record import files_read, read_record
 from mlx_hiermem.learn.relearn import AFTER, Gone, Lesson, NewTexts
 from mlx_hiermem.learn.settings import AddSettings, settings_from_dict
+from mlx_hiermem.learn.status import Listener, Silent
 from mlx_hiermem.learn.work import SYNC, WRITTEN, Work, locked_work, read_rows, work_folder, write_rows, write_text
 from mlx_hiermem.model_folder import load
 
 RECEIPT = f"{LEARNING}/sync.json"
-SILENT = stages.Silent()
+SILENT = Silent()
 PLAN, PROBED, DRAFT = "plan.json", "probed.json", "draft.json"
 
 
@@ -90,9 +90,7 @@ def settings_of(model: pathlib.Path) -> AddSettings:
     )
 
 
-def sync(
-    model: pathlib.Path, changes: Changes, settings: SyncSettings, listener: stages.Listener = SILENT
-) -> Receipt:
+def sync(model: pathlib.Path, changes: Changes, settings: SyncSettings, listener: Listener = SILENT) -> Receipt:
     """Learns what is new and forgets what is gone. Interrupted, the same call goes on.
 
     Where an earlier run only has to be completed, that is done, and its receipt is returned. Raises as `add` does.
@@ -109,7 +107,7 @@ def sync(
     return receipt
 
 
-def finish(model: pathlib.Path, listener: stages.Listener = SILENT) -> Receipt | None:
+def finish(model: pathlib.Path, listener: Listener = SILENT) -> Receipt | None:
     """Completes a run that was killed after it had changed the bank; None where there is none."""
     folder = work_folder(model, SYNC)
     if not all((folder / name).exists() for name in (PLAN, DRAFT, AFTER)):
@@ -142,7 +140,7 @@ class _Syncing(Adding):
         model: pathlib.Path,
         changes: Changes,
         settings: SyncSettings,
-        listener: stages.Listener,
+        listener: Listener,
     ) -> None:
         super().__init__(work, model, settings.learning, listener)
         self.changes, self.how = changes, settings
@@ -168,7 +166,7 @@ class _Syncing(Adding):
                 f"{lesson.new:,} texts, and {lesson.rehearsed:,} that their blocks have learnt before; "
                 f"{lesson.forgotten:,} are dropped"
             )
-        self._draft(lesson)
+        self._draft(lesson, new)
         weights = self.train(lesson)
         if weights:
             self.write(weights, new, self.gone)
@@ -200,10 +198,12 @@ class _Syncing(Adding):
             assert self.kept is not None
             probes = probes_of(self.kept, self.gone.files, self.loaded[1], self.how.probes)
             model, progress = load(self.model), self.progress("questions")
-            before, without = (recall(model, probes, memory, progress) for memory in (FETCHED, NONE))
+            memories = memories_of(model, probes)
+            before = recall(model, probes, memories, progress)
+            without = recall(model, probes, [NONE] * len(probes), progress)
             rows = [
-                {"probe": asdict(probe), "before": asdict(known), "without": asdict(unaided)}
-                for probe, known, unaided in zip(probes, before, without, strict=True)
+                {"probe": asdict(probe), "memory": memory, "before": asdict(known), "without": asdict(unaided)}
+                for probe, memory, known, unaided in zip(probes, memories, before, without, strict=True)
             ]
             write_text(self.work.path(PROBED), json.dumps(rows))
 
@@ -225,17 +225,22 @@ class _Syncing(Adding):
         with self.stage("probes"):
             probes = [Probe(**row["probe"]) for row in rows]
             found = []
-            for row, known in zip(rows, recall(load(self.model), probes, FETCHED), strict=True):
+            again = recall(load(self.model), probes, [row["memory"] for row in rows])
+            for row, known in zip(rows, again, strict=True):
                 probe = {name: row["probe"][name] for name in ("document", "prompt", "answer")}
-                found.append(probe | {"before": row["before"], "after": asdict(known), "without": row["without"]})
-            self.listener.end(forgotten_line(found))
+                told = {name: row[name] for name in ("memory", "before", "without")}
+                found.append(probe | told | {"after": asdict(known)})
+            said = sum(known.said for known in again)
+            self.listener.end(f"{len(found)} asked again: {said} are said word for word")
         return found
 
     # The receipt
 
-    def _draft(self, lesson: Lesson) -> None:
+    def _draft(self, lesson: Lesson, new: NewTexts | None) -> None:
         """Writes down what the receipt will say, before the bank changes."""
         above = {up for node in lesson.afresh for up in node.prefixes()} - lesson.afresh
+        learnt = {window.file for window in new.built.corpus.windows()} if new else set()
+        unread = [row for row in files_read(self.work).values() if row.file not in learnt]
         others = ["generic"] * bool(self.bank.manifest.generic) + ["anchor"]
         receipt = Receipt(
             folder=self.changes.folder,
@@ -243,7 +248,7 @@ class _Syncing(Adding):
             new=self.changes.names(self.changes.new),
             changed=self.changes.names(self.changes.changed),
             deleted=self.changes.names(self.changes.deleted),
-            unread={row.name: row.why for row in files_read(self.work).values() if row.why},
+            unread={row.name: row.why for row in unread},
             blocks=_named(lesson.blocks),
             afresh=_named(lesson.afresh),
             may_retain=[*_named(filter(self.bank.manifest.has_block, above)), *others] if lesson.afresh else [],

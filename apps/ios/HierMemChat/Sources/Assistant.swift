@@ -15,6 +15,8 @@ import Observation
     let id = UUID()
     let role: Role
     var text: String
+    /// The document that says it, where the bank has its sources.
+    var source: String?
   }
 
   /// One node of the path that the conversation is on.
@@ -113,6 +115,7 @@ import Observation
           case .text(let piece): lines[lines.count - 1].text += piece
           }
         }
+        lines[lines.count - 1].source = try await session.sources()?.first?.name
       } catch {
         problem = error.localizedDescription
       }

@@ -29,7 +29,7 @@ struct ChatScreen: View {
     ScrollView {
       LazyVStack(spacing: 12) {
         ForEach(assistant.lines) { line in
-          Text(line.text.isEmpty ? "…" : line.text)
+          words(of: line)
             .padding(10)
             .background(line.role == .user ? Color.accentColor.opacity(0.15) : Color.secondary.opacity(0.1))
             .clipShape(.rect(cornerRadius: 12))
@@ -39,6 +39,15 @@ struct ChatScreen: View {
       }
     }
     .defaultScrollAnchor(.bottom)
+  }
+
+  private func words(of line: Assistant.Line) -> some View {
+    VStack(alignment: .leading, spacing: 4) {
+      Text(line.text.isEmpty ? "…" : line.text)
+      if let source = line.source {
+        Text("from \(source)").font(.caption).foregroundStyle(.secondary)
+      }
+    }
   }
 
   private var input: some View {

@@ -189,10 +189,17 @@ class _Stage:
         self.folder.rmdir()
 
     def help(self, wanted: Callable[[], bool]) -> None:
-        """Some of it, for the first rank, which has made its trial."""
+        """Some of it, for the first rank, which has made its trial.
+
+        Nothing where this rank's teacher has no trial: the work may be done before this rank has come to it,
+        and a rank that was started with another teacher cannot help.
+        """
         free = False
-        with contextlib.suppress(FileNotFoundError):  # the work may be done before this rank has come to it
-            free = self.teaching.writer is not None and self._read_trial().able
+        if self.teaching.writer is not None:
+            try:
+                free = self._read_trial().able
+            except FileNotFoundError:
+                return
 
         def write(part: _Part, file: pathlib.Path) -> None:
             self._write(part, file, unheard_fraction)

@@ -21,16 +21,17 @@ from typing import Any
 
 import numpy as np
 
+from mlx_hiermem.bank.passages import nearest
 from mlx_hiermem.config import Path
 from mlx_hiermem.learn.corpus.windows import Window
 from mlx_hiermem.learn.settings import ExampleSettings
+from mlx_hiermem.learn.sources import WindowVectors
 from mlx_hiermem.learn.train.dataset import ALWAYS, FRAMED, IN_CHAT, Example, TrainingSet, TrainingSetWriter
-from mlx_hiermem.learn.tree.build import CorpusTree, descend
+from mlx_hiermem.learn.tree.build import CorpusTree
 from mlx_hiermem.learn.tree.probes import FRAME, about, is_held_out, is_learnt, with_subjects
 from mlx_hiermem.learn.work import Work, with_rows
 from mlx_hiermem.router import TextEmbedder
 from mlx_hiermem.tokenizer import encode_chat, encode_text, spells_control
-from mlx_hiermem.tree import ClusterTree
 
 EXAMPLES, HELDOUT = "examples", "heldout"
 MEASURED = 64  # windows, about, where nothing is held out
@@ -116,14 +117,14 @@ def make_examples(
     """
 
     def make() -> None:
-        tree, count = built.tree, built.corpus.count
+        leaf_of, count = _leaf_of(built, settings.by_passages), built.corpus.count
         with (
             TrainingSetWriter(work.path(EXAMPLES)) as learnt,
             TrainingSetWriter(work.path(HELDOUT)) as held,
         ):
             drafts = _drafts(built, Encoder(tokenizer), settings)
             while some := list(itertools.islice(drafts, TOGETHER)):
-                for draft, leaf in zip(some, _reached(some, tree, embedder), strict=True):
+                for draft, leaf in zip(some, _reached(some, leaf_of, embedder), strict=True):
                     own = [leaf] if leaf else []
                     if draft.measured:
                         held.add(draft.example, own or draft.leaves[:1])
@@ -142,13 +143,23 @@ def open_examples(work: Work) -> tuple[TrainingSet, TrainingSet | None]:
     return TrainingSet.open(work.path(EXAMPLES)), held if len(held) else None
 
 
-def _reached(drafts: Sequence[Draft], tree: ClusterTree, embedder: TextEmbedder) -> list[Path | None]:
+def _leaf_of(built: CorpusTree, by_passages: bool) -> Callable[[np.ndarray], Path]:
+    """Where the bank will take an embedding [dim]."""
+    tree, passages = built.tree, WindowVectors(built) if by_passages else None
+
+    def leaf(vector: np.ndarray) -> Path:
+        near = nearest(tree, passages, vector) if passages else []
+        return near[0][1] if near else tree.route(vector)[0].path
+
+    return leaf
+
+
+def _reached(
+    drafts: Sequence[Draft], leaf_of: Callable[[np.ndarray], Path], embedder: TextEmbedder
+) -> list[Path | None]:
     """Where each draft's question goes."""
     asked = [draft.asked for draft in drafts if draft.asked]
-    if not asked:
-        return [None] * len(drafts)
-    levels, rows = descend(tree, embedder.embed(asked))
-    leaves = (Path.of_row(int(row), int(level), tree.branching) for level, row in zip(levels, rows, strict=True))
+    leaves = map(leaf_of, embedder.embed(asked)) if asked else iter(())
     return [next(leaves) if draft.asked else None for draft in drafts]
 
 

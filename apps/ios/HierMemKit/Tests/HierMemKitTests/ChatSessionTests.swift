@@ -9,21 +9,25 @@ struct ChatSessionTests {
   private let model: ChatModel
   /// The same with memory for what is near only.
   private let narrow: ChatModel
+  /// The same with the bank's sources.
+  private let learnt: ChatModel
 
   init() throws {
     golden = try SessionGolden.read()
     let bank = try Fixtures.tinyBank()
     anchor = TinyAnchor(vocabulary: 400, hidden: bank.manifest.memory.hidden, context: golden.context)
     let tokenizer = try JSONTokenizer(contentsOf: Fixtures.url("inputs/digits/tokenizer.json"))
-    let embedder = KnownEmbedder(vectors: golden.vectors)
+    let (known, worded) = (KnownEmbedder(vectors: golden.vectors), KnownEmbedder(vectors: golden.worded))
     let (anchor, golden) = (anchor, golden)
-    func model(_ policy: BankPolicy) -> ChatModel {
+    func model(_ router: Router) -> ChatModel {
       ChatModel(
-        anchor: anchor, tokenizer: tokenizer, format: golden.format, eos: Set(golden.eos),
-        router: Router(tree: bank.tree, embedder: embedder, policy: policy), blocks: BlockCache(bank: bank))
+        anchor: anchor, tokenizer: tokenizer, format: golden.format, eos: Set(golden.eos), router: router,
+        blocks: BlockCache(bank: bank))
     }
-    self.model = model(.open)
-    narrow = model(BankPolicy(reach: golden.reach))
+    self.model = model(Router(tree: bank.tree, embedder: known))
+    narrow = model(Router(tree: bank.tree, embedder: known, policy: BankPolicy(reach: golden.reach)))
+    let sources = try BankSources(folder: bank.folder, tree: bank.tree)
+    learnt = model(Router(tree: bank.tree, embedder: worded, sources: sources))
   }
 
   private func say(_ session: ChatSession, _ text: String) async throws -> (start: ChatStart?, reply: String) {
@@ -37,13 +41,14 @@ struct ChatSessionTests {
     return said
   }
 
-  @Test(arguments: ["fetched", "blocked", "generic", "path", "none", "reach"])
+  @Test(arguments: ["fetched", "blocked", "generic", "path", "none", "reach", "source", "fetched+source"])
   func goesAsInPython(_ name: String) async throws {
     let expected = try #require(golden.sessions[name])
     let options = ChatOptions(
       memory: try MemoryChoice(parsing: expected.memory), system: expected.system, maxTokens: golden.maxTokens,
       blocked: Set(try expected.blocked.map(NodePath.init(parsing:))))
-    let session = ChatSession(model: name == "reach" ? narrow : model, options: options)
+    let model = name == "reach" ? narrow : options.memory.hasPassage ? learnt : model
+    let session = ChatSession(model: model, options: options)
     for turn in expected.turns {
       await anchor.clearCalls()
       let (start, reply) = try await say(session, turn.text)
@@ -52,6 +57,9 @@ struct ChatSessionTests {
       #expect(start?.turn?.stayed ?? false == turn.stayed)
       #expect(start?.turn?.route.isFar ?? false == turn.far)
       #expect(start?.nodes.map { $0 == .generic ? "generic" : $0.description } == turn.blocks)
+      #expect(start?.passage?.title == turn.passage)
+      let said = try await session.sources()
+      #expect(said?.map { "\($0.name): \($0.sentence)" } == turn.sources)
       #expect(await session.firstShown == turn.first)
       #expect(await anchor.calls.first == turn.prefilled)
     }
@@ -64,7 +72,7 @@ struct ChatSessionTests {
     let prompt = try golden.format.prompt([Message(.user, "What is the atomic number of neon?")])
     for expected in golden.logits {
       let fetch: Fetch? = switch try MemoryChoice(parsing: expected.memory) {
-      case .none, .fetched: nil
+      case .none, .fetched, .source, .fetchedWithSource: nil
       case .generic: try await blocks.fetchGeneric()
       case .path(let path): try await blocks.fetch(path)
       }
@@ -77,7 +85,7 @@ struct ChatSessionTests {
   }
 
   @Test func aMemoryIsWrittenInOneWay() throws {
-    for text in ["none", "generic", "fetched", "3.1"] {
+    for text in ["none", "generic", "fetched", "source", "fetched+source", "3.1"] {
       #expect(try MemoryChoice(parsing: text).description == text)
     }
     for earlier in ["auto", "on", "routed"] {
@@ -123,6 +131,17 @@ struct ChatSessionTests {
     #expect(try await !say(session, "Is it a metal?").reply.isEmpty)
   }
 
+  @Test func aPassageHasAKeyOfItsOwn() {
+    var cache = KeyValueCache()
+    let plain = MemoryKey(choice: nil, nodes: [])
+    #expect(cache.reuse([1, 2, 3], under: plain) == 0)
+    cache.append([1, 2, 3])
+    #expect(cache.reuse([1, 2, 3], under: plain) == 2)
+    #expect(cache.reuse([1, 2, 3], under: MemoryKey(choice: .source, nodes: [])) == 0)
+    cache.append([1, 2, 3])
+    #expect(cache.reuse([1, 2, 3], under: MemoryKey(choice: .fetchedWithSource, nodes: [])) == 0)
+  }
+
   @Test func breakingOffKeepsWhatWasSaid() async throws {
     let session = ChatSession(model: model, options: ChatOptions(memory: .none, maxTokens: 200))
     var pieces = 0
@@ -165,6 +184,8 @@ struct ChatSessionTests {
     let closed = ChatSession(
       model: model, options: ChatOptions(memory: .path(try NodePath("1.2")), blocked: [try NodePath("1")]))
     #expect(await hierMemError { _ = try await say(closed, "Hi") }?.what.contains("blocked (at 1)") == true)
+    try await closed.use(.source)
+    #expect(await hierMemError { _ = try await say(closed, "Hi") }?.hint.contains("--with-sources") == true)
     try await closed.use(.path(try NodePath("7")))
     #expect(await hierMemError { _ = try await say(closed, "Hi") }?.kind == .bank)
   }

@@ -34,6 +34,7 @@ struct ExportTests {
     let texts: [Text]
     let talks: [Talk]
     let questions: Questions
+    let sources: Bool
     let blocks: [String: [String: String]]
   }
 
@@ -68,7 +69,10 @@ struct ExportTests {
   @Test func questionsGoWherePythonSendsThem() async throws {
     let (bank, retriever) = (try #require(folder.bank), try #require(folder.manifest.retriever))
     let tokenizer = try JSONTokenizer(contentsOf: folder.url.appendingPathComponent(retriever.tokenizer))
-    let router = Router(tree: bank.tree, embedder: KnownEmbedder(vectors: golden.questions.vectors), policy: bank.policy)
+    let router = Router(
+      tree: bank.tree, embedder: KnownEmbedder(vectors: golden.questions.vectors), policy: bank.policy,
+      sources: bank.sources)
+    #expect((bank.sources != nil) == golden.sources)
     #expect(golden.questions.talks.joined().count > 30)
     for talk in golden.questions.talks {
       var topic: Topic?

@@ -5,7 +5,7 @@ import Testing
 
 struct QuantizationTests {
   static let kinds = [ScalarType.float16, .bfloat16, .float32].flatMap { dtype in
-    [4, 8].flatMap { bits in [32, 64, 128].map { (dtype, Quantization(bits: bits, groupSize: $0)) } }
+    [2, 4, 8].flatMap { bits in [32, 64, 128].map { (dtype, Quantization(bits: bits, groupSize: $0)) } }
   }
 
   /// Equal to MLX's dequantisation in the stored type, bit for bit.

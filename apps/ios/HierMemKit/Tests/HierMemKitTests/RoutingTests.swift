@@ -11,10 +11,25 @@ struct RoutingTests {
     let blocked: [String]
     let onBlocked: BankPolicy.OnBlocked
     let reach: Float?
+    let passageReach: Float?
+    /// The leaves that a beam search finds.
+    let beams: [String]?
+    /// To the nearest passage, of a bank with sources.
+    let passages: [Float?]?
+    let far: [Bool]?
 
     enum CodingKeys: String, CodingKey {
-      case paths, avoided, distances, blocked, reach
+      case paths, avoided, distances, blocked, reach, beams, passages, far
       case onBlocked = "on_blocked"
+      case passageReach = "passage_reach"
+    }
+
+    var policy: BankPolicy {
+      get throws {
+        BankPolicy(
+          blocked: Set(try blocked.map(NodePath.init(parsing:))), onBlocked: onBlocked, reach: reach ?? .infinity,
+          passageReach: passageReach ?? .infinity)
+      }
     }
   }
 
@@ -27,9 +42,7 @@ struct RoutingTests {
     let tree = try ClusterTree(contentsOf: file)
     let goldens: [String: Golden] = try Fixtures.decode("routes.json")
     let golden = try #require(goldens[name])
-    let policy = BankPolicy(
-      blocked: Set(try golden.blocked.map(NodePath.init(parsing:))), onBlocked: golden.onBlocked,
-      reach: golden.reach ?? .infinity)
+    let policy = try golden.policy
     let vectors = isElements
       ? Fixtures.uniform(1, 1000, 384).map { $0.map { $0 / 16 } } : Fixtures.uniform(2, 1000, 16)
     #expect(golden.paths.count == vectors.count)
@@ -43,6 +56,49 @@ struct RoutingTests {
         for (a, b) in zip(route.distances, golden.distances[index]) { #expect(abs(a - b) < 1e-5) }
       }
     }
+    for (vector, beam) in zip(vectors, golden.beams ?? []) {
+      #expect(tree.beam(vector, width: 8).map(\.description).joined(separator: " ") == beam)
+    }
+  }
+
+  /// In a bank with sources, under policies that block, reach and do neither.
+  @Test(arguments: ["open", "passage reach", "reach", "both", "sibling", "parent", "closed"])
+  func routesByPassagesAsPython(_ name: String) async throws {
+    let bank = try Fixtures.tinyBank()
+    let goldens: [String: Golden] = try Fixtures.decode("routes.json")
+    let golden = try #require(goldens["passages, \(name)"])
+    let (passages, far) = (try #require(golden.passages), try #require(golden.far))
+    let vectors = Fixtures.uniform(5, golden.paths.count, bank.tree.dimension).map { vector in
+      let length = vector.reduce(0) { $0 + $1 * $1 }.squareRoot()
+      return vector.map { $0 / length }
+    }
+    let numbered = Dictionary(uniqueKeysWithValues: vectors.enumerated().map { ("\($0)", $1) })
+    let router = Router(
+      tree: bank.tree, embedder: KnownEmbedder(vectors: numbered), policy: try golden.policy,
+      sources: try BankSources(folder: bank.folder, tree: bank.tree))
+    #expect(bank.sources == nil)  // its manifest names none
+    for index in vectors.indices {
+      let route = try await router.turn("\(index)", topic: nil).alone
+      #expect(route.path.description == golden.paths[index])
+      #expect(route.isFar == far[index])
+      #expect(route.avoided.map(\.description).joined(separator: " ") == golden.avoided[index])
+      #expect((route.passage == nil) == (passages[index] == nil))
+      #expect(abs((route.passage ?? 0) - (passages[index] ?? 0)) < 1e-5)
+      #expect(route.distances.count == golden.distances[index].count)
+      for (a, b) in zip(route.distances, golden.distances[index]) { #expect(abs(a - b) < 1e-5) }
+    }
+  }
+
+  @Test func refusesSourcesOfAnotherBank() async throws {
+    let folder = try Fixtures.copy("bank")
+    let ragged = try ClusterTree(contentsOf: Fixtures.url("ragged-tree.safetensors"))
+    let error = await hierMemError { _ = try BankSources(folder: folder, tree: ragged) }
+    #expect(error?.what.contains("another tree") == true)
+    let elements = try ClusterTree(contentsOf: Fixtures.elements.appendingPathComponent("tree.safetensors"))
+    #expect(await hierMemError { _ = try BankSources(folder: folder, tree: elements) }?.kind == .bank)
+    try FileManager.default.removeItem(at: folder.appendingPathComponent("sources"))
+    let own = try MemoryBank(folder: folder, downloads: folder).tree
+    #expect(await hierMemError { _ = try BankSources(folder: folder, tree: own) }?.kind == .bank)
   }
 
   private struct GoldenTalks: Decodable {

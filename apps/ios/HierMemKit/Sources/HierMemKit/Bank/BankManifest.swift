@@ -19,6 +19,14 @@ public struct BlockEntry: Sendable {
   public let label: String
 }
 
+/// The two files of a bank's sources.
+public struct SourcesEntry: Decodable, Sendable {
+  public let windows: Int
+  public let documents: Int
+  public let texts: FileEntry
+  public let index: FileEntry
+}
+
 /// bank.json: which anchor, which memory design, which blocks. Format version 1.
 public struct BankManifest: Sendable {
   public static let format = "mlx-hiermem-bank"
@@ -29,6 +37,7 @@ public struct BankManifest: Sendable {
   public let embedder: EmbedderIdentity
   public let tree: FileEntry
   public let generic: FileEntry?
+  public let sources: SourcesEntry?
   public let blocks: [NodePath: BlockEntry]
   /// Labels of nodes that have no block of their own.
   public let labels: [NodePath: String]
@@ -60,7 +69,7 @@ public struct EmbedderIdentity: Decodable, Equatable, Sendable {
 
 extension BankManifest: Decodable {
   enum CodingKeys: String, CodingKey {
-    case format, version, anchor, memory, embedder, tree, generic, blocks, labels, licence
+    case format, version, anchor, memory, embedder, tree, generic, sources, blocks, labels, licence
   }
 
   private struct Anchor: Decodable {
@@ -84,6 +93,7 @@ extension BankManifest: Decodable {
     embedder = try values.decode(EmbedderIdentity.self, forKey: .embedder)
     tree = try values.decode(FileEntry.self, forKey: .tree)
     generic = try values.decodeIfPresent(FileEntry.self, forKey: .generic)
+    sources = try values.decodeIfPresent(SourcesEntry.self, forKey: .sources)
     licence = try values.decodeIfPresent(String.self, forKey: .licence) ?? ""
     var blocks: [NodePath: BlockEntry] = [:]
     for row in try values.decode([Row].self, forKey: .blocks) {

@@ -9,12 +9,15 @@ public struct MemoryBank: Sendable {
   public let manifest: BankManifest
   public let tree: ClusterTree
   public let policy: BankPolicy
+  /// What its leaves have learnt; `nil` for a bank that was made or exported without.
+  public let sources: BankSources?
 
   static let genericName = "generic.safetensors"
 
   /// Opens a bank.
   ///
-  /// - Throws: ``HierMemError`` of kind `bank` where bank.json, the tree or the policy is missing or damaged.
+  /// - Throws: ``HierMemError`` of kind `bank` where bank.json, the tree, the policy or the sources are
+  ///   missing or damaged.
   public init(folder: URL, downloads: URL) throws {
     self.folder = folder
     self.downloads = downloads
@@ -27,6 +30,7 @@ public struct MemoryBank: Sendable {
           + "bank.json says \(manifest.memory.depth) of \(manifest.memory.branching)",
         hint: "Export the model again.")
     }
+    sources = manifest.sources == nil ? nil : try BankSources(folder: folder, tree: tree)
   }
 
   /// The nodes on a path that have a block, level 1 first.

@@ -100,7 +100,7 @@ extension MemoryConfig: Decodable {
         .bank, "\(quantization.count) levels are quantised, the memory has \(depth)")
     }
     for how in quantization.compactMap({ $0 }) {
-      guard [4, 8].contains(how.bits), [32, 64, 128].contains(how.groupSize),
+      guard [2, 4, 8].contains(how.bits), [32, 64, 128].contains(how.groupSize),
         hidden % how.groupSize == 0
       else {
         throw HierMemError(

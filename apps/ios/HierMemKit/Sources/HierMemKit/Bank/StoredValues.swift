@@ -47,7 +47,7 @@ extension Quantization {
   /// Quantised rows as Float16: `scale · q + bias`, in MLX's affine layout.
   ///
   /// - Parameters:
-  ///   - packed: rows · width · bits / 8 bytes; of a byte with two values the low half comes first.
+  ///   - packed: rows · width · bits / 8 bytes; of the values in a byte the lowest bits come first.
   ///   - scales: rows · width / groupSize values of `dtype`.
   ///   - biases: as many.
   func dequantized(
@@ -55,14 +55,14 @@ extension Quantization {
     dtype: ScalarType
   ) -> [Float16] {
     let perByte = 8 / bits
+    let mask = UInt8(truncatingIfNeeded: 1 << bits - 1)
     let count = packed.count * perByte
     return [Float16](unsafeUninitializedCapacity: count) { values, initialized in
       for group in 0..<count / groupSize {
         let scale = dtype.load(scales, group)
         let bias = dtype.load(biases, group)
         for index in group * groupSize..<(group + 1) * groupSize {
-          let byte = packed[index / perByte]
-          let code = bits == 8 ? byte : (index.isMultiple(of: 2) ? byte & 0xF : byte >> 4)
+          let code = packed[index / perByte] >> UInt8(bits * (index % perByte)) & mask
           values[index] = Float16(dtype.rounded(dtype.rounded(scale * Float(code)) + bias))
         }
       }

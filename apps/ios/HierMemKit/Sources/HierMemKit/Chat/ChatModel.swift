@@ -64,4 +64,6 @@ public struct ChatStart: Sendable {
   public let nodes: [NodePath]
   /// Blocks of the path that have not been downloaded.
   public let missing: [NodePath]
+  /// What stands in the prompt, where the memory is retrieval.
+  public let passage: SourceWindow?
 }

@@ -16,6 +16,8 @@ public actor ChatSession {
   private var sampler: Sampler
   private var cache = KeyValueCache()
   private var attached: [NodePath]?
+  /// Where the last answer's sources are looked for.
+  private var answered: (path: NodePath, asked: String, answer: String)?
   private var isAnswering = false
 
   /// The share of the prompt's room that is filled after turns were dropped, so that not every turn
@@ -65,11 +67,21 @@ public actor ChatSession {
     messages = []
     topic = nil
     firstShown = 0
+    answered = nil
+  }
+
+  /// The sentences that say the last answer, best first: none of what its leaf has learnt may.
+  ///
+  /// `nil` where there is nothing to look through: no answer yet, one without a path, or a bank without sources.
+  public func sources() async throws -> [Source]? {
+    guard let answered, answered.path != .root, let search = model.router?.search else { return nil }
+    return try await search.find(in: answered.path, question: answered.asked, answer: answered.answer)
   }
 
   /// Reads the blocks that a draft would be answered with, so that they are there when it is sent.
   public func prepare(for draft: String) async throws {
-    guard options.memory == .fetched, let router = model.router, let blocks = model.blocks else { return }
+    let memory = options.memory
+    guard memory.isRouted, memory != .source, let router = model.router, let blocks = model.blocks else { return }
     let turn = try await router.turn(draft, topic: topic, blocked: options.blocked)
     await blocks.prefetch(blocks.bank.nodes(on: turn.path))
   }
@@ -79,17 +91,21 @@ public actor ChatSession {
     isAnswering = true
     defer { isAnswering = false }
     let asked = messages.count
+    answered = nil
     messages.append(Message(.user, text))
     var reply = ""
     var complete = false
+    var sought: (path: NodePath, asked: String)?
     defer {
+      if let sought, complete || !reply.isEmpty { answered = (sought.path, sought.asked, reply) }
       if complete || !reply.isEmpty {
         messages.append(Message(.assistant, reply))
       } else {
         messages.removeSubrange(asked...)
       }
     }
-    let prompt = try await prepareAnswer(text, emit: emit)
+    let (prompt, turn) = try await prepareAnswer(text, emit: emit)
+    sought = (path(of: turn), messages.asked(stayed: turn?.stayed ?? false))
     var stream = TextStream(model.tokenizer)
     let room = min(options.maxTokens, model.anchor.context - prompt.count)
     do {
@@ -115,27 +131,48 @@ public actor ChatSession {
   }
 
   /// Routes the question, attaches its memory and returns the prompt's tokens.
-  private func prepareAnswer(_ text: String, emit: (ChatEvent) -> Void) async throws -> [Int] {
-    let turn = options.memory == .fetched
+  private func prepareAnswer(
+    _ text: String, emit: (ChatEvent) -> Void
+  ) async throws -> (prompt: [Int], turn: Turn?) {
+    if options.memory.hasPassage && model.router?.sources == nil {
+      throw HierMemError(
+        .bank, "this model has no sources", hint: "Use memory fetched, or export it with --with-sources.")
+    }
+    let turn = options.memory.isRouted
       ? try await model.router?.turn(text, topic: topic, blocked: options.blocked) : nil
-    let (first, prompt) = try fit()
+    let passage = try await passage(for: turn)
+    let (first, prompt) = try fit(passage)
     let fetch = try await fetch(turn)
     try await attach(fetch)
     firstShown = first
     topic = turn?.topic
-    emit(.started(ChatStart(turn: turn, nodes: fetch?.nodes ?? [], missing: fetch?.missing ?? [])))
-    return prompt
+    emit(
+      .started(
+        ChatStart(turn: turn, nodes: fetch?.nodes ?? [], missing: fetch?.missing ?? [], passage: passage)))
+    return (prompt, turn)
+  }
+
+  /// What goes into the prompt, where that is wanted and the question's leaf has something.
+  private func passage(for turn: Turn?) async throws -> SourceWindow? {
+    guard options.memory.hasPassage, let turn, let search = model.router?.search else { return nil }
+    return try await search.passage(for: messages.asked(stayed: turn.stayed), in: turn.path)
+  }
+
+  /// Where the sources of an answer are.
+  private func path(of turn: Turn?) -> NodePath {
+    if case .path(let path) = options.memory { return path }
+    return turn?.path ?? .root
   }
 
   private func fetch(_ turn: Turn?) async throws -> Fetch? {
-    if options.memory == .none { return nil }
+    if options.memory == .none || options.memory == .source { return nil }
     guard let blocks = model.blocks else {
       throw HierMemError(.usage, "this model has no bank", hint: "Use memory none.")
     }
     switch options.memory {
-    case .none: return nil
+    case .none, .source: return nil
     case .generic: return try await blocks.fetchGeneric()
-    case .fetched: return try await turn.asyncMap { try await blocks.fetch($0.path) }
+    case .fetched, .fetchedWithSource: return try await turn.asyncMap { try await blocks.fetch($0.path) }
     case .path(let path):
       try check(path, in: blocks.bank)
       return try await blocks.fetch(path)
@@ -162,9 +199,14 @@ public actor ChatSession {
     attached = nodes
   }
 
+  /// Of the keys and values that are computed now.
+  private var key: MemoryKey {
+    MemoryKey(choice: options.memory.hasPassage ? options.memory : nil, nodes: attached ?? [])
+  }
+
   /// Computes a prompt and samples its continuation.
   private func decode(_ prompt: [Int], limit: Int, onToken: (Int) -> Void) async throws {
-    var position = cache.reuse(prompt, blocks: attached ?? [])
+    var position = cache.reuse(prompt, under: key)
     var tokens = Array(prompt[position...])
     for _ in 0..<limit {
       try Task.checkCancellation()
@@ -179,16 +221,16 @@ public actor ChatSession {
   }
 
   /// The newest turns that leave room for the reply, and their prompt.
-  private func fit() throws -> (first: Int, prompt: [Int]) {
+  private func fit(_ passage: SourceWindow?) throws -> (first: Int, prompt: [Int]) {
     let context = model.anchor.context
     let room = context - min(options.maxTokens, context / 2)
-    var prompt = try self.prompt(from: firstShown)
+    var prompt = try self.prompt(from: firstShown, passage)
     if prompt.count <= room { return (firstShown, prompt) }
     // What is left has to be computed again as a whole, so make room for more than this turn.
     let starts = messages.indices.filter { $0 >= firstShown && messages[$0].role == .user }
     let goal = Int(Self.kept * Double(room))
-    let start = try starts.dropFirst().first { try self.prompt(from: $0).count <= goal } ?? starts.last!
-    prompt = try self.prompt(from: start)
+    let start = try starts.dropFirst().first { try self.prompt(from: $0, passage).count <= goal } ?? starts.last!
+    prompt = try self.prompt(from: start, passage)
     guard prompt.count <= room else {
       throw HierMemError(
         .usage, "the question has \(prompt.count) tokens, system message included; the model has room "
@@ -197,9 +239,9 @@ public actor ChatSession {
     return (start, prompt)
   }
 
-  private func prompt(from first: Int) throws -> [Int] {
+  private func prompt(from first: Int, _ passage: SourceWindow?) throws -> [Int] {
     let system = options.system.isEmpty ? [] : [Message(.system, options.system)]
-    return try model.tokenizer.encode(model.format.parts(system + messages[first...]))
+    return try model.tokenizer.encode(model.format.parts(system + Array(messages[first...]).with(passage)))
   }
 }
 

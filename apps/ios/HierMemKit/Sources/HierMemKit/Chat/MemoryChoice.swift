@@ -6,10 +6,21 @@ public enum MemoryChoice: Hashable, Sendable {
   case generic
   /// Each text's own, found by the router.
   case fetched
+  /// Retrieval: the best passage of the path's leaf in the prompt, and no block.
+  case source
+  /// Both.
+  case fetchedWithSource
   /// The blocks on one path.
   case path(NodePath)
 
-  /// Reads `none`, `generic`, `fetched` or a path such as `3.1`, and the earlier words for them.
+  /// Whether each text goes by a path of its own.
+  public var isRouted: Bool { self == .fetched || hasPassage }
+
+  /// Whether a passage goes into the prompt.
+  public var hasPassage: Bool { self == .source || self == .fetchedWithSource }
+
+  /// Reads `none`, `generic`, `fetched`, `source`, `fetched+source` or a path such as `3.1`, and the earlier words
+  /// for them.
   ///
   /// - Throws: ``HierMemError`` of kind `usage` for anything else.
   public init(parsing text: String) throws {
@@ -17,10 +28,13 @@ public enum MemoryChoice: Hashable, Sendable {
     case "none", "off": self = .none
     case "generic": self = .generic
     case "fetched", "auto", "on", "routed": self = .fetched
+    case "source": self = .source
+    case "fetched+source": self = .fetchedWithSource
     default:
       guard let path = try? NodePath(parsing: text) else {
         throw HierMemError(
-          .usage, "unknown memory '\(text)'", hint: "Use none, generic, fetched, or a path such as 10.7.")
+          .usage, "unknown memory '\(text)'",
+          hint: "Use none, generic, fetched, source, fetched+source, or a path such as 10.7.")
       }
       self = .path(path)
     }
@@ -33,6 +47,8 @@ extension MemoryChoice: CustomStringConvertible {
     case .none: "none"
     case .generic: "generic"
     case .fetched: "fetched"
+    case .source: "source"
+    case .fetchedWithSource: "fetched+source"
     case .path(let path): path.description
     }
   }

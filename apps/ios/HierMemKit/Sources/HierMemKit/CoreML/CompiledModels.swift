@@ -123,7 +123,7 @@
       let (anchor, embedder) = try await models(folder, compiled, units, retrieverTokenizer)
       var router: Router?
       if let bank = folder.bank, let embedder {
-        router = Router(tree: bank.tree, embedder: embedder, policy: bank.policy)
+        router = Router(tree: bank.tree, embedder: embedder, policy: bank.policy, sources: bank.sources)
       }
       return ChatModel(
         anchor: anchor, tokenizer: folder.tokenizer, format: format, eos: Set(manifest.eos), router: router,

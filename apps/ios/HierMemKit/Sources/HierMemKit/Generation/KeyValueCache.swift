@@ -1,20 +1,28 @@
+/// What keys and values were computed under: they are shared under equal keys alone.
+struct MemoryKey: Equatable, Sendable {
+  /// Where a passage is in the prompt; `nil` elsewhere.
+  let choice: MemoryChoice?
+  /// The blocks that were attached.
+  let nodes: [NodePath]
+}
+
 /// What an anchor's key/value cache holds: which tokens, computed under which memory.
 struct KeyValueCache: Sendable {
-  /// The blocks that were attached; `nil` where it is not known.
-  private var blocks: [NodePath]?
+  /// `nil` where it is not known.
+  private var key: MemoryKey?
   private(set) var tokens: [Int] = []
 
   /// Keeps what a prompt has in common with the cache, and returns how many tokens that is.
   ///
-  /// Only what was computed under the same blocks is of use; the last token is always computed again,
+  /// Only what was computed under the same memory is of use; the last token is always computed again,
   /// because its logits are needed.
-  mutating func reuse(_ prompt: [Int], blocks: [NodePath]) -> Int {
+  mutating func reuse(_ prompt: [Int], under key: MemoryKey) -> Int {
     var shared = 0
-    if blocks == self.blocks {
+    if key == self.key {
       let most = min(tokens.count, prompt.count - 1)
       while shared < most, tokens[shared] == prompt[shared] { shared += 1 }
     }
-    self.blocks = blocks
+    self.key = key
     tokens.removeSubrange(shared...)
     return shared
   }

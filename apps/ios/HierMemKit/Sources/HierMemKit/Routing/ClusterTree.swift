@@ -8,6 +8,8 @@ public struct Route: Equatable, Sendable {
   public let avoided: [NodePath]
   /// Beyond the bank's reach: it is like nothing there, and has the empty path.
   public var isFar = false
+  /// To the nearest passage, where the bank is routed by them.
+  public var passage: Float?
 }
 
 /// The clustering tree: a matrix of k centroids for each node, and greedy descent among them.

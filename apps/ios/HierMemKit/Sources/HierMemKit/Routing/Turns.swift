@@ -79,16 +79,21 @@ public protocol TextEmbedder: Sendable {
   func embed(_ text: String) async throws -> [Float]
 }
 
-/// Text → path. Keeps to `policy`: nodes that it blocks are never entered.
+/// Text → path. Keeps to `policy`: nodes that it blocks are never entered. With `sources`, the nearest of their
+/// passages says which leaf a text goes to.
 public struct Router: Sendable {
   public let tree: ClusterTree
   public let embedder: any TextEmbedder
   public let policy: BankPolicy
+  public let sources: BankSources?
 
-  public init(tree: ClusterTree, embedder: any TextEmbedder, policy: BankPolicy = .open) {
+  public init(
+    tree: ClusterTree, embedder: any TextEmbedder, policy: BankPolicy = .open, sources: BankSources? = nil
+  ) {
     self.tree = tree
     self.embedder = embedder
     self.policy = policy
+    self.sources = sources
   }
 
   /// Routes one turn. A topic whose path is blocked is left at once.
@@ -99,7 +104,7 @@ public struct Router: Sendable {
   public func turn(_ text: String, topic: Topic?, blocked: Set<NodePath> = []) async throws -> Turn {
     let policy = policy.blocking(blocked)
     let said = Said(text, try await embedder.embed(text))
-    let alone = try tree.route(said.vector, policy: policy)
+    let alone = try route(said.vector, under: policy)
     let topic = topic.flatMap { $0.path != .root && policy.blocker(of: $0.path) == nil ? $0 : nil }
     let decided = tree.decidedness(of: said.vector, on: alone.path)
     let needed = Topic.hysteresis * (topic?.decided ?? 0)
@@ -116,8 +121,21 @@ public struct Router: Sendable {
       return turn(nowhere, belongs: belongs, topic.with(aside: said.vector))
     }
     let held = Route(
-      path: topic.path, distances: tree.distances(from: said.vector, along: topic.path), avoided: alone.avoided)
+      path: topic.path, distances: tree.distances(from: said.vector, along: topic.path), avoided: alone.avoided,
+      passage: alone.passage)
     return turn(held, stayed: topic.path != alone.path, belongs: belongs, topic.with(aside: nil))
+  }
+
+  /// Looks through the bank's sources; `nil` where it has none.
+  public var search: SourceSearch? {
+    sources.map { SourceSearch(sources: $0, embedder: embedder) }
+  }
+
+  /// Where an embedding goes if no conversation holds it.
+  private func route(_ embedding: [Float], under policy: BankPolicy) throws -> Route {
+    let descent = try tree.route(embedding, policy: policy)
+    guard let sources else { return descent }
+    return try tree.route(embedding, byPassagesOf: sources, policy: policy, descent: descent)
   }
 
   /// How much a turn belongs to a conversation: near to the question that chose the path, nearer than to an aside
@@ -133,7 +151,7 @@ public struct Router: Sendable {
   }
 }
 
-private func dot(_ a: [Float], _ b: [Float]) -> Double {
+func dot(_ a: [Float], _ b: [Float]) -> Double {
   Double(zip(a, b).reduce(Float(0)) { $0 + $1.0 * $1.1 })
 }
 

@@ -16,8 +16,27 @@ struct SessionGolden: Decodable {
     let stayed: Bool
     let far: Bool
     let blocks: [String]
+    /// The title of what stood in the prompt.
+    let passage: String?
+    /// What says the reply; `nil` where there was nothing to look through.
+    let sources: [String]?
     let first: Int
     let prefilled: Int
+  }
+
+  struct Found: Decodable {
+    struct Source: Decodable {
+      let document, title, place, sentence, name: String
+      let score: Double
+    }
+
+    let leaf, question, answer: String
+    let sources: [Source]
+  }
+
+  struct Parted: Decodable {
+    let text: String
+    let sentences: [String]
   }
 
   struct Logits: Decodable {
@@ -36,6 +55,14 @@ struct SessionGolden: Decodable {
   let chat: Chat
   let reach: Float
   let vectors: [String: [Float]]
+  /// Vectors of length 1, for what the sources are asked.
+  let worded: [String: [Float]]
+  let found: [Found]
+  /// What the questions of `found` are with their leaf's passage in front.
+  let prompts: [String]
+  let sentences: [Parted]
+  /// Words that say nothing by themselves.
+  let plain: [String]
   let logits: [Logits]
   let sessions: [String: Session]
 
