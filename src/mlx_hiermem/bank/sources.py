@@ -3,9 +3,10 @@
     sources/windows.jsonl        a window a line, leaf after leaf
     sources/index.safetensors    the windows' vectors, and which lines are a leaf's
 
-They are opened when somebody asks for them, never with the bank. A leaf is found by bisection in the mapped index;
-then its lines and vectors are read, and no others. So the path is the index: what is looked through is one leaf,
-however large the bank is. A window that two leaves have learnt is there twice, so that either can be removed alone.
+They are opened when a text is routed or a source is asked for, never with the bank. A leaf is found by bisection in
+the mapped index; then its lines and vectors are read, and no others. So the tree is the index: one leaf is looked
+through for a source, and the vectors of a few for a route (`bank.passages`), however large the bank is. A window
+that two leaves have learnt is there twice, so that either can be removed alone.
 """
 
 from __future__ import annotations
