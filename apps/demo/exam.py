@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_hiermem.config import MemoryChoice
 from mlx_hiermem.evaluate.answers import is_only, mentions
 from mlx_hiermem.evaluate.statistics import share_interval
 from mlx_hiermem.files import read_json_lines
+from mlx_hiermem.memory_choice import MemoryChoice
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.progress import Progress
 
