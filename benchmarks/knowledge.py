@@ -5,7 +5,8 @@
 
 Lenient: an accepted answer stands in the reply, as whole words. Strict: the reply is one. Capitals, punctuation and
 articles do not count. `oracle` is the leaf that learnt the question's document, `source` retrieval alone: the best
-passage of the leaf in the prompt, and no block. Replies are kept as they come in, and a stopped run goes on.
+passage of the leaf in the prompt, and no block. Questions are answered several at a time. Replies are kept as they
+come in, and a stopped run goes on. At the end the first token of the first `--timed` questions is timed one by one.
 
 Bytes moved are those that a decoder reads: the anchor and the attached blocks once for the prompt and once for each
 token, and the blocks from disk. It is what energy goes with on a device that is bound by memory.
@@ -28,11 +29,12 @@ from mlx.utils import tree_flatten
 from mlx_hiermem import load
 from mlx_hiermem.evaluate.answers import is_only, mentions
 from mlx_hiermem.evaluate.statistics import share_interval
-from mlx_hiermem.memory_choice import MemoryChoice
 from mlx_hiermem.model import MemoryModel
+from mlx_hiermem.response import Response
 
 MEMORIES = ("none", "generic", "fetched", "oracle", "source", "fetched+source")
 TOKENS = 48  # of a reply, at most
+TOGETHER = 24  # questions between two looks at what is kept
 Row = dict[str, Any]
 
 
@@ -45,14 +47,24 @@ class Exam:
         sources = model.bank.sources if model.bank else None
         self.leaves = {window.title: one.leaf for one in sources.all() for window in one.windows} if sources else {}
 
-    def ask(self, row: Row, memory: str) -> Row:
-        """One question's reply, and what it took."""
-        wanted = self.leaves[row["doc"]] if memory == "oracle" else MemoryChoice(memory)
-        start, first = time.perf_counter(), 0.0
-        for _ in self.model.stream(row["question"], memory=wanted, chat=True, max_tokens=TOKENS):
-            first = first or time.perf_counter() - start
-        reply = self.model.response
-        assert reply is not None
+    def ask(self, rows: Sequence[Row], memory: str) -> list[Row]:
+        """The replies to some questions, and what they took."""
+        wanted = [self._wanted(row, memory) for row in rows]
+        texts = [row["question"] for row in rows]
+        replies = self.model.batch(texts, memory=wanted, chat=True, max_tokens=TOKENS)
+        return [self._graded(row, memory, reply) for row, reply in zip(rows, replies, strict=True)]
+
+    def first_ms(self, row: Row, memory: str) -> float:
+        """How long one question's first token takes, routing and reading included."""
+        start = time.perf_counter()
+        for _ in self.model.stream(row["question"], memory=self._wanted(row, memory), chat=True, max_tokens=1):
+            pass
+        return 1e3 * (time.perf_counter() - start)
+
+    def _wanted(self, row: Row, memory: str) -> str:
+        return str(self.leaves[row["doc"]]) if memory == "oracle" else memory
+
+    def _graded(self, row: Row, memory: str, reply: Response) -> Row:
         names, chosen = (row["answer"], *row["aliases"]), reply.selection
         moved = (self.anchor_bytes + chosen.memory_bytes) * (1 + reply.generation_tokens) + chosen.bytes_read
         return {
@@ -65,7 +77,6 @@ class Exam:
             "right_leaf": chosen.path == self.leaves.get(row["doc"]) if chosen.path else None,
             "prompt_tokens": reply.prompt_tokens,
             "tokens": reply.generation_tokens,
-            "first_ms": 1e3 * first,
             "bytes_moved": moved,
         }
 
@@ -85,7 +96,7 @@ def summary(rows: Sequence[Row]) -> Row:
         found[name] = {"right": right, "share": right / count, "interval": share_interval(right, count)}
     routed = [row["right_leaf"] for row in rows if row["right_leaf"] is not None]
     found["right_leaf"] = sum(routed) / len(routed) if routed else None
-    for name in ("prompt_tokens", "tokens", "first_ms", "bytes_moved"):
+    for name in ("prompt_tokens", "tokens", "bytes_moved"):
         found[name] = common.spread(row[name] for row in rows)["median"]
     return found
 
@@ -95,6 +106,7 @@ def main() -> None:
     parser.add_argument("model", type=pathlib.Path)
     parser.add_argument("exam", type=pathlib.Path)
     parser.add_argument("--rows", default="0-240", help="first-end; default 0-240, by which settings may be chosen")
+    parser.add_argument("--timed", type=int, default=40, help="questions whose first token is timed; default 40")
     parser.add_argument("--memory", nargs="+", default=MEMORIES, choices=MEMORIES)
     parser.add_argument("--kept", type=pathlib.Path, help="replies go here, and are read from here")
     asked, before = common.parsed(parser), os.getloadavg()[0]
@@ -103,13 +115,18 @@ def main() -> None:
     done = [json.loads(line) for line in kept.read_text().splitlines()] if kept.is_file() else []
     have, exam = {(row["memory"], row["id"]): row for row in done}, Exam(model)
     with kept.open("a", encoding="utf-8") as out:
-        for row in rows:
-            for memory in asked.memory:
-                if (memory, row["id"]) not in have:
-                    have[memory, row["id"]] = found = exam.ask(row, memory)
+        for memory in asked.memory:
+            missing = [row for row in rows if (memory, row["id"]) not in have]
+            for start in range(0, len(missing), TOGETHER):
+                some = missing[start : start + TOGETHER]
+                for row, found in zip(some, exam.ask(some, memory), strict=True):
+                    have[memory, row["id"]] = found
                     out.write(json.dumps(found, ensure_ascii=False) + "\n")
-                    out.flush()
+                out.flush()
     results = {memory: summary([have[memory, row["id"]] for row in rows]) for memory in asked.memory}
+    for row in rows[: asked.timed]:  # in turns: whatever else the machine does, it does to all
+        for memory in asked.memory:
+            results[memory].setdefault("first_ms", []).append(exam.first_ms(row, memory))
     common.save(__file__, {"exam": asked.exam.name, "rows": asked.rows, "memories": results}, _plain(asked), before)
     common.table(("", "lenient", "strict", "right leaf", "prompt", "first token, ms", "MB moved"), _cells(results))
 
@@ -131,7 +148,7 @@ def _cells(results: dict[str, Row]) -> list[list[str]]:
             share(row["strict"]),
             "" if row["right_leaf"] is None else f"{row['right_leaf']:.0%}",
             f"{row['prompt_tokens']:.0f}",
-            f"{row['first_ms']:.0f}",
+            f"{common.spread(row['first_ms'])['median']:.0f}" if "first_ms" in row else "",
             f"{row['bytes_moved'] / 1e6:,.0f}",
         ]
         for memory, row in results.items()
