@@ -1,8 +1,8 @@
 """Mending a bank from another copy of it: a folder, or a repository of the hub.
 
-Damaged are the manifest's files that are missing, have changed or cannot be read. Exactly those are copied, and only
-with the digest that this bank's manifest has for them; the other copy need not be whole. They are one edit (see
-`commit`): written beside, checked there, then renamed into their places.
+Damaged are the manifest's files that are missing, have changed or cannot be read. Exactly those are copied, and
+only with the digest that this bank's manifest has for them; the other copy need not be whole. They are one edit
+(see `commit`): written beside, checked there, then renamed into their places.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def repair(
 ) -> Repaired:
     """Mends what can be mended. A dry run changes nothing, and believes what the other copy says of itself.
 
-    Where the other copy has none of the files, nothing is changed. Raises HubError or OutputError where a file cannot
-    be had or written; nothing is changed then either. `progress` follows the check of this bank.
+    Where the other copy has none of the files, nothing is changed. Raises HubError or OutputError where a file
+    cannot be had or written; nothing is changed then either. `progress` follows the check of this bank.
     """
     if dry_run:
         found = _damaged(MemoryBank.open(root), progress)
