@@ -1,4 +1,4 @@
-"""KV caches in 8 and 4 bits: nearly the same text, with the memory of each turn, and a refusal where it cannot be."""
+"""KV caches in 8 and 4 bits: nearly the same text, with each turn's own memory; refused where they cannot be."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ TEMPLATE = typer.Option(
     "", "--chat-template-args", help="Variables of the chat template, as JSON: '{\"enable_thinking\": false}'."
 )
 KV_BITS = typer.Option(
-    None, "--kv-bits", help="Bits of the KV cache's numbers, 4 or 8: less memory, nearly the same text."
+    None, "--kv-bits", help="Bits of each number in the KV cache, 4 or 8: less memory, nearly the same text."
 )
 KV_GROUP_SIZE = typer.Option(64, "--kv-group-size", help="Numbers of it that share a scale: 32, 64 or 128.")
 QUANTIZED_KV_START = typer.Option(
