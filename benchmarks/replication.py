@@ -29,6 +29,7 @@ from mlx_hiermem.evaluate.encoding import Prompter
 from mlx_hiermem.evaluate.scoring import Pair, Scorer
 from mlx_hiermem.evaluate.statistics import Difference, Z, difference, share_interval
 from mlx_hiermem.memory.slot import sizes
+from mlx_hiermem.memory_choice import MemoryChoice
 from mlx_hiermem.model import MemoryModel
 
 import mlx.nn as nn  # isort: skip
@@ -278,7 +279,7 @@ def weights_of(model: MemoryModel) -> tuple[int, int]:
             if isinstance(module, nn.Linear | nn.QuantizedLinear):
                 inputs, outputs = sizes(module)
                 layers += inputs * outputs
-    return layers, model.bank_for("fetched").config.fetched_parameters
+    return layers, model.bank_for(MemoryChoice.FETCHED).config.fetched_parameters
 
 
 def rarities(model: MemoryModel, wanted: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -288,7 +289,7 @@ def rarities(model: MemoryModel, wanted: Sequence[str]) -> dict[str, dict[str, f
     `passage` is how unlikely a token of its text is, behind the title.
     """
     model.select("none", "")
-    sources, prompter = model.bank_for("fetched").sources, Prompter(model)
+    sources, prompter = model.bank_for(MemoryChoice.FETCHED).sources, Prompter(model)
     assert sources is not None
     texts: dict[str, str] = {}
     for one in sources.all():

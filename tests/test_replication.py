@@ -205,7 +205,8 @@ def test_other_corpora_are_asked_with_and_without_memory(
     data, made = other_data(tmp_path / "data"), make_model(tmp_path / "model")
     assert harm.other_questions(data, "wordnet")[0]["question"] == "What type of thing is 0?"
     assert harm.other_questions(data, "countries")[0]["question"] == "What is the capital of Utopia?"
-    monkeypatch.setattr(harm.Evaluation, "of", evaluation)
+    opened = evaluation(made, tmp_path / "model.harm")
+    monkeypatch.setattr(harm.Evaluation, "of", lambda folder, out: opened)
     asker = harm.Asker(made, data, limit=4, everywhere=True)
     for name, count in (("wordnet", 4), ("countries", 2), ("countries in chat", 2)):
         found = asker.ask(name)
