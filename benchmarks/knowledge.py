@@ -8,6 +8,9 @@ articles do not count. `oracle` is the leaf that learnt the question's document,
 passage of the leaf in the prompt, and no block. Questions are answered several at a time. Replies are kept as they
 come in, and a stopped run goes on. At the end the first token of the first `--timed` questions is timed one by one.
 
+Three more memories are asked for by name: of the path `level1` is the first block alone, `leaf` the last one alone,
+and `blocked` is the path when the question's own branch of level 1 is closed. `replication.py` compares them.
+
 Bytes moved are those that a decoder reads: the anchor and the attached blocks once for the prompt and once for each
 token, and the blocks from disk. It is what energy goes with on a device that is bound by memory.
 """
@@ -21,21 +24,28 @@ import os
 import pathlib
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import common
 from mlx.utils import tree_flatten
 
 from mlx_hiermem import load
+from mlx_hiermem.bank.bank import MemoryBank
+from mlx_hiermem.config import Path
 from mlx_hiermem.evaluate.answers import is_only, mentions
 from mlx_hiermem.evaluate.statistics import share_interval
+from mlx_hiermem.memory_choice import MemoryChoice
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.response import Response
 
 MEMORIES = ("none", "generic", "fetched", "oracle", "source", "fetched+source")
+PARTS = ("level1", "leaf", "blocked")
 TOKENS = 48  # of a reply, at most
 TOGETHER = 24  # questions between two looks at what is kept
 Row = dict[str, Any]
+Kept = dict[tuple[str, str], Row]  # (memory, id of the question) -> what it answered
 
 
 class Exam:
@@ -46,23 +56,22 @@ class Exam:
         self.anchor_bytes = sum(value.nbytes for _, value in tree_flatten(model.anchor.parameters()))
         sources = model.bank.sources if model.bank else None
         self.leaves = {window.title: one.leaf for one in sources.all() for window in one.windows} if sources else {}
+        self.level = cache(lambda level: with_level_alone(model, level))
 
     def ask(self, rows: Sequence[Row], memory: str) -> list[Row]:
         """The replies to some questions, and what they took."""
-        wanted = [self._wanted(row, memory) for row in rows]
-        texts = [row["question"] for row in rows]
-        replies = self.model.batch(texts, memory=wanted, chat=True, max_tokens=TOKENS)
+        found = [self._memory(row, memory) for row in rows]
+        texts, wanted = [row["question"] for row in rows], [memory for _, memory in found]
+        replies = found[0][0].batch(texts, memory=wanted, chat=True, max_tokens=TOKENS)
         return [self._graded(row, memory, reply) for row, reply in zip(rows, replies, strict=True)]
 
     def first_ms(self, row: Row, memory: str) -> float:
         """How long one question's first token takes, routing and reading included."""
+        model, wanted = self._memory(row, memory)
         start = time.perf_counter()
-        for _ in self.model.stream(row["question"], memory=self._wanted(row, memory), chat=True, max_tokens=1):
+        for _ in model.stream(row["question"], memory=wanted, chat=True, max_tokens=1):
             pass
         return 1e3 * (time.perf_counter() - start)
-
-    def _wanted(self, row: Row, memory: str) -> str:
-        return str(self.leaves[row["doc"]]) if memory == "oracle" else memory
 
     def _graded(self, row: Row, memory: str, reply: Response) -> Row:
         names, chosen = (row["answer"], *row["aliases"]), reply.selection
@@ -79,6 +88,57 @@ class Exam:
             "tokens": reply.generation_tokens,
             "bytes_moved": moved,
         }
+
+    def ask_all(self, rows: Sequence[Row], memories: Sequence[str], kept: pathlib.Path) -> Kept:
+        """All rows under all memories; what the file has is not asked again, and what is new is added to it."""
+        have = read_kept(kept)
+        if kept.is_file() and not (data := kept.read_bytes()).endswith(b"\n"):
+            os.truncate(kept, data.rfind(b"\n") + 1)  # what a killed run was writing
+        with kept.open("a", encoding="utf-8") as out:
+            for memory in memories:
+                missing = [row for row in rows if (memory, row["id"]) not in have]
+                for start in range(0, len(missing), TOGETHER):
+                    some = missing[start : start + TOGETHER]
+                    for row, found in zip(some, self.ask(some, memory), strict=True):
+                        have[memory, row["id"]] = found
+                        out.write(json.dumps(found, ensure_ascii=False) + "\n")
+                    out.flush()
+        return have
+
+    def _memory(self, row: Row, memory: str) -> tuple[MemoryModel, Path | str]:
+        """The model and its memory that a word stands for."""
+        model, bank = self.model, self.model.bank
+        if memory == "oracle":
+            return model, self.leaves[row["doc"]]
+        if memory == "blocked":
+            path = model.choose(MemoryChoice.FETCHED, row["question"]).path
+            if path:
+                path = model.choose(MemoryChoice.FETCHED, row["question"], [Path(path[:1])]).path
+            return model, path or MemoryChoice.NONE
+        if memory in PARTS and bank is not None:
+            return self.level(1 if memory == "level1" else bank.config.depth), MemoryChoice.FETCHED
+        return model, memory
+
+
+def with_level_alone(model: MemoryModel, level: int) -> MemoryModel:
+    """The model with the blocks of one level. It has the same anchor and routes as before."""
+    bank = model.bank_for(MemoryChoice.FETCHED)
+    blocks = {path: entry for path, entry in bank.manifest.blocks.items() if len(path) == level}
+    alone = MemoryBank(bank.root, replace(bank.manifest, blocks=blocks))
+    return MemoryModel(
+        model.anchor, model.tokenizer, model.config, alone, model.router, attachment=model.attachment
+    )
+
+
+def read_kept(file: pathlib.Path) -> Kept:
+    """Replies that were kept; a line that a killed run did not finish is none."""
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.is_file() else []
+    return {(row["memory"], row["id"]): row for row in map(json.loads, lines)}
+
+
+def kept_of(model: pathlib.Path) -> pathlib.Path:
+    """Where a model's replies are kept."""
+    return model.with_name(f"{model.name}.exam.jsonl")
 
 
 def read_exam(file: pathlib.Path, rows: str) -> list[Row]:
@@ -107,22 +167,13 @@ def main() -> None:
     parser.add_argument("exam", type=pathlib.Path)
     parser.add_argument("--rows", default="0-240", help="first-end; default 0-240, by which settings may be chosen")
     parser.add_argument("--timed", type=int, default=40, help="questions whose first token is timed; default 40")
-    parser.add_argument("--memory", nargs="+", default=MEMORIES, choices=MEMORIES)
+    parser.add_argument("--memory", nargs="+", default=MEMORIES, choices=(*MEMORIES, *PARTS))
     parser.add_argument("--kept", type=pathlib.Path, help="replies go here, and are read from here")
     asked, before = common.parsed(parser), os.getloadavg()[0]
-    model, kept = load(asked.model), asked.kept or asked.model.with_name(f"{asked.model.name}.exam.jsonl")
+    model, kept = load(asked.model), asked.kept or kept_of(asked.model)
     rows = read_exam(asked.exam, asked.rows)
-    done = [json.loads(line) for line in kept.read_text().splitlines()] if kept.is_file() else []
-    have, exam = {(row["memory"], row["id"]): row for row in done}, Exam(model)
-    with kept.open("a", encoding="utf-8") as out:
-        for memory in asked.memory:
-            missing = [row for row in rows if (memory, row["id"]) not in have]
-            for start in range(0, len(missing), TOGETHER):
-                some = missing[start : start + TOGETHER]
-                for row, found in zip(some, exam.ask(some, memory), strict=True):
-                    have[memory, row["id"]] = found
-                    out.write(json.dumps(found, ensure_ascii=False) + "\n")
-                out.flush()
+    exam = Exam(model)
+    have = exam.ask_all(rows, asked.memory, kept)
     results = {memory: summary([have[memory, row["id"]] for row in rows]) for memory in asked.memory}
     for row in rows[: asked.timed]:  # in turns: whatever else the machine does, it does to all
         for memory in asked.memory:

@@ -24,7 +24,7 @@ from mlx_hiermem.evaluate.questions import read_questions
 from mlx_hiermem.files import locked
 from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter
 
-COMMANDS = ("ls", "show", "verify", "block", "unblock", "remove", "add", "add-block", "merge", "quantize")
+COMMANDS = ("ls", "show", "verify", "repair", "block", "unblock", "remove", "add", "add-block", "merge", "quantize")
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ ORDER += [
     "plan",
     "selection",
     "grammar",
+    "kv_quantization",
     "sampling",
     "response",
     "batch",

@@ -47,7 +47,11 @@ CALLS = {
         "model tokenizer prompt max_tokens",
         "model.MemoryModel.responses",
     ),
-    "generate:generate_step": ("sampler logits_processors prompt_cache", "model.MemoryModel.responses"),
+    "generate:generate_step": (
+        "sampler logits_processors prompt_cache kv_bits kv_group_size quantized_kv_start",
+        "model.MemoryModel.responses",
+    ),
+    "models.cache:KVCache.to_quantized": ("group_size bits", "kv_quantization"),
     "models.cache:LRUPromptCache": ("max_size max_bytes", "batch.MemoryBatch, session.Session"),
     "models.cache:LRUPromptCache.fetch_nearest_cache": ("model tokens", "batch.MemoryBatch, session.Session"),
     "models.cache:LRUPromptCache.insert_cache": ("model tokens prompt_cache", "batch.MemoryBatch, session.Session"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -41,7 +42,7 @@ CHAT_TEMPLATE = (
 CONFIG = MemoryConfig("ffn", 3, (4, 2), (1, 3), 32, dtype="float32", ffn_width=64, q_width=32, kv_width=16)
 
 
-def make_anchor(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
+def make_anchor(folder: pathlib.Path, seed: int = 0, config: Mapping[str, Any] = LLAMA) -> pathlib.Path:
     """A random llama of 4 layers with a byte tokenizer and a chat template."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
@@ -49,9 +50,9 @@ def make_anchor(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
 
     mx.random.seed(seed)
     folder.mkdir(parents=True)
-    model = Model(ModelArgs.from_dict(LLAMA))
+    model = Model(ModelArgs.from_dict(config))
     mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
-    (folder / "config.json").write_text(json.dumps(LLAMA | {"eos_token_id": 259}))
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": 259}))
     make_tokenizer(folder)
     return folder
 

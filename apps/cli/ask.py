@@ -46,6 +46,9 @@ def ask(
     presence_penalty: float = sampling.PRESENCE_PENALTY,
     frequency_penalty: float = sampling.FREQUENCY_PENALTY,
     chat_template_args: str = sampling.TEMPLATE,
+    kv_bits: int | None = sampling.KV_BITS,
+    kv_group_size: int = sampling.KV_GROUP_SIZE,
+    quantized_kv_start: int = sampling.QUANTIZED_KV_START,
     seed: int = typer.Option(0, help="Seed of the sampler."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of text."),
 ) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mlx_hiermem.apps.cli import ask, bank_add, bank_copy, bank_hub, bank_policy, bank_remove, models
+from mlx_hiermem.apps.cli import ask, bank_add, bank_copy, bank_hub, bank_policy, bank_remove, bank_repair, models
 from mlx_hiermem.apps.cli.display import console, progress_bar, several, size
 from mlx_hiermem.files import new_file
 from mlx_hiermem.printable import printable
@@ -124,7 +124,8 @@ def verify(
         for problem in problems:
             console.print(printable(problem), style="red", markup=False, soft_wrap=True)
     if problems:
-        hint = "Make a change, then verify again." if interrupted(bank.root) else "Pull or convert the bank again."
+        mend = "`hiermem bank repair --from` mends it from another copy; or pull or convert the bank again."
+        hint = "Make a change, then verify again." if interrupted(bank.root) else mend
         raise BankError(f"{several(len(problems), 'problem')} in {bank.root}", hint)
     if not as_json:
         on_hub = f"; {remote} more {'are' if remote > 1 else 'is'} on the hub" if remote else ""
@@ -201,6 +202,7 @@ for command in (
     ls,
     show,
     verify,
+    bank_repair.repair,
     bank_policy.block,
     bank_policy.unblock,
     bank_policy.reach,

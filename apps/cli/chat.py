@@ -48,6 +48,9 @@ def chat(
     presence_penalty: float = sampling.PRESENCE_PENALTY,
     frequency_penalty: float = sampling.FREQUENCY_PENALTY,
     chat_template_args: str = sampling.TEMPLATE,
+    kv_bits: int | None = sampling.KV_BITS,
+    kv_group_size: int = sampling.KV_GROUP_SIZE,
+    quantized_kv_start: int = sampling.QUANTIZED_KV_START,
     cache: str = typer.Option("512M", help="Memory for blocks: 500M, 2G."),
     resume: bool = typer.Option(False, "--resume", help="Go on with the last conversation with this model."),
 ) -> None:

@@ -1,4 +1,4 @@
-"""Options of every command that writes text: how its tokens are drawn."""
+"""Options of every command that writes text: how its tokens are drawn, and how many bits its KV cache has."""
 
 from __future__ import annotations
 
@@ -20,6 +20,13 @@ FREQUENCY_PENALTY = typer.Option(0.0, help="The same, times how often the reply 
 TEMPLATE = typer.Option(
     "", "--chat-template-args", help="Variables of the chat template, as JSON: '{\"enable_thinking\": false}'."
 )
+KV_BITS = typer.Option(
+    None, "--kv-bits", help="Bits of each number in the KV cache, 4 or 8: less memory, nearly the same text."
+)
+KV_GROUP_SIZE = typer.Option(64, "--kv-group-size", help="Numbers of it that share a scale: 32, 64 or 128.")
+QUANTIZED_KV_START = typer.Option(
+    5000, "--quantized-kv-start", min=0, help="Quantise it once it has so many tokens; 0: from the start."
+)
 
 NEUTRAL = {
     "temperature": 0.0,
@@ -29,12 +36,15 @@ NEUTRAL = {
     "repetition_penalty": 1.0,
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
+    "kv_bits": None,
+    "kv_group_size": 64,
+    "quantized_kv_start": 5000,
 }
 
 
 def changed(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a command's options those that draw tokens, where they are not what they are anyway."""
-    return {name: options[name] for name, value in NEUTRAL.items() if options[name] != value}
+    """Of a command's options those named above, where they are not what they are anyway."""
+    return {name: options[name] for name, value in NEUTRAL.items() if options.get(name, value) != value}
 
 
 def template_args(text: str) -> dict[str, Any]:

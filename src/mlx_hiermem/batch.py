@@ -249,6 +249,8 @@ class MemoryBatch:
     def _check(self, tokens: list[int], sampling: Sampling) -> None:
         if not tokens:
             raise HierMemError("the prompt is empty")
+        if sampling.kv_bits:
+            raise ArgumentError("mlx-lm cannot batch quantised KV caches", "Leave kv_bits out, or `generate`.")
         sampling.check_tokens(self.model.vocabulary)
         context = self.model.context
         if context and len(tokens) + sampling.max_tokens > context:

@@ -335,6 +335,7 @@ class MemoryModel:
         from mlx_lm.generate import stream_generate
 
         sampling.check_tokens(self.vocabulary)
+        sampling.check_cache(self.anchor)
         yield from stream_generate(
             self.anchor,
             self.tokenizer,
@@ -343,4 +344,7 @@ class MemoryModel:
             sampler=sampling.draw(),
             logits_processors=[*real_ids(self.config.get("effective_vocab_size")), *sampling.processors()],
             prompt_cache=prompt_cache,
+            kv_bits=sampling.kv_bits,
+            kv_group_size=sampling.kv_group_size,
+            quantized_kv_start=sampling.quantized_kv_start,
         )

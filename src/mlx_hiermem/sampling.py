@@ -1,4 +1,7 @@
-"""How a text continues: how its tokens are drawn, how many there are at most, and which strings end it."""
+"""How a text continues: how its tokens are drawn, how many there are at most, and which strings end it.
+
+Also in how many bits its KV cache is kept, which changes the text a little.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.sample_utils import (
     apply_min_p,
     apply_top_k,
@@ -20,6 +24,7 @@ from mlx_lm.sample_utils import (
 
 from mlx_hiermem.errors import ArgumentError
 from mlx_hiermem.grammar import Grammar
+from mlx_hiermem.kv_quantization import check_quantizable
 
 BOUNDS: dict[str, tuple[Any, float, float]] = {
     "max_tokens": (int, 1, math.inf),
@@ -31,7 +36,9 @@ BOUNDS: dict[str, tuple[Any, float, float]] = {
     "presence_penalty": (int | float, -math.inf, math.inf),
     "frequency_penalty": (int | float, -math.inf, math.inf),
     "seed": (int, 0, 2**64 - 1),
+    "quantized_kv_start": (int, 0, math.inf),
 }
+CHOICES: dict[str, tuple[int | None, ...]] = {"kv_bits": (None, 4, 8), "kv_group_size": (32, 64, 128)}
 
 Sampler = Callable[[mx.array], mx.array]  # logprobs [B, V] -> tokens [B]
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]  # tokens so far, logits [1, V] -> logits
@@ -53,6 +60,9 @@ class Options(TypedDict, total=False):
     stop: str | Sequence[str]
     sampler: Sampler | None
     logits_processors: Sequence[LogitsProcessor]
+    kv_bits: int | None
+    kv_group_size: int
+    quantized_kv_start: int
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,9 @@ class Sampling:
     grammar: Grammar | None = None  # what the reply may be
     logprobs: bool = False
     top_logprobs: int = 0  # how many of the likeliest tokens each Token reports
+    kv_bits: int | None = None  # of the KV cache's numbers, 4 or 8; None: those that the anchor computes with
+    kv_group_size: int = 64  # numbers that share a scale and an offset
+    quantized_kv_start: int = 5000  # tokens in the cache before it is quantised
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -86,6 +99,11 @@ class Sampling:
                 bounds = f", between {least} and {most}" if most < math.inf else f", {least} or more"
                 what = "a whole number" if kind is int else "a number"
                 raise ArgumentError(f"{name} is {value!r}", f"It is {what}{bounds if least > -math.inf else ''}.")
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if type(value) not in (int, type(None)) or value not in choices:
+                numbers = ", ".join(str(choice) for choice in choices if choice)
+                raise ArgumentError(f"{name} is {value!r}", f"It is one of {numbers}.")
         for token, bias in dict(self.logit_bias).items():
             if type(token) is not int or not isinstance(bias, int | float) or math.isnan(bias):
                 raise ArgumentError(f"logit_bias has {token!r}: {bias!r}", "It is a number for each token id.")
@@ -112,6 +130,11 @@ class Sampling:
         for token in self.logit_bias:
             if not 0 <= token < vocabulary:
                 raise ArgumentError(f"logit_bias has token {token}", f"The model's end at {vocabulary - 1}.")
+
+    def check_cache(self, anchor: nn.Module) -> None:
+        """Raises AnchorError where the anchor's KV cache is to be quantised and cannot be."""
+        if self.kv_bits:
+            check_quantizable(anchor, self.kv_bits, self.kv_group_size)
 
     def draw(self) -> Sampler | None:
         """Draws tokens; None takes the likeliest, which one call does for all sequences of a batch."""

@@ -63,6 +63,7 @@ class Session:
         self.model, self._memory = model, MemoryChoice.parse(memory or model.default_memory)
         self.system, self.blocked, self.template = system, blocked, dict(template or {})
         self.sampling = Sampling.of(options, max_tokens=REPLY)
+        self.sampling.check_cache(model.anchor)
         self.messages: list[Message] = []  # the user's and the assistant's
         self.topic: Topic | None = None
         self.turn: Turn | None = None  # how the last question was routed, where it was

@@ -20,7 +20,7 @@ from mlx_hiermem.bank.remote import Origin, RemoteTier, node_of
 from mlx_hiermem.bank.sources import INDEX_FILE, WINDOWS_FILE, BankSources
 from mlx_hiermem.config import GENERIC_LEVEL, GENERIC_NODE, MemoryConfig, Path
 from mlx_hiermem.errors import BankError
-from mlx_hiermem.files import file_digest
+from mlx_hiermem.files import file_digest, reason
 from mlx_hiermem.tree import ClusterTree
 
 MANIFEST, TREE = "bank.json", "tree.safetensors"
@@ -120,7 +120,7 @@ class MemoryBank:
 
     def digest(self, node: Path) -> str:
         """What the manifest says of a node's block, or of the generic block; empty where it has none."""
-        return _digest_in(self.manifest, block_name(node))
+        return digest_in(self.manifest, block_name(node))
 
     def nodes_on(self, path: Path) -> list[Path]:
         """The nodes of a path that have a block, level 1 first. A path may lead below them, or be ragged."""
@@ -159,13 +159,13 @@ class MemoryBank:
         The manifest on disk counts too, and that of an edit which is being carried out: of an edit the blocks come
         first, then the tree, then the manifest.
         """
-        if found == _digest_in(self.manifest, name):
+        if found == digest_in(self.manifest, name):
             return
         later = [file for file in (self.root / EDIT / MANIFEST, self.root / MANIFEST) if file.is_file()]
-        if found not in [_digest_in(BankManifest.read(file), name) for file in later]:
+        if found not in [digest_in(BankManifest.read(file), name) for file in later]:
             raise BankError(
                 f"{self.root / name} has changed: its sha256 is not the manifest's",
-                "`hiermem bank verify` says what else has; pull or convert the bank again.",
+                "`hiermem bank verify` says what else has, `hiermem bank repair` mends it from another copy.",
             )
 
     def files(self) -> Iterator[tuple[str, int, str]]:
@@ -180,27 +180,38 @@ class MemoryBank:
             yield block_name(path), entry.bytes, entry.sha256
 
     def problems(self, progress: Callable[[int, int], None] | None = None) -> Iterator[str]:
-        """Checks every file's size and digest; yields one line for each that differs. What is on the hub is not.
+        """One line for each file that is not the manifest's; see `damaged`."""
+        return (f"{name} {what}" for name, what in self.damaged(progress))
+
+    def damaged(self, progress: Callable[[int, int], None] | None = None) -> Iterator[tuple[str, str]]:
+        """Checks every file's size and digest; yields (name, what is wrong) of each that differs, is missing or
+        cannot be read. What is on the hub is not missing.
 
         `progress` is called with (bytes checked, bytes in all).
         """
         files = list(self.files())
         done, total = 0, sum(size for _, size, _ in files)
         for name, size, digest in files:
-            file = self.root / name
-            if not file.is_file():
-                if not self.remote:
-                    yield f"{name} is missing"
-            elif file.stat().st_size != size:
-                yield f"{name} has {file.stat().st_size} bytes, the manifest says {size}"
-            elif file_digest(file) != digest:
-                yield f"{name} has changed: its sha256 is not the manifest's"
+            if what := self.damage(name, size, digest):
+                yield name, what
             done += size
             if progress:
                 progress(done, total)
 
+    def damage(self, name: str, size: int, digest: str) -> str:
+        """What is wrong with a file; empty where it is the manifest's, or still on the hub."""
+        file = self.root / name
+        try:
+            if not file.is_file():
+                return "" if self.remote else "is missing"
+            if (found := file.stat().st_size) != size:
+                return f"has {found} bytes, the manifest says {size}"
+            return "" if file_digest(file) == digest else "has changed: its sha256 is not the manifest's"
+        except OSError as error:  # a bad sector, a drive that went away
+            return f"cannot be read: {reason(error)}"
 
-def _digest_in(manifest: BankManifest, name: str) -> str:
+
+def digest_in(manifest: BankManifest, name: str) -> str:
     """The sha256 of a bank's file; empty where the manifest has no such file."""
     if name == TREE:
         return manifest.tree.sha256

@@ -19,6 +19,11 @@ def check(bank: MemoryBank, progress: Callable[[int, int], None] | None = None) 
     node the tree lacks, and block files that the manifest does not know.
     """
     yield from bank.problems(progress)
+    yield from beside_the_digests(bank)
+
+
+def beside_the_digests(bank: MemoryBank) -> Iterator[str]:
+    """What `check` finds in a bank whose files are all the manifest's."""
     bank = MemoryBank(bank.root, bank.manifest, verify=False)  # a tree that was found changed is looked at even so
     if line := interrupted(bank.root):
         yield line

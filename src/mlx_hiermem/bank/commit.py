@@ -55,7 +55,9 @@ class Edit:
         self._gone.append(node)
 
     def commit(self) -> None:
-        """Makes the edit and carries it out."""
+        """Makes the edit and carries it out. One that changes nothing writes nothing."""
+        if not self._gone and not (self.root / STAGING).exists():
+            return
         self.file(GONE).write_text(json.dumps([str(node) for node in self._gone]), encoding="utf-8")
         for file in (*(self.root / STAGING).rglob("*"), self.root / STAGING):
             fsync(file)

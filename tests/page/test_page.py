@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,10 +19,7 @@ from browsing import (
     caption,
     direct,
     lit,
-    load_aimed,
-    make_paged,
     opened,
-    replies_cut,
     watched,
 )
 from elements import BANK
@@ -38,28 +35,6 @@ from mlx_hiermem.config import Path
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.router import Router
 from mlx_hiermem.sources import Source, SourceSearch
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return make_paged(tmp_path_factory.mktemp("page") / "model")
-
-
-@pytest.fixture(scope="module")
-def loading(folder: pathlib.Path) -> Callable[[], MemoryModel]:
-    return lambda: load_aimed(folder)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_replies() -> Iterator[None]:
-    with replies_cut():
-        yield
-
-
-@pytest.fixture(scope="module")
-def server(loading: Callable[[], MemoryModel]) -> Iterator[Running]:
-    with serving(loading) as running:
-        yield running
 
 
 def held(server: Running) -> str:

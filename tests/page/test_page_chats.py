@@ -5,38 +5,15 @@ a turn.
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from browsing import LENGTH, WAIT, ask, direct, lit, load_aimed, make_paged, opened, replies_cut, watched
+from browsing import LENGTH, WAIT, ask, direct, lit, load_aimed, opened, watched
 from playwright.sync_api import Browser, Page, Request, expect
 from serving import Gate, Running, eventually, serving
 from tiny import make_model
 
 from mlx_hiermem.model import MemoryModel
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return make_paged(tmp_path_factory.mktemp("page") / "model")
-
-
-@pytest.fixture(scope="module")
-def loading(folder: pathlib.Path) -> Callable[[], MemoryModel]:
-    return lambda: load_aimed(folder)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_replies() -> Iterator[None]:
-    with replies_cut():
-        yield
-
-
-@pytest.fixture(scope="module")
-def server(loading: Callable[[], MemoryModel]) -> Iterator[Running]:
-    with serving(loading) as running:
-        yield running
 
 
 @pytest.fixture
