@@ -13,7 +13,7 @@ import Observation
 
   struct Line: Identifiable {
     let id = UUID()
-    let role: Role
+    let role: ChatMessage.Role
     var text: String
     /// The document that says it, where the bank has its sources.
     var source: String?

@@ -44,7 +44,7 @@ public actor BlockDownloader {
     }
   }
 
-  private func download(_ name: String, _ entry: FileEntry, progress: @escaping Progress) async throws {
+  private func download(_ name: String, _ entry: ManifestFile, progress: @escaping Progress) async throws {
     let file = folder.appendingPathComponent(name)
     if FileManager.default.fileExists(atPath: file.path) { return }
     let partial = file.appendingPathExtension("partial")
@@ -73,7 +73,7 @@ public actor BlockDownloader {
 
   /// Appends to the partial file until it has all bytes.
   private func receive(
-    _ name: String, _ entry: FileEntry, into partial: URL, progress: @escaping Progress
+    _ name: String, _ entry: ManifestFile, into partial: URL, progress: @escaping Progress
   ) async throws {
     var problem = "the server sent too little"
     for _ in 0..<attempts {

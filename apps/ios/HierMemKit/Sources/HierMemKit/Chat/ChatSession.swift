@@ -1,19 +1,19 @@
 /// A conversation: its messages, the path it is on, and the key/value cache that goes with that path.
 ///
 /// Each question is routed, and held on the conversation's path unless it is decided enough (see
-/// ``Topic``). After a change of blocks the whole prompt is computed again; otherwise only what is
+/// ``ChatTopic``). After a change of blocks the whole prompt is computed again; otherwise only what is
 /// new. A conversation that outgrows the context loses its oldest turns. The rules are those of
 /// mlx_hiermem/session.py.
 public actor ChatSession {
   public let model: ChatModel
   public private(set) var options: ChatOptions
   /// The user's and the assistant's.
-  public private(set) var messages: [Message] = []
-  public private(set) var topic: Topic?
+  public private(set) var messages: [ChatMessage] = []
+  public private(set) var topic: ChatTopic?
   /// The first of the messages that the model is still shown.
   public private(set) var firstShown = 0
 
-  private var sampler: Sampler
+  private var sampler: TokenSampler
   private var cache = KeyValueCache()
   private var attached: [NodePath]?
   /// Where the last answer's sources are looked for.
@@ -28,7 +28,7 @@ public actor ChatSession {
   public init(model: ChatModel, options: ChatOptions) {
     self.model = model
     self.options = options
-    sampler = Sampler(options.sampling, seed: options.seed)
+    sampler = TokenSampler(options.sampling, seed: options.seed)
   }
 
   /// Asks a question; the reply comes piece by piece.
@@ -73,7 +73,7 @@ public actor ChatSession {
   /// The sentences that say the last answer, best first: none of what its leaf has learnt may.
   ///
   /// `nil` where there is nothing to look through: no answer yet, one without a path, or a bank without sources.
-  public func sources() async throws -> [Source]? {
+  public func sources() async throws -> [SourceSentence]? {
     guard let answered, answered.path != .root, let search = model.router?.search else { return nil }
     return try await search.find(in: answered.path, question: answered.asked, answer: answered.answer)
   }
@@ -92,14 +92,14 @@ public actor ChatSession {
     defer { isAnswering = false }
     let asked = messages.count
     answered = nil
-    messages.append(Message(.user, text))
+    messages.append(ChatMessage(.user, text))
     var reply = ""
     var complete = false
     var sought: (path: NodePath, asked: String)?
     defer {
       if let sought, complete || !reply.isEmpty { answered = (sought.path, sought.asked, reply) }
       if complete || !reply.isEmpty {
-        messages.append(Message(.assistant, reply))
+        messages.append(ChatMessage(.assistant, reply))
       } else {
         messages.removeSubrange(asked...)
       }
@@ -133,7 +133,7 @@ public actor ChatSession {
   /// Routes the question, attaches its memory and returns the prompt's tokens.
   private func prepareAnswer(
     _ text: String, emit: (ChatEvent) -> Void
-  ) async throws -> (prompt: [Int], turn: Turn?) {
+  ) async throws -> (prompt: [Int], turn: ChatTurn?) {
     if options.memory.hasPassage && model.router?.sources == nil {
       throw HierMemError(
         .bank, "this model has no sources", hint: "Use memory fetched, or export it with --with-sources.")
@@ -153,18 +153,18 @@ public actor ChatSession {
   }
 
   /// What goes into the prompt, where that is wanted and the question's leaf has something.
-  private func passage(for turn: Turn?) async throws -> SourceWindow? {
+  private func passage(for turn: ChatTurn?) async throws -> SourceWindow? {
     guard options.memory.hasPassage, let turn, let search = model.router?.search else { return nil }
     return try await search.passage(for: messages.asked(stayed: turn.stayed), in: turn.path)
   }
 
   /// Where the sources of an answer are.
-  private func path(of turn: Turn?) -> NodePath {
+  private func path(of turn: ChatTurn?) -> NodePath {
     if case .path(let path) = options.memory { return path }
     return turn?.path ?? .root
   }
 
-  private func fetch(_ turn: Turn?) async throws -> Fetch? {
+  private func fetch(_ turn: ChatTurn?) async throws -> MemoryFetch? {
     if options.memory == .none || options.memory == .source { return nil }
     guard let blocks = model.blocks else {
       throw HierMemError(.usage, "this model has no bank", hint: "Use memory none.")
@@ -190,7 +190,7 @@ public actor ChatSession {
   }
 
   /// Attaches a memory, unless its blocks are attached already.
-  private func attach(_ fetch: Fetch?) async throws {
+  private func attach(_ fetch: MemoryFetch?) async throws {
     let nodes = fetch?.nodes ?? []
     if nodes == attached { return }
     attached = nil
@@ -240,7 +240,7 @@ public actor ChatSession {
   }
 
   private func prompt(from first: Int, _ passage: SourceWindow?) throws -> [Int] {
-    let system = options.system.isEmpty ? [] : [Message(.system, options.system)]
+    let system = options.system.isEmpty ? [] : [ChatMessage(.system, options.system)]
     return try model.tokenizer.encode(model.format.parts(system + Array(messages[first...]).with(passage)))
   }
 }
