@@ -35,7 +35,7 @@ struct ChatSessionTests {
     for try await event in session.ask(text) {
       switch event {
       case .started(let start): said.start = start
-      case .text(let piece): said.reply += piece
+      case .text(let piece, _): said.reply += piece
       }
     }
     return said
@@ -111,7 +111,7 @@ struct ChatSessionTests {
     let session = ChatSession(model: model, options: ChatOptions(memory: .none, maxTokens: golden.maxTokens))
     _ = try await say(session, "Hi")
     let error = await hierMemError { _ = try await say(session, String(repeating: "neon ", count: 400)) }
-    #expect(error?.kind == .usage)
+    #expect(error?.kind == .context)
     #expect(await session.messages.count == 2)
     #expect(await session.firstShown == 0)
   }

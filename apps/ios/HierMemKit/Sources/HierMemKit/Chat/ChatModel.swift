@@ -53,8 +53,8 @@ public struct ChatOptions: Sendable {
 public enum ChatEvent: Sendable {
   /// The memory is attached, and the reply begins.
   case started(ChatStart)
-  /// The next piece of the reply.
-  case text(String)
+  /// The next piece of the reply, and how many tokens it took.
+  case text(String, tokens: Int)
 }
 
 /// How a question was routed, and which of its blocks are attached.
@@ -66,4 +66,8 @@ public struct ChatStart: Sendable {
   public let missing: [NodePath]
   /// What stands in the prompt, where the memory is retrieval.
   public let passage: SourceWindow?
+  /// All that the model is shown, the template's marks included.
+  public let promptTokens: Int
+  /// Those of them whose keys and values were still there.
+  public let cachedTokens: Int
 }

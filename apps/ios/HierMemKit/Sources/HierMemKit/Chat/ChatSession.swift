@@ -50,6 +50,31 @@ public actor ChatSession {
     }
   }
 
+  /// Takes up a conversation that is kept elsewhere, so that the next question goes on with it.
+  ///
+  /// Its questions are routed again, one after another. Where it is the one that this session has, under the same
+  /// memory, nothing is done again. The sampler begins anew with the options' seed.
+  ///
+  /// - Parameter messages: the user's and the assistant's; the options have the system message.
+  /// - Throws: ``HierMemError`` of kind `usage` while a question is being answered.
+  public func resume(_ messages: [ChatMessage], options: ChatOptions) async throws {
+    try checkIsIdle()
+    isAnswering = true
+    defer { isAnswering = false }
+    let isKnown = messages == self.messages && options.memory == self.options.memory
+      && options.blocked == self.options.blocked
+    self.options = options
+    sampler = TokenSampler(options.sampling, seed: options.seed)
+    if isKnown { return }
+    (self.messages, topic, firstShown, answered) = ([], nil, 0, nil)
+    if options.memory.isRouted, let router = model.router {
+      for message in messages where message.role == .user {
+        topic = try await router.turn(message.content, topic: topic, blocked: options.blocked).topic
+      }
+    }
+    self.messages = messages
+  }
+
   /// Changes the memory of the turns to come; the first that is routed again is routed alone.
   ///
   /// - Throws: ``HierMemError`` of kind `usage` while a question is being answered.
@@ -86,7 +111,8 @@ public actor ChatSession {
     await blocks.prefetch(blocks.bank.nodes(on: turn.path))
   }
 
-  private func answer(_ text: String, emit: (ChatEvent) -> Void) async throws {
+  /// Answers a question in the caller's own task; returns once nothing is computed any more.
+  package func answer(_ text: String, emit: @Sendable (ChatEvent) async -> Void) async throws {
     try checkIsIdle()
     isAnswering = true
     defer { isAnswering = false }
@@ -104,15 +130,19 @@ public actor ChatSession {
         messages.removeSubrange(asked...)
       }
     }
-    let (prompt, turn) = try await prepareAnswer(text, emit: emit)
+    let (prompt, position, turn) = try await prepareAnswer(text, emit: emit)
     sought = (path(of: turn), messages.asked(stayed: turn?.stayed ?? false))
     var stream = TextStream(model.tokenizer)
     let room = min(options.maxTokens, model.anchor.context - prompt.count)
+    var held = 0  // tokens whose text has not been given out
     do {
-      try await decode(prompt, limit: room) { token in
+      try await decode(prompt, from: position, limit: room) { token in
+        held += 1
         let piece = stream.append(token)
         reply += piece
-        if !piece.isEmpty { emit(.text(piece)) }
+        if piece.isEmpty { return }
+        await emit(.text(piece, tokens: held))
+        held = 0
       }
     } catch {
       if !(error is CancellationError) { cache.clear() }
@@ -120,7 +150,7 @@ public actor ChatSession {
     }
     let rest = stream.finish()
     reply += rest
-    if !rest.isEmpty { emit(.text(rest)) }
+    if !rest.isEmpty { await emit(.text(rest, tokens: held)) }
     complete = true
   }
 
@@ -130,10 +160,11 @@ public actor ChatSession {
     }
   }
 
-  /// Routes the question, attaches its memory and returns the prompt's tokens.
+  /// Routes the question, attaches its memory and returns the prompt's tokens, and from where on they are to be
+  /// computed.
   private func prepareAnswer(
-    _ text: String, emit: (ChatEvent) -> Void
-  ) async throws -> (prompt: [Int], turn: ChatTurn?) {
+    _ text: String, emit: @Sendable (ChatEvent) async -> Void
+  ) async throws -> (prompt: [Int], position: Int, turn: ChatTurn?) {
     if options.memory.hasPassage && model.router?.sources == nil {
       throw HierMemError(
         .bank, "this model has no sources", hint: "Use memory fetched, or export it with --with-sources.")
@@ -146,10 +177,13 @@ public actor ChatSession {
     try await attach(fetch)
     firstShown = first
     topic = turn?.topic
-    emit(
+    let position = cache.reuse(prompt, under: key)
+    await emit(
       .started(
-        ChatStart(turn: turn, nodes: fetch?.nodes ?? [], missing: fetch?.missing ?? [], passage: passage)))
-    return (prompt, turn)
+        ChatStart(
+          turn: turn, nodes: fetch?.nodes ?? [], missing: fetch?.missing ?? [], passage: passage,
+          promptTokens: prompt.count, cachedTokens: position)))
+    return (prompt, position, turn)
   }
 
   /// What goes into the prompt, where that is wanted and the question's leaf has something.
@@ -204,9 +238,11 @@ public actor ChatSession {
     MemoryKey(choice: options.memory.hasPassage ? options.memory : nil, nodes: attached ?? [])
   }
 
-  /// Computes a prompt and samples its continuation.
-  private func decode(_ prompt: [Int], limit: Int, onToken: (Int) -> Void) async throws {
-    var position = cache.reuse(prompt, under: key)
+  /// Computes what is not in the cache of a prompt and samples its continuation.
+  private func decode(
+    _ prompt: [Int], from start: Int, limit: Int, onToken: (Int) async -> Void
+  ) async throws {
+    var position = start
     var tokens = Array(prompt[position...])
     for _ in 0..<limit {
       try Task.checkCancellation()
@@ -215,7 +251,7 @@ public actor ChatSession {
       position += tokens.count
       let token = sampler.sample(logits)
       if model.eos.contains(token) { return }
-      onToken(token)
+      await onToken(token)
       tokens = [token]
     }
   }
@@ -233,7 +269,7 @@ public actor ChatSession {
     prompt = try self.prompt(from: start, passage)
     guard prompt.count <= room else {
       throw HierMemError(
-        .usage, "the question has \(prompt.count) tokens, system message included; the model has room "
+        .context, "the question has \(prompt.count) tokens, system message included; the model has room "
           + "for \(room) beside its reply", hint: "Ask a shorter question, or allow a shorter reply.")
     }
     return (start, prompt)
