@@ -1,12 +1,12 @@
 import Foundation
 
 /// What a passage puts into a prompt, in the words of mlx_hiermem/sources.py.
-extension [Message] {
+extension [ChatMessage] {
   /// A conversation with a passage as the exchange before its last question, which so stays as it was learnt.
-  func with(_ passage: SourceWindow?) -> [Message] {
+  func with(_ passage: SourceWindow?) -> [ChatMessage] {
     guard let passage, let last = lastIndex(where: { $0.role == .user }) else { return self }
     let title = passage.title.isEmpty ? "it" : passage.title
-    let exchange = [Message(.user, "Tell me about \(title)."), Message(.assistant, passage.text)]
+    let exchange = [ChatMessage(.user, "Tell me about \(title)."), ChatMessage(.assistant, passage.text)]
     return Array(self[..<last]) + exchange + Array(self[last...])
   }
 
