@@ -5,8 +5,9 @@
 
 Lenient: an accepted answer stands in the reply, as whole words. Strict: the reply is one. Capitals, punctuation and
 articles do not count. `oracle` is the leaf that learnt the question's document, `source` retrieval alone: the best
-passage of the leaf in the prompt, and no block. Questions are answered several at a time. Replies are kept as they
-come in, and a stopped run goes on. At the end the first token of the first `--timed` questions is timed one by one.
+passage of the leaf in the prompt, and no block. `--learnt` asks questions of a study file in the words that were
+learnt. Questions are answered several at a time; replies are kept as they come in, and a stopped run goes on. At the
+end the first token of the first `--timed` questions is timed, one by one.
 
 Three more memories are asked for by name: of the path `level1` is the first block alone, `leaf` the last one alone,
 and `blocked` is the path when the question's own branch of level 1 is closed. `replication.py` compares them.
@@ -148,6 +149,15 @@ def read_exam(file: pathlib.Path, rows: str) -> list[Row]:
     return [json.loads(line) for line in data.decode().splitlines()][first:end]
 
 
+def read_learnt(file: pathlib.Path) -> list[Row]:
+    """The first question about each document in a study file."""
+    found = dict[str, Row]()
+    for row in map(json.loads, gzip.decompress(file.read_bytes()).decode().splitlines()):
+        if "question" in row and (doc := row["document"]) not in found:
+            found[doc] = row | {"id": f"learnt: {doc}", "doc": doc, "aliases": []}
+    return list(found.values())
+
+
 def summary(rows: Sequence[Row]) -> Row:
     """One memory's rows in figures."""
     count, found = len(rows), {"questions": len(rows)} | dict[str, Any]()
@@ -166,6 +176,7 @@ def main() -> None:
     parser.add_argument("model", type=pathlib.Path)
     parser.add_argument("exam", type=pathlib.Path)
     parser.add_argument("--rows", default="0-240", help="first-end; default 0-240, by which settings may be chosen")
+    parser.add_argument("--learnt", type=pathlib.Path, help="a study file: a question of each of its documents")
     parser.add_argument("--timed", type=int, default=40, help="questions whose first token is timed; default 40")
     parser.add_argument("--memory", nargs="+", default=MEMORIES, choices=(*MEMORIES, *PARTS))
     parser.add_argument("--kept", type=pathlib.Path, help="replies go here, and are read from here")
@@ -175,6 +186,10 @@ def main() -> None:
     exam = Exam(model)
     have = exam.ask_all(rows, asked.memory, kept)
     results = {memory: summary([have[memory, row["id"]] for row in rows]) for memory in asked.memory}
+    learnt = read_learnt(asked.learnt) if asked.learnt else []
+    if learnt:
+        have = exam.ask_all(learnt, ["fetched"], kept)
+        results["fetched, learnt questions"] = summary([have["fetched", row["id"]] for row in learnt])
     for row in rows[: asked.timed]:  # in turns: whatever else the machine does, it does to all
         for memory in asked.memory:
             results[memory].setdefault("first_ms", []).append(exam.first_ms(row, memory))
