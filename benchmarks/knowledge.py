@@ -6,7 +6,7 @@
 Lenient: an accepted answer stands in the reply, as whole words. Strict: the reply is one. Capitals, punctuation and
 articles do not count. `oracle` is the leaf that learnt the question's document, `source` retrieval alone: the best
 passage of the leaf in the prompt, and no block. `--learnt` asks questions of a study file in the words that were
-learnt. Questions are answered several at a time; replies are kept as they come in, and a stopped run goes on. At the
+learnt. Questions are answered several at a time. Replies are kept as they come in; a stopped run goes on. At the
 end the first token of the first `--timed` questions is timed, one by one.
 
 Three more memories are asked for by name: of the path `level1` is the first block alone, `leaf` the last one alone,
