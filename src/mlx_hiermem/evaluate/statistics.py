@@ -50,7 +50,7 @@ def share_interval(right: int, count: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share."""
     share, part = right / count, Z * Z / count
     middle, half = share + part / 2, Z * math.sqrt(share * (1 - share) / count + part / count / 4)
-    return (middle - half) / (1 + part), (middle + half) / (1 + part)
+    return max(0.0, (middle - half) / (1 + part)), min(1.0, (middle + half) / (1 + part))
 
 
 def figure(rows: Sequence[Row], metric: str) -> Figure:
