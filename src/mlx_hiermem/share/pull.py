@@ -29,7 +29,8 @@ from mlx_hiermem.bank.remote import REMOTE, Origin
 from mlx_hiermem.bank.sources import INDEX_FILE, WINDOWS_FILE
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import BankError, HierMemError, HubError, OutputError
-from mlx_hiermem.files import locked, partial_name, to_disk, writing
+from mlx_hiermem.files import partial_name, to_disk, writing
+from mlx_hiermem.locks import locked
 from mlx_hiermem.progress import Progress
 
 WORKERS = 8  # downloads at a time: blocks are small, and most of a small download is waiting
