@@ -27,7 +27,8 @@ VITAL = apps/demo/vital
 LEARN_VITAL = mkdir -p build && $(BIN)/python tests/replay.py $(VITAL)/study.jsonl.gz \
 	$(BIN)/hiermem learn $(VITAL)/documents.jsonl --teacher-url {url} --config $(VITAL)/learn.toml
 # What is no measurement, is given its corpus or model, or is for Linux alone.
-OTHER = common banks cpu_tricks labels learn_corpora editing evaluation_equality knowledge plot reach
+OTHER = common banks material cpu_tricks labels learn_corpora learn_settings editing evaluation_equality harm \
+	knowledge plot reach replication
 # What has a small form that takes seconds; the rest of benchmarks/ takes minutes however little is asked for.
 QUICK = fetch growth hidden_fetch swap decode minilm start
 

@@ -7,6 +7,9 @@ Lenient: an accepted answer stands in the reply, as whole words. Strict: the rep
 articles do not count. `oracle` is the leaf that learnt the question's document, `source` retrieval alone: the best
 passage of the leaf in the prompt, and no block. Replies are kept as they come in, and a stopped run goes on.
 
+Three more memories are asked for by name: of the path `level1` is the first block alone, `leaf` the last one alone,
+and `blocked` is the path when the question's own branch of level 1 is closed. `replication.py` compares them.
+
 Bytes moved are those that a decoder reads: the anchor and the attached blocks once for the prompt and once for each
 token, and the blocks from disk. It is what energy goes with on a device that is bound by memory.
 """
@@ -19,21 +22,27 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import common
 from mlx.utils import tree_flatten
 
 from mlx_hiermem import load
+from mlx_hiermem.bank.bank import MemoryBank
+from mlx_hiermem.config import Path
 from mlx_hiermem.evaluate.answers import is_only, mentions
 from mlx_hiermem.evaluate.statistics import share_interval
 from mlx_hiermem.memory_choice import MemoryChoice
 from mlx_hiermem.model import MemoryModel
 
 MEMORIES = ("none", "generic", "fetched", "oracle", "source", "fetched+source")
+PARTS = ("level1", "leaf", "blocked")
 TOKENS = 48  # of a reply, at most
 Row = dict[str, Any]
+Kept = dict[tuple[str, str], Row]  # (memory, id of the question) -> what it answered
 
 
 class Exam:
@@ -44,14 +53,15 @@ class Exam:
         self.anchor_bytes = sum(value.nbytes for _, value in tree_flatten(model.anchor.parameters()))
         sources = model.bank.sources if model.bank else None
         self.leaves = {window.title: one.leaf for one in sources.all() for window in one.windows} if sources else {}
+        self.level = cache(lambda level: with_level_alone(model, level))
 
     def ask(self, row: Row, memory: str) -> Row:
         """One question's reply, and what it took."""
-        wanted = self.leaves[row["doc"]] if memory == "oracle" else MemoryChoice(memory)
+        model, wanted = self._memory(row, memory)
         start, first = time.perf_counter(), 0.0
-        for _ in self.model.stream(row["question"], memory=wanted, chat=True, max_tokens=TOKENS):
+        for _ in model.stream(row["question"], memory=wanted, chat=True, max_tokens=TOKENS):
             first = first or time.perf_counter() - start
-        reply = self.model.response
+        reply = model.response
         assert reply is not None
         names, chosen = (row["answer"], *row["aliases"]), reply.selection
         moved = (self.anchor_bytes + chosen.memory_bytes) * (1 + reply.generation_tokens) + chosen.bytes_read
@@ -68,6 +78,55 @@ class Exam:
             "first_ms": 1e3 * first,
             "bytes_moved": moved,
         }
+
+    def ask_all(self, rows: Iterable[Row], memories: Sequence[str], kept: pathlib.Path) -> Kept:
+        """All rows under all memories; what the file has is not asked again, and what is new is added to it."""
+        have = read_kept(kept)
+        if kept.is_file() and not (data := kept.read_bytes()).endswith(b"\n"):
+            os.truncate(kept, data.rfind(b"\n") + 1)  # what a killed run was writing
+        with kept.open("a", encoding="utf-8") as out:
+            for row in rows:
+                for memory in memories:
+                    if (memory, row["id"]) not in have:
+                        have[memory, row["id"]] = found = self.ask(row, memory)
+                        out.write(json.dumps(found, ensure_ascii=False) + "\n")
+                        out.flush()
+        return have
+
+    def _memory(self, row: Row, memory: str) -> tuple[MemoryModel, Path | str]:
+        """The model and its memory that a word stands for."""
+        model, bank = self.model, self.model.bank
+        if memory == "oracle":
+            return model, self.leaves[row["doc"]]
+        if memory == "blocked":
+            path = model.choose(MemoryChoice.FETCHED, row["question"]).path
+            if path:
+                path = model.choose(MemoryChoice.FETCHED, row["question"], [Path(path[:1])]).path
+            return model, path or MemoryChoice.NONE
+        if memory in PARTS and bank is not None:
+            return self.level(1 if memory == "level1" else bank.config.depth), MemoryChoice.FETCHED
+        return model, memory
+
+
+def with_level_alone(model: MemoryModel, level: int) -> MemoryModel:
+    """The model with the blocks of one level. It has the same anchor and routes as before."""
+    bank = model.bank_for(MemoryChoice.FETCHED)
+    blocks = {path: entry for path, entry in bank.manifest.blocks.items() if len(path) == level}
+    alone = MemoryBank(bank.root, replace(bank.manifest, blocks=blocks))
+    return MemoryModel(
+        model.anchor, model.tokenizer, model.config, alone, model.router, attachment=model.attachment
+    )
+
+
+def read_kept(file: pathlib.Path) -> Kept:
+    """Replies that were kept; a line that a killed run did not finish is none."""
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.is_file() else []
+    return {(row["memory"], row["id"]): row for row in map(json.loads, lines)}
+
+
+def kept_of(model: pathlib.Path) -> pathlib.Path:
+    """Where a model's replies are kept."""
+    return model.with_name(f"{model.name}.exam.jsonl")
 
 
 def read_exam(file: pathlib.Path, rows: str) -> list[Row]:
@@ -95,20 +154,12 @@ def main() -> None:
     parser.add_argument("model", type=pathlib.Path)
     parser.add_argument("exam", type=pathlib.Path)
     parser.add_argument("--rows", default="0-240", help="first-end; default 0-240, by which settings may be chosen")
-    parser.add_argument("--memory", nargs="+", default=MEMORIES, choices=MEMORIES)
+    parser.add_argument("--memory", nargs="+", default=MEMORIES, choices=(*MEMORIES, *PARTS))
     parser.add_argument("--kept", type=pathlib.Path, help="replies go here, and are read from here")
     asked, before = common.parsed(parser), os.getloadavg()[0]
-    model, kept = load(asked.model), asked.kept or asked.model.with_name(f"{asked.model.name}.exam.jsonl")
+    model, kept = load(asked.model), asked.kept or kept_of(asked.model)
     rows = read_exam(asked.exam, asked.rows)
-    done = [json.loads(line) for line in kept.read_text().splitlines()] if kept.is_file() else []
-    have, exam = {(row["memory"], row["id"]): row for row in done}, Exam(model)
-    with kept.open("a", encoding="utf-8") as out:
-        for row in rows:
-            for memory in asked.memory:
-                if (memory, row["id"]) not in have:
-                    have[memory, row["id"]] = found = exam.ask(row, memory)
-                    out.write(json.dumps(found, ensure_ascii=False) + "\n")
-                    out.flush()
+    have = Exam(model).ask_all(rows, asked.memory, kept)
     results = {memory: summary([have[memory, row["id"]] for row in rows]) for memory in asked.memory}
     common.save(__file__, {"exam": asked.exam.name, "rows": asked.rows, "memories": results}, _plain(asked), before)
     common.table(("", "lenient", "strict", "right leaf", "prompt", "first token, ms", "MB moved"), _cells(results))

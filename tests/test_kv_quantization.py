@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import pathlib
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
-from mlx_lm.models import gemma3_text, llama
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
 from tiny import LLAMA, Aimed, make_anchor, make_bank
 from typer.testing import CliRunner
@@ -23,6 +24,18 @@ from mlx_hiermem.sampling import Sampling
 from mlx_hiermem.session import Session
 
 A, B, C = Path((0, 1)), Path((2, 0)), Path((2, 2))
+FAMILY = {
+    "hidden_size": 128,
+    "head_dim": 32,
+    "layer_norm_eps": 1e-5,
+    "logit_scale": 1.0,
+    "attention_bias": False,
+    "partial_rotary_factor": 1.0,
+    "query_pre_attn_scalar": 32,
+    "sliding_window": 8,
+    "max_position_embeddings": 256,
+    "use_qkv_bias": False,
+}
 TURNS = ("about neon", "and its symbol?", "now iron", "and that?", "neon again", "iron again")
 
 
@@ -102,14 +115,42 @@ def test_heads_that_no_group_fits_are_refused_before_a_word_is_said(folder: path
         Session(narrow, kv_bits=8)
     with pytest.raises(AnchorError, match="another kv_group_size"):
         narrow.generate("abc", memory="none", kv_bits=4)
-    check_quantizable(llama.Model(llama.ModelArgs.from_dict(LLAMA | {"head_dim": 32})), 8, 32)
 
 
-def test_windows_are_refused() -> None:
-    config = {"model_type": "gemma3_text", "head_dim": 64, "sliding_window": 16, "sliding_window_pattern": 2}
-    args = gemma3_text.ModelArgs.from_dict(LLAMA | config)
-    with pytest.raises(AnchorError, match="RotatingKVCache"):
-        check_quantizable(gemma3_text.Model(args), 8, 64)
+def family(name: str) -> nn.Module:
+    """A random model of one of mlx-lm's architectures."""
+    module = importlib.import_module(f"mlx_lm.models.{name}")
+    mx.random.seed(0)
+    return module.Model(module.ModelArgs.from_dict(LLAMA | FAMILY | {"model_type": name}))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma", "cohere", "olmo2", "phi3", "glm4"])
+def test_families_go_on_nearly_as_with_exact_keys(name: str) -> None:
+    anchor, found = family(name), []
+    check_quantizable(anchor, 8, 32)
+    for bits in (None, 8):
+        cache = make_prompt_cache(anchor)
+        anchor(mx.arange(1, 31)[None], cache=cache)
+        if bits:
+            cache = [entry.to_quantized(32, bits) for entry in cache]
+        anchor(mx.arange(31, 39)[None], cache=cache)
+        found.append(anchor(mx.array([[39]]), cache=cache)[0, -1])
+    exact, few = found
+    assert 0 < float(mx.abs(few - exact).max()) < 0.03 * float(mx.abs(exact - exact.mean()).max())
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("gemma3_text", "no RotatingKVCache"),
+        ("falcon_h1", "no CacheList"),
+        ("gemma2", "attention of gemma2"),
+        ("stablelm", "attention of stablelm"),
+    ],
+)
+def test_families_that_mlx_lm_would_fail_on_are_refused(name: str, reason: str) -> None:
+    with pytest.raises(AnchorError, match=reason):
+        check_quantizable(family(name), 8, 32)
 
 
 def test_a_batch_is_refused(model: MemoryModel) -> None:

@@ -1,17 +1,19 @@
 // One reply in the conversation: its text as it comes, and below it which memory it came with.
 
 import { button, count, element, size } from "./dom.js";
+import { Prose } from "./markdown.js";
 
 export class Answer {
   /**
    * `on.show(memory)` is called when the reader presses the path that the reply came by, `on.source(source, memory)`
-   * when the reader presses a source. `kept` is what `saved` gave of an earlier one.
+   * when the reader presses a source, `on.say(words)` when code was copied. `kept` is what `saved` gave of an earlier one.
    */
   constructor(on, kept = null) {
     this.on = on;
     this.text = "";
     this.tokens = 0;
-    this.words = element("p", { class: "words" });
+    this.words = element("div", { class: "words" });
+    this.prose = new Prose(this.words, on.say);
     this.wait = element("p", { class: "wait" });
     this.notes = element("p", { class: "note", role: "note" });
     this.foot = element("footer");
@@ -30,7 +32,7 @@ export class Answer {
   restore({ sources, speed, left, error, ...kept }) {
     Object.assign(this, kept);
     this.rate = speed;
-    this.words.textContent = this.text;
+    this.prose.write(this.text);
     if (sources) this.tell(sources);
     if (left) this.leaveOut(left);
     if (error) this.fail(error);
@@ -48,7 +50,7 @@ export class Answer {
       this.tokens += 1;
       this.text += piece;
       this.wait.textContent = "";
-      this.words.append(piece);
+      this.prose.write(this.text, true);
     }
     if (chunk.choices?.[0]?.finish_reason === "length") this.ending = "cut at its longest";
     if (chunk.usage) this.tokens = chunk.usage.completion_tokens;
@@ -111,6 +113,7 @@ export class Answer {
   end(how) {
     this.ending = how ?? this.ending;
     this.wait.textContent = "";
+    this.prose.write(this.text);
     this.box.removeAttribute("aria-busy");
     this.write();
   }

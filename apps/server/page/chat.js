@@ -77,7 +77,7 @@ export class Chat {
       }
       clearInterval(told);
       turn.over();
-      return answer.error ?? `${answer.text} ${answer.origin}`;
+      return answer.error ?? `${answer.words.innerText} ${answer.origin}`;
     });
   }
 
