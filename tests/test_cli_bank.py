@@ -24,7 +24,20 @@ from mlx_hiermem.evaluate.questions import read_questions
 from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter
 from mlx_hiermem.locks import locked
 
-COMMANDS = ("ls", "show", "verify", "repair", "block", "unblock", "remove", "add", "add-block", "merge", "quantize")
+COMMANDS = (
+    "ls",
+    "show",
+    "verify",
+    "repair",
+    "block",
+    "unblock",
+    "remove",
+    "add",
+    "add-block",
+    "merge",
+    "quantize",
+    "export",
+)
 
 
 @dataclass(frozen=True)

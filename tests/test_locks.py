@@ -92,6 +92,7 @@ COMMANDS = {
     "learn docs out --anchor model": "out.learn",
     "bank merge model model out --prefer first": "out.partial",
     "bank quantize model out --bits 8": "out.partial",
+    "bank export model out --without 1": "out.partial",
 }
 
 
