@@ -32,8 +32,8 @@ def export(
 ) -> Receipt:
     """Writes the bank without these nodes, and all below them, to `out`, a folder that is not there yet.
 
-    `sources`: with the texts of the leaves that stay, where the bank keeps some. Raises BankError for nodes that the
-    bank does not have, and for a damaged bank; OutputError as BankWriter.
+    `sources`: with the texts of the leaves that stay, where the bank keeps some. Raises BankError for nodes that
+    the bank does not have, and for a damaged bank; OutputError as BankWriter.
     """
     require_whole(bank)
     bank.tree.check(without)
