@@ -35,7 +35,7 @@ struct SourcesTests {
     for (asked, prompt) in zip(golden.found, golden.prompts) {
       let passage = try await search.passage(for: asked.question, in: NodePath(asked.leaf))
       #expect((passage == nil) == (prompt == asked.question))
-      let said = [Message(.user, asked.question), Message(.assistant, "…")].with(passage)
+      let said = [ChatMessage(.user, asked.question), ChatMessage(.assistant, "…")].with(passage)
       #expect(Array(said[0].content.utf8) == Array(prompt.utf8))
       #expect(said[1].content == "…")
     }

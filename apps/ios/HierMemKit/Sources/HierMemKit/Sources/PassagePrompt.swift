@@ -1,12 +1,12 @@
 import Foundation
 
 /// What a passage puts into a prompt, in the words of mlx_hiermem/sources.py.
-extension [Message] {
+extension [ChatMessage] {
   /// A conversation with a passage in its last question.
-  func with(_ passage: SourceWindow?) -> [Message] {
+  func with(_ passage: SourceWindow?) -> [ChatMessage] {
     guard let passage, let last = lastIndex(where: { $0.role == .user }) else { return self }
     var told = self
-    told[last] = Message(
+    told[last] = ChatMessage(
       .user, "\(passage.told)\n\nCopy the answer from the text above: \(self[last].content)")
     return told
   }
