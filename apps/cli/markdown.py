@@ -150,7 +150,9 @@ class Block:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         lines = console.render_lines(self.parsed, options, pad=False)
         full = [at for at, line in enumerate(lines) if "".join(segment.text for segment in line).strip()]
-        for line in ([[]] if self.apart else []) + lines[min(full, default=0) : max(full, default=-1) + 1]:
+        if self.apart:
+            yield Segment.line()
+        for line in lines[min(full, default=0) : max(full, default=-1) + 1]:
             yield from line
             yield Segment.line()
 

@@ -131,6 +131,19 @@ struct ChatSessionTests {
     #expect(try await !say(session, "Is it a metal?").reply.isEmpty)
   }
 
+  @Test func aConversationFromElsewhereIsTakenUpAsAWhole() async throws {
+    let turns = try #require(golden.sessions["fetched"]).turns
+    let session = ChatSession(model: model, options: ChatOptions())
+    let talk = [ChatMessage(.user, turns[0].text), ChatMessage(.assistant, turns[0].reply)]
+    try await session.resume(talk, options: ChatOptions(maxTokens: golden.maxTokens))
+    #expect(await session.messages == talk)
+    #expect(await session.topic?.path.description == turns[0].path)
+    let unknown = [ChatMessage(.user, turns[0].text), ChatMessage(.assistant, "?"), ChatMessage(.user, "no vector")]
+    #expect(await hierMemError { try await session.resume(unknown, options: ChatOptions()) }?.kind == .usage)
+    #expect(await session.messages.isEmpty)
+    #expect(await session.topic == nil)
+  }
+
   @Test func aPassageHasAKeyOfItsOwn() {
     var cache = KeyValueCache()
     let plain = MemoryKey(choice: nil, nodes: [])

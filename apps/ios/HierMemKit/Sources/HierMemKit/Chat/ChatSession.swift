@@ -67,12 +67,13 @@ public actor ChatSession {
     sampler = TokenSampler(options.sampling, seed: options.seed)
     if isKnown { return }
     (self.messages, topic, firstShown, answered) = ([], nil, 0, nil)
+    var found: ChatTopic?
     if options.memory.isRouted, let router = model.router {
       for message in messages where message.role == .user {
-        topic = try await router.turn(message.content, topic: topic, blocked: options.blocked).topic
+        found = try await router.turn(message.content, topic: found, blocked: options.blocked).topic
       }
     }
-    self.messages = messages
+    (self.messages, topic) = (messages, found)
   }
 
   /// Changes the memory of the turns to come; the first that is routed again is routed alone.
