@@ -1,7 +1,7 @@
 """Retrieval with a small anchor, as good as its prompt can be made: what memory is compared with.
 
     python benchmarks/retrieval.py DATA        # vital480's files are in DATA/corpus, DATA/study and DATA/qa
-    python benchmarks/retrieval.py DATA --ways copy/right copy/routed none --rows 240
+    python benchmarks/retrieval.py DATA --ways exchange/right exchange/routed none --rows 240
 
 A way is a wording of the prompt, and which passage is in it: the `right` one, or the best of the leaf to which
 the question is `routed`. Only the first 240 questions of the exam are used, by which settings may be chosen. A
@@ -28,6 +28,7 @@ import numpy as np
 
 from mlx_hiermem import load
 from mlx_hiermem.apps.demo import tour
+from mlx_hiermem.bank.sources import SourceWindow
 from mlx_hiermem.config import Path
 from mlx_hiermem.evaluate.generation import Asked, replies
 from mlx_hiermem.learn.tree.build import ProbeVectors, Separation, place
@@ -35,6 +36,7 @@ from mlx_hiermem.learn.tree.kmeans import Shape, grow
 from mlx_hiermem.learn.tree.probes import about
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.sentences import sentences
+from mlx_hiermem.sources import messages_with
 from mlx_hiermem.tree import ClusterTree
 
 DEVELOPMENT, TOKENS, QUESTIONS = 240, 48, 5
@@ -46,6 +48,7 @@ WORDINGS: dict[str, str] = {
     "titled": "{title}: {text}\n\nAnswer in a few words, from the text above: {question}",
     "framed": "{text}\n\nQuestion: {question}\nAnswer in a few words:",
     "copy": "{text}\n\nCopy the answer from the text above: {question}",
+    "exchange": "",  # the one in use: a question before, with the passage as its answer
 }
 
 
@@ -111,10 +114,12 @@ class Leaves:
         return (members[int((self.vectors[members] @ vector).argmax())], members) if members else (None, [])
 
 
-def prompt(wording: str, row: Row, passage: Row | None) -> str:
-    if passage is None:
-        return str(row["question"])
-    return WORDINGS[wording].format(**passage, question=row["question"])
+def prompt(wording: str, row: Row, passage: Row | None) -> list[Row]:
+    """The messages."""
+    if passage is None or wording == "exchange":
+        window = passage and SourceWindow(passage["title"], passage["title"], "", passage["text"])
+        return messages_with([{"role": "user", "content": row["question"]}], window)
+    return [{"role": "user", "content": WORDINGS[wording].format(**passage, question=row["question"])}]
 
 
 def is_right(names: Sequence[str], reply: str) -> bool:
@@ -126,14 +131,14 @@ def is_right(names: Sequence[str], reply: str) -> bool:
 def measure(model: MemoryModel, data: Data, way: str, passages: Sequence[int | None]) -> Row:
     """All replies of one way."""
     wording, begun = way.partition("/")[0], time.process_time()
-    texts = [
+    prompts = [
         prompt(wording, row, data.passages[number] if number is not None else None)
         for row, number in zip(data.rows, passages, strict=True)
     ]
     chosen, asked = model.choose("none", ""), list[Asked]()
-    for row, text in zip(data.rows, texts, strict=True):
+    for row, messages in zip(data.rows, prompts, strict=True):
         done = partial(_said, [row["answer"], *row["aliases"]])
-        asked.append(Asked(model.chat_tokens([{"role": "user", "content": text}]), chosen, TOKENS, done))
+        asked.append(Asked(model.chat_tokens(messages), chosen, TOKENS, done))
     said = dict(replies(model, asked, lambda ids: model.tokenizer.decode(ids, skip_special_tokens=True)))
     rows = [
         {"id": row["id"], "reply": said[n], "right": is_right([row["answer"], *row["aliases"]], said[n])}
@@ -166,7 +171,7 @@ def main() -> None:
     parser.add_argument("data", type=pathlib.Path)
     parser.add_argument("--rows", type=int, default=DEVELOPMENT, help="of the first 240, spread evenly")
     parser.add_argument(
-        "--ways", nargs="+", default=["none", *(f"{name}/right" for name in WORDINGS), "copy/routed"]
+        "--ways", nargs="+", default=["none", *(f"{name}/right" for name in WORDINGS), "exchange/routed"]
     )
     asked, before = common.parsed(parser), os.getloadavg()[0]
     data = Data.read(asked.data, 12 if asked.quick else asked.rows)

@@ -134,7 +134,7 @@ def found_sources(sources: BankSources, embedder: Worded) -> dict[str, Any]:
         passage = search.passage(Path.parse(leaf), question)
         told = messages_with([{"role": "user", "content": question}], passage)
         found.append({"leaf": leaf, "question": question, "answer": answer, "sources": said})
-        prompts.append(told[-1]["content"])
+        prompts.append([message["content"] for message in told])
     return {
         "found": found,
         "prompts": prompts,

@@ -98,6 +98,14 @@ def wheel(sources: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pa
     return build(sources, "wheel", tmp_path_factory.mktemp("wheel") / "dist")
 
 
+def test_actions_are_pinned_to_a_commit() -> None:
+    """A tag can be moved to other code."""
+    workflows = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    used = [line for file in workflows for line in re.findall(r"uses:.*", file.read_text(encoding="utf-8"))]
+    assert len(used) > 10
+    assert not [line for line in used if not re.fullmatch(r"uses: [\w./-]+@[0-9a-f]{40}  # v\d.*", line)]
+
+
 @pytest.mark.slow
 @in_git
 def test_wheel_has_every_file(sources: pathlib.Path, wheel: pathlib.Path) -> None:

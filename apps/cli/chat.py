@@ -22,7 +22,7 @@ from mlx_hiermem.apps.cli.display import (
     source_line,
     utf8,
     waiting,
-    write,
+    written,
 )
 from mlx_hiermem.apps.cli.shelf import Shelf
 from mlx_hiermem.printable import printable
@@ -53,6 +53,7 @@ def chat(
     quantized_kv_start: int = sampling.QUANTIZED_KV_START,
     cache: str = typer.Option("512M", help="Memory for blocks: 500M, 2G."),
     resume: bool = typer.Option(False, "--resume", help="Go on with the last conversation with this model."),
+    plain: bool = typer.Option(False, "--plain", help="Show replies as the model writes them, not as Markdown."),
 ) -> None:
     """Talk with a model; each turn is routed, and what it brings into memory is shown.
 
@@ -79,15 +80,15 @@ def chat(
             session.use(memory)
         if system:
             session.system = system
-        well = talk(session, models.introduce(name, loaded), shelf)
+        well = talk(session, models.introduce(name, loaded), shelf, plain)
     if not well and not sys.stdin.isatty():
         raise typer.Exit(1)
 
 
-def talk(session: Session, header: str = "", shelf: Shelf | None = None) -> bool:
+def talk(session: Session, header: str = "", shelf: Shelf | None = None, plain: bool = False) -> bool:
     """Reads questions and commands until the end of input, /quit or Ctrl-D; whether all went well.
 
-    What is said is kept on the shelf, where there is one.
+    What is said is kept on the shelf, where there is one. `plain` shows replies without their Markdown laid out.
     """
     from mlx_hiermem.apps.cli import slash
     from mlx_hiermem.errors import HierMemError
@@ -102,7 +103,7 @@ def talk(session: Session, header: str = "", shelf: Shelf | None = None) -> bool
     while (text := _next(read)) is not None:
         try:
             if not text.startswith("/"):
-                _reply(session, utf8(text))
+                _reply(session, utf8(text), plain)
                 if shelf:
                     shelf.keep(session)
             elif not slash.run(session, text, shelf):
@@ -170,7 +171,7 @@ def _fitted(labels: list[str], room: int) -> str:
     return text[: max(room - 1, 0)] + "…"
 
 
-def _reply(session: Session, text: str) -> None:
+def _reply(session: Session, text: str, plain: bool) -> None:
     """Streams one reply. In a terminal what was attached is shown where it changed; in a pipe always, beside it."""
     before, terminal = session.selection.blocks, console.is_terminal
     reply = session.ask(text)
@@ -178,9 +179,9 @@ def _reply(session: Session, text: str) -> None:
         with waiting(""):
             first = next(reply, "")
         _notes(session, before, terminal)
-        for piece in chain([first], reply):
-            write(piece)
-        console.print()
+        with written(plain) as show:
+            for piece in chain([first], reply):
+                show(piece)
         _name_source(session, terminal)
     except KeyboardInterrupt:
         reply.close()

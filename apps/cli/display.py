@@ -108,6 +108,19 @@ def write(piece: str) -> None:
     console.file.flush()
 
 
+@contextmanager
+def written(plain: bool) -> Iterator[Callable[[str], None]]:
+    """What shows the pieces of a reply, and ends its last line: as Markdown in a terminal, else as they are."""
+    if plain or not console.is_interactive or not console.file.isatty():
+        yield write
+        console.print()
+        return
+    from mlx_hiermem.apps.cli.markdown import markdown
+
+    with markdown(console) as show:
+        yield show
+
+
 def renamed(old: str, new: str) -> None:
     """Tells about an earlier name that was used; it still works."""
     notes.print(f"note: `{old}` is now `{new}`", style="yellow", markup=False, soft_wrap=True)

@@ -115,7 +115,7 @@ def _words(text: str) -> set[str]:
 
 # What goes into a prompt
 
-ASKED = "{passage}\n\nCopy the answer from the text above: {question}"
+BEFORE = "Tell me about {title}."  # the question whose answer the passage is
 
 Text = str | Sequence[str]  # what is routed: a text, or a conversation's questions
 
@@ -129,8 +129,9 @@ def asked(text: Text, route: Route) -> str:
 
 
 def before(passage: SourceWindow) -> str:
-    """What a passage puts before a plain prompt."""
-    return f"{_told(passage)}\n\n"
+    """What a passage puts before a plain prompt: its text, with its title unless it names it itself."""
+    named = not passage.title or passage.title.lower() in passage.text.lower()
+    return f"{passage.text if named else f'{passage.title}: {passage.text}'}\n\n"
 
 
 def text_with(prompt: str, passage: SourceWindow | None) -> str:
@@ -139,15 +140,13 @@ def text_with(prompt: str, passage: SourceWindow | None) -> str:
 
 
 def messages_with(messages: Sequence[dict[str, str]], passage: SourceWindow | None) -> list[dict[str, str]]:
-    """A conversation with a passage in its last question; benchmarks/retrieval.py compares the wordings."""
+    """A conversation with a passage as the exchange before its last question.
+
+    The question itself stays as it was learnt, which blocks need; benchmarks/retrieval.py compares the wordings.
+    """
     told = [dict(message) for message in messages]
-    last = next((one for one in reversed(told) if one["role"] == "user"), None)
-    if passage and last:
-        last["content"] = ASKED.format(passage=_told(passage), question=last["content"])
+    asks = [at for at, message in enumerate(told) if message["role"] == "user"]
+    if passage and asks:
+        question = {"role": "user", "content": BEFORE.format(title=passage.title or "it")}
+        told[asks[-1] : asks[-1]] = [question, {"role": "assistant", "content": passage.text}]
     return told
-
-
-def _told(passage: SourceWindow) -> str:
-    """A passage, with its title before it unless it names it itself."""
-    named = not passage.title or passage.title.lower() in passage.text.lower()
-    return passage.text if named else f"{passage.title}: {passage.text}"

@@ -13,28 +13,43 @@ import Observation
 
   struct Line: Identifiable {
     let id = UUID()
-    let role: Role
+    let role: ChatMessage.Role
     var text: String
     /// The document that says it, where the bank has its sources.
     var source: String?
   }
 
   /// One node of the path that the conversation is on.
-  struct Chip: Identifiable {
-    let node: NodePath
+  struct Node: Identifiable {
+    let path: NodePath
     let label: String
+    /// Of its block; 0 where it has none.
+    let byteCount: Int
     let isHere: Bool
 
-    var id: NodePath { node }
+    var id: NodePath { path }
+  }
+
+  /// What the last question was given, and where its answer comes from.
+  struct Fetched {
+    /// The widest topic first.
+    var nodes: [Node] = []
+    /// Whether the question would have gone elsewhere by itself.
+    var stayed = false
+    /// Whether it is like nothing in the bank, and had no memory.
+    var isFar = false
+    /// What stood in the prompt.
+    var passage: SourceWindow?
+    /// The sentences that say the answer, best first; `nil` where the bank has no sources, or it is not whole yet.
+    var documents: [SourceSentence]?
+    var promptTokens = 0
+    var cachedTokens = 0
   }
 
   private(set) var stage = Stage.loading
   private(set) var lines: [Line] = []
-  private(set) var chips: [Chip] = []
-  /// Whether the last question would have gone elsewhere by itself.
-  private(set) var stayed = false
-  /// Whether the last question is like nothing in the bank, and had no memory.
-  private(set) var isFar = false
+  /// `nil` before the first question.
+  private(set) var fetched: Fetched?
   private(set) var isAnswering = false
   private(set) var packs: [KnowledgePack] = []
   /// Bytes that have come of the packs that are being downloaded.
@@ -47,11 +62,15 @@ import Observation
   /// Bytes of blocks that may stay in memory.
   let budget = 64 << 20
 
+  /// The system's name for this app's downloads.
+  nonisolated static let downloads = "org.example.HierMemChat.blocks"
+
   private var session: ChatSession?
+  private var opening: Task<ModelFolder, any Error>?
   private var bank: MemoryBank?
-  private var downloader: BlockDownloader?
+  private var downloader: BackgroundDownloader?
   private var answer: Task<Void, Never>?
-  private var downloads: [NodePath: Task<Void, Never>] = [:]
+  private var coming: [NodePath: Task<Void, Never>] = [:]
   #if canImport(Darwin)
     private var monitor: MemoryPressureMonitor?
   #endif
@@ -63,14 +82,12 @@ import Observation
   func load(tokenizer: @escaping @Sendable (URL) async throws -> any TextTokenizer) async {
     guard session == nil else { return }
     do {
-      let (folder, model) = try await Self.open(budget: budget, tokenizer: tokenizer)
+      let folder = try await open(tokenizer)
+      let model = try await Self.load(folder, budget: budget)
       let options = ChatOptions(
         memory: folder.bank == nil ? .none : .fetched, maxTokens: folder.manifest.maxTokens,
         sampling: folder.manifest.sampling)
       session = ChatSession(model: model, options: options)
-      bank = folder.bank
-      downloader = folder.makeDownloader()
-      packs = bank?.packs() ?? []
       #if canImport(Darwin)
         monitor = model.blocks.map(MemoryPressureMonitor.init)
       #endif
@@ -80,27 +97,54 @@ import Observation
     }
   }
 
+  /// Takes the blocks that came while the app did not run; the system has started it for that.
+  func receiveDownloads(tokenizer: @escaping @Sendable (URL) async throws -> any TextTokenizer) async {
+    guard (try? await open(tokenizer)) != nil else { return }  // `load` will say why
+    await downloader?.receive()
+    packs = bank?.packs() ?? []
+  }
+
+  /// Opens the folder, once.
+  private func open(
+    _ tokenizer: @escaping @Sendable (URL) async throws -> any TextTokenizer
+  ) async throws -> ModelFolder {
+    let task = opening ?? Task { try await Self.open(tokenizer: tokenizer) }
+    opening = task
+    let folder = try await task.value
+    if bank == nil {
+      bank = folder.bank
+      downloader = folder.makeBackgroundDownloader(identifier: Self.downloads)
+      packs = bank?.packs() ?? []
+    }
+    return folder
+  }
+
   private nonisolated static func open(
-    budget: Int, tokenizer: @Sendable (URL) async throws -> any TextTokenizer
-  ) async throws -> (ModelFolder, ChatModel) {
+    tokenizer: @Sendable (URL) async throws -> any TextTokenizer
+  ) async throws -> ModelFolder {
     guard let bundled = Bundle.main.url(forResource: "Model", withExtension: nil) else {
       throw HierMemError(
         .model, "the app was built without a model",
         hint: "Run `hiermem export coreml MODEL apps/ios/HierMemChat/Model`, then generate and build it again.")
     }
-    let support = try FileManager.default.url(
-      for: .applicationSupportDirectory, in: .userDomainMask, appropriateFor: nil, create: true)
-    let blocks = support.appendingPathComponent("blocks", isDirectory: true)
+    let blocks = try support().appendingPathComponent("blocks", isDirectory: true)
     try FileManager.default.createDirectory(at: blocks, withIntermediateDirectories: true)
-    let folder: ModelFolder
     do {
-      folder = try ModelFolder(at: bundled, downloads: blocks)
+      return try ModelFolder(at: bundled, downloads: blocks)
     } catch let error as HierMemError where error.kind == .tokenizer {
       let other = try await tokenizer(bundled.appendingPathComponent("tokenizer"))
-      folder = try ModelFolder(at: bundled, downloads: blocks, tokenizer: other)
+      return try ModelFolder(at: bundled, downloads: blocks, tokenizer: other)
     }
-    let compiled = CompiledModels(cache: support.appendingPathComponent("compiled", isDirectory: true))
-    return (folder, try await ChatModel.load(folder, compiled: compiled, budget: budget))
+  }
+
+  private nonisolated static func load(_ folder: ModelFolder, budget: Int) async throws -> ChatModel {
+    let compiled = CompiledModels(cache: try support().appendingPathComponent("compiled", isDirectory: true))
+    return try await ChatModel.load(folder, compiled: compiled, budget: budget)
+  }
+
+  private nonisolated static func support() throws -> URL {
+    try FileManager.default.url(
+      for: .applicationSupportDirectory, in: .userDomainMask, appropriateFor: nil, create: true)
   }
 
   func send(_ text: String) {
@@ -112,10 +156,11 @@ import Observation
         for try await event in session.ask(text) {
           switch event {
           case .started(let start): show(start)
-          case .text(let piece): lines[lines.count - 1].text += piece
+          case .text(let piece, _): lines[lines.count - 1].text += piece
           }
         }
-        lines[lines.count - 1].source = try await session.sources()?.first?.name
+        fetched?.documents = try await session.sources()
+        lines[lines.count - 1].source = fetched?.documents?.first?.name
       } catch {
         problem = error.localizedDescription
       }
@@ -138,16 +183,16 @@ import Observation
   func reset() async {
     do {
       try await session?.reset()
-      (lines, chips, stayed, isFar) = ([], [], false, false)
+      (lines, fetched) = ([], nil)
     } catch {
       problem = error.localizedDescription
     }
   }
 
   func download(_ pack: KnowledgePack) {
-    guard let bank, let downloader, downloads[pack.node] == nil else { return }
+    guard let bank, let downloader, coming[pack.node] == nil else { return }
     received[pack.node] = 0
-    downloads[pack.node] = Task {
+    coming[pack.node] = Task {
       do {
         try await downloader.download(bank.missingBlocks(within: pack.node)) { bytes in
           Task { @MainActor in self.received[pack.node]? = bytes }
@@ -157,12 +202,12 @@ import Observation
       } catch {
         problem = error.localizedDescription
       }
-      (downloads[pack.node], received[pack.node]) = (nil, nil)
+      (coming[pack.node], received[pack.node]) = (nil, nil)
       packs = bank.packs()
     }
   }
 
-  func cancel(_ pack: KnowledgePack) { downloads[pack.node]?.cancel() }
+  func cancel(_ pack: KnowledgePack) { coming[pack.node]?.cancel() }
 
   func remove(_ pack: KnowledgePack) async {
     guard let bank, let session else { return }
@@ -177,13 +222,15 @@ import Observation
   }
 
   private func show(_ start: ChatStart) {
-    stayed = start.turn?.stayed ?? false
-    isFar = start.turn?.route.isFar ?? false
-    chips = (start.turn?.path.prefixes ?? []).map { node in
-      let label = bank?.manifest.label(of: node) ?? ""
-      return Chip(
-        node: node, label: label.isEmpty ? node.description : label, isHere: !start.missing.contains(node))
+    let nodes = (start.turn?.path.prefixes ?? []).map { path in
+      let label = bank?.manifest.label(of: path) ?? ""
+      return Node(
+        path: path, label: label.isEmpty ? path.description : label,
+        byteCount: bank?.manifest.blocks[path]?.file.bytes ?? 0, isHere: !start.missing.contains(path))
     }
+    fetched = Fetched(
+      nodes: nodes, stayed: start.turn?.stayed ?? false, isFar: start.turn?.route.isFar ?? false,
+      passage: start.passage, promptTokens: start.promptTokens, cachedTokens: start.cachedTokens)
   }
 
   private func measure() async {

@@ -27,30 +27,43 @@ private struct PackRow: View {
 
   var body: some View {
     VStack(alignment: .leading, spacing: 6) {
-      Text(pack.label.isEmpty ? pack.node.description : pack.label)
-      Text(summary).font(.caption).foregroundStyle(.secondary)
+      VStack(alignment: .leading, spacing: 6) {
+        Text(verbatim: name)
+        Text(verbatim: summary).font(.caption).foregroundStyle(.secondary)
+      }
+      .accessibilityElement(children: .combine)
       if let received {
         ProgressView(value: Double(min(received, pack.missingBytes)), total: Double(max(pack.missingBytes, 1)))
+          .accessibilityLabel("Download of \(name)")
       }
-      HStack {
-        if received != nil {
-          Button("Stop") { assistant.cancel(pack) }
-        } else if pack.missingBytes > 0 {
-          Button("Download \(size(pack.missingBytes))") { assistant.download(pack) }
-        }
-        if received == nil, pack.downloadedBytes > 0 {
-          Button("Remove", role: .destructive) { Task { await assistant.remove(pack) } }
-        }
-      }
-      .buttonStyle(.bordered)
-      .controlSize(.small)
+      buttons
     }
   }
 
+  private var buttons: some View {
+    HStack {
+      if received != nil {
+        Button("Stop") { assistant.cancel(pack) }
+          .accessibilityLabel("Stop the download of \(name)")
+      } else if pack.missingBytes > 0 {
+        Button("Download \(size(pack.missingBytes))") { assistant.download(pack) }
+          .accessibilityLabel("Download \(name), \(size(pack.missingBytes))")
+      }
+      if received == nil, pack.downloadedBytes > 0 {
+        Button("Remove", role: .destructive) { Task { await assistant.remove(pack) } }
+          .accessibilityLabel("Remove \(name)")
+      }
+    }
+    .buttonStyle(.bordered)
+    .controlSize(.small)
+  }
+
+  private var name: String { pack.label.isEmpty ? pack.node.description : pack.label }
+
   private var summary: String {
-    var parts = ["\(size(pack.byteCount)) in all"]
-    if pack.bundledBytes > 0 { parts.append("\(size(pack.bundledBytes)) in the app") }
-    if pack.downloadedBytes > 0 { parts.append("\(size(pack.downloadedBytes)) downloaded") }
+    var parts = [String(localized: "\(size(pack.byteCount)) in all")]
+    if pack.bundledBytes > 0 { parts.append(String(localized: "\(size(pack.bundledBytes)) in the app")) }
+    if pack.downloadedBytes > 0 { parts.append(String(localized: "\(size(pack.downloadedBytes)) downloaded")) }
     return parts.joined(separator: ", ")
   }
 

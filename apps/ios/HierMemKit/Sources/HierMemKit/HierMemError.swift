@@ -6,6 +6,8 @@ public struct HierMemError: LocalizedError, Equatable, Sendable {
   public enum Kind: Sendable {
     /// What was asked for is not possible.
     case usage
+    /// A question does not fit the model's context.
+    case context
     /// A bank, or a file of one, is missing, damaged, or of another format version.
     case bank
     /// The exported folder or one of its models is missing, damaged, or of another format version.

@@ -19,15 +19,15 @@ struct ChatSessionTests {
     let tokenizer = try JSONTokenizer(contentsOf: Fixtures.url("inputs/digits/tokenizer.json"))
     let (known, worded) = (KnownEmbedder(vectors: golden.vectors), KnownEmbedder(vectors: golden.worded))
     let (anchor, golden) = (anchor, golden)
-    func model(_ router: Router) -> ChatModel {
+    func model(_ router: MemoryRouter) -> ChatModel {
       ChatModel(
         anchor: anchor, tokenizer: tokenizer, format: golden.format, eos: Set(golden.eos), router: router,
         blocks: BlockCache(bank: bank))
     }
-    self.model = model(Router(tree: bank.tree, embedder: known))
-    narrow = model(Router(tree: bank.tree, embedder: known, policy: BankPolicy(reach: golden.reach)))
+    self.model = model(MemoryRouter(tree: bank.tree, embedder: known))
+    narrow = model(MemoryRouter(tree: bank.tree, embedder: known, policy: BankPolicy(reach: golden.reach)))
     let sources = try BankSources(folder: bank.folder, tree: bank.tree)
-    learnt = model(Router(tree: bank.tree, embedder: worded, sources: sources))
+    learnt = model(MemoryRouter(tree: bank.tree, embedder: worded, sources: sources))
   }
 
   private func say(_ session: ChatSession, _ text: String) async throws -> (start: ChatStart?, reply: String) {
@@ -35,7 +35,7 @@ struct ChatSessionTests {
     for try await event in session.ask(text) {
       switch event {
       case .started(let start): said.start = start
-      case .text(let piece): said.reply += piece
+      case .text(let piece, _): said.reply += piece
       }
     }
     return said
@@ -64,14 +64,14 @@ struct ChatSessionTests {
       #expect(await anchor.calls.first == turn.prefilled)
     }
     let roles = await session.messages.map(\.role)
-    #expect(roles == expected.turns.flatMap { _ in [Role.user, .assistant] })
+    #expect(roles == expected.turns.flatMap { _ in [ChatMessage.Role.user, .assistant] })
   }
 
   @Test func theTinyAnchorIsPythons() async throws {
     let blocks = try #require(model.blocks)
-    let prompt = try golden.format.prompt([Message(.user, "What is the atomic number of neon?")])
+    let prompt = try golden.format.prompt([ChatMessage(.user, "What is the atomic number of neon?")])
     for expected in golden.logits {
-      let fetch: Fetch? = switch try MemoryChoice(parsing: expected.memory) {
+      let fetch: MemoryFetch? = switch try MemoryChoice(parsing: expected.memory) {
       case .none, .fetched, .source, .fetchedWithSource: nil
       case .generic: try await blocks.fetchGeneric()
       case .path(let path): try await blocks.fetch(path)
@@ -111,7 +111,7 @@ struct ChatSessionTests {
     let session = ChatSession(model: model, options: ChatOptions(memory: .none, maxTokens: golden.maxTokens))
     _ = try await say(session, "Hi")
     let error = await hierMemError { _ = try await say(session, String(repeating: "neon ", count: 400)) }
-    #expect(error?.kind == .usage)
+    #expect(error?.kind == .context)
     #expect(await session.messages.count == 2)
     #expect(await session.firstShown == 0)
   }
@@ -129,6 +129,19 @@ struct ChatSessionTests {
     #expect(await hierMemError { _ = try await say(session, "And its symbol?") }?.kind == .model)
     #expect(await session.messages.count == 4)
     #expect(try await !say(session, "Is it a metal?").reply.isEmpty)
+  }
+
+  @Test func aConversationFromElsewhereIsTakenUpAsAWhole() async throws {
+    let turns = try #require(golden.sessions["fetched"]).turns
+    let session = ChatSession(model: model, options: ChatOptions())
+    let talk = [ChatMessage(.user, turns[0].text), ChatMessage(.assistant, turns[0].reply)]
+    try await session.resume(talk, options: ChatOptions(maxTokens: golden.maxTokens))
+    #expect(await session.messages == talk)
+    #expect(await session.topic?.path.description == turns[0].path)
+    let unknown = [ChatMessage(.user, turns[0].text), ChatMessage(.assistant, "?"), ChatMessage(.user, "no vector")]
+    #expect(await hierMemError { try await session.resume(unknown, options: ChatOptions()) }?.kind == .usage)
+    #expect(await session.messages.isEmpty)
+    #expect(await session.topic == nil)
   }
 
   @Test func aPassageHasAKeyOfItsOwn() {

@@ -48,7 +48,7 @@
       for turn in expected.turns {
         var reply = ""
         for try await event in session.ask(turn.text) {
-          if case .text(let piece) = event { reply += piece }
+          if case .text(let piece, _) = event { reply += piece }
         }
         #expect(Array(reply.utf8) == Array(turn.reply.utf8))
         #expect(await session.topic?.path.description == turn.path)

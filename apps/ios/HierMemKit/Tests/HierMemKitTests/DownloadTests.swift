@@ -72,7 +72,7 @@ import Testing
     defer { server.stop() }
     let block = try entry("1.1")
     let other = BlockEntry(
-      path: block.path, file: FileEntry(bytes: block.file.bytes, sha256: String(repeating: "0", count: 64)),
+      path: block.path, file: ManifestFile(bytes: block.file.bytes, sha256: String(repeating: "0", count: 64)),
       label: "")
     #expect(await hierMemError { try await downloader().download([other]) }?.kind == .download)
     #expect(!FileManager.default.fileExists(atPath: try file("1.1").path))
@@ -91,7 +91,7 @@ import Testing
   @Test func saysWhatTheServerAnswers() async throws {
     defer { server.stop() }
     let absent = BlockEntry(
-      path: try NodePath("7"), file: FileEntry(bytes: 10, sha256: ""), label: "")
+      path: try NodePath("7"), file: ManifestFile(bytes: 10, sha256: ""), label: "")
     let error = await hierMemError { try await downloader().download([absent]) }
     #expect(error?.what.contains("404") == true)
     #expect(server.requests.count == 1)

@@ -13,12 +13,12 @@ struct ExportTests {
     }
 
     struct Talk: Decodable {
-      let messages: [Message]
+      let messages: [ChatMessage]
       let prompt: String
       let ids: [Int]
     }
 
-    struct Turn: Decodable {
+    struct ChatTurn: Decodable {
       let text: String
       let ids: [Int]
       let alone: String
@@ -27,7 +27,7 @@ struct ExportTests {
     }
 
     struct Questions: Decodable {
-      let talks: [[Turn]]
+      let talks: [[ChatTurn]]
       let vectors: [String: [Float]]
     }
 
@@ -69,13 +69,13 @@ struct ExportTests {
   @Test func questionsGoWherePythonSendsThem() async throws {
     let (bank, retriever) = (try #require(folder.bank), try #require(folder.manifest.retriever))
     let tokenizer = try JSONTokenizer(contentsOf: folder.url.appendingPathComponent(retriever.tokenizer))
-    let router = Router(
+    let router = MemoryRouter(
       tree: bank.tree, embedder: KnownEmbedder(vectors: golden.questions.vectors), policy: bank.policy,
       sources: bank.sources)
     #expect((bank.sources != nil) == golden.sources)
     #expect(golden.questions.talks.joined().count > 30)
     for talk in golden.questions.talks {
-      var topic: Topic?
+      var topic: ChatTopic?
       for golden in talk {
         #expect(tokenizer.encodeFramed(golden.text, limit: retriever.lengths.last!) == golden.ids)
         let turn = try await router.turn(golden.text, topic: topic)

@@ -4,13 +4,13 @@ import Testing
 @testable import HierMemKit
 
 struct QuantizationTests {
-  static let kinds = [ScalarType.float16, .bfloat16, .float32].flatMap { dtype in
-    [2, 4, 8].flatMap { bits in [32, 64, 128].map { (dtype, Quantization(bits: bits, groupSize: $0)) } }
+  static let kinds = [StoredScalar.float16, .bfloat16, .float32].flatMap { dtype in
+    [2, 4, 8].flatMap { bits in [32, 64, 128].map { (dtype, MemoryQuantization(bits: bits, groupSize: $0)) } }
   }
 
   /// Equal to MLX's dequantisation in the stored type, bit for bit.
   @Test(arguments: kinds)
-  func dequantisesAsMLX(_ dtype: ScalarType, _ how: Quantization) throws {
+  func dequantisesAsMLX(_ dtype: StoredScalar, _ how: MemoryQuantization) throws {
     let name = "\(dtype.rawValue)-\(how.bits)-\(how.groupSize)"
     let file = try SafetensorsFile(contentsOf: Fixtures.url("quantized.safetensors"))
     let found = try file.withBytes(of: "\(name).packed") { packed in
@@ -29,11 +29,11 @@ struct QuantizationTests {
 
   @Test func bfloat16RoundsToTheNearestEven() {
     for (bits, rounded) in [(0x3F80_8000, 0x3F80_0000), (0x3F81_8000, 0x3F82_0000), (0x3F80_8001, 0x3F81_0000)] {
-      let value = ScalarType.bfloat16.rounded(Float(bitPattern: UInt32(bits)))
+      let value = StoredScalar.bfloat16.rounded(Float(bitPattern: UInt32(bits)))
       #expect(value.bitPattern == UInt32(rounded))
     }
-    #expect(ScalarType.bfloat16.rounded(.infinity) == .infinity)
-    #expect(ScalarType.bfloat16.rounded(.nan).isNaN)
+    #expect(StoredScalar.bfloat16.rounded(.infinity) == .infinity)
+    #expect(StoredScalar.bfloat16.rounded(.nan).isNaN)
   }
 
   /// A quantised bank's blocks, through bank.json and the block files.

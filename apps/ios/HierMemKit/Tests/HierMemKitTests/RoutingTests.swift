@@ -73,7 +73,7 @@ struct RoutingTests {
       return vector.map { $0 / length }
     }
     let numbered = Dictionary(uniqueKeysWithValues: vectors.enumerated().map { ("\($0)", $1) })
-    let router = Router(
+    let router = MemoryRouter(
       tree: bank.tree, embedder: KnownEmbedder(vectors: numbered), policy: try golden.policy,
       sources: try BankSources(folder: bank.folder, tree: bank.tree))
     #expect(bank.sources == nil)  // its manifest names none
@@ -122,19 +122,19 @@ struct RoutingTests {
   @Test func turnsGoWherePythonSendsThem() async throws {
     let file = try SafetensorsFile(contentsOf: Fixtures.url("inputs/conversations.safetensors"))
     let values = try file.withBytes(of: "vectors") { bytes in
-      (0..<bytes.count / 2).map { ScalarType.float16.load(bytes, $0) }
+      (0..<bytes.count / 2).map { StoredScalar.float16.load(bytes, $0) }
     }
     let texts: [String] = try Fixtures.decode("inputs/conversations.json")
     let vectors = Dictionary(
       uniqueKeysWithValues: texts.enumerated().map { ($1, Array(values[$0 * 384..<($0 + 1) * 384])) })
     let tree = try ClusterTree(contentsOf: Fixtures.elements.appendingPathComponent("tree.safetensors"))
     let golden: GoldenTalks = try Fixtures.decode("turns.json")
-    let router = Router(
+    let router = MemoryRouter(
       tree: tree, embedder: KnownEmbedder(vectors: vectors), policy: BankPolicy(reach: golden.reach))
     #expect(golden.talks.joined().contains { $0.stayed })
     #expect(golden.talks.joined().filter(\.far).count > 20)
     for talk in golden.talks {
-      var topic: Topic?
+      var topic: ChatTopic?
       for golden in talk {
         let turn = try await router.turn(golden.text, topic: topic)
         topic = turn.topic
@@ -154,13 +154,13 @@ struct RoutingTests {
   @Test func aBlockedTopicIsLeft() async throws {
     let tree = try ClusterTree(contentsOf: Fixtures.url("ragged-tree.safetensors"))
     let vector = Fixtures.uniform(3, 1, 16)[0]
-    let router = Router(tree: tree, embedder: KnownEmbedder(vectors: ["": vector]))
+    let router = MemoryRouter(tree: tree, embedder: KnownEmbedder(vectors: ["": vector]))
     let alone = try tree.route(vector).path
     let other = try #require(tree.children(of: .root).first { !alone.isWithin($0) })
-    let held = try await router.turn("", topic: Topic(path: other, decided: 100))
+    let held = try await router.turn("", topic: ChatTopic(path: other, decided: 100))
     #expect(held.path == other)
     #expect(held.stayed)
-    let freed = try await router.turn("", topic: Topic(path: other, decided: 100), blocked: [other])
+    let freed = try await router.turn("", topic: ChatTopic(path: other, decided: 100), blocked: [other])
     #expect(freed.path == alone)
     #expect(!freed.stayed)
   }

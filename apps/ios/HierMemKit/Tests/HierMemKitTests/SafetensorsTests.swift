@@ -16,7 +16,7 @@ struct SafetensorsTests {
     let header = #"{"__metadata__":{"a":"b"},"x":{"dtype":"F32","shape":[1,2],"data_offsets":[1,9]}}"#
     let file = try SafetensorsFile(contentsOf: write(header, data: [9, 0, 0, 128, 63, 0, 0, 0, 192]))
     #expect(file.tensors.keys.sorted() == ["x"])
-    let values = try file.withBytes(of: "x") { bytes in (0..<2).map { ScalarType.float32.load(bytes, $0) } }
+    let values = try file.withBytes(of: "x") { bytes in (0..<2).map { StoredScalar.float32.load(bytes, $0) } }
     #expect(values == [1, -2])
     #expect(throws: HierMemError.self) { try file.withBytes(of: "y") { _ in } }
   }

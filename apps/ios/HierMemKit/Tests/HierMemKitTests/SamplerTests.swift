@@ -14,21 +14,21 @@ struct SamplerTests {
     var logits = Fixtures.uniform(21, 1, 40)[0].map { $0 * 4 }
     logits[7] = logits[3]
     for golden in try Fixtures.decode("samples.json", as: [Golden].self) {
-      let settings = Sampler.Settings(temperature: golden.temperature, topP: golden.topP, topK: golden.topK)
-      var sampler = Sampler(settings, seed: 5)
+      let settings = TokenSampler.Settings(temperature: golden.temperature, topP: golden.topP, topK: golden.topK)
+      var sampler = TokenSampler(settings, seed: 5)
       #expect(golden.tokens.map { _ in sampler.sample(logits) } == golden.tokens, "\(settings)")
     }
   }
 
   @Test func theLowestOfEquallyLikelyTokensWins() {
-    var sampler = Sampler(seed: 0)
+    var sampler = TokenSampler(seed: 0)
     #expect(sampler.sample([0, 3, 1, 3]) == 1)
   }
 
   @Test func copesWithExtremeLogits() {
-    var sampler = Sampler(.init(temperature: 0.01, topP: 0.5), seed: 1)
+    var sampler = TokenSampler(.init(temperature: 0.01, topP: 0.5), seed: 1)
     #expect(sampler.sample([-60_000, 60_000, 0]) == 1)
-    var any = Sampler(.init(temperature: 1, topP: 0.0001), seed: 1)
+    var any = TokenSampler(.init(temperature: 1, topP: 0.0001), seed: 1)
     #expect(any.sample([1, 1.5, 1.2]) == 1)
   }
 

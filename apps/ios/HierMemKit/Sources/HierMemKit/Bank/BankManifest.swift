@@ -1,7 +1,7 @@
 import Foundation
 
 /// Size and digest of a file.
-public struct FileEntry: Decodable, Hashable, Sendable {
+public struct ManifestFile: Decodable, Hashable, Sendable {
   public let bytes: Int
   public let sha256: String
 
@@ -14,7 +14,7 @@ public struct FileEntry: Decodable, Hashable, Sendable {
 /// One row of the block table.
 public struct BlockEntry: Sendable {
   public let path: NodePath
-  public let file: FileEntry
+  public let file: ManifestFile
   /// What the block is about, in a few words; may be empty.
   public let label: String
 }
@@ -23,8 +23,8 @@ public struct BlockEntry: Sendable {
 public struct SourcesEntry: Decodable, Sendable {
   public let windows: Int
   public let documents: Int
-  public let texts: FileEntry
-  public let index: FileEntry
+  public let texts: ManifestFile
+  public let index: ManifestFile
 }
 
 /// bank.json: which anchor, which memory design, which blocks. Format version 1.
@@ -35,8 +35,8 @@ public struct BankManifest: Sendable {
   public let anchorName: String
   public let memory: MemoryConfig
   public let embedder: EmbedderIdentity
-  public let tree: FileEntry
-  public let generic: FileEntry?
+  public let tree: ManifestFile
+  public let generic: ManifestFile?
   public let sources: SourcesEntry?
   public let blocks: [NodePath: BlockEntry]
   /// Labels of nodes that have no block of their own.
@@ -91,14 +91,14 @@ extension BankManifest: Decodable {
     anchorName = try values.decode(Anchor.self, forKey: .anchor).name
     memory = try values.decode(MemoryConfig.self, forKey: .memory)
     embedder = try values.decode(EmbedderIdentity.self, forKey: .embedder)
-    tree = try values.decode(FileEntry.self, forKey: .tree)
-    generic = try values.decodeIfPresent(FileEntry.self, forKey: .generic)
+    tree = try values.decode(ManifestFile.self, forKey: .tree)
+    generic = try values.decodeIfPresent(ManifestFile.self, forKey: .generic)
     sources = try values.decodeIfPresent(SourcesEntry.self, forKey: .sources)
     licence = try values.decodeIfPresent(String.self, forKey: .licence) ?? ""
     var blocks: [NodePath: BlockEntry] = [:]
     for row in try values.decode([Row].self, forKey: .blocks) {
       let path = try NodePath(parsing: row.path)
-      let file = FileEntry(bytes: row.bytes, sha256: row.sha256)
+      let file = ManifestFile(bytes: row.bytes, sha256: row.sha256)
       blocks[path] = BlockEntry(path: path, file: file, label: row.label ?? "")
     }
     self.blocks = blocks

@@ -69,7 +69,7 @@ public struct BankSources: Sendable {
       rows.map { row in
         var sum: Float = 0
         for place in 0..<dimension {
-          sum += ScalarType.float16.load(bytes, row * dimension + place) * embedding[place]
+          sum += StoredScalar.float16.load(bytes, row * dimension + place) * embedding[place]
         }
         return sum
       }

@@ -1,5 +1,5 @@
 /// A path's memory, and what getting it took.
-public struct Fetch: Sendable {
+public struct MemoryFetch: Sendable {
   /// `nil` where no block of the path is on this device.
   public let memory: FetchedMemory?
   /// The nodes whose blocks are in it.
@@ -61,14 +61,14 @@ public actor BlockCache {
   /// Blocks that are not on the device are left out: each adds to the anchor by itself.
   ///
   /// - Throws: ``HierMemError`` of kind `bank` where a block is damaged.
-  public func fetch(_ path: NodePath) async throws -> Fetch {
+  public func fetch(_ path: NodePath) async throws -> MemoryFetch {
     let all = bank.nodes(on: path)
     let nodes = all.filter { bank.file(of: $0) != nil }
     return try await join(nodes, missing: all.filter { !nodes.contains($0) })
   }
 
   /// The control block, which is tied to no cluster.
-  public func fetchGeneric() async throws -> Fetch {
+  public func fetchGeneric() async throws -> MemoryFetch {
     try await join([.generic], missing: [])
   }
 
@@ -93,7 +93,7 @@ public actor BlockCache {
     }
   }
 
-  private func join(_ nodes: [NodePath], missing: [NodePath]) async throws -> Fetch {
+  private func join(_ nodes: [NodePath], missing: [NodePath]) async throws -> MemoryFetch {
     let hits = nodes.count { kept[$0] != nil }
     statistics.hits += hits
     var blocks: [(firstUnit: Int, block: MemoryBlock)] = []
@@ -103,7 +103,7 @@ public actor BlockCache {
     }
     evict(to: budget, keeping: Set(nodes))
     let memory = blocks.isEmpty ? nil : try FetchedMemory(config: bank.manifest.memory, blocks: blocks)
-    return Fetch(memory: memory, nodes: nodes, missing: missing, hits: hits)
+    return MemoryFetch(memory: memory, nodes: nodes, missing: missing, hits: hits)
   }
 
   private func block(_ node: NodePath) async throws -> MemoryBlock {

@@ -6,6 +6,8 @@ import Foundation
 
 /// Brings files of a bank from where it is published, with digests, and resumes what was broken off.
 ///
+/// It works while the app runs; ``BackgroundDownloader`` goes on without it.
+///
 /// A file appears under its name only once it is whole and its digest is right; what has come so far
 /// lies beside it with the ending `.partial`.
 public actor BlockDownloader {
@@ -44,36 +46,23 @@ public actor BlockDownloader {
     }
   }
 
-  private func download(_ name: String, _ entry: FileEntry, progress: @escaping Progress) async throws {
-    let file = folder.appendingPathComponent(name)
-    if FileManager.default.fileExists(atPath: file.path) { return }
-    let partial = file.appendingPathExtension("partial")
+  private func download(_ name: String, _ entry: ManifestFile, progress: @escaping Progress) async throws {
+    let files = BlockFiles(remote: remote, folder: folder)
+    if FileManager.default.fileExists(atPath: files.url(name).path) { return }
+    try files.prepare(name)
+    let partial = files.url(name).appendingPathExtension("partial")
     do {
-      try FileManager.default.createDirectory(
-        at: file.deletingLastPathComponent(), withIntermediateDirectories: true)
-      try keepOutOfBackups(folder)
       if !FileManager.default.fileExists(atPath: partial.path) { try Data().write(to: partial) }
     } catch {
       throw HierMemError(.download, "cannot write to \(folder.path): \(error.localizedDescription)")
     }
     try await receive(name, entry, into: partial, progress: progress)
-    let digest = try? fileDigest(partial)
-    guard digest == entry.sha256 else {
-      try? FileManager.default.removeItem(at: partial)
-      throw HierMemError(
-        .download, "\(name) from \(remote.absoluteString) is not what bank.json says",
-        hint: "The bank was published anew: update the app.")
-    }
-    do {
-      try FileManager.default.moveItem(at: partial, to: file)
-    } catch {
-      throw HierMemError(.download, "cannot keep \(file.path): \(error.localizedDescription)")
-    }
+    try files.keep(partial, as: name, entry)
   }
 
   /// Appends to the partial file until it has all bytes.
   private func receive(
-    _ name: String, _ entry: FileEntry, into partial: URL, progress: @escaping Progress
+    _ name: String, _ entry: ManifestFile, into partial: URL, progress: @escaping Progress
   ) async throws {
     var problem = "the server sent too little"
     for _ in 0..<attempts {

@@ -1,10 +1,10 @@
 /// The values of a block's tensors.
-public enum ScalarType: String, Codable, Sendable {
+public enum StoredScalar: String, Codable, Sendable {
   case float32, float16, bfloat16
 }
 
 /// MLX's affine quantisation: `groupSize` values in a row share a scale and a bias.
-public struct Quantization: Decodable, Hashable, Sendable {
+public struct MemoryQuantization: Decodable, Hashable, Sendable {
   public let bits: Int
   public let groupSize: Int
 
@@ -25,9 +25,9 @@ public struct MemoryConfig: Sendable {
   public let layers: [Int]
   /// d, the width of the anchor's residual stream.
   public let hidden: Int
-  public let dtype: ScalarType
+  public let dtype: StoredScalar
   /// One entry for each level, `nil` where its blocks are of `dtype` throughout; empty where all are.
-  public let quantization: [Quantization?]
+  public let quantization: [MemoryQuantization?]
 
   public var depth: Int { blockSizes.count }
 
@@ -41,7 +41,7 @@ public struct MemoryConfig: Sendable {
   func firstUnit(level: Int) -> Int { blockSizes[..<(level - 1)].reduce(0, +) }
 
   /// How the blocks of a level are stored. Level 0 is the generic block, stored like the finest level.
-  func quantization(level: Int) -> Quantization? {
+  func quantization(level: Int) -> MemoryQuantization? {
     guard !quantization.isEmpty else { return nil }
     if level > 0 { return quantization[level - 1] }
     let used = zip(quantization, blockSizes).filter { $0.1 > 0 }.map(\.0)
@@ -74,8 +74,8 @@ extension MemoryConfig: Decodable {
     blockSizes = try values.decode([Int].self, forKey: .blockSizes)
     layers = try values.decode([Int].self, forKey: .layers)
     hidden = try values.decode(Int.self, forKey: .hidden)
-    dtype = try values.decodeIfPresent(ScalarType.self, forKey: .dtype) ?? .float16
-    quantization = try values.decodeIfPresent([Quantization?].self, forKey: .quantization) ?? []
+    dtype = try values.decodeIfPresent(StoredScalar.self, forKey: .dtype) ?? .float16
+    quantization = try values.decodeIfPresent([MemoryQuantization?].self, forKey: .quantization) ?? []
     try check()
   }
 

@@ -1,6 +1,6 @@
 /// Reading the values of block files. Arithmetic is in Float, rounded to the stored type after each
 /// step; for 16-bit types that gives the very bits that arithmetic in the type itself gives.
-extension ScalarType {
+extension StoredScalar {
   var byteCount: Int { self == .float32 ? 4 : 2 }
 
   /// The name that safetensors has for it.
@@ -43,7 +43,7 @@ extension ScalarType {
   }
 }
 
-extension Quantization {
+extension MemoryQuantization {
   /// Quantised rows as Float16: `scale · q + bias`, in MLX's affine layout.
   ///
   /// - Parameters:
@@ -52,7 +52,7 @@ extension Quantization {
   ///   - biases: as many.
   func dequantized(
     packed: UnsafeRawBufferPointer, scales: UnsafeRawBufferPointer, biases: UnsafeRawBufferPointer,
-    dtype: ScalarType
+    dtype: StoredScalar
   ) -> [Float16] {
     let perByte = 8 / bits
     let mask = UInt8(truncatingIfNeeded: 1 << bits - 1)

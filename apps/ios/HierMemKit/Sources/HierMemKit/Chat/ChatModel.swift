@@ -6,12 +6,12 @@ public struct ChatModel: Sendable {
   /// The tokens that end a reply.
   public let eos: Set<Int>
   /// `nil` for a model without a bank, as are the blocks.
-  public let router: Router?
+  public let router: MemoryRouter?
   public let blocks: BlockCache?
 
   public init(
     anchor: any LanguageAnchor, tokenizer: any TextTokenizer, format: ChatFormat, eos: Set<Int>,
-    router: Router? = nil, blocks: BlockCache? = nil
+    router: MemoryRouter? = nil, blocks: BlockCache? = nil
   ) {
     self.anchor = anchor
     self.tokenizer = tokenizer
@@ -30,7 +30,7 @@ public struct ChatOptions: Sendable {
   public var system: String
   /// The most tokens of a reply.
   public var maxTokens: Int
-  public var sampling: Sampler.Settings
+  public var sampling: TokenSampler.Settings
   /// Equal seeds give equal replies, where the temperature is not 0.
   public var seed: UInt64
   /// Nodes that are closed to this conversation beside those of the bank's policy.
@@ -38,7 +38,7 @@ public struct ChatOptions: Sendable {
 
   public init(
     memory: MemoryChoice = .fetched, system: String = "", maxTokens: Int = 256,
-    sampling: Sampler.Settings = .init(), seed: UInt64 = 0, blocked: Set<NodePath> = []
+    sampling: TokenSampler.Settings = .init(), seed: UInt64 = 0, blocked: Set<NodePath> = []
   ) {
     self.memory = memory
     self.system = system
@@ -53,17 +53,21 @@ public struct ChatOptions: Sendable {
 public enum ChatEvent: Sendable {
   /// The memory is attached, and the reply begins.
   case started(ChatStart)
-  /// The next piece of the reply.
-  case text(String)
+  /// The next piece of the reply, and how many tokens it took.
+  case text(String, tokens: Int)
 }
 
 /// How a question was routed, and which of its blocks are attached.
 public struct ChatStart: Sendable {
   /// `nil` where the memory is not found by routing.
-  public let turn: Turn?
+  public let turn: ChatTurn?
   public let nodes: [NodePath]
   /// Blocks of the path that have not been downloaded.
   public let missing: [NodePath]
   /// What stands in the prompt, where the memory is retrieval.
   public let passage: SourceWindow?
+  /// All that the model is shown, the template's marks included.
+  public let promptTokens: Int
+  /// Those of them whose keys and values were still there.
+  public let cachedTokens: Int
 }

@@ -1,19 +1,19 @@
 /// A conversation: its messages, the path it is on, and the key/value cache that goes with that path.
 ///
 /// Each question is routed, and held on the conversation's path unless it is decided enough (see
-/// ``Topic``). After a change of blocks the whole prompt is computed again; otherwise only what is
+/// ``ChatTopic``). After a change of blocks the whole prompt is computed again; otherwise only what is
 /// new. A conversation that outgrows the context loses its oldest turns. The rules are those of
 /// mlx_hiermem/session.py.
 public actor ChatSession {
   public let model: ChatModel
   public private(set) var options: ChatOptions
   /// The user's and the assistant's.
-  public private(set) var messages: [Message] = []
-  public private(set) var topic: Topic?
+  public private(set) var messages: [ChatMessage] = []
+  public private(set) var topic: ChatTopic?
   /// The first of the messages that the model is still shown.
   public private(set) var firstShown = 0
 
-  private var sampler: Sampler
+  private var sampler: TokenSampler
   private var cache = KeyValueCache()
   private var attached: [NodePath]?
   /// Where the last answer's sources are looked for.
@@ -28,7 +28,7 @@ public actor ChatSession {
   public init(model: ChatModel, options: ChatOptions) {
     self.model = model
     self.options = options
-    sampler = Sampler(options.sampling, seed: options.seed)
+    sampler = TokenSampler(options.sampling, seed: options.seed)
   }
 
   /// Asks a question; the reply comes piece by piece.
@@ -48,6 +48,32 @@ public actor ChatSession {
       }
       continuation.onTermination = { _ in task.cancel() }
     }
+  }
+
+  /// Takes up a conversation that is kept elsewhere, so that the next question goes on with it.
+  ///
+  /// Its questions are routed again, one after another. Where it is the one that this session has, under the same
+  /// memory, nothing is done again. The sampler begins anew with the options' seed.
+  ///
+  /// - Parameter messages: the user's and the assistant's; the options have the system message.
+  /// - Throws: ``HierMemError`` of kind `usage` while a question is being answered.
+  public func resume(_ messages: [ChatMessage], options: ChatOptions) async throws {
+    try checkIsIdle()
+    isAnswering = true
+    defer { isAnswering = false }
+    let isKnown = messages == self.messages && options.memory == self.options.memory
+      && options.blocked == self.options.blocked
+    self.options = options
+    sampler = TokenSampler(options.sampling, seed: options.seed)
+    if isKnown { return }
+    (self.messages, topic, firstShown, answered) = ([], nil, 0, nil)
+    var found: ChatTopic?
+    if options.memory.isRouted, let router = model.router {
+      for message in messages where message.role == .user {
+        found = try await router.turn(message.content, topic: found, blocked: options.blocked).topic
+      }
+    }
+    (self.messages, topic) = (messages, found)
   }
 
   /// Changes the memory of the turns to come; the first that is routed again is routed alone.
@@ -73,7 +99,7 @@ public actor ChatSession {
   /// The sentences that say the last answer, best first: none of what its leaf has learnt may.
   ///
   /// `nil` where there is nothing to look through: no answer yet, one without a path, or a bank without sources.
-  public func sources() async throws -> [Source]? {
+  public func sources() async throws -> [SourceSentence]? {
     guard let answered, answered.path != .root, let search = model.router?.search else { return nil }
     return try await search.find(in: answered.path, question: answered.asked, answer: answered.answer)
   }
@@ -86,33 +112,38 @@ public actor ChatSession {
     await blocks.prefetch(blocks.bank.nodes(on: turn.path))
   }
 
-  private func answer(_ text: String, emit: (ChatEvent) -> Void) async throws {
+  /// Answers a question in the caller's own task; returns once nothing is computed any more.
+  package func answer(_ text: String, emit: @Sendable (ChatEvent) async -> Void) async throws {
     try checkIsIdle()
     isAnswering = true
     defer { isAnswering = false }
     let asked = messages.count
     answered = nil
-    messages.append(Message(.user, text))
+    messages.append(ChatMessage(.user, text))
     var reply = ""
     var complete = false
     var sought: (path: NodePath, asked: String)?
     defer {
       if let sought, complete || !reply.isEmpty { answered = (sought.path, sought.asked, reply) }
       if complete || !reply.isEmpty {
-        messages.append(Message(.assistant, reply))
+        messages.append(ChatMessage(.assistant, reply))
       } else {
         messages.removeSubrange(asked...)
       }
     }
-    let (prompt, turn) = try await prepareAnswer(text, emit: emit)
+    let (prompt, position, turn) = try await prepareAnswer(text, emit: emit)
     sought = (path(of: turn), messages.asked(stayed: turn?.stayed ?? false))
     var stream = TextStream(model.tokenizer)
     let room = min(options.maxTokens, model.anchor.context - prompt.count)
+    var held = 0  // tokens whose text has not been given out
     do {
-      try await decode(prompt, limit: room) { token in
+      try await decode(prompt, from: position, limit: room) { token in
+        held += 1
         let piece = stream.append(token)
         reply += piece
-        if !piece.isEmpty { emit(.text(piece)) }
+        if piece.isEmpty { return }
+        await emit(.text(piece, tokens: held))
+        held = 0
       }
     } catch {
       if !(error is CancellationError) { cache.clear() }
@@ -120,7 +151,7 @@ public actor ChatSession {
     }
     let rest = stream.finish()
     reply += rest
-    if !rest.isEmpty { emit(.text(rest)) }
+    if !rest.isEmpty { await emit(.text(rest, tokens: held)) }
     complete = true
   }
 
@@ -130,10 +161,11 @@ public actor ChatSession {
     }
   }
 
-  /// Routes the question, attaches its memory and returns the prompt's tokens.
+  /// Routes the question, attaches its memory and returns the prompt's tokens, and from where on they are to be
+  /// computed.
   private func prepareAnswer(
-    _ text: String, emit: (ChatEvent) -> Void
-  ) async throws -> (prompt: [Int], turn: Turn?) {
+    _ text: String, emit: @Sendable (ChatEvent) async -> Void
+  ) async throws -> (prompt: [Int], position: Int, turn: ChatTurn?) {
     if options.memory.hasPassage && model.router?.sources == nil {
       throw HierMemError(
         .bank, "this model has no sources", hint: "Use memory fetched, or export it with --with-sources.")
@@ -146,25 +178,28 @@ public actor ChatSession {
     try await attach(fetch)
     firstShown = first
     topic = turn?.topic
-    emit(
+    let position = cache.reuse(prompt, under: key)
+    await emit(
       .started(
-        ChatStart(turn: turn, nodes: fetch?.nodes ?? [], missing: fetch?.missing ?? [], passage: passage)))
-    return (prompt, turn)
+        ChatStart(
+          turn: turn, nodes: fetch?.nodes ?? [], missing: fetch?.missing ?? [], passage: passage,
+          promptTokens: prompt.count, cachedTokens: position)))
+    return (prompt, position, turn)
   }
 
   /// What goes into the prompt, where that is wanted and the question's leaf has something.
-  private func passage(for turn: Turn?) async throws -> SourceWindow? {
+  private func passage(for turn: ChatTurn?) async throws -> SourceWindow? {
     guard options.memory.hasPassage, let turn, let search = model.router?.search else { return nil }
     return try await search.passage(for: messages.asked(stayed: turn.stayed), in: turn.path)
   }
 
   /// Where the sources of an answer are.
-  private func path(of turn: Turn?) -> NodePath {
+  private func path(of turn: ChatTurn?) -> NodePath {
     if case .path(let path) = options.memory { return path }
     return turn?.path ?? .root
   }
 
-  private func fetch(_ turn: Turn?) async throws -> Fetch? {
+  private func fetch(_ turn: ChatTurn?) async throws -> MemoryFetch? {
     if options.memory == .none || options.memory == .source { return nil }
     guard let blocks = model.blocks else {
       throw HierMemError(.usage, "this model has no bank", hint: "Use memory none.")
@@ -190,7 +225,7 @@ public actor ChatSession {
   }
 
   /// Attaches a memory, unless its blocks are attached already.
-  private func attach(_ fetch: Fetch?) async throws {
+  private func attach(_ fetch: MemoryFetch?) async throws {
     let nodes = fetch?.nodes ?? []
     if nodes == attached { return }
     attached = nil
@@ -204,9 +239,11 @@ public actor ChatSession {
     MemoryKey(choice: options.memory.hasPassage ? options.memory : nil, nodes: attached ?? [])
   }
 
-  /// Computes a prompt and samples its continuation.
-  private func decode(_ prompt: [Int], limit: Int, onToken: (Int) -> Void) async throws {
-    var position = cache.reuse(prompt, under: key)
+  /// Computes what is not in the cache of a prompt and samples its continuation.
+  private func decode(
+    _ prompt: [Int], from start: Int, limit: Int, onToken: (Int) async -> Void
+  ) async throws {
+    var position = start
     var tokens = Array(prompt[position...])
     for _ in 0..<limit {
       try Task.checkCancellation()
@@ -215,7 +252,7 @@ public actor ChatSession {
       position += tokens.count
       let token = sampler.sample(logits)
       if model.eos.contains(token) { return }
-      onToken(token)
+      await onToken(token)
       tokens = [token]
     }
   }
@@ -233,14 +270,14 @@ public actor ChatSession {
     prompt = try self.prompt(from: start, passage)
     guard prompt.count <= room else {
       throw HierMemError(
-        .usage, "the question has \(prompt.count) tokens, system message included; the model has room "
+        .context, "the question has \(prompt.count) tokens, system message included; the model has room "
           + "for \(room) beside its reply", hint: "Ask a shorter question, or allow a shorter reply.")
     }
     return (start, prompt)
   }
 
   private func prompt(from first: Int, _ passage: SourceWindow?) throws -> [Int] {
-    let system = options.system.isEmpty ? [] : [Message(.system, options.system)]
+    let system = options.system.isEmpty ? [] : [ChatMessage(.system, options.system)]
     return try model.tokenizer.encode(model.format.parts(system + Array(messages[first...]).with(passage)))
   }
 }

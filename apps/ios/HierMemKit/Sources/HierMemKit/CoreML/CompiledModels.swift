@@ -121,9 +121,9 @@
         retrieverTokenizer = try JSONTokenizer(contentsOf: folder.url.appendingPathComponent(retriever.tokenizer))
       }
       let (anchor, embedder) = try await models(folder, compiled, units, retrieverTokenizer)
-      var router: Router?
+      var router: MemoryRouter?
       if let bank = folder.bank, let embedder {
-        router = Router(tree: bank.tree, embedder: embedder, policy: bank.policy, sources: bank.sources)
+        router = MemoryRouter(tree: bank.tree, embedder: embedder, policy: bank.policy, sources: bank.sources)
       }
       return ChatModel(
         anchor: anchor, tokenizer: folder.tokenizer, format: format, eos: Set(manifest.eos), router: router,

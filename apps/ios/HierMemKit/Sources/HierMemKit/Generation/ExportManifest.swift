@@ -80,7 +80,7 @@ public struct ExportManifest: Sendable {
     public let folder: String
     public let remote: Remote?
     /// The files that are not bundled.
-    public let download: [String: FileEntry]
+    public let download: [String: ManifestFile]
   }
 
   private struct Sampling: Decodable {
@@ -109,12 +109,12 @@ public struct ExportManifest: Sendable {
   public let chat: ChatFormat?
   /// The tokens that end a reply.
   public let eos: [Int]
-  public let sampling: Sampler.Settings
+  public let sampling: TokenSampler.Settings
   /// The most tokens of a reply.
   public let maxTokens: Int
   public let bank: Bank?
   /// Every bundled file but manifest.json and receipt.json.
-  public let files: [String: FileEntry]
+  public let files: [String: ManifestFile]
 }
 
 extension ExportManifest: Decodable {
@@ -137,11 +137,11 @@ extension ExportManifest: Decodable {
     chat = try values.decodeIfPresent(ChatFormat.self, forKey: .chat)
     eos = try values.decode([Int].self, forKey: .eos)
     let sampling = try values.decode(Sampling.self, forKey: .sampling)
-    self.sampling = Sampler.Settings(
+    self.sampling = TokenSampler.Settings(
       temperature: sampling.temperature, topP: sampling.topP, topK: sampling.topK)
     maxTokens = sampling.maxTokens
     bank = try values.decodeIfPresent(Bank.self, forKey: .bank)
-    files = try values.decode([String: FileEntry].self, forKey: .files)
+    files = try values.decode([String: ManifestFile].self, forKey: .files)
     try check()
   }
 

@@ -33,6 +33,14 @@ public struct ModelFolder: Sendable {
     return BlockDownloader(remote: remote.url, folder: bank.downloads)
   }
 
+  /// The same, and it goes on while the app is in the background. Make one, and keep it as long as the app runs.
+  ///
+  /// - Parameter identifier: of the system's session: the same at every start of the app, and nobody else's.
+  public func makeBackgroundDownloader(identifier: String) -> BackgroundDownloader? {
+    guard let bank, let remote = manifest.bank?.remote else { return nil }
+    return BackgroundDownloader(remote: remote.url, folder: bank.downloads, identifier: identifier)
+  }
+
   /// Compares every bundled file with its digest, which takes a while.
   ///
   /// - Throws: ``HierMemError`` of kind `model` for the first that differs.

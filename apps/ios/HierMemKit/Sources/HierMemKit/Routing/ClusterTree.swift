@@ -1,7 +1,7 @@
 import Foundation
 
 /// Where a text went: the path, and the distance to the chosen centroid at each level.
-public struct Route: Equatable, Sendable {
+public struct MemoryRoute: Equatable, Sendable {
   public let path: NodePath
   public let distances: [Float]
   /// The blocked nodes that it would have entered.
@@ -72,7 +72,7 @@ public struct ClusterTree: Sendable {
   ///
   /// - Throws: ``HierMemError`` where the embedding has another dimension (kind `usage`) or the policy
   ///   names a node that the tree does not have (kind `bank`).
-  public func route(_ embedding: [Float], policy: BankPolicy = .open) throws -> Route {
+  public func route(_ embedding: [Float], policy: BankPolicy = .open) throws -> MemoryRoute {
     guard embedding.count == dimension else {
       throw HierMemError(
         .usage, "the embedding has \(embedding.count) values, the tree's centroids have \(dimension)",
@@ -99,9 +99,9 @@ public struct ClusterTree: Sendable {
       distances.append(all[child])
     }
     if let last = distances.last, last > policy.reach {
-      return Route(path: .root, distances: [], avoided: avoided, isFar: true)
+      return MemoryRoute(path: .root, distances: [], avoided: avoided, isFar: true)
     }
-    return Route(path: path, distances: distances, avoided: avoided)
+    return MemoryRoute(path: path, distances: distances, avoided: avoided)
   }
 
   /// L2 distances from an embedding to the k children of a node, infinite where there is none.
@@ -114,7 +114,7 @@ public struct ClusterTree: Sendable {
         let start = (row * branching + child) * dimension
         var sum: Float = 0
         for index in 0..<dimension {
-          let difference = ScalarType.float32.load(bytes, start + index) - embedding[index]
+          let difference = StoredScalar.float32.load(bytes, start + index) - embedding[index]
           sum += difference * difference
         }
         return sum.squareRoot()

@@ -13,12 +13,12 @@ extension ClusterTree {
   /// That stands where none of the leaves has a passage, or all are blocked. A blocked leaf is passed over for the
   /// nearest passage of an open one, or, where the policy says `parent`, the text stops above what is blocked.
   func route(
-    _ embedding: [Float], byPassagesOf sources: BankSources, policy: BankPolicy, descent: Route
-  ) throws -> Route {
+    _ embedding: [Float], byPassagesOf sources: BankSources, policy: BankPolicy, descent: MemoryRoute
+  ) throws -> MemoryRoute {
     let near = try nearestPassages(to: embedding, in: sources)
     guard let nearest = near.first?.distance else { return descent }
     if nearest > policy.passageReach || (descent.isFar && policy.passageReach == .infinity) {
-      return Route(path: .root, distances: [], avoided: descent.avoided, isFar: true, passage: nearest)
+      return MemoryRoute(path: .root, distances: [], avoided: descent.avoided, isFar: true, passage: nearest)
     }
     var avoided: [NodePath] = []
     for (distance, leaf) in near {
@@ -69,8 +69,10 @@ extension ClusterTree {
     Array(found.sorted { ($0.distance, $0.node) < ($1.distance, $1.node) }.prefix(count))
   }
 
-  private func route(_ embedding: [Float], to path: NodePath, _ avoided: [NodePath], _ passage: Float) -> Route {
-    Route(path: path, distances: distances(from: embedding, along: path), avoided: avoided, passage: passage)
+  private func route(
+    _ embedding: [Float], to path: NodePath, _ avoided: [NodePath], _ passage: Float
+  ) -> MemoryRoute {
+    MemoryRoute(path: path, distances: distances(from: embedding, along: path), avoided: avoided, passage: passage)
   }
 }
 

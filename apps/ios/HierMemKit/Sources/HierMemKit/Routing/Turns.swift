@@ -7,7 +7,7 @@
 /// for the turns after it.
 
 /// A turn and its embedding.
-public struct Said: Equatable, Sendable {
+public struct EmbeddedText: Equatable, Sendable {
   public let text: String
   public let vector: [Float]
 
@@ -18,11 +18,11 @@ public struct Said: Equatable, Sendable {
 }
 
 /// What a conversation is about: its path, and how decided the turns were that put it there.
-public struct Topic: Equatable, Sendable {
+public struct ChatTopic: Equatable, Sendable {
   public let path: NodePath
   public let decided: Double
   /// The turn that led there; `nil` where that is not known.
-  public let question: Said?
+  public let question: EmbeddedText?
   /// The last turn, where it had nothing to do with the conversation.
   public let aside: [Float]?
 
@@ -33,7 +33,7 @@ public struct Topic: Equatable, Sendable {
   /// How much a distance from the path counts in that, beside a cosine.
   static let pull = 2.5
 
-  public init(path: NodePath, decided: Double, question: Said? = nil, aside: [Float]? = nil) {
+  public init(path: NodePath, decided: Double, question: EmbeddedText? = nil, aside: [Float]? = nil) {
     self.path = path
     self.decided = decided
     self.question = question
@@ -41,24 +41,24 @@ public struct Topic: Equatable, Sendable {
   }
 
   /// The topic after a turn that alone takes `path`; `nil` where the turn does not lead anywhere.
-  static func following(_ topic: Topic?, path: NodePath, decided: Double, question: Said) -> Topic? {
-    guard let topic else { return Topic(path: path, decided: decided, question: question) }
+  static func following(_ topic: ChatTopic?, path: NodePath, decided: Double, question: EmbeddedText) -> ChatTopic? {
+    guard let topic else { return ChatTopic(path: path, decided: decided, question: question) }
     if path == .root || decided <= hysteresis * topic.decided { return nil }
     let most = path == topic.path ? max(decided, topic.decided) : decided
-    return Topic(path: path, decided: most, question: question)
+    return ChatTopic(path: path, decided: most, question: question)
   }
 
-  func with(aside: [Float]?) -> Topic {
-    Topic(path: path, decided: decided, question: question, aside: aside)
+  func with(aside: [Float]?) -> ChatTopic {
+    ChatTopic(path: path, decided: decided, question: question, aside: aside)
   }
 }
 
 /// One routed turn.
-public struct Turn: Equatable, Sendable {
+public struct ChatTurn: Equatable, Sendable {
   /// Where the text goes if nothing holds it.
-  public let alone: Route
+  public let alone: MemoryRoute
   /// Where it goes: alone, along the conversation's path, or nowhere.
-  public let route: Route
+  public let route: MemoryRoute
   /// Whether it was held on the conversation's path.
   public let stayed: Bool
   /// By what share the text is nearer to the nearest child than to the second, summed over the path's levels.
@@ -68,7 +68,7 @@ public struct Turn: Equatable, Sendable {
   /// How much a turn that does not lead belongs to the conversation, where the bank has a reach.
   public let belongs: Double?
   /// The conversation's from here on.
-  public let topic: Topic
+  public let topic: ChatTopic
 
   public var path: NodePath { route.path }
 }
@@ -81,7 +81,7 @@ public protocol TextEmbedder: Sendable {
 
 /// Text → path. Keeps to `policy`: nodes that it blocks are never entered. With `sources`, the nearest of their
 /// passages says which leaf a text goes to.
-public struct Router: Sendable {
+public struct MemoryRouter: Sendable {
   public let tree: ClusterTree
   public let embedder: any TextEmbedder
   public let policy: BankPolicy
@@ -101,26 +101,26 @@ public struct Router: Sendable {
   /// A bank whose reach has no end has memory for every text: there each turn that does not lead stays.
   ///
   /// - Parameter blocked: nodes that are closed to this turn beside those of the policy.
-  public func turn(_ text: String, topic: Topic?, blocked: Set<NodePath> = []) async throws -> Turn {
+  public func turn(_ text: String, topic: ChatTopic?, blocked: Set<NodePath> = []) async throws -> ChatTurn {
     let policy = policy.blocking(blocked)
-    let said = Said(text, try await embedder.embed(text))
+    let said = EmbeddedText(text, try await embedder.embed(text))
     let alone = try route(said.vector, under: policy)
     let topic = topic.flatMap { $0.path != .root && policy.blocker(of: $0.path) == nil ? $0 : nil }
     let decided = tree.decidedness(of: said.vector, on: alone.path)
-    let needed = Topic.hysteresis * (topic?.decided ?? 0)
-    func turn(_ route: Route, stayed: Bool = false, belongs: Double? = nil, _ topic: Topic) -> Turn {
-      Turn(
+    let needed = ChatTopic.hysteresis * (topic?.decided ?? 0)
+    func turn(_ route: MemoryRoute, stayed: Bool = false, belongs: Double? = nil, _ topic: ChatTopic) -> ChatTurn {
+      ChatTurn(
         alone: alone, route: route, stayed: stayed, decided: decided, needed: needed, belongs: belongs, topic: topic)
     }
-    let after = Topic.following(topic, path: alone.path, decided: decided, question: said)
+    let after = ChatTopic.following(topic, path: alone.path, decided: decided, question: said)
     if let after { return turn(alone, after) }
     guard let topic else { preconditionFailure("a first turn leads") }
     let belongs = policy.hasReach ? try await belonging(said, topic) : nil
-    if let belongs, belongs <= Topic.belongs {
-      let nowhere = Route(path: .root, distances: [], avoided: alone.avoided, isFar: true)
+    if let belongs, belongs <= ChatTopic.belongs {
+      let nowhere = MemoryRoute(path: .root, distances: [], avoided: alone.avoided, isFar: true)
       return turn(nowhere, belongs: belongs, topic.with(aside: said.vector))
     }
-    let held = Route(
+    let held = MemoryRoute(
       path: topic.path, distances: tree.distances(from: said.vector, along: topic.path), avoided: alone.avoided,
       passage: alone.passage)
     return turn(held, stayed: topic.path != alone.path, belongs: belongs, topic.with(aside: nil))
@@ -132,7 +132,7 @@ public struct Router: Sendable {
   }
 
   /// Where an embedding goes if no conversation holds it.
-  private func route(_ embedding: [Float], under policy: BankPolicy) throws -> Route {
+  private func route(_ embedding: [Float], under policy: BankPolicy) throws -> MemoryRoute {
     let descent = try tree.route(embedding, policy: policy)
     guard let sources else { return descent }
     return try tree.route(embedding, byPassagesOf: sources, policy: policy, descent: descent)
@@ -140,14 +140,14 @@ public struct Router: Sendable {
 
   /// How much a turn belongs to a conversation: near to the question that chose the path, nearer than to an aside
   /// just before it; and asked behind that question it does not pull it away from the path.
-  private func belonging(_ said: Said, _ topic: Topic) async throws -> Double {
+  private func belonging(_ said: EmbeddedText, _ topic: ChatTopic) async throws -> Double {
     guard let question = topic.question else { return .infinity }
     let together = try await embedder.embed("\(question.text) \(said.text)")
     let away = topic.aside.map { max(0, dot(said.vector, $0)) } ?? 0
     let pull =
       tree.distances(from: together, along: topic.path).last!
       - tree.distances(from: question.vector, along: topic.path).last!
-    return dot(said.vector, question.vector) - away - Topic.pull * Double(pull)
+    return dot(said.vector, question.vector) - away - ChatTopic.pull * Double(pull)
   }
 }
 

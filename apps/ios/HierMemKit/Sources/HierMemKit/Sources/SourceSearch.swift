@@ -1,7 +1,7 @@
 import Foundation
 
 /// One sentence, and where it stands.
-public struct Source: Equatable, Sendable {
+public struct SourceSentence: Equatable, Sendable {
   public let document: String
   public let title: String
   /// Where its window begins: `page 3`, `line 12`; may be empty.
@@ -52,14 +52,14 @@ public struct SourceSearch: Sendable {
   /// The sentences of a leaf that say an answer, best first, one of a window; none of them may.
   ///
   /// Without an answer, the sentences that suit the question best, whatever their score.
-  public func find(in leaf: NodePath, question: String, answer: String = "") async throws -> [Source] {
+  public func find(in leaf: NodePath, question: String, answer: String = "") async throws -> [SourceSentence] {
     guard let windows = try sources.windows(of: leaf) else { return [] }
     let said = Sentences.of(answer).prefix(Self.claims).map { "\(question) \($0)" }
     var claims: [[Float]] = []
     for claim in said.isEmpty ? [question] : said { claims.append(try await embedder.embed(claim)) }
     let cosines = try claims.compactMap { try sources.cosines(of: $0, in: leaf) }
     let near = windows.indices.map { window in cosines.map { $0[window] }.max() ?? 0 }
-    var found: [Source] = []
+    var found: [SourceSentence] = []
     for number in order(near).prefix(Self.lookedInto) {
       found.append(try await best(of: windows[number], question, answer, claims))
     }
@@ -70,7 +70,7 @@ public struct SourceSearch: Sendable {
   /// The sentence of a window that says an answer best.
   private func best(
     of window: SourceWindow, _ question: String, _ answer: String, _ claims: [[Float]]
-  ) async throws -> Source {
+  ) async throws -> SourceSentence {
     let sentences = Sentences.of(window.text)
     let texts = sentences.isEmpty ? [window.text] : sentences
     var scores: [Double] = []
@@ -80,7 +80,7 @@ public struct SourceSearch: Sendable {
       scores.append(score(near: near, said: agreement(question, answer, "\(window.title) \(text)")))
     }
     let best = first(ofMost: scores)
-    return Source(
+    return SourceSentence(
       document: window.document, title: window.title, place: window.place, sentence: texts[best], score: scores[best])
   }
 }

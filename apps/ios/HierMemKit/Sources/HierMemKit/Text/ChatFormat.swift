@@ -1,12 +1,12 @@
 import Foundation
 
-/// Who speaks in a conversation.
-public enum Role: String, Codable, Sendable {
-  case system, user, assistant
-}
-
 /// One message of a conversation.
-public struct Message: Codable, Equatable, Sendable {
+public struct ChatMessage: Codable, Equatable, Sendable {
+  /// Who speaks.
+  public enum Role: String, Codable, Sendable {
+    case system, user, assistant
+  }
+
   public let role: Role
   public let content: String
 
@@ -55,12 +55,12 @@ public struct ChatFormat: Decodable, Equatable, Sendable {
   /// The prompt of a conversation, ready for the assistant's words.
   ///
   /// - Throws: ``HierMemError`` of kind `usage` where the template has no place for a message.
-  public func prompt(_ messages: [Message]) throws -> String {
+  public func prompt(_ messages: [ChatMessage]) throws -> String {
     try parts(messages).map(\.text).joined()
   }
 
   /// The same in parts, so that what is said can be told from the template's own marks.
-  public func parts(_ messages: [Message]) throws -> [Part] {
+  public func parts(_ messages: [ChatMessage]) throws -> [Part] {
     var parts: [Part] = []
     var before = "start"
     for message in messages {

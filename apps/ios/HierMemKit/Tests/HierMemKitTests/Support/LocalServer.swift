@@ -23,6 +23,7 @@ final class LocalServer: @unchecked Sendable {
   private var breaks: [Int] = []
   private var ignoringRanges = false
   private var appended = Data()
+  private var isHeld = false
 
   init(serving folder: URL) throws {
     self.folder = folder
@@ -57,6 +58,11 @@ final class LocalServer: @unchecked Sendable {
   /// From now on every file has more behind it.
   func append(_ data: Data) { lock.withLock { appended = data } }
 
+  /// From now on nothing is answered before `release`.
+  func hold() { lock.withLock { isHeld = true } }
+
+  func release() { lock.withLock { isHeld = false } }
+
   func stop() { shutdown(socket, Int32(SHUT_RDWR)) }
 
   private func serve() {
@@ -87,6 +93,7 @@ final class LocalServer: @unchecked Sendable {
       seen.append(Request(path: path, range: range))
       return response(path, range)
     }
+    while lock.withLock({ isHeld }) { usleep(1000) }
     send(connection, Data(header.utf8) + body)
   }
 

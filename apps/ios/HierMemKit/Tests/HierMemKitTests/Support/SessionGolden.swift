@@ -59,7 +59,7 @@ struct SessionGolden: Decodable {
   let worded: [String: [Float]]
   let found: [Found]
   /// What the questions of `found` are with their leaf's passage in front.
-  let prompts: [String]
+  let prompts: [[String]]
   let sentences: [Parted]
   /// Words that say nothing by themselves.
   let plain: [String]

@@ -1,14 +1,14 @@
 import Foundation
 
 /// SplitMix64: small, and the same numbers everywhere for the same seed.
-public struct SplitMix64: RandomNumberGenerator, Sendable {
+struct SplitMix64: RandomNumberGenerator, Sendable {
   private var state: UInt64
 
-  public init(seed: UInt64) {
+  init(seed: UInt64) {
     state = seed
   }
 
-  public mutating func next() -> UInt64 {
+  mutating func next() -> UInt64 {
     state &+= 0x9E37_79B9_7F4A_7C15
     var z = state
     z = (z ^ z >> 30) &* 0xBF58_476D_1CE4_E5B9
@@ -23,7 +23,7 @@ public struct SplitMix64: RandomNumberGenerator, Sendable {
 }
 
 /// Picks the next token from logits: the likeliest, or by chance among the likely.
-public struct Sampler: Sendable {
+public struct TokenSampler: Sendable {
   /// How a reply is sampled.
   public struct Settings: Equatable, Sendable {
     /// 0 always takes the likeliest token.
