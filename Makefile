@@ -32,10 +32,11 @@ OTHER = common banks material cpu_tricks labels learn_corpora learn_settings edi
 # What has a small form that takes seconds; the rest of benchmarks/ takes minutes however little is asked for.
 QUICK = fetch growth hidden_fetch swap decode minilm start
 
-# Hostile files, processes that die, disks that fill up: `make torture INPUTS=1000000 TRIALS=1000`. The default takes
-# a few minutes on a quiet machine.
+# Hostile files, processes that die, disks that fail: `make torture INPUTS=1000000 TRIALS=1000 KILLS=200`. The default
+# takes some ten minutes on a quiet machine.
 INPUTS ?= 10000
 TRIALS ?= 200
+KILLS ?= 3
 
 .PHONY: help setup demo test test-fast test-swift torture lint elements vital vital-large bench bench-quick
 
@@ -60,9 +61,11 @@ test-swift: setup  ## build and test the Swift package; on Debian, .ci/swift-roo
 	$(SWIFT) swiftc -parse $(CHAT)/*.swift
 	$(SWIFT) swiftc -typecheck -swift-version 6 -I .build/debug/Modules $(CHAT)/Assistant.swift
 
-torture: setup  ## hostile files, deaths and full disks (INPUTS and TRIALS set the scale)
+torture: setup  ## hostile files, deaths and failing disks (INPUTS, TRIALS and KILLS set the scale)
 	$(BIN)/python tests/torture/fuzz.py --inputs $(INPUTS)
 	$(BIN)/python tests/torture/processes.py --trials $(TRIALS)
+	$(BIN)/python tests/torture/kills.py --kills $(KILLS)
+	$(BIN)/python tests/torture/kills.py --kills $(KILLS) --how full read-only eio short
 
 lint: setup  ## check style, format, types, and the page of commands
 	$(BIN)/ruff check

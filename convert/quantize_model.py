@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import pathlib
-import shutil
 from collections.abc import Callable
 
-from mlx_hiermem.anchor import identify
-from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.quantize import LevelReport, quantize
 from mlx_hiermem.config import MemoryConfig
-from mlx_hiermem.convert.staging import ANCHOR, BANK, SOURCE, partial_folder
-from mlx_hiermem.errors import OutputError
+from mlx_hiermem.convert.rewrite import rewrite
 
 
 def quantize_model(
@@ -21,21 +17,8 @@ def quantize_model(
     resume: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[LevelReport]:
-    """Writes the model folder `out`: a copy of the anchor, and the bank as `config` (see `design`) has it.
+    """Writes the model folder `out` with the bank as `config` (see `design`) has it.
 
-    Arguments, errors and what is returned as for `bank.quantize.quantize`; AnchorMismatchError too, where the
-    anchor is not the bank's.
+    Arguments, errors and what is returned as for `bank.quantize.quantize`, and errors as for `rewrite`.
     """
-    bank = MemoryBank.open(model / BANK)
-    bank.manifest.check_anchor(identify(model / ANCHOR))
-    if out.exists():
-        raise OutputError(f"{out} exists already", "Choose another folder, or remove it first.")
-    with partial_folder(out, resume) as partial:
-        for left in (partial / ANCHOR, partial / BANK):  # of a run that was interrupted before or after the blocks
-            shutil.rmtree(left, ignore_errors=True)
-        (partial / ANCHOR).mkdir()
-        for file in (*(model / ANCHOR).iterdir(), model / SOURCE):
-            if file.is_file():
-                shutil.copyfile(file, partial / file.relative_to(model))  # a read-only model makes no read-only one
-        reports = quantize(bank, partial / BANK, config, resume, progress)
-    return reports
+    return rewrite(model, out, lambda bank, folder: quantize(bank, folder, config, resume, progress), resume)

@@ -12,7 +12,8 @@ import shutil
 from collections.abc import Iterator
 
 from mlx_hiermem.errors import OutputError
-from mlx_hiermem.files import partial_name, reason, replace_folder
+from mlx_hiermem.files import partial_name, reason, replace_folder, writing
+from mlx_hiermem.locks import locked
 
 ANCHOR, BANK, SOURCE = "anchor", "bank", "source.json"
 
@@ -24,17 +25,34 @@ def partial_folder(
     """OUT.partial, which becomes OUT; an old model there goes only once the new one is whole.
 
     It stays where the run was interrupted, or ran out of space with `resume`; after other errors, and without
-    `keep`, it goes.
+    `keep`, it goes. Raises OutputError where another process is writing it.
     """
     partial = partial_name(out.absolute())
-    if partial.exists() and overwrite and not resume:
-        shutil.rmtree(partial)
     continued = partial.exists()
-    if continued and not resume:
-        raise OutputError(f"an interrupted run left {partial}", "Continue with --resume, or remove that folder.")
-    try:
+    with writing(partial):
         partial.mkdir(parents=True, exist_ok=True)
-        yield partial
+    with locked(partial, "writing"):
+        if continued and overwrite and not resume:
+            _clear(partial)
+            continued = False
+        if continued and not resume:
+            hint = "Continue with --resume, or remove that folder."
+            raise OutputError(f"an interrupted run left {partial}", hint)
+        with _named(partial, out, continued, resume, keep):
+            yield partial
+
+
+def _clear(folder: pathlib.Path) -> None:
+    with writing(folder):
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextlib.contextmanager
+def _named(partial: pathlib.Path, out: pathlib.Path, continued: bool, resume: bool, keep: bool) -> Iterator[None]:
+    """Gives `partial` its name at the end of the block, or clears it away."""
+    try:
+        yield
         if (out / ANCHOR).is_dir():
             replace_folder(partial, out)
         else:

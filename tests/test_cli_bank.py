@@ -21,10 +21,23 @@ from mlx_hiermem.bank.remote import Origin
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import HierMemError
 from mlx_hiermem.evaluate.questions import read_questions
-from mlx_hiermem.files import locked
 from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter
+from mlx_hiermem.locks import locked
 
-COMMANDS = ("ls", "show", "verify", "repair", "block", "unblock", "remove", "add", "add-block", "merge", "quantize")
+COMMANDS = (
+    "ls",
+    "show",
+    "verify",
+    "repair",
+    "block",
+    "unblock",
+    "remove",
+    "add",
+    "add-block",
+    "merge",
+    "quantize",
+    "export",
+)
 
 
 @dataclass(frozen=True)

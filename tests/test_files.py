@@ -7,8 +7,6 @@ import hashlib
 import os
 import pathlib
 import shutil
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -16,7 +14,6 @@ import pytest
 from mlx_hiermem.errors import CheckpointError, FileError, OutputError
 from mlx_hiermem.files import (
     file_digest,
-    locked,
     new_file,
     new_folder,
     partial_name,
@@ -157,26 +154,6 @@ def test_a_folder_that_was_put_aside_comes_back(tmp_path: pathlib.Path) -> None:
     restore_folder(tmp_path / "model")
     restore_folder(tmp_path / "model")
     assert names(tmp_path) == ["model"]
-
-
-def test_one_process_at_a_time(tmp_path: pathlib.Path) -> None:
-    script = f"""
-import pathlib
-from mlx_hiermem.files import locked
-with locked(pathlib.Path({str(tmp_path)!r}), "writing"):
-    print("held")
-"""
-
-    def other() -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
-
-    with locked(tmp_path, "pulling into"):
-        assert f"OutputError: another process is writing {tmp_path}. Wait for it to end." in other().stderr
-        with pytest.raises(OutputError, match="another process is pulling into"), locked(tmp_path, "pulling into"):
-            pass
-    assert other().stdout == "held\n"
-    with pytest.raises(BlockingIOError), locked(tmp_path, "writing"):
-        raise BlockingIOError  # the block's own
 
 
 def test_reading_names_the_file(tmp_path: pathlib.Path) -> None:

@@ -28,6 +28,7 @@ ORDER = [
     "memory_choice",
     "sentences",
     "assets",
+    "locks",
     "tree",
     "bank",
     "embedder",
@@ -60,6 +61,7 @@ ORDER += [
 ORDER += ["convert", "apps"]
 # Writing needs no cache; `verify` reads through it, to check what a model would be given.
 CONVERT_MAY_IMPORT = {
+    "locks",
     "progress",
     "errors",
     "files",

@@ -14,7 +14,7 @@ import pytest
 from mlx_hiermem.learn.ranks import Ranks, help_make_parts, make_parts
 
 COUNT = 12
-HOLD = "from mlx_hiermem.files import try_lock; import pathlib, sys, time\n"
+HOLD = "from mlx_hiermem.locks import try_lock; import pathlib, sys, time\n"
 HOLD += "with try_lock(pathlib.Path(sys.argv[1])) as free: print(free, flush=True); time.sleep(600)\n"
 
 

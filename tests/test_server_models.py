@@ -191,8 +191,27 @@ def test_banks_come_and_go(two: Running, other: pathlib.Path, monkeypatch: pytes
     assert complete(two.client, "third:0.1").choices[0].text == said
 
 
+def test_what_can_be_loaded_is_listed(
+    two: Running, folder: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models and banks beside those that are served, and those that came from the hub; no other folder."""
+    monkeypatch.setenv("HIERMEM_CACHE", str(tmp_path / "cache"))
+    pulled = tmp_path / "cache" / "models" / "me" / "pulled"
+    (pulled / "anchor").mkdir(parents=True)
+    for name in ("third/anchor", "pictures", ".hidden/anchor"):
+        (tmp_path / name).mkdir(parents=True)
+    status, answer = two.json("GET", "/v1/banks")
+    assert (status, answer["allow_loading"]) == (200, True)
+    blocks = [len(model.bank.manifest.blocks) for model in two.engine.models.values() if model.bank]
+    assert [row["name"] for row in answer["data"]] == ["first", "second"]
+    assert [row["blocks"] for row in answer["data"]] == blocks
+    assert [row["path"] for row in answer["found"]] == [str(pulled), str(tmp_path / "third")]
+
+
 def test_banks_are_loaded_only_where_that_is_allowed(folder: pathlib.Path) -> None:
     with serving(lambda: tiny_model(folder)) as running:
+        answer = running.json("GET", "/v1/banks")[1]
+        assert (answer["allow_loading"], answer["found"]) == (False, [])
         assert running.json("POST", "/v1/banks/load", {"name": "x", "path": str(folder)})[0] == 404
 
 

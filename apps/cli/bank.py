@@ -211,6 +211,7 @@ for command in (
     bank_add.add_block,
     bank_copy.merge,
     bank_copy.quantize,
+    bank_copy.export,
     bank_hub.push,
     bank_hub.pull,
 ):

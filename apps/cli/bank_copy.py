@@ -1,4 +1,4 @@
-"""The commands of `hiermem bank` that write another bank: two made one, and one in fewer bits."""
+"""The commands of `hiermem bank` that write another bank: of two, in fewer bits, or without a part."""
 
 from __future__ import annotations
 
@@ -79,6 +79,55 @@ def quantize(
         return
     _print(reports, next(level.group_size for level in config.quantization if level))
     console.print(f"written  {out}", markup=False, soft_wrap=True)
+
+
+def export(
+    words: list[str] = typer.Argument(
+        ..., metavar="[MODEL] OUT", help="OUT: folder to make, a model where MODEL is one, else a bank."
+    ),
+    model: str = models.MODEL,
+    without: list[str] = typer.Option(
+        ..., help="A subtree: a path such as 2.1, or a word of a label. May be given several times."
+    ),
+    sources: bool = typer.Option(True, "--sources/--no-sources", help="With the texts of the leaves that stay."),
+    resume: bool = typer.Option(False, "--resume", help="Go on after an interruption."),
+    as_json: bool = typer.Option(False, "--json", help="Print the receipt as JSON instead of text."),
+) -> None:
+    """Write a copy to share, without some subtrees, and a receipt of what is not in it.
+
+    The receipt is `without.json` in the bank; `hiermem bank verify` of the copy checks it. The texts that `hiermem
+    learn` keeps to learn on stay behind.
+
+    Example: `hiermem bank export my-model to-share --without 3.1`
+    """
+    from mlx_hiermem.bank.without import export as write
+    from mlx_hiermem.convert.rewrite import rewrite
+    from mlx_hiermem.share.pull import find
+
+    name, target = models.last_word(words, model, "OUT")
+    folder, bank, out = models.folder_of(name), models.open_bank(name), pathlib.Path(target)
+    nodes = find(bank.manifest, without)
+    with progress_bar("copying", show=not as_json) as progress:
+        if (folder / "anchor").is_dir():
+            receipt = rewrite(
+                folder, out, lambda bank, out: write(bank, out, nodes, sources, resume, progress), resume
+            )
+        else:
+            receipt = write(bank, out, nodes, sources, resume, progress)
+    if as_json:
+        console.print_json(json.dumps(receipt.to_json()))
+        return
+    left, texts = size(sum(block.bytes for block in receipt.blocks)), several(receipt.windows, "window")
+    console.print(
+        f"left out {', '.join(receipt.nodes)}: {several(len(receipt.blocks), 'block')}, {left}, {texts}",
+        markup=False,
+    )
+    console.print(f"written  {out}", markup=False, soft_wrap=True)
+    console.print(
+        f"These have seen the same texts, and may hold something of them: {', '.join(receipt.may_retain)}.",
+        style="dim",
+        markup=False,
+    )
 
 
 def _parse(bits: str) -> list[int]:

@@ -50,7 +50,9 @@ def remove(
     asks = not yes and sys.stdin.isatty()
     if not (asks or yes or model or name in words):
         raise typer.BadParameter("name the model, or give --yes: nobody can be asked here", param_hint="--model")
-    folder, bank, nodes = models.folder_of(name), models.open_bank(name), parse_paths(paths)
+    folder = models.folder_of(name)
+    begun = _begun(folder)
+    bank, nodes = models.open_bank(name), [node for node in parse_paths(paths) if node not in begun]
     if interrupted(bank.root) is None:  # else repeating what was interrupted is fine
         bank.tree.check(nodes)
     questions = read_questions(probe) if probe else []
@@ -59,7 +61,7 @@ def remove(
     if asks:
         typer.confirm(f"Delete {several(len(going), 'block')}, {amount}, from {bank.root}?", abort=True)
     before = _ask(folder, questions, max_tokens, "before")
-    removed = edit.remove(bank.root, nodes)
+    removed = edit.remove(bank.root, nodes) if nodes else edit.Removed((), 0)
     forgotten = _forget(bank.root)
     after = _ask(folder, questions, max_tokens, "after")
     left = MemoryBank.open(bank.root).manifest
@@ -122,6 +124,19 @@ def _print_probe(questions: list[Question], before: list[str], after: list[str])
     console.print(table)
     right = [sum(q.is_right(a) for q, a in zip(questions, replies, strict=True)) for replies in (before, after)]
     console.print(f"right    {right[0]} of {len(questions)} before, {right[1]} after", markup=False)
+
+
+def _begun(folder: pathlib.Path) -> list[Path]:
+    """The nodes that a removal took before it was killed; `open_bank` completes it."""
+    from mlx_hiermem.bank.commit import FORGET
+    from mlx_hiermem.errors import HierMemError
+    from mlx_hiermem.files import read_json
+
+    root = folder / "bank" if (folder / "bank").is_dir() else folder
+    try:
+        return parse_paths(read_json(root / FORGET))
+    except (HierMemError, TypeError, AttributeError):
+        return []
 
 
 def _forget(root: pathlib.Path) -> int:

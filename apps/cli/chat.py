@@ -94,7 +94,7 @@ def talk(session: Session, header: str = "", shelf: Shelf | None = None, plain: 
     from mlx_hiermem.errors import HierMemError
 
     read = keyboard.reader(lambda: status_line(session, console.width), slash.names(), _draft(session))
-    well = True
+    well, away = True, session.is_away
     if sys.stdin.isatty():
         for line in filter(None, (header, WELCOME)):
             (console if console.is_terminal else notes).print(line, style="dim", markup=False, soft_wrap=True)
@@ -113,6 +113,9 @@ def talk(session: Session, header: str = "", shelf: Shelf | None = None, plain: 
             well = False
         except KeyboardInterrupt:
             console.print("[stopped]", style="dim", markup=False)
+        if away != session.is_away:
+            away = session.is_away
+            _tell_of_drive(session)
     return well
 
 
@@ -189,6 +192,15 @@ def _reply(session: Session, text: str, plain: bool) -> None:
     if session.last and not terminal:
         figures = f"{session.prefilled} tokens prefilled · {session.last.generation_tps:.1f} tokens/s"
         notes.print(figures, style="dim")
+
+
+def _tell_of_drive(session: Session) -> None:
+    """That the bank's drive is gone, or is back."""
+    where = session.model.bank.root if session.model.bank else ""
+    line = f"the bank is back: {where}"
+    if session.is_away:
+        line = f"the bank {where} cannot be reached; the chat goes on with the memory that is here"
+    notes.print(printable(f"hiermem: {line}"), style="yellow", markup=False, soft_wrap=True)
 
 
 def _name_source(session: Session, terminal: bool) -> None:

@@ -17,6 +17,7 @@ from starlette.responses import FileResponse, JSONResponse
 from starlette.staticfiles import StaticFiles
 
 from mlx_hiermem.apps.server import learning, memory
+from mlx_hiermem.apps.server.banks import banks
 from mlx_hiermem.apps.server.catalogue import Catalogue
 from mlx_hiermem.apps.server.embeddings import embed
 from mlx_hiermem.apps.server.engine import Engine
@@ -72,8 +73,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     app.add_middleware(Counting, metrics)
     _add_openai(app, Service(engine, metrics, settings.any_model, settings.timeout, settings.defaults))
     _add_memory(app, engine, settings)
-    if settings.allow_loading:
-        _add_banks(app, engine, settings)
+    _add_banks(app, engine, settings)
     _add_others(app, engine, metrics, settings)
     _add_errors(app)
     return app
@@ -157,6 +157,13 @@ def _add_memory(app: FastAPI, engine: Engine, settings: Settings) -> None:
 
 def _add_banks(app: FastAPI, engine: Engine, settings: Settings) -> None:
     """In the manner of vLLM's load_lora_adapter."""
+
+    @app.get("/v1/banks")
+    def listed() -> dict[str, Any]:  # it looks for files: on a thread of its own
+        return banks(engine.models, settings.allow_loading)
+
+    if not settings.allow_loading:
+        return
 
     @app.post("/v1/banks/load")
     async def load_bank(asked: LoadRequest) -> dict[str, Any]:

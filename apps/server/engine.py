@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import pathlib
 import queue
 import threading
 import time
@@ -47,6 +48,7 @@ class Engine:
         self.models: dict[str, MemoryModel] = {}
         self._batches: dict[int, MemoryBatch] = {}  # by the anchor's id
         self._rate = 0.0
+        self._away: set[pathlib.Path] = set()  # banks that cannot be reached
         self.failure: BaseException | None = None  # what ended the thread
         self._load = load
         self._open: set[Job] = set()  # the event loop's: submitted, and not ended yet
@@ -280,7 +282,15 @@ class Engine:
                 self._post(job, unexpected(error))
             else:
                 self._running[batch, uid] = job
+                self._tell_of_drive(job.model)
                 self._post(job, Started(selection.to_json(), batch.cached_tokens(uid)))
+
+    def _tell_of_drive(self, model: MemoryModel) -> None:
+        """Logs, once, that a bank cannot be reached, and that it is back."""
+        away = bool(model.cache and model.cache.away)
+        if model.bank and away != (model.bank.root in self._away):
+            log.warning("%s %s", model.bank, "cannot be reached: goes on with its cache" if away else "is back")
+            self._away ^= {model.bank.root}
 
     def _step(self) -> None:
         if not self._running:

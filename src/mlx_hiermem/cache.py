@@ -3,6 +3,7 @@
 Blocks of the pinned levels (level 1: few, and part of every path) leave only when nothing else is left to
 evict. A block is read from disk when a path first needs it and never before. Whoever knows a path early can have
 its files read ahead (`prefetch`), into the system's page cache, where no array has to be made on another thread.
+Where the bank's drive is gone, paths go on with the blocks that are here.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.block import FetchedMemory, MemoryBlock, block_name
 from mlx_hiermem.config import GENERIC_NODE, Path
+from mlx_hiermem.errors import BankError
 
 
 @dataclass
@@ -60,6 +62,7 @@ class BlockCache:
         self._lock = threading.Lock()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")  # started when it is first needed
         self.bytes = 0  # of all cached blocks
+        self.away = False  # the bank cannot be reached: what was asked for last could not all be read
 
     @property
     def blocks(self) -> int:
@@ -78,7 +81,10 @@ class BlockCache:
                 self.bytes += block.nbytes
 
     def fetch(self, path: Path) -> Fetch:
-        """Joins the blocks of a path, reading those that are not cached."""
+        """Joins the blocks of a path, reading those that are not cached.
+
+        Raises BankError where one cannot be read; but where the whole bank cannot be reached, it is left out.
+        """
         return self._fetch(tuple(self.bank.nodes_on(path)))
 
     def fetch_generic(self) -> Fetch:
@@ -88,17 +94,27 @@ class BlockCache:
     def prefetch(self, path: Path) -> Future[None] | None:
         """Has the files of a path's blocks read ahead on a thread; None where all are here, or on the hub."""
         nodes = [node for node in self.bank.nodes_on(path) if node not in self]
-        files = [file for file in (self.bank.root / block_name(node) for node in nodes) if file.is_file()]
+        files = [file for file in (self.bank.root / block_name(node) for node in nodes) if os.path.isfile(file)]
         return self._reader.submit(read_ahead, files) if files else None
 
     def _fetch(self, nodes: tuple[Path, ...]) -> Fetch:
         with self._lock:
             before = (self.stats.bytes_read, self.stats.hits)
-            blocks = [self._get(node) for node in nodes]
+            found = {node: block for node in nodes if (block := self._try(node)) is not None}
+            nodes, blocks = tuple(found), list(found.values())
             self._evict(keep=nodes)
             bytes_read, hits = self.stats.bytes_read - before[0], self.stats.hits - before[1]
         memory = FetchedMemory.join(self.bank.config, blocks) if blocks else None
         return Fetch(memory, nodes, bytes_read, hits)
+
+    def _try(self, node: Path) -> MemoryBlock | None:
+        try:
+            return self._get(node)
+        except BankError:
+            if not self.bank.is_away:
+                raise
+            self.away = True
+            return None
 
     def _get(self, node: Path) -> MemoryBlock:
         if node in self._blocks:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -163,39 +162,6 @@ def to_disk(root: pathlib.Path) -> None:
         for folder, _, files in os.walk(root):
             for name in (*files, "."):
                 fsync(pathlib.Path(folder, name))
-
-
-@contextlib.contextmanager
-def locked(folder: pathlib.Path, doing: str) -> Iterator[None]:
-    """Holds a folder for this process. Raises OutputError where another one holds it: "is {doing} {folder}".
-
-    The system lets go of the lock when the process ends, however it ends.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(f"another process is {doing} {folder}", "Wait for it to end.") from error
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def try_lock(file: pathlib.Path) -> Iterator[bool]:
-    """Tells whether this process has a file's lock now, and lets go of it in the end. The file is made."""
-    with writing(file):
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        free = True
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            free = False
-        yield free
-    finally:
-        os.close(descriptor)
 
 
 # Reading

@@ -103,7 +103,10 @@ class MemoryModel:
         What is attached stays until the next `select`. Raises BankError where the bank cannot be opened, or is
         one for another anchor or of another design now; this model is then unchanged.
         """
-        if self.bank is None or self.cache is None or not self.bank.is_edited:
+        if self.bank is None or self.cache is None:
+            return False
+        self.cache.away &= self.bank.is_away
+        if not self.bank.is_edited:
             return False
         bank = MemoryBank.open(self.bank.root, self.bank.verify)
         bank.manifest.check_anchor(self.bank.manifest.anchor)
@@ -162,6 +165,8 @@ class MemoryModel:
             route = Route(wanted.path)
         labels = tuple(bank.manifest.label(node) for node in route.path.prefixes())
         search = self.search if wanted.has_passage else None
+        if search and self.cache and bank.is_away:
+            self.cache.away, search = True, None
         return Selection(wanted, route, labels, search.passage(route.path, asked(text, route)) if search else None)
 
     def bank_for(self, wanted: MemoryChoice) -> MemoryBank:
@@ -188,9 +193,9 @@ class MemoryModel:
         return self.sources_of(chosen, question, answer) or ()
 
     def sources_of(self, chosen: Selection, text: Text, answer: str) -> tuple[Source, ...] | None:
-        """What says an answer that came with a memory; None where there is nothing to look through."""
+        """What says an answer that came with a memory; None where nothing is there to look through."""
         search = self.search
-        if not chosen.path or search is None:
+        if not chosen.path or search is None or (self.bank and self.bank.is_away):
             return None
         return search.find(chosen.path, asked(text, chosen.route), answer)
 

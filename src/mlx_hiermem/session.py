@@ -100,6 +100,11 @@ class Session:
         return self.model.context
 
     @property
+    def is_away(self) -> bool:
+        """Whether the last question had to do without blocks of a bank that cannot be reached."""
+        return bool(self.model.cache and self.model.cache.away)
+
+    @property
     def kv_tokens(self) -> int:
         """Tokens in the KV cache."""
         return max((cache.offset for cache in self._cache if hasattr(cache, "offset")), default=0)

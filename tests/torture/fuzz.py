@@ -2,7 +2,7 @@
 
     python tests/torture/fuzz.py --inputs 10000            # all readers, spread over them
     python tests/torture/fuzz.py --inputs 500 --only gguf --seed 7
-    python tests/torture/fuzz.py --guided manifest --seconds 60      # coverage-guided (pip install atheris)
+    python tests/torture/fuzz.py --guided manifest --seconds 60      # coverage-guided (pip install -e '.[fuzz]')
 
 An input fails where the reader raises anything but a HierMemError, takes more than SECONDS, makes the process grow
 by more than GROWTH bytes and four times the file, or ends the process. Failures are kept in tests/torture/seeds/,

@@ -18,7 +18,6 @@ import pathlib
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,6 +33,7 @@ sys.path[:0] = [str(HERE.parent)]
 
 import numpy as np  # noqa: E402
 from tiny import CONFIG, make_bank, make_model  # noqa: E402
+from torture.disk import fails, with_a_disk_that_fails  # noqa: E402
 
 from mlx_hiermem.bank import commit, edit, merge, quantize  # noqa: E402
 from mlx_hiermem.bank.bank import MemoryBank  # noqa: E402
@@ -219,7 +219,7 @@ def trial(
     with tempfile.TemporaryDirectory(dir=start.parent) as folder:
         work = pathlib.Path(shutil.copytree(start, pathlib.Path(folder) / "work"))
         how = rng.choice(("change", "moment", "full"))
-        if how == "full" and "torture" not in os.environ.get("LD_PRELOAD", ""):
+        if how == "full" and not fails():
             how = "change"
         match how:
             case "change":
@@ -233,26 +233,13 @@ def trial(
     return f"{what}|{wrong}"
 
 
-def with_a_disk_that_fills() -> None:
-    """Starts this program again with full.c before the C library, where there is a compiler."""
-    if (
-        "torture" in os.environ.get("LD_PRELOAD", "")
-        or not shutil.which("cc")
-        or not sys.platform.startswith("linux")
-    ):
-        return
-    library = pathlib.Path(tempfile.mkdtemp(prefix="torture-")) / "full.so"
-    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, HERE / "full.c", "-ldl"], check=True)
-    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"LD_PRELOAD": str(library)})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, help="figures as JSON")
     asked = parser.parse_args()
-    with_a_disk_that_fills()
+    with_a_disk_that_fails()
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     rng, figures, failed = random.Random(asked.seed), dict[str, Any](), 0
     with tempfile.TemporaryDirectory(prefix="torture-") as folder:

@@ -1,6 +1,7 @@
 // The page of `hiermem serve`: brings conversations, picture, menus and meters together.
 
 import { ask } from "./api.js";
+import { Banks } from "./banks.js";
 import { Chat } from "./chat.js";
 import { Chats } from "./chats.js";
 import { Choice } from "./choice.js";
@@ -51,6 +52,11 @@ const chat = new Chat(by("log"), { request, memories, waiting }, {
 const learning = new Learning(by("open-learning"), by("learning"), {
   say: (words) => (by("say").textContent = words),
   loaded: (name) => takeModel(name),
+});
+const banks = new Banks(by("open-banks"), by("banks"), {
+  say: (words) => (by("say").textContent = words),
+  loaded: (name) => takeModel(name),
+  gone: (name) => (name === watch.model ? takeModel("") : watch.renew()),
 });
 // What each choice does, in a sentence.
 const MEANING = {
@@ -139,6 +145,7 @@ function showChoice() {
 }
 
 function showModels(names, chosen) {
+  banks.look().catch(() => {}); // whether any can be loaded; the dialog says what is wrong
   by("models").replaceChildren(...names.map((name) => new Option(name, name, false, name === chosen)));
   by("models").hidden = names.length < 2;
   by("model").hidden = names.length > 1;

@@ -19,6 +19,12 @@ export class Watch {
     this.connected = false;
   }
 
+  /** Other models have come or gone: all is asked anew. */
+  renew() {
+    this.connected = false;
+    return this.look();
+  }
+
   async look() {
     try {
       if (!this.connected) await this.open();

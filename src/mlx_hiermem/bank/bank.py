@@ -57,6 +57,11 @@ class MemoryBank:
         return now != self.stamp and now[0] is not None
 
     @property
+    def is_away(self) -> bool:
+        """Whether the bank that was opened cannot be reached: its drive was unplugged, its folder moved."""
+        return _stamp(self.root)[0] is None
+
+    @property
     def key(self) -> str:
         """Stands for what the blocks held when the bank was opened."""
         return f"{self.root}@{self.stamp[0]}"
@@ -108,7 +113,7 @@ class MemoryBank:
         """Of a node's block: `blocked` (itself or above), `on disk`, `remote` (on the hub), or `missing`."""
         if self.policy.blocker(node):
             return "blocked"
-        if (self.root / block_name(node)).is_file():
+        if os.path.isfile(self.root / block_name(node)):  # false, too, where the disk fails
             return "on disk"
         return "remote" if self.remote else "missing"
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from mlx_hiermem.bank.bank import TREE, MemoryBank
 from mlx_hiermem.bank.block import block_name
 from mlx_hiermem.bank.commit import interrupted
+from mlx_hiermem.bank.receipt import absent
 from mlx_hiermem.bank.sources import WINDOWS_FILE
 from mlx_hiermem.errors import BankError
 from mlx_hiermem.files import file_digest
@@ -35,6 +36,10 @@ def beside_the_digests(bank: MemoryBank) -> Iterator[str]:
         for node in bank.manifest.blocks:
             if not bank.tree.has(node):
                 yield f"block {node} has no node in the tree"
+    try:
+        yield from absent(bank)
+    except BankError as error:
+        yield error.what
     if bank.manifest.sources is None and (bank.root / WINDOWS_FILE).exists():
         yield f"{WINDOWS_FILE} is not in the manifest"
     known = {block_name(node) for node in bank.manifest.blocks}

@@ -28,7 +28,8 @@ from mlx_hiermem.bank.block import block_name
 from mlx_hiermem.bank.policy import POLICY
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import BankError, HierMemError, OutputError
-from mlx_hiermem.files import fsync, locked, parse_json, reason
+from mlx_hiermem.files import fsync, parse_json, reason
+from mlx_hiermem.locks import locked
 
 STAGING = f"{EDIT}.partial"
 GONE = "gone.json"  # in the edit's folder: the nodes that are removed, each with all below it

@@ -21,7 +21,7 @@ from typing import Any
 from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
 from mlx_hiermem.config import GENERIC_NODE, Path
 from mlx_hiermem.errors import BankError, HubError
-from mlx_hiermem.files import read_json, write_json
+from mlx_hiermem.files import read_json, reason, write_json
 
 REMOTE = "remote.json"
 FETCHED = "fetched.txt"  # a line for each block that was fetched on first use: sha256 and name
@@ -115,10 +115,13 @@ class RemoteTier:
         Raises BankError where it is not here and cannot be had, or was removed since the bank was opened.
         """
         file = self.bank / name
-        if file.is_file():
+        if os.path.isfile(file):
             self._touch(name)
             return
-        entry = self._entry(node)
+        try:
+            entry = self._entry(node)
+        except OSError as error:
+            raise BankError(f"cannot read {self.bank}: {reason(error)}", "Is its drive there?") from error
         if entry is None:
             raise BankError(f"the bank has no {_called(node)} any more", "It was removed; open the bank again.")
         try:

@@ -25,7 +25,8 @@ from mlx_hiermem.bank.block import write_block
 from mlx_hiermem.bank.manifest import BankManifest, FileEntry, SourcesEntry
 from mlx_hiermem.bank.sources import LeafSources, write_sources
 from mlx_hiermem.errors import BankError, OutputError
-from mlx_hiermem.files import DISK_FULL, file_digest, fsync, locked, parse_json, partial_name, reason, to_disk
+from mlx_hiermem.files import DISK_FULL, file_digest, fsync, parse_json, partial_name, reason, to_disk
+from mlx_hiermem.locks import locked
 from mlx_hiermem.tree import ClusterTree
 
 JOURNAL = "journal.jsonl"
@@ -47,15 +48,14 @@ class BankWriter:
         self._mutex = threading.Lock()
         if out.exists():
             raise OutputError(f"{out} exists already", "Choose another folder, or remove it first.")
-        if self.partial.exists() and not resume:
-            raise OutputError(
-                f"an interrupted run left {self.partial}", "Continue it with --resume, or remove that folder."
-            )
         fresh = not self.partial.exists()
         with ExitStack() as stack:
             try:
                 self.partial.mkdir(exist_ok=True)
                 stack.enter_context(locked(self.partial, "writing"))
+                if not (fresh or resume):
+                    hint = "Continue it with --resume, or remove that folder."
+                    raise OutputError(f"an interrupted run left {self.partial}", hint)
                 # Unbuffered: closing it must not write once more what a full disk did not take.
                 self._journal = stack.enter_context((self.partial / JOURNAL).open("ab+", buffering=0))
                 self._read_journal(fingerprint)

@@ -6,6 +6,7 @@ are asked is not among it, so more of them add to those that are there.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -16,6 +17,7 @@ from typing import Any
 from mlx_hiermem.errors import OutputError, TaskError
 from mlx_hiermem.evaluate.statistics import Figure, Row, figure
 from mlx_hiermem.files import parse_json
+from mlx_hiermem.locks import locked
 
 FORMAT, VERSION = "mlx-hiermem-eval", 1
 MEMORIES = ("none", "generic", "fetched", "source", "fetched+source", "oracle", "blocked")  # see `routes`
@@ -95,20 +97,34 @@ class Run:
 
 
 class ResultFile:
-    """One run's file; `done` has the rows by the ids of their examples."""
+    """One run's file; `done` has the rows by the ids of their examples. This process alone has it until `close`."""
 
     def __init__(self, file: pathlib.Path, head: dict[str, Any]) -> None:
-        """Raises OutputError where it cannot be written."""
+        """Raises OutputError where it cannot be written, or another process writes it."""
         self.file, self.head, self.done = file, head, dict[str, Row]()
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            if file.is_file():
+        with contextlib.ExitStack() as stack:
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.touch()
+                stack.enter_context(locked(file, "writing results to"))
                 self._cut_torn_line()
-            if not file.is_file() or not file.stat().st_size:
-                self._append([head])
-            self.done = {row["id"]: row for row in _read(file)[1:]}
-        except OSError as error:
-            raise OutputError(f"cannot write {file}: {error.strerror or error}", "Name another --out.") from error
+                if not file.stat().st_size:
+                    self._append([head])
+                self.done = rows_in(file)
+            except OSError as error:
+                why = error.strerror or error
+                raise OutputError(f"cannot write {file}: {why}", "Name another --out.") from error
+            self._held = stack.pop_all()
+
+    def __enter__(self) -> ResultFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets other processes write it."""
+        self._held.close()
 
     def add(self, rows: Sequence[Row]) -> None:
         """Raises OutputError where the disk is full; what was written before stays."""
@@ -134,10 +150,17 @@ class ResultFile:
             os.truncate(self.file, data.rfind(b"\n") + 1)
 
 
+def rows_in(file: pathlib.Path) -> dict[str, Row]:
+    """The rows by the ids of their examples. Raises TaskError as `read_runs`."""
+    return {row["id"]: row for row in _read(file)[1:]}
+
+
 def _read(file: pathlib.Path) -> list[dict[str, Any]]:
-    """The head and the rows. Raises TaskError where the file is of another kind."""
+    """The head and the rows; a line that is being written does not count. Raises TaskError where the file is of
+    another kind."""
     try:
-        rows = [parse_json(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        text = file.read_text(encoding="utf-8")
+        rows = [parse_json(line) for line in text[: text.rfind("\n") + 1].split("\n")[:-1]]
         if (rows[0]["format"], rows[0]["version"]) != (FORMAT, VERSION):
             raise ValueError("it is of another version")
         _ = Run(rows[0], rows[1:]).memory  # by which runs are sorted

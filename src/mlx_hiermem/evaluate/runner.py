@@ -26,7 +26,7 @@ from mlx_hiermem.evaluate.answers import is_decided, rule_for
 from mlx_hiermem.evaluate.encoding import NUMBER_ROOM, Prompt, Prompter
 from mlx_hiermem.evaluate.examples import Example, read_examples
 from mlx_hiermem.evaluate.generation import Asked, drafted, replies
-from mlx_hiermem.evaluate.results import FIFTHS, FORMAT, VERSION, ResultFile, Run
+from mlx_hiermem.evaluate.results import FIFTHS, FORMAT, VERSION, ResultFile, Run, rows_in
 from mlx_hiermem.evaluate.routes import Placed, attach, by_memory, check, place
 from mlx_hiermem.evaluate.scoring import Score, Scorer
 from mlx_hiermem.evaluate.statistics import Row
@@ -121,18 +121,18 @@ class Evaluation:
         return Prepared(task, file_digest(task.file), examples, prompts, bad, len(long) if truncate else 0)
 
     def run(self, prepared: Prepared, memory: str, progress: Progress | None = None) -> Run:
-        """Raises OutputError where results cannot be written; those that were are kept."""
-        file = self._results(prepared, memory)
+        """Raises OutputError where results cannot be written, or another process does; those that were are kept."""
         asked = [prepared.examples[n] for n in prepared.prompts]
-        missing = [n for n in prepared.prompts if prepared.examples[n].id not in file.done]
-        done = len(asked) - len(missing)
-        if progress:
-            progress(done, len(asked))
-        for rows in self._rows(prepared, memory, missing):
-            file.add(rows)
-            done += len(rows)
+        with self._results(prepared, memory) as file:
+            missing = [n for n in prepared.prompts if prepared.examples[n].id not in file.done]
+            done = len(asked) - len(missing)
             if progress:
                 progress(done, len(asked))
+            for rows in self._rows(prepared, memory, missing):
+                file.add(rows)
+                done += len(rows)
+                if progress:
+                    progress(done, len(asked))
         return Run(file.head, [{**file.done[example.id], **example.tags} for example in asked])
 
     def _file(self, prepared: Prepared, memory: str) -> pathlib.Path:
@@ -157,7 +157,7 @@ class Evaluation:
         placed = dict(zip(numbers, place(self.model, [prepared.examples[n] for n in numbers], memory), strict=True))
         routing = (time.perf_counter() - begun) / max(1, len(numbers))
         # What gets no memory is the anchor's, and need not be computed once more.
-        known = self._results(prepared, "none").done if self._file(prepared, "none").is_file() else {}
+        known = rows_in(self._file(prepared, "none")) if self._file(prepared, "none").is_file() else {}
         same = {n for n, one in placed.items() if one.key == "none" and prepared.examples[n].id in known}
         yield [
             self._row(prepared, placed[n], n, known[prepared.examples[n].id], routing) for n in placed if n in same

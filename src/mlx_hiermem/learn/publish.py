@@ -29,12 +29,13 @@ from mlx_hiermem.bank.sources import LeafSources
 from mlx_hiermem.bank.writer import BankWriter, to_disk
 from mlx_hiermem.config import GENERIC_NODE, AnchorIdentity, EmbedderIdentity, MemoryConfig, Path
 from mlx_hiermem.errors import HierMemError, OutputError
-from mlx_hiermem.files import locked, replace_folder, restore_folder
+from mlx_hiermem.files import replace_folder, restore_folder
 from mlx_hiermem.learn.train.blocks import Tensors
 from mlx_hiermem.learn.train.dataset import TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.train.encoding import EXAMPLES, TOGETHER
 from mlx_hiermem.learn.train.jobs import Trainer
 from mlx_hiermem.learn.tree.build import descend
+from mlx_hiermem.locks import locked
 from mlx_hiermem.router import TextEmbedder
 from mlx_hiermem.tree import ClusterTree
 

@@ -17,8 +17,8 @@ from typing import TypeVar
 import mlx.core as mx
 
 from mlx_hiermem.errors import OutputError
-from mlx_hiermem.files import try_lock
 from mlx_hiermem.learn.work import write_text
+from mlx_hiermem.locks import try_lock
 
 FIRST_RANK = "first-rank"  # how the file's name begins by which the first rank speaks to the others
 BEGUN, READY, FAILED = "begun", "ready", "failed"  # what it says

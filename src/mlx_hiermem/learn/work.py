@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from mlx_hiermem import files
 from mlx_hiermem.errors import CorpusError, OutputError
+from mlx_hiermem.locks import locked
 
 SUFFIX, SYNC = ".learn", ".sync"  # of a work folder's name
 STAGES, TIMES = "stages.json", "times.json"
@@ -42,7 +43,7 @@ def work_folder(model: pathlib.Path, suffix: str = SUFFIX) -> pathlib.Path:
 def locked_work(folder: pathlib.Path) -> Iterator[Work]:
     """The work folder, for one process at a time. Raises OutputError where another one has it."""
     work = Work(folder)
-    with files.locked(folder, "at work in"):
+    with locked(folder, "at work in"):
         yield work
 
 

@@ -25,11 +25,13 @@ from mlx_hiermem.bank.block import GENERIC_FILE, block_name
 from mlx_hiermem.bank.hub import RemoteFile, commit_of, download, listing, quiet
 from mlx_hiermem.bank.manifest import BankManifest
 from mlx_hiermem.bank.policy import POLICY
+from mlx_hiermem.bank.receipt import RECEIPT
 from mlx_hiermem.bank.remote import REMOTE, Origin
 from mlx_hiermem.bank.sources import INDEX_FILE, WINDOWS_FILE
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import BankError, HierMemError, HubError, OutputError
-from mlx_hiermem.files import locked, partial_name, to_disk, writing
+from mlx_hiermem.files import partial_name, to_disk, writing
+from mlx_hiermem.locks import locked
 from mlx_hiermem.progress import Progress
 
 WORKERS = 8  # downloads at a time: blocks are small, and most of a small download is waiting
@@ -145,10 +147,10 @@ def _fill(
 
 
 def _manifest(folder: pathlib.Path, origin: Origin) -> BankManifest:
-    """The manifest that is here (it may have been edited since), else the hub's with the policy beside it."""
+    """The manifest that is here (it may have been edited since), else the hub's with what is beside it."""
     file = folder / "bank" / MANIFEST
     if not file.is_file():
-        names = (f"bank/{POLICY}", f"bank/{MANIFEST}")
+        names = (f"bank/{POLICY}", f"bank/{MANIFEST}", f"bank/{RECEIPT}")
         wanted = [remote for remote in listing(origin.repo, origin.revision, "bank") if remote.name in names]
         if names[1] not in [remote.name for remote in wanted]:
             raise HubError(f"{origin.repo} is not a memory model: it has no {names[1]}", "Check the name.")

@@ -1,0 +1,58 @@
+"""/v1/banks: what the server has loaded, and what on its machine can be loaded beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mlx_hiermem.assets import cache_folder
+from mlx_hiermem.bank.bank import MANIFEST
+from mlx_hiermem.model import MemoryModel
+
+MARKS = ("anchor", f"bank/{MANIFEST}", MANIFEST)  # one of them is in the folder of a model or a bank
+LISTED = 100  # folders
+
+
+def banks(models: Mapping[str, MemoryModel], loading: bool) -> dict[str, Any]:
+    """`found` names folders of this machine, and so is there only where a client may load them."""
+    data = [_row(name, model) for name, model in models.items()]
+    served = {folder for model in models.values() if (folder := _folder(model))}
+    found = sorted(set(_beside(served)) - served)[:LISTED] if loading else []
+    return {
+        "allow_loading": loading,
+        "data": data,
+        "found": [{"name": folder.name, "path": str(folder)} for folder in found],
+    }
+
+
+def _row(name: str, model: MemoryModel) -> dict[str, Any]:
+    blocks = model.bank.manifest.blocks.values() if model.bank else ()
+    return {"name": name, "blocks": len(blocks), "bytes": sum(block.bytes for block in blocks)}
+
+
+def _folder(model: MemoryModel) -> pathlib.Path | None:
+    """Of a model with a bank, or of a bank alone."""
+    if model.bank is None:
+        return None
+    root = model.bank.root.resolve()
+    return root.parent if root.name == "bank" else root
+
+
+def _beside(served: set[pathlib.Path]) -> Iterator[pathlib.Path]:
+    """Models and banks in the folders that the served ones lie in, and those that came from the hub."""
+    pulled = cache_folder() / "models"  # NAME, or OWNER/NAME
+    owners = (folder for folder in _folders(pulled) if not _is_one(folder))
+    for shelf in {*(folder.parent for folder in served), pulled, *owners}:
+        yield from (folder.resolve() for folder in _folders(shelf) if _is_one(folder))
+
+
+def _is_one(folder: pathlib.Path) -> bool:
+    return any((folder / mark).exists() for mark in MARKS)
+
+
+def _folders(place: pathlib.Path) -> list[pathlib.Path]:
+    with contextlib.suppress(OSError):  # it is not there, or may not be read
+        return [entry for entry in place.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    return []
