@@ -1,0 +1,49 @@
+"""`hiermem export` that is told to stop: a SIGTERM leaves nothing half made behind."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from tiny import make_model
+
+MAIN = "from mlx_hiermem.apps.cli.main import main; main()"
+SOON = 300.0  # seconds; on a busy machine torch and coremltools alone take minutes
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Do not write into it."""
+    return make_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.mark.slow
+def test_a_sigterm_leaves_nothing(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    target, scratch = tmp_path / "apps", tmp_path / "scratch"
+    target.mkdir()
+    scratch.mkdir()
+    partial = target / "Model.partial"
+    command = [sys.executable, "-c", MAIN, "export", "coreml", str(model), str(target / "Model"), "--context", "32"]
+    environment = os.environ | {"TMPDIR": str(scratch)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        wait_for_files(partial, process)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=SOON)
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert "Traceback" not in said
+    assert not list(target.iterdir())
+    assert {file.name for file in scratch.iterdir()} <= {"mlx"}  # where MLX keeps the kernels that it has compiled
+
+
+def wait_for_files(folder: pathlib.Path, process: subprocess.Popen[str]) -> None:
+    """Returns once the export has written something."""
+    until = time.monotonic() + SOON
+    while not (folder.is_dir() and any(folder.iterdir())):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until, "it has written nothing yet"
+        time.sleep(0.01)
