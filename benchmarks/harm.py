@@ -1,15 +1,16 @@
 """What a bank harms: the paper's tasks of common knowledge, and questions about what the bank does not know.
 
-    python benchmarks/harm.py MODEL DATA [--limit 200] [--tasks lambada_openai boolq winograd wordnet countries]
+    python benchmarks/harm.py MODEL DATA [--limit 300] [--tasks lambada_openai boolq winograd wordnet countries]
     python benchmarks/harm.py MODEL DATA --everywhere
 
 DATA has `evals/`, `qa/` and `corpus/`: the paper's tasks, wordnet_isa_qa.jsonl and countries.jsonl. A text beyond
 the bank's reach gets no memory and cannot be harmed; with `--everywhere` every text gets one, which shows what the
 reach protects from. Questions of wordnet and countries are asked as plain text; with ` in chat` behind the name in
-chat, where a reply is right if it has an accepted answer anywhere.
+chat, a third as many, where a reply is right if it has an accepted answer anywhere.
 
 Intervals of differences are Bonett and Price's for paired shares, which do not shrink to nothing where nothing
-changed. Results are kept in `MODEL.harm/`, and a stopped run goes on. Writes results/harm.json.
+changed: of 275 examples they are then within a point. Results are kept in `MODEL.harm/`, and a stopped run goes on.
+Writes results/harm.json.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import common
-from knowledge import Exam, Row
+from knowledge import Exam, Kept, Row
 from learn_corpora import of_countries
 
 from mlx_hiermem.evaluate.runner import Evaluation
@@ -37,6 +38,7 @@ from mlx_hiermem.model import MemoryModel
 COMMON = ("lambada_openai", "boolq", "winograd")  # those of the paper's six that DATA has
 OTHERS = ("wordnet", "countries")
 DEFAULT = (*COMMON, *OTHERS, *(f"{name} in chat" for name in OTHERS))
+IN_CHAT = 3  # times fewer questions: a reply is written to its end
 BOUND = 0.01  # a bank harms nothing where the whole interval is within a point
 
 
@@ -180,21 +182,27 @@ class Asker:
         return compared(name, *right, reached=sum(row["memory"] != "none" for row in fetched))
 
     def _in_chat(self, name: str) -> Harm:
-        corpus = name.partition(" ")[0]
-        rows = drawn(other_questions(self.data, corpus), self.limit)
-        exam, ids = Exam(self.evaluation.model), [row["id"] for row in rows]
-        digest = self.evaluation.digest("fetched")[:12]
-        none = exam.ask_all(rows, ["none"], self.out / f"{corpus}.chat.{self.evaluation.digest('none')[:12]}.kept")
-        having = exam.ask_all(rows, ["fetched"], self.out / f"{corpus}.chat.{digest}.kept")
-        right = [none["none", one]["lenient"] for one in ids], [having["fetched", one]["lenient"] for one in ids]
-        return compared(name, *right, reached=sum(having["fetched", one]["path"] != "" for one in ids))
+        corpus, model = name.partition(" ")[0], self.evaluation.model
+        rows = drawn(other_questions(self.data, corpus), max(1, self.limit // IN_CHAT))
+        reached = [row for row in rows if model.choose("fetched", row["question"]).path]
+
+        def asked(memory: str, some: list[Row]) -> Kept:
+            kept = self.out / f"{corpus}.{self.evaluation.digest(memory)[:12]}.kept"
+            return Exam(model).ask_all(some, [memory], kept)
+
+        none = asked("none", rows)
+        having = {one: row for (_, one), row in none.items()}  # what gets no memory is answered as before
+        having |= {one: row for (_, one), row in asked("fetched", reached).items()}
+        ids = [row["id"] for row in rows]
+        right = [none["none", one]["lenient"] for one in ids], [having[one]["lenient"] for one in ids]
+        return compared(name, *right, reached=len(reached))
 
 
 def main() -> None:
     parser = common.options(__doc__, runs=1)
     parser.add_argument("model", type=pathlib.Path)
     parser.add_argument("data", type=pathlib.Path)
-    parser.add_argument("--limit", type=int, default=200, help="examples of each task, drawn at random")
+    parser.add_argument("--limit", type=int, default=300, help="examples of each task, drawn at random")
     parser.add_argument("--tasks", nargs="+", default=DEFAULT, help="also the paper's others, by name")
     parser.add_argument("--everywhere", action="store_true", help="give memory to every text, beyond the reach too")
     asked, before = common.parsed(parser), os.getloadavg()[0]
@@ -202,16 +210,17 @@ def main() -> None:
     for name in asked.tasks:
         found.append(asker.ask(name))
         print(*_cells(found[-1]), sep="  ", flush=True)
-    common_ones = [one for one in found if one.task in COMMON]
-    result: dict[str, Any] = {"limit": asked.limit, "tasks": [one.to_json() for one in found]}
-    if common_ones:
-        result["common knowledge"] = mean_of(common_ones)
+    groups = {"common knowledge": COMMON, "other corpora": OTHERS}
+    means = {
+        f"mean of {name}": mean_of(own)
+        for name, tasks in groups.items()
+        if (own := [one for one in found if one.task in tasks])
+    }
+    result: dict[str, Any] = {"limit": asked.limit, "tasks": [one.to_json() for one in found], "means": means}
     name = f"{pathlib.Path(__file__).stem}_everywhere" if asked.everywhere else __file__
     common.save(name, result, asked, before)
     rows = [_cells(one) for one in found]
-    if common_ones:
-        mean = result["common knowledge"]
-        rows.append(["mean of common knowledge", "", "", "", "", _points(mean), mean["verdict"]])
+    rows += [[name, "", "", "", "", _points(mean), mean["verdict"]] for name, mean in means.items()]
     common.table(("", "n", "with memory", "none", "fetched", "difference", "within ± 1"), rows)
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/knowledge.py MODEL EXAM --rows 240-400 \\
         --memory none generic fetched level1 leaf blocked source fetched+source
-    python benchmarks/replication.py MODEL EXAM --rows 240-400     # seconds: of the replies that were kept
+    python benchmarks/replication.py MODEL EXAM --rows 240-400     # of the replies that were kept
 
 A finding is held to be so where the 95 % interval of a difference is above 0, not so where it is below, and
 unclear else. Both questions about an article count as one sample. Figures are lenient ones: an accepted answer
@@ -11,10 +11,11 @@ stands in the reply. Writes results/replication.json, and prints the rows of doc
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from statistics import fmean
@@ -36,6 +37,7 @@ import mlx.nn as nn  # isort: skip
 
 ROUTER = 6 * (4 * 384**2 + 2 * 384 * 1536)  # weights of the sentence embedder's layers, which read the question
 BEFORE_TITLE = "This article is about"
+TOGETHER = 4  # articles that are scored before they are kept
 FIFTHS = ("rarest", "second", "third", "fourth", "commonest")
 
 
@@ -282,46 +284,51 @@ def weights_of(model: MemoryModel) -> tuple[int, int]:
     return layers, model.bank_for(MemoryChoice.FETCHED).config.fetched_parameters
 
 
-def rarities(model: MemoryModel, wanted: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Measure -> article -> how rare it is, by what the anchor alone expects, in nats.
+def rarities(model: MemoryModel, wanted: Sequence[str], kept: pathlib.Path) -> dict[str, dict[str, float]]:
+    """Measure -> article -> how rare it is, by what the anchor alone expects, in nats. What the file has is not
+    computed again.
 
     `title` is how unlikely the title is as a subject, which is how seldom the anchor's own texts were about it;
     `passage` is how unlikely a token of its text is, behind the title.
     """
-    model.select("none", "")
-    sources, prompter = model.bank_for(MemoryChoice.FETCHED).sources, Prompter(model)
+    sources = model.bank_for(MemoryChoice.FETCHED).sources
     assert sources is not None
-    texts: dict[str, str] = {}
-    for one in sources.all():
-        for window in one.windows:
-            if window.title in wanted:
-                texts.setdefault(window.title, window.text)
-
-    def scored(make: Callable[[str], tuple[str, str]]) -> dict[str, tuple[float, int]]:
-        pairs: list[list[Pair]] = []
-        for title in texts:
-            before, after = make(title)
-            pairs.append([(prompter.plain(before), prompter.continuation(after))])
-        found = {}
-        for batch in Scorer(model).score(pairs):
-            for number, (score,) in batch:
-                found[list(texts)[number]] = (score.nll, score.tokens)
-        return found
-
-    titles = scored(lambda title: (BEFORE_TITLE, title))
-    passages = scored(lambda title: (f"{title}.", texts[title]))
-    return {
-        "title": {title: nll for title, (nll, _) in titles.items()},
-        "passage": {title: nll / tokens for title, (nll, tokens) in passages.items()},
-    }
+    texts = {window.title: window.text for one in sources.all() for window in one.windows[::-1]}  # the first window
+    known = {row["article"]: row for row in _lines(kept)}
+    todo = [title for title in dict.fromkeys(wanted) if title in texts and title not in known]
+    model.select("none", "")
+    with kept.open("a", encoding="utf-8") as out:
+        for some in (todo[at : at + TOGETHER] for at in range(0, len(todo), TOGETHER)):
+            titles = expected(model, [(BEFORE_TITLE, title) for title in some])
+            passages = expected(model, [(f"{title}.", texts[title]) for title in some])
+            for title, (nll, _), (sum_of_text, tokens) in zip(some, titles, passages, strict=True):
+                known[title] = {"article": title, "title": nll, "passage": sum_of_text / tokens}
+                out.write(json.dumps(known[title], ensure_ascii=False) + "\n")
+            out.flush()
+    found = [title for title in dict.fromkeys(wanted) if title in known]
+    return {measure: {title: known[title][measure] for title in found} for measure in ("title", "passage")}
 
 
-def findings(replies: Replies, model: MemoryModel) -> list[Finding]:
+def expected(model: MemoryModel, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, int]]:
+    """How unlikely each continuation of a text is: its nats, and its tokens."""
+    prompter = Prompter(model)
+    tokens: list[list[Pair]] = [[(prompter.plain(text), prompter.continuation(more))] for text, more in pairs]
+    scores = dict(scored for batch in Scorer(model).score(tokens) for scored in batch)
+    return [(scores[number][0].nll, scores[number][0].tokens) for number in range(len(pairs))]
+
+
+def _lines(file: pathlib.Path) -> list[Row]:
+    """Whole lines of JSON; none where there is no file."""
+    return [json.loads(line) for line in file.read_text("utf-8").split("\n")[:-1]] if file.is_file() else []
+
+
+def findings(replies: Replies, model: MemoryModel, rarity: pathlib.Path) -> list[Finding]:
     """All that the replies are enough for."""
     found = [make(replies) for make in (more_is_fetched, new_facts, deeper_wins, blocking_collapses)]
     if replies.has("none", "fetched"):
-        for measure, rarity in rarities(model, [row["doc"] for row in replies.exam.values()]).items():
-            found.append(rarer_gains_more(replies, rarity, f"the anchor's loss on the {measure}"))
+        asked = [replies.exam[one]["doc"] for one in replies.ids("none", "fetched")]
+        for measure, of in rarities(model, asked, rarity).items():
+            found.append(rarer_gains_more(replies, of, f"the anchor's loss on the {measure}"))
     return [one for one in [*found, *beats_retrieval(replies, weights_of(model))] if one]
 
 
@@ -332,8 +339,8 @@ def main() -> None:
     parser.add_argument("--rows", default="240-960", help="first-end of the exam; those not asked are left out")
     parser.add_argument("--kept", type=pathlib.Path, help="where knowledge.py has kept the replies")
     asked, before = common.parsed(parser), os.getloadavg()[0]
-    kept = read_kept(asked.kept or kept_of(asked.model))
-    found = findings(Replies(read_exam(asked.exam, asked.rows), kept), load(asked.model))
+    replies = Replies(read_exam(asked.exam, asked.rows), read_kept(asked.kept or kept_of(asked.model)))
+    found = findings(replies, load(asked.model), asked.model.with_name(f"{asked.model.name}.rarity.jsonl"))
     result = {"exam": asked.exam.name, "rows": asked.rows, "findings": [asdict(one) for one in found]}
     common.save(__file__, result, asked, before)
     common.table(

@@ -150,8 +150,11 @@ def test_weights_are_those_of_the_layers(model: MemoryModel) -> None:
     assert replication.weights_of(model) == (layers, CONFIG.fetched_parameters)
 
 
-def test_rarity_is_the_anchors_loss(model: MemoryModel) -> None:
-    found = replication.rarities(model, ["Oak", "Elm"])
+def test_rarity_is_the_anchors_loss_and_is_computed_once(model: MemoryModel, tmp_path: pathlib.Path) -> None:
+    kept = tmp_path / "rarity.jsonl"
+    found = replication.rarities(model, ["Oak", "Elm", "Oak"], kept)
+    assert replication.rarities(model, ["Oak"], kept) == found
+    assert len(kept.read_text().splitlines()) == 1
     assert list(found["title"]) == list(found["passage"]) == ["Oak"]
     assert found["title"]["Oak"] > found["passage"]["Oak"] > 0  # a title's is the sum, a passage's that of a token
 
@@ -207,8 +210,8 @@ def test_other_corpora_are_asked_with_and_without_memory(
     assert harm.other_questions(data, "countries")[0]["question"] == "What is the capital of Utopia?"
     opened = evaluation(made, tmp_path / "model.harm")
     monkeypatch.setattr(harm.Evaluation, "of", lambda folder, out: opened)
-    asker = harm.Asker(made, data, limit=4, everywhere=True)
-    for name, count in (("wordnet", 4), ("countries", 2), ("countries in chat", 2)):
+    asker = harm.Asker(made, data, limit=6, everywhere=True)
+    for name, count in (("wordnet", 6), ("countries", 2), ("countries in chat", 2)):
         found = asker.ask(name)
         assert (found.n, found.reached) == (count, count)
     assert [file.name.partition(".")[0] for file in sorted((tmp_path / "model.harm").glob("*.jsonl"))] == [
