@@ -186,15 +186,17 @@ def main() -> None:
     exam = Exam(model)
     have = exam.ask_all(rows, asked.memory, kept)
     results = {memory: summary([have[memory, row["id"]] for row in rows]) for memory in asked.memory}
-    learnt = read_learnt(asked.learnt) if asked.learnt else []
-    if learnt:
-        have = exam.ask_all(learnt, ["fetched"], kept)
-        results["fetched, learnt questions"] = summary([have["fetched", row["id"]] for row in learnt])
     for row in rows[: asked.timed]:  # in turns: whatever else the machine does, it does to all
         for memory in asked.memory:
             results[memory].setdefault("first_ms", []).append(exam.first_ms(row, memory))
-    common.save(__file__, {"exam": asked.exam.name, "rows": asked.rows, "memories": results}, _plain(asked), before)
-    common.table(("", "lenient", "strict", "right leaf", "prompt", "first token, ms", "MB moved"), _cells(results))
+    found, cells = dict[str, Any](exam=asked.exam.name, rows=asked.rows, memories=results), _cells(results)
+    if asked.learnt:
+        learnt = read_learnt(asked.learnt)
+        have = exam.ask_all(learnt, ["fetched"], kept)
+        found["learnt"] = summary([have["fetched", row["id"]] for row in learnt])
+        cells += _cells({"fetched, learnt questions": found["learnt"]})
+    common.save(__file__, found, _plain(asked), before)
+    common.table(("", "lenient", "strict", "right leaf", "prompt", "first token, ms", "MB moved"), cells)
 
 
 def _plain(asked: argparse.Namespace) -> argparse.Namespace:

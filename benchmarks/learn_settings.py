@@ -34,13 +34,13 @@ from material import Material, Setting, distractors
 from mlx_hiermem import load
 from mlx_hiermem.cache import BlockCache, Fetch
 from mlx_hiermem.evaluate.statistics import share_interval
-from mlx_hiermem.files import try_lock
 from mlx_hiermem.learn import LearnSettings, learn
 from mlx_hiermem.learn.settings import MemorySettings, Prompt, TrainingSettings, TreeSettings
 from mlx_hiermem.learn.status import Silent
 from mlx_hiermem.learn.study.prompts import prompt_of
 from mlx_hiermem.learn.train.monitor import TrainingProgress
 from mlx_hiermem.learn.work import work_folder
+from mlx_hiermem.locks import try_lock
 
 VITAL = pathlib.Path(__file__).parents[1] / "apps" / "demo" / "vital"
 FOREIGN = 60  # questions about countries, asked with whatever memory is nearest

@@ -128,7 +128,7 @@ def test_alone_it_fits_a_small_terminal_and_names_every_command() -> None:
     lines = shown.splitlines()
     assert len(lines) < 24
     assert max(map(len, lines)) <= 80
-    assert lines[2] == '  hiermem "What is the atomic number of gold?"'
+    assert lines[2] == '  hiermem "What is the capital of Laos?"'
     visible = [name for name, one in commands().items() if not one.hidden]
     assert all(f"  hiermem {name} " in shown for name in visible)
 

@@ -31,11 +31,14 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
     return {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def notes() -> list[str]:
-    return [file.name for file in (cache_folder() / "locks").glob("*")]
+@pytest.fixture
+def notes(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    """Where this test's own notes are; other tests have locks at the same time."""
+    monkeypatch.setenv("HIERMEM_CACHE", str(tmp_path / "cache"))
+    return cache_folder() / "locks"
 
 
-def test_one_process_at_a_time(tmp_path: pathlib.Path) -> None:
+def test_one_process_at_a_time(tmp_path: pathlib.Path, notes: pathlib.Path) -> None:
     script = f"""
 import pathlib
 from mlx_hiermem.locks import locked
@@ -52,15 +55,17 @@ with locked(pathlib.Path({str(tmp_path)!r}), "writing"):
         assert other().stderr.rstrip().endswith("Wait for it to end.")
         with pytest.raises(OutputError, match="another process is pulling into"), locked(tmp_path, "pulling into"):
             pass
-    assert notes() == []
+    assert list(notes.iterdir()) == []
     assert other().stdout == "held\n"
     with pytest.raises(BlockingIOError), locked(tmp_path, "writing"):
         raise BlockingIOError  # the block's own
 
 
-def test_a_note_that_is_missing_or_damaged_is_no_reason_to_fail(tmp_path: pathlib.Path) -> None:
+def test_a_note_that_is_missing_or_damaged_is_no_reason_to_fail(
+    tmp_path: pathlib.Path, notes: pathlib.Path
+) -> None:
     with locked(tmp_path, "writing"):
-        (note,) = (cache_folder() / "locks").iterdir()
+        (note,) = notes.iterdir()
         for text in ("", "[]", '{"pid": "x", "command": 3, "since": "now"}', "[" * 9999):
             note.write_text(text)
             with pytest.raises(OutputError, match=rf"is writing {tmp_path}\. Wait"), locked(tmp_path, "writing"):

@@ -10,7 +10,7 @@ from typing import Any
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from serving import CONTEXT, Running, events, serving, tiny_model
+from serving import CONTEXT, Running, events, eventually, serving, tiny_model
 from tiny import make_anchor
 
 from mlx_hiermem import load
@@ -354,6 +354,7 @@ def test_the_banks_overview_and_what_changes(server: Running, model: MemoryModel
     assert (rows["1.2"]["label"], rows["1.2"]["level"]) == ("topic 1.2", 2)
     assert rows["1.2"]["bytes"] == model.bank.manifest.blocks[Path((1, 2))].bytes
     complete(server.client, "1.2")
+    assert eventually(lambda: server.engine.active == 0)
     status, state = server.json("GET", "/v1/memory/state")
     assert state["states"].keys() == rows.keys()
     assert state["states"]["1.2"] == state["states"]["1"] == "in memory"
