@@ -117,7 +117,17 @@ final class Arrivals: NSObject, URLSessionDownloadDelegate, @unchecked Sendable 
   func urlSession(_ session: URLSession, task: URLSessionTask, didCompleteWithError error: (any Error)?) {
     guard let parcel = Parcel(of: task) else { return }
     let found = lock.withLock { problems.removeValue(forKey: task.taskIdentifier) }
+    if let error, (error as NSError).code == NSURLErrorCancelled { return beginAgain(parcel, in: session) }
     end(parcel.name, received: parcel.bytes, problem: found ?? failure(of: task, parcel, error))
+  }
+
+  /// After a task was cancelled because nobody waited for it: somebody may wait by now.
+  private func beginAgain(_ parcel: Parcel, in session: URLSession) {
+    session.getAllTasks { [self] tasks in
+      let running = tasks.filter { $0.state == .running || $0.state == .suspended }
+      let comes = running.contains { Parcel(of: $0)?.name == parcel.name }
+      if expects(parcel.name), !comes { parcel.start(in: session, from: remote) }
+    }
   }
 
   /// What is wrong with a task that has brought no file.

@@ -59,7 +59,7 @@ public final class BackgroundDownloader: Sendable {
           if parcel.isHere(folder) {
             arrivals.end(parcel.name, received: parcel.file.bytes, problem: nil)
           } else if !running.contains(parcel.name) {
-            start(parcel)
+            parcel.start(in: session, from: remote)
           }
         }
       }
@@ -75,12 +75,6 @@ public final class BackgroundDownloader: Sendable {
     #if canImport(Darwin)
       await arrivals.receive()
     #endif
-  }
-
-  private func start(_ parcel: Parcel) {
-    let task = session.downloadTask(with: remote.appendingPathComponent(parcel.name))
-    task.taskDescription = parcel.json  // it survives the app
-    task.resume()
   }
 
   private func tasks() async -> [URLSessionTask] {
@@ -120,6 +114,12 @@ struct Parcel: Codable, Sendable {
 
   var json: String {
     (try? JSONEncoder().encode(self)).map { String(decoding: $0, as: UTF8.self) } ?? ""
+  }
+
+  func start(in session: URLSession, from remote: URL) {
+    let task = session.downloadTask(with: remote.appendingPathComponent(name))
+    task.taskDescription = json  // it survives the app
+    task.resume()
   }
 
   func isHere(_ folder: URL) -> Bool {
