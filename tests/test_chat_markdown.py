@@ -78,10 +78,14 @@ Roses are red,
 WIDTH, HEIGHT = 50, 8
 
 
-class Screen:
+class Screen(io.StringIO):
     """What a terminal shows of the codes that are written here; all that scrolled away is above."""
 
     def __init__(self) -> None:
+        super().__init__()
+        self.clear()
+
+    def clear(self) -> None:
         self.lines, self.row, self.column, self.cursor = [""], 0, 0, True
         self.written: list[str] = []  # by each write
 
@@ -131,7 +135,7 @@ def screen() -> Screen:
 @pytest.fixture
 def terminal(screen: Screen, monkeypatch: pytest.MonkeyPatch) -> Console:
     monkeypatch.setattr(markdown, "EVERY", 0.0)
-    return Console(file=screen, force_terminal=True, width=WIDTH, height=HEIGHT, color_system="standard")  # type: ignore[arg-type]
+    return Console(file=screen, force_terminal=True, width=WIDTH, height=HEIGHT, color_system="standard")
 
 
 def shown(terminal: Console, text: str, size: int = 3) -> None:
@@ -186,7 +190,7 @@ def test_a_reply_that_is_stopped_stays(terminal: Console, screen: Screen) -> Non
 
 def test_no_colours_where_none_are_wanted(screen: Screen, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
-    shown(Console(file=screen, force_terminal=True, width=WIDTH, color_system="standard"), SOURCE)  # type: ignore[arg-type]
+    shown(Console(file=screen, force_terminal=True, width=WIDTH, color_system="standard"), SOURCE)
     codes = {
         number for code in re.findall(r"\x1b\[([\d;]*)m", "".join(screen.written)) for number in code.split(";")
     }
@@ -206,7 +210,7 @@ def test_nothing_controls_the_terminal_and_nothing_is_lost(terminal: Console, sc
         words = re.findall(r"w\d+w", re.sub(r"(```|\n\[).*", "", text))  # a fence's first line names a language
         missing = [word for word in words if word not in screen.text.replace("\n", "")]
         assert not missing, (number, text)
-        screen.__init__()  # type: ignore[misc]
+        screen.clear()
 
 
 def test_a_pipe_and_plain_get_the_source(

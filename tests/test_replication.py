@@ -8,7 +8,7 @@ import pathlib
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -277,10 +277,11 @@ def test_distractors_are_learnt_as_the_anchor_answers(lessons: material.Material
             return [SimpleNamespace(text="A thing.", finish_reason=reason) for reason in reasons]
 
     setting, file = material.Setting(passages=2, distractors=2), tmp_path / "distractors.jsonl"
-    rows = material.distractors(Anchor(), lessons, setting, file)  # type: ignore[arg-type]
+    anchor, nobody = cast(MemoryModel, Anchor()), cast(MemoryModel, None)
+    rows = material.distractors(anchor, lessons, setting, file)
     assert [row["document"] for row in rows] == ["Oak", "Elm", "Oak"]
     assert rows[0]["messages"][1] == {"role": "assistant", "content": "A thing."}
-    assert material.distractors(None, lessons, setting, file) == rows  # type: ignore[arg-type]
+    assert material.distractors(nobody, lessons, setting, file) == rows
 
 
 def test_kinds_are_compared_at_equal_size() -> None:

@@ -132,9 +132,8 @@ def _begun(folder: pathlib.Path) -> list[Path]:
     from mlx_hiermem.errors import HierMemError
     from mlx_hiermem.files import read_json
 
-    root = folder / "bank" if (folder / "bank").is_dir() else folder
     try:
-        return parse_paths(read_json(root / FORGET))
+        return parse_paths(read_json(models.bank_folder(folder) / FORGET))
     except (HierMemError, TypeError, AttributeError):
         return []
 

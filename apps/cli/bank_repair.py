@@ -67,7 +67,7 @@ def _copy(source: str, bank: MemoryBank) -> FolderCopy | HubCopy:
         raise typer.BadParameter("name another copy of the bank", param_hint="--from")
     folder = pathlib.Path(source)
     if source and folder.is_dir():
-        return FolderCopy(folder / "bank" if (folder / "bank").is_dir() else folder)
+        return FolderCopy(models.bank_folder(folder))
     if origin and source in ("", origin.repo):
         return HubCopy(origin.repo, origin.revision)
     return HubCopy(*hub_id(source))

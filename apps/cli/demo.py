@@ -58,7 +58,7 @@ def demo(
         with waiting(f"asking about {question.topic}"):
             answers = _asked(model, question)
         _print_question(question, answers)
-    _print_exam(exam.stored(), "stored; `hiermem demo --full` measures it again")
+    _print_exam(exam.stored(), "stored; `hiermem demo --full` asks all 720")
     console.print(f"The model is in {folder}", style="dim", markup=False, soft_wrap=True)
     if chat and sys.stdin.isatty() and sys.stdout.isatty():
         _offer_chat(model)

@@ -95,14 +95,18 @@ def open_bank(name: str) -> MemoryBank:
     """The bank of a model, by folder or hub id, or the bank in a folder of its own. Notes the model as used."""
     from mlx_hiermem.bank.bank import MANIFEST, MemoryBank
 
-    folder = folder_of(name)
-    root = folder / "bank" if (folder / "bank").is_dir() else folder
+    root = bank_folder(folder_of(name))
     if not (root / MANIFEST).is_file():
         raise BankError(f"there is no bank in {name}", "Give a model with a bank/ folder, or a bank's folder.")
     finish_removal(root)
     bank = MemoryBank.open(root)
     remember(name)
     return bank
+
+
+def bank_folder(folder: pathlib.Path) -> pathlib.Path:
+    """The bank in a model's folder; a folder of its own is one itself."""
+    return folder / "bank" if (folder / "bank").is_dir() else folder
 
 
 def finish_removal(root: pathlib.Path) -> None:

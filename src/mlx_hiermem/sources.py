@@ -115,7 +115,7 @@ def _words(text: str) -> set[str]:
 
 # What goes into a prompt
 
-BEFORE = "Tell me about {title}."  # the question whose answer the passage is
+EXCHANGE = "Tell me about {title}."  # the question whose answer the passage is
 
 Text = str | Sequence[str]  # what is routed: a text, or a conversation's questions
 
@@ -147,6 +147,6 @@ def messages_with(messages: Sequence[dict[str, str]], passage: SourceWindow | No
     told = [dict(message) for message in messages]
     asks = [at for at, message in enumerate(told) if message["role"] == "user"]
     if passage and asks:
-        question = {"role": "user", "content": BEFORE.format(title=passage.title or "it")}
+        question = {"role": "user", "content": EXCHANGE.format(title=passage.title or "it")}
         told[asks[-1] : asks[-1]] = [question, {"role": "assistant", "content": passage.text}]
     return told

@@ -26,7 +26,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 HERE = pathlib.Path(__file__).parent
-sys.path[:0] = [str(HERE.parent)]
+sys.path[:0] = [str(HERE.parent)]  # before what is found there is imported: hence E402 below
 
 import hub_server  # noqa: E402
 from torture.child import child, look, prepare, process  # noqa: E402
