@@ -104,9 +104,7 @@ class ExampleSettings:
 
     heldout: float = 0.0  # share of the windows that are not learnt but only measured
     teachers: bool = False  # keep the prompts with context that distillation needs
-    by_passages: bool = (
-        False  # prompts are learnt where a bank with sources takes them, else where one without does
-    )
+    by_passages: bool = False  # learn prompts where passages take them, as a bank with sources does
 
 
 @dataclass(frozen=True)
