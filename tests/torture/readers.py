@@ -25,6 +25,7 @@ from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.block import read_block
 from mlx_hiermem.bank.manifest import BankManifest
 from mlx_hiermem.bank.policy import BankPolicy
+from mlx_hiermem.bank.receipt import Receipt
 from mlx_hiermem.bank.remote import Origin
 from mlx_hiermem.bank.sources import BankSources
 from mlx_hiermem.config import Path
@@ -291,6 +292,8 @@ TASKS = '[arc]\nkind = "multiple_choice"\nfile = "arc.jsonl"\nshots = 3\ngroup =
 REMOTE = {"repo": "me/a", "revision": "c" * 40, "levels": [1], "subtrees": ["0.1"], "generic": True}
 REMOTE |= {"disk_budget_bytes": 1000}
 POLICY = {"blocked": ["0.1", "2"], "on_blocked": "parent", "reach": 1.2}
+LEFT_OUT = {"format": "mlx-hiermem-without", "version": 1, "made_of": "a" * 64, "bank": "b" * 64, "nodes": ["0.1"]}
+LEFT_OUT |= {"blocks": [{"path": "0.1", "bytes": 9, "sha256": "c" * 64}], "windows": 3, "may_retain": ["0"]}
 NAMES = "name;capital;area\nNorway;Oslo;385207\nPeru;Lima;1285216\n"
 
 
@@ -308,13 +311,16 @@ READERS = (
     Reader("sources-texts", "lines", _of_model("bank/sources/windows.jsonl"), _sources),
     Reader("policy", "json", _of_text("policy.json", json.dumps(POLICY)), BankPolicy.read),
     Reader("remote", "json", _of_text("remote.json", json.dumps(REMOTE)), lambda file: Origin.read(file.parent)),
+    Reader(
+        "receipt", "json", _of_text("without.json", json.dumps(LEFT_OUT)), lambda file: Receipt.read(file.parent)
+    ),
     Reader("edit", "json", _of_text("bank/edit/gone.json", '["0.1", "2"]'), _gone),
     Reader("anchor-config", "json", lambda folder: _anchor_folder(folder) / "config.json", _anchor, 0.3),
     Reader("anchor-weights", "header", lambda folder: _anchor_folder(folder) / "model.safetensors", _anchor, 0.3),
     Reader("tokenizer", "json", lambda folder: _anchor_folder(folder) / "tokenizer.json", _tokenizer, 0.2),
     Reader("template", "json", lambda folder: _anchor_folder(folder) / "tokenizer_config.json", _tokenizer, 0.2),
     Reader("gguf", "bytes", _gguf, _read_gguf, 0.1),
-    Reader("pickle", "zip", _pickle, _checkpoint, 0.5),
+    Reader("pickle", "zip", _pickle, _checkpoint, 0.1),
     Reader("checkpoint", "header", _safetensors, _checkpoint),
     Reader("memory-settings", "json", _settings, _checkpoint),
     Reader("key-map", "bytes", _of_text("keys.toml", KEYS), _key_map),
@@ -328,11 +334,11 @@ READERS = (
     Reader("export", "json", _export, _exported),
     Reader("text", "bytes", _of_text("a/a.txt", "Bread rises.\n\nIt browns.\n"), _corpus),
     Reader("markdown", "bytes", _of_text("a/a.md", MARKDOWN), _corpus, 0.5),
-    Reader("html", "bytes", _of_text("a/a.html", HTML), _corpus, 0.3),
+    Reader("html", "bytes", _of_text("a/a.html", HTML), _corpus, 0.1),
     Reader("csv", "bytes", _of_text("a/a.csv", NAMES), _corpus),
     Reader("jsonl", "lines", _of_text("a/a.jsonl", _lines({"title": "a", "text": "b"}, {"text": "c"})), _corpus),
     Reader("pdf", "bytes", _pdf, _corpus, 0.3),
-    Reader("word", "zip", _office("a.docx"), _corpus, 0.1),
-    Reader("epub", "zip", _office("a.epub"), _corpus, 0.1),
+    Reader("word", "zip", _office("a.docx"), _corpus, 0.02),
+    Reader("epub", "zip", _office("a.epub"), _corpus, 0.02),
 )
 BY_NAME = {reader.name: reader for reader in READERS}

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from mlx_hiermem.config import AnchorIdentity, EmbedderIdentity, MemoryConfig, Path
 from mlx_hiermem.errors import AnchorMismatchError, BankError, HierMemError
-from mlx_hiermem.files import parse_json
+from mlx_hiermem.files import MALFORMED, parse_json
 from mlx_hiermem.printable import printable
 
 FORMAT, VERSION = "mlx-hiermem-bank", 1
@@ -157,7 +157,7 @@ class BlockTable(Mapping[Path, BlockEntry]):
     def _entry(self, line: bytes) -> BlockEntry:
         try:
             return BlockEntry.from_json(parse_json(line.removesuffix(b",")))
-        except (ValueError, KeyError, TypeError, AttributeError, HierMemError) as error:
+        except (*MALFORMED, HierMemError) as error:
             raise _incomplete(self._file, error) from error
 
     @cached_property
@@ -265,7 +265,7 @@ class BankManifest:
                 licence=printable(data.get("licence", "")),
                 sources=SourcesEntry.from_json(data["sources"]) if data.get("sources") else None,
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except MALFORMED as error:
             raise _incomplete(file, error) from error
 
 

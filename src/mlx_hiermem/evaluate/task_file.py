@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from mlx_hiermem.errors import TaskError
-from mlx_hiermem.files import parse_json, read_lines
+from mlx_hiermem.files import MALFORMED, parse_json, read_lines
 
 Row = dict[str, Any]
 T = TypeVar("T")
@@ -29,7 +29,7 @@ def read_rows(
             if not isinstance(row, dict):
                 raise ValueError("is no JSON object")
             found.append(parse(number, row))
-        except (ValueError, KeyError, TypeError) as error:
+        except MALFORMED as error:
             bad.append(f"line {number} {_reason(error)}")
     refuse(file, bad, skip_bad, hint)
     return found, bad

@@ -21,7 +21,7 @@ from typing import Any
 
 from mlx_hiermem.bank.commit import LEARNING
 from mlx_hiermem.errors import BankError
-from mlx_hiermem.files import read_json_lines
+from mlx_hiermem.files import MALFORMED, read_json_lines
 from mlx_hiermem.learn.corpus.windows import Window
 from mlx_hiermem.learn.tree.build import CorpusTree
 from mlx_hiermem.learn.work import FILES, SKIPPED, Work, read_rows, write_rows
@@ -69,7 +69,7 @@ def read_record(model: pathlib.Path) -> dict[str, LearntFile]:
     hint = "Learn the documents again: without it nobody knows which text is of which file."
     try:
         rows = [LearntFile.from_json(row) for _, row in read_json_lines(file, BankError, hint)]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except MALFORMED as error:
         raise BankError(f"{file} is damaged: {error!r}", hint) from error
     return {row.file: row for row in rows}
 
