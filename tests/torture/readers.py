@@ -292,8 +292,9 @@ TASKS = '[arc]\nkind = "multiple_choice"\nfile = "arc.jsonl"\nshots = 3\ngroup =
 REMOTE = {"repo": "me/a", "revision": "c" * 40, "levels": [1], "subtrees": ["0.1"], "generic": True}
 REMOTE |= {"disk_budget_bytes": 1000}
 POLICY = {"blocked": ["0.1", "2"], "on_blocked": "parent", "reach": 1.2}
-LEFT_OUT = {"format": "mlx-hiermem-without", "version": 1, "made_of": "a" * 64, "bank": "b" * 64, "nodes": ["0.1"]}
-LEFT_OUT |= {"blocks": [{"path": "0.1", "bytes": 9, "sha256": "c" * 64}], "windows": 3, "may_retain": ["0"]}
+LEFT = {"format": "mlx-hiermem-without", "version": 1, "made_of": "a" * 64, "bank": "b" * 64, "nodes": ["0.1"]}
+LEFT |= {"blocks": [{"path": "0.1", "bytes": 9, "sha256": "c" * 64}], "windows": 3, "may_retain": ["0"]}
+LEFT_OUT = json.dumps(LEFT)
 NAMES = "name;capital;area\nNorway;Oslo;385207\nPeru;Lima;1285216\n"
 
 

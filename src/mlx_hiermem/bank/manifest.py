@@ -191,7 +191,13 @@ class BankManifest:
         return self.blocks[node].label if self.has_block(node) else self.labels.get(node, "")
 
     def totals(self) -> dict[str, int]:
+        """Raises BankError where the table has a block of a level that the memory does not have."""
         sizes = self.memory.block_sizes
+        if lost := [str(path) for path in self.blocks if not 0 < len(path) <= len(sizes)]:
+            raise BankError(
+                f"the manifest has a block {lost[0]}, but its memory {len(sizes)} levels",
+                "Convert or pull the bank again.",
+            )
         return {
             "blocks": len(self.blocks),
             "bytes": sum(entry.bytes for entry in self.blocks.values()),
