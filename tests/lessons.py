@@ -82,7 +82,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from mlx_hiermem.learn.train import job
+    from mlx_hiermem.learn.train import jobs
 
-    job.COMMIT_SECONDS = job.COMMIT_FACTOR = 0.0
+    jobs.COMMIT_SECONDS = jobs.COMMIT_FACTOR = 0.0
     main()

@@ -31,9 +31,8 @@ from mlx_hiermem.convert.anchors.huggingface import convert_huggingface
 from mlx_hiermem.convert.source import find_source
 from mlx_hiermem.errors import HierMemError, OutputError
 from mlx_hiermem.learn.settings import TrainingSettings
-from mlx_hiermem.learn.train import activations
+from mlx_hiermem.learn.train import activations, jobs
 from mlx_hiermem.learn.train import blocks as blocks_module
-from mlx_hiermem.learn.train import job as job_module
 from mlx_hiermem.learn.train.activations import TeacherStates
 from mlx_hiermem.learn.train.blocks import Tensors, new_block
 from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter, collate
@@ -472,7 +471,7 @@ def test_a_full_disk_loses_nothing(
 ) -> None:
     unbroken = trained(tmp_path / "unbroken", anchor, training_set)
     for name in ("COMMIT_SECONDS", "COMMIT_FACTOR"):
-        monkeypatch.setattr(job_module, name, 0.0)
+        monkeypatch.setattr(jobs, name, 0.0)
     model, steps = load_anchor(anchor, mx.float32)[0], list[str]()
     trainer = Trainer(tmp_path / "work", model, tiny_config(model), training_set, QUICK)
     stack = contextlib.ExitStack()
