@@ -28,8 +28,9 @@ from mlx_hiermem.learn.settings import ExampleSettings
 from mlx_hiermem.learn.sources import WindowVectors
 from mlx_hiermem.learn.train.dataset import ALWAYS, FRAMED, IN_CHAT, Example, TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.tree.build import CorpusTree
-from mlx_hiermem.learn.tree.probes import FRAME, about, is_held_out, is_learnt, with_subjects
+from mlx_hiermem.learn.tree.probes import about, is_held_out, is_learnt, with_subjects
 from mlx_hiermem.learn.work import Work, with_rows
+from mlx_hiermem.prompt import FRAME
 from mlx_hiermem.router import TextEmbedder
 from mlx_hiermem.tokenizer import encode_chat, encode_text, spells_control
 
