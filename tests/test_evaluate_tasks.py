@@ -15,10 +15,9 @@ from tiny import make_model
 
 from mlx_hiermem.errors import TaskError
 from mlx_hiermem.evaluate.answers import begins_with, is_number, is_only, mentions, normalise, starts_with
-from mlx_hiermem.evaluate.examples import read_examples
+from mlx_hiermem.evaluate.examples import read_documents, read_examples, windows
 from mlx_hiermem.evaluate.statistics import difference, figure, mcnemar, share_interval
 from mlx_hiermem.evaluate.tasks import PAPER, Task, find_tasks, read_tasks
-from mlx_hiermem.evaluate.texts import read_documents, windows
 
 
 def test_the_papers_tasks_are_those_of_its_protocol() -> None:

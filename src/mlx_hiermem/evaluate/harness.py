@@ -19,11 +19,10 @@ from lm_eval.tasks import TaskManager
 
 from mlx_hiermem.errors import TaskError
 from mlx_hiermem.evaluate.encoding import Prompt, Prompter
-from mlx_hiermem.evaluate.examples import SEED, Example, shared_beginning
+from mlx_hiermem.evaluate.examples import SEED, WINDOW, Example, shared_beginning, windows
 from mlx_hiermem.evaluate.generation import Asked, replies
 from mlx_hiermem.evaluate.routes import Placed, attach, by_memory, place
 from mlx_hiermem.evaluate.scoring import Pair, Score, Scorer
-from mlx_hiermem.evaluate.texts import WINDOW, windows
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.sources import text_with
 

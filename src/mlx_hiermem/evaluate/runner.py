@@ -24,15 +24,13 @@ from mlx_hiermem.bank.bank import MANIFEST
 from mlx_hiermem.errors import TaskError
 from mlx_hiermem.evaluate.answers import is_decided, rule_for
 from mlx_hiermem.evaluate.encoding import NUMBER_ROOM, Prompt, Prompter
-from mlx_hiermem.evaluate.examples import Example, read_examples
+from mlx_hiermem.evaluate.examples import WINDOW, Example, read_documents, read_examples, windows
 from mlx_hiermem.evaluate.generation import Asked, drafted, replies
 from mlx_hiermem.evaluate.results import FIFTHS, FORMAT, VERSION, ResultFile, Run, rows_in
 from mlx_hiermem.evaluate.routes import Placed, attach, by_memory, check, place
 from mlx_hiermem.evaluate.scoring import Score, Scorer
 from mlx_hiermem.evaluate.statistics import Row
-from mlx_hiermem.evaluate.task_file import refuse
-from mlx_hiermem.evaluate.tasks import Task
-from mlx_hiermem.evaluate.texts import WINDOW, read_documents, windows
+from mlx_hiermem.evaluate.tasks import Task, refuse
 from mlx_hiermem.files import file_digest
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.model_folder import load
