@@ -21,7 +21,7 @@ from mlx_hiermem.evaluate.tasks import Row, Task, read_rows, text_in, texts_in
 from mlx_hiermem.files import read_text
 
 SEED = 1234  # of few-shot examples: LLM-Foundry's
-WINDOW = 1024  # tokens, or the model's context where that is less
+ROLLING_WINDOW = 1024  # tokens, or the model's context where that is less
 ARTICLE = re.compile(r"(?m)^ ?= (?!=)[^\n]*[^=\n] = ?$")  # WikiText's title of an article: " = Robert Boulter = "
 
 
@@ -216,7 +216,7 @@ def _articles(text: str) -> Iterator[tuple[str, int, str]]:
             yield f"{number} {title}", line, part
 
 
-def windows(tokens: Sequence[int], first: int, size: int) -> list[tuple[list[int], list[int]]]:
+def rolling_windows(tokens: Sequence[int], first: int, size: int) -> list[tuple[list[int], list[int]]]:
     """(context, continuation) pairs of `size` inputs each that predict every token once, the first behind `first`.
 
     A last window that predicts fewer has the more context, as lm-evaluation-harness has it.

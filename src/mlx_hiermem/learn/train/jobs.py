@@ -189,7 +189,7 @@ class JobTrainer:
         """Tells after an epoch how much is known, and what is left to do if as many texts go on resting."""
         if GENERIC_NODE in self.job.leaves:
             return
-        known, said = self.known.shares()
+        known, said = self.known.fractions()
         self.note({"known": known, "said": said})
         meter.known(known, said)
 
