@@ -61,9 +61,9 @@ def in_patterns(
     cached.kept.file.unlink(missing_ok=True)
 
 
-def _part(tell: FractionDone, begin: float, end: float, share: float) -> None:
-    """Tells how much of the whole work is done, when a share of the part from `begin` to `end` is."""
-    tell(begin + share * (end - begin))
+def _part(tell: FractionDone, begin: float, end: float, fraction: float) -> None:
+    """Tells how much of the whole work is done, when a fraction of the part from `begin` to `end` is."""
+    tell(begin + fraction * (end - begin))
 
 
 def _studied(
