@@ -233,8 +233,8 @@ def main() -> None:
     if asked.guided:
         guided(BY_NAME[asked.guided], asked.seconds)
     readers = [reader for reader in READERS if not asked.only or reader.name in asked.only]
-    whole = sum(reader.weight for reader in readers)
-    failed = [_run(reader, max(1, round(asked.inputs * reader.weight / whole)), asked) for reader in readers]
+    whole = sum(reader.speed for reader in readers)
+    failed = [_run(reader, max(1, round(asked.inputs * reader.speed / whole)), asked) for reader in readers]
     sys.exit(1 if any(failed) else 0)
 
 
