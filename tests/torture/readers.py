@@ -295,6 +295,7 @@ POLICY = {"blocked": ["0.1", "2"], "on_blocked": "parent", "reach": 1.2}
 LEFT = {"format": "mlx-hiermem-without", "version": 1, "made_of": "a" * 64, "bank": "b" * 64, "nodes": ["0.1"]}
 LEFT |= {"blocks": [{"path": "0.1", "bytes": 9, "sha256": "c" * 64}], "windows": 3, "may_retain": ["0"]}
 LEFT_OUT = json.dumps(LEFT)
+JSON_LINES = _lines({"title": "a", "text": "b"}, {"text": "c"})
 NAMES = "name;capital;area\nNorway;Oslo;385207\nPeru;Lima;1285216\n"
 
 
