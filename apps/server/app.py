@@ -57,6 +57,7 @@ class Settings:
     allow_loading: bool = False  # clients may load and unload banks: files of this machine, by their path
     cache_bytes: int = 512 << 20  # of a bank that is loaded
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of requests' fields
+    log_requests: bool = False  # a line for each: the client, the path, the status; never what was asked
     watch: Sequence[pathlib.Path] = ()  # folders that `hiermem learn` is making
 
 

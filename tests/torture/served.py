@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,13 +42,12 @@ def make_served(folder: pathlib.Path, config: MemoryConfig = CONFIG) -> pathlib.
 def served(model: pathlib.Path, log: pathlib.Path, *options: str) -> Iterator[Served]:
     """Raises AssertionError where the server does not end well when it is stopped."""
     command = [sys.executable, "-c", MAIN, "serve", str(model), "--port", "0", *options]
-    with log.open("wb") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ)
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=os.environ)
     try:
-        assert process.stdout
-        line = process.stdout.readline()
-        found = re.search(r"http://127\.0\.0\.1:(\d+) ", line)
-        assert found, f"it says {line!r} and {log.read_text()!r}"
+        while not (found := re.search(r"http://127\.0\.0\.1:(\d+) ", log.read_text(errors="replace"))):
+            assert process.poll() is None, f"the server says {log.read_text()!r}"
+            time.sleep(0.1)
         yield Served(process.pid, int(found[1]), log)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0, f"the server ended with {process.returncode}"
