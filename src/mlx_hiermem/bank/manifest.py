@@ -192,7 +192,7 @@ class BankManifest:
 
     @property
     def knows_questions(self) -> bool:
-        """Whether `hiermem learn` made the bank, which teaches questions in `prompt.FRAME`."""
+        """Whether `hiermem learn` made the bank, which teaches questions in `tokenizer.FRAME`."""
         recipes = self.recipe.get("merged", [self.recipe])
         return any(isinstance(one, dict) and one.get("name") == "learn" for one in recipes)
 
