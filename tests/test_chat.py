@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -10,7 +11,7 @@ import pty
 import select
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from tiny import Aimed
 
 from mlx_hiermem import load
 from mlx_hiermem.apps.cli import chat, keyboard, models, slash
-from mlx_hiermem.apps.cli.display import FAR, console, notes
+from mlx_hiermem.apps.cli.display import FAR, console, notes, write
 from mlx_hiermem.apps.cli.main import main
 from mlx_hiermem.apps.cli.shelf import Shelf
 from mlx_hiermem.bank.policy import BankPolicy
@@ -356,6 +357,25 @@ def test_a_resumed_chat_shows_where_it_was_and_is_kept(
     (kept,) = Shelf("my-model").kept()
     assert kept.data["messages"] == session.messages
     assert len(session.messages) == 4
+
+
+def test_replies_shown_again_are_laid_out_unless_told_not_to(
+    session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    say(session, "about neon")
+    asked = list[bool]()
+
+    @contextlib.contextmanager
+    def written(plain: bool) -> Iterator[Callable[[str], None]]:
+        asked.append(plain)
+        yield write
+
+    monkeypatch.setattr(slash, "written", written)
+    slash.show_last(session, plain=False)
+    slash.run(session, "/compare")
+    assert asked == [False] * 4
+    slash.run(session, "/compare", plain=True)
+    assert asked == [False] * 4 + [True] * 3
 
 
 def chats(session: Session, line: str, shelf: Shelf, capsys: pytest.CaptureFixture[str]) -> str:
