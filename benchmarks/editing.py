@@ -35,7 +35,7 @@ from mlx_hiermem.evaluate.runner import Evaluation
 from mlx_hiermem.evaluate.tasks import Task
 from mlx_hiermem.learn.settings import TrainingSettings
 from mlx_hiermem.learn.train.blocks import Tensors
-from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter
+from mlx_hiermem.learn.train.dataset import TrainingExample, TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.train.jobs import Trainer
 from mlx_hiermem.model_folder import load
 
@@ -80,9 +80,9 @@ def correct(model: pathlib.Path, leaf: Path, ids: set[str], subject: str, answer
         block = bank.read(node)
         return {name: block.values(name) for name in bank.config.widths}
 
-    def example(prompt: str, reply: str) -> Example:
+    def example(prompt: str, reply: str) -> TrainingExample:
         asked, whole = tokenizer.encode(prompt), tokenizer.encode(f"{prompt} {reply}.")
-        return Example(np.array(whole, np.int32), np.arange(len(whole)) >= len(asked))
+        return TrainingExample(np.array(whole, np.int32), np.arange(len(whole)) >= len(asked))
 
     with TrainingSetWriter(work / "examples") as out:
         for row in (row for row in ROWS if row["id"] in ids):

@@ -16,9 +16,8 @@ from common import RESULTS, machine
 from elements import QUESTIONS
 
 from mlx_hiermem.bank.bank import MemoryBank
-from mlx_hiermem.evaluate.examples import read_examples
+from mlx_hiermem.evaluate.examples import read_documents, read_examples
 from mlx_hiermem.evaluate.tasks import Task, find_tasks
-from mlx_hiermem.evaluate.texts import read_documents
 from mlx_hiermem.router import Router
 
 

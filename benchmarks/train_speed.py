@@ -32,7 +32,7 @@ from mlx_hiermem.anchor import load_anchor
 from mlx_hiermem.apps.demo.tour import model_folder
 from mlx_hiermem.config import Path
 from mlx_hiermem.learn.settings import TrainingSettings
-from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter
+from mlx_hiermem.learn.train.dataset import TrainingExample, TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.train.jobs import Trainer
 from mlx_hiermem.learn.train.schedule import Group
 from mlx_hiermem.memory.design import memory_config, memory_layers
@@ -71,7 +71,7 @@ class Times:
 class Lora:
     """mlx-lm's loop on LoRA layers; `step` runs one iteration of it."""
 
-    def __init__(self, folder: pathlib.Path, rows: list[Example]) -> None:
+    def __init__(self, folder: pathlib.Path, rows: list[TrainingExample]) -> None:
         import mlx.optimizers as optim
         from mlx.utils import tree_flatten
         from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -143,7 +143,7 @@ class Memory:
         self.trainer.take([self.group])
 
 
-def documents(folder: pathlib.Path, batch: int, length: int, kind: str) -> list[Example]:
+def documents(folder: pathlib.Path, batch: int, length: int, kind: str) -> list[TrainingExample]:
     """Rows of `length` predictions from the elements' texts."""
     _, tokenizer, _ = load_anchor(folder)
     text = "\n".join(json.loads(line)["text"] for line in DOCUMENTS.read_text(encoding="utf-8").splitlines())
@@ -151,7 +151,7 @@ def documents(folder: pathlib.Path, batch: int, length: int, kind: str) -> list[
         batch, -1
     )
     first = 1 if kind == "text" else (length + 1) // 2
-    return [Example(row, np.arange(length + 1) >= first) for row in tokens]
+    return [TrainingExample(row, np.arange(length + 1) >= first) for row in tokens]
 
 
 def compare(folder: pathlib.Path, options: argparse.Namespace, kind: str, work: pathlib.Path) -> dict[str, Any]:

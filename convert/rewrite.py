@@ -9,6 +9,8 @@ from typing import TypeVar
 
 from mlx_hiermem.anchor import identify
 from mlx_hiermem.bank.bank import MemoryBank
+from mlx_hiermem.bank.quantize import LevelReport, quantize
+from mlx_hiermem.config import MemoryConfig
 from mlx_hiermem.convert.staging import ANCHOR, BANK, SOURCE, partial_folder
 from mlx_hiermem.errors import OutputError
 
@@ -36,3 +38,19 @@ def rewrite(
             if file.is_file():
                 shutil.copyfile(file, partial / file.relative_to(model))  # a read-only model makes no read-only one
         return write(bank, partial / BANK)
+
+
+def quantize_model(
+    model: pathlib.Path,
+    out: pathlib.Path,
+    config: MemoryConfig,
+    resume: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[LevelReport]:
+    """`hiermem bank quantize`: the same anchor, its memories in fewer bits.
+
+    Writes the model folder `out` with the bank as `config` (see `design`) has it.
+
+    Arguments, errors and what is returned as for `bank.quantize.quantize`, and errors as for `rewrite`.
+    """
+    return rewrite(model, out, lambda bank, folder: quantize(bank, folder, config, resume, progress), resume)

@@ -18,7 +18,7 @@ import numpy as np
 from mlx_hiermem.anchor import load_anchor
 from mlx_hiermem.config import MemoryConfig, Path
 from mlx_hiermem.learn.settings import TrainingSettings
-from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter
+from mlx_hiermem.learn.train.dataset import TrainingExample, TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.train.jobs import Trainer
 from mlx_hiermem.memory.design import memory_config
 
@@ -39,7 +39,7 @@ def make_set(folder: pathlib.Path, count: int = 40, seed: int = 0, teachers: boo
             learn = np.arange(length) >= length // 2
             context = rng.integers(10, 250, 6).astype(np.int32)
             teacher = np.concatenate([context, tokens]) if teachers and number % 3 else None
-            out.add(Example(tokens, learn, number, teacher), leaves)
+            out.add(TrainingExample(tokens, learn, number, teacher), leaves)
     return TrainingSet.open(folder)
 
 
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from mlx_hiermem.learn.train import job
+    from mlx_hiermem.learn.train import jobs
 
-    job.COMMIT_SECONDS = job.COMMIT_FACTOR = 0.0
+    jobs.COMMIT_SECONDS = jobs.COMMIT_FACTOR = 0.0
     main()

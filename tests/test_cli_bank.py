@@ -21,7 +21,7 @@ from mlx_hiermem.bank.remote import Origin
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import HierMemError
 from mlx_hiermem.evaluate.questions import read_questions
-from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter
+from mlx_hiermem.learn.train.dataset import TrainingExample, TrainingSet, TrainingSetWriter
 from mlx_hiermem.locks import locked
 
 COMMANDS = (
@@ -235,7 +235,7 @@ def learnt(model: pathlib.Path) -> pathlib.Path:
     with TrainingSetWriter(model / "learning" / "examples") as out:
         for number, leaves in enumerate((["1.1"], ["1.1", "0.1"], ["0.1"])):
             tokens = np.arange(number, number + 3, dtype=np.int32)
-            out.add(Example(tokens, np.array([False, True, True])), map(Path.parse, leaves))
+            out.add(TrainingExample(tokens, np.array([False, True, True])), map(Path.parse, leaves))
     return model
 
 

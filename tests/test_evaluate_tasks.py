@@ -15,10 +15,9 @@ from tiny import make_model
 
 from mlx_hiermem.errors import TaskError
 from mlx_hiermem.evaluate.answers import begins_with, is_number, is_only, mentions, normalise, starts_with
-from mlx_hiermem.evaluate.examples import read_examples
+from mlx_hiermem.evaluate.examples import read_documents, read_examples, rolling_windows
 from mlx_hiermem.evaluate.statistics import difference, figure, mcnemar, share_interval
 from mlx_hiermem.evaluate.tasks import PAPER, Task, find_tasks, read_tasks
-from mlx_hiermem.evaluate.texts import read_documents, windows
 
 
 def test_the_papers_tasks_are_those_of_its_protocol() -> None:
@@ -204,7 +203,7 @@ def test_windows_are_the_harnesss(length: int) -> None:
 
     tokens = list(range(100, 100 + length))
     expected = map(make_disjoint_window, get_rolling_token_windows(tokens, 7, 8, 1))
-    assert windows(tokens, 7, 8) == [(list(context), list(rest)) for context, rest in expected]
+    assert rolling_windows(tokens, 7, 8) == [(list(context), list(rest)) for context, rest in expected]
 
 
 def test_rules() -> None:

@@ -17,10 +17,9 @@ from mlx_hiermem import load
 from mlx_hiermem.apps.cli.main import app
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import AnchorError, ArgumentError
-from mlx_hiermem.kv_quantization import check_quantizable
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.router import Router
-from mlx_hiermem.sampling import Sampling
+from mlx_hiermem.sampling import Sampling, check_quantizable
 from mlx_hiermem.session import Session
 
 A, B, C = Path((0, 1)), Path((2, 0)), Path((2, 2))

@@ -47,7 +47,6 @@ ORDER += [
     "plan",
     "selection",
     "grammar",
-    "kv_quantization",
     "sampling",
     "response",
     "batch",
@@ -85,7 +84,7 @@ TORCH_MODULES = {
 }
 # Core AI takes its models from PyTorch; apps load the exporter inside functions.
 TORCH_MODULES |= {
-    f"{PACKAGE}.convert.coreai.{name}" for name in ("anchor", "asset", "compress", "export", "peaks", "retriever")
+    f"{PACKAGE}.convert.coreai.{name}" for name in ("anchor", "asset", "compress", "export", "retriever")
 }
 # What builds Core ML programs, and so names coremltools' builder on every line; apps load it inside functions.
 COREML_BUILDER = f"{PACKAGE}.convert.coreml.mil"

@@ -16,7 +16,7 @@ from mlx_hiermem.errors import CorpusError
 from mlx_hiermem.learn.corpus.corpus import read_corpus
 from mlx_hiermem.learn.settings import ExampleSettings, TreeSettings, epochs_for
 from mlx_hiermem.learn.sources import WindowVectors
-from mlx_hiermem.learn.train.dataset import Example, TrainingSet
+from mlx_hiermem.learn.train.dataset import TrainingExample, TrainingSet
 from mlx_hiermem.learn.train.encoding import (
     Encoder,
     make_examples,
@@ -44,14 +44,14 @@ def studied(tmp_path_factory: pytest.TempPathFactory, minilm: Embedder) -> Corpu
     return build_tree(work, corpus, minilm, TreeSettings(branching=2, depth=2))
 
 
-def by_window(examples: TrainingSet) -> dict[int, list[Example]]:
-    found = defaultdict[int, list[Example]](list)
+def by_window(examples: TrainingSet) -> dict[int, list[TrainingExample]]:
+    found = defaultdict[int, list[TrainingExample]](list)
     for number in range(len(examples)):
         found[int(examples.windows[number])].append(examples.read(number))
     return found
 
 
-def parts(encoder: Encoder, example: Example) -> tuple[str, str]:
+def parts(encoder: Encoder, example: TrainingExample) -> tuple[str, str]:
     """(what is given, what is learnt)."""
     first = int(example.learn.argmax())
     assert example.learn[first:].all()

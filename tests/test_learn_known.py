@@ -11,7 +11,7 @@ from lessons import QUICK, make_set, tiny_config
 
 from mlx_hiermem.anchor import load_anchor
 from mlx_hiermem.config import Path
-from mlx_hiermem.learn.train.dataset import FRAMED, IN_CHAT, Example, TrainingSet, TrainingSetWriter
+from mlx_hiermem.learn.train.dataset import FRAMED, IN_CHAT, TrainingExample, TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.train.jobs import Trainer
 from mlx_hiermem.learn.train.monitor import ProgressMeter, TrainingProgress, read_log
 from mlx_hiermem.learn.train.schedule import KNOWN, Known
@@ -55,19 +55,19 @@ def test_shares_are_of_the_last_time_that_each_text_was_learnt(
     examples: TrainingSet, tmp_path: pathlib.Path
 ) -> None:
     known = Known(tmp_path / "known", 0, examples)
-    assert known.shares() == (0.0, 0.0)
+    assert known.fractions() == (0.0, 0.0)
     seen(known, 0, {0: 2.0, 1: 0.01, 2: 0.5, 3: 2.0})
     seen(known, 1, {0: 0.01})
-    assert known.shares() == (0.5, 0.75)
+    assert known.fractions() == (0.5, 0.75)
 
 
 def test_the_two_forms_of_a_question_take_turns(tmp_path: pathlib.Path) -> None:
     with TrainingSetWriter(tmp_path / "set") as out:
         for number in range(5):
             tokens, learn = np.arange(4, dtype=np.int32), np.arange(4) > 1
-            out.add(Example(tokens, learn, number, form=FRAMED), [Path((0,))])
-            out.add(Example(tokens, learn, number, form=IN_CHAT), [Path((0,))])
-        out.add(Example(tokens, learn, 5), [Path((0,))])
+            out.add(TrainingExample(tokens, learn, number, form=FRAMED), [Path((0,))])
+            out.add(TrainingExample(tokens, learn, number, form=IN_CHAT), [Path((0,))])
+        out.add(TrainingExample(tokens, learn, 5), [Path((0,))])
     found = TrainingSet.open(tmp_path / "set")
     turns = np.array([found.turns(epoch) for epoch in range(6)])  # bool [epochs, N]
     assert (turns[:, 0:10:2] != turns[:, 1:10:2]).all()  # one of each pair

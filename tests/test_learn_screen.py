@@ -67,4 +67,4 @@ def test_a_base_model_is_not_sent_to_the_chat(tmp_path: pathlib.Path) -> None:
     assert next_step(tmp_path) == f"Talk to it: hiermem chat {tmp_path}"
     settings = tmp_path / "anchor/tokenizer_config.json"
     settings.write_text(settings.read_text().replace("chat_template", "unused"))
-    assert next_step(tmp_path).startswith(f"Ask it: hiermem ask --plain -m {tmp_path} $'Question: ")
+    assert next_step(tmp_path).startswith(f"Ask it: hiermem ask -m {tmp_path} 'What is …?'")

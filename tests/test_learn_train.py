@@ -31,12 +31,11 @@ from mlx_hiermem.convert.anchors.huggingface import convert_huggingface
 from mlx_hiermem.convert.source import find_source
 from mlx_hiermem.errors import HierMemError, OutputError
 from mlx_hiermem.learn.settings import TrainingSettings
-from mlx_hiermem.learn.train import activations
+from mlx_hiermem.learn.train import activations, jobs
 from mlx_hiermem.learn.train import blocks as blocks_module
-from mlx_hiermem.learn.train import job as job_module
 from mlx_hiermem.learn.train.activations import TeacherStates
 from mlx_hiermem.learn.train.blocks import Tensors, new_block
-from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter, collate
+from mlx_hiermem.learn.train.dataset import TrainingExample, TrainingSet, TrainingSetWriter, collate
 from mlx_hiermem.learn.train.jobs import JobTrainer, Trainer
 from mlx_hiermem.learn.train.monitor import HeldOut, TrainingProgress, read_log
 from mlx_hiermem.learn.train.step import Inputs, MemoryLoss
@@ -84,11 +83,12 @@ def random_blocks(loss: MemoryLoss, nodes: Sequence[Path] = PATH) -> list[Tensor
     ]
 
 
-def texts(count: int, seed: int = 0, longest: int = 20) -> list[Example]:
+def texts(count: int, seed: int = 0, longest: int = 20) -> list[TrainingExample]:
     rng = np.random.default_rng(seed)
     lengths = rng.integers(4, longest, count)
     return [
-        Example(rng.integers(0, 256, n).astype(np.int32), np.arange(n) >= max(1, n // 2)) for n in map(int, lengths)
+        TrainingExample(rng.integers(0, 256, n).astype(np.int32), np.arange(n) >= max(1, n // 2))
+        for n in map(int, lengths)
     ]
 
 
@@ -332,7 +332,9 @@ def test_what_teachers_have_in_common_is_read_once(
                 tokens = rng.integers(0, 64, 4 + row).astype(np.int32)
                 ahead = before if row < 3 else np.append(rng.integers(0, 64, 3) if row == 3 else 7, before)
                 learn = np.arange(len(tokens)) >= 2
-                out.add(Example(tokens, learn, window, np.append(ahead, tokens).astype(np.int32)), [PATH[1]])
+                out.add(
+                    TrainingExample(tokens, learn, window, np.append(ahead, tokens).astype(np.int32)), [PATH[1]]
+                )
     examples, read = TrainingSet.open(tmp_path / "set"), []
 
     def noted(model: nn.Module, tokens: Sequence[int]) -> list[KVCache] | None:
@@ -472,7 +474,7 @@ def test_a_full_disk_loses_nothing(
 ) -> None:
     unbroken = trained(tmp_path / "unbroken", anchor, training_set)
     for name in ("COMMIT_SECONDS", "COMMIT_FACTOR"):
-        monkeypatch.setattr(job_module, name, 0.0)
+        monkeypatch.setattr(jobs, name, 0.0)
     model, steps = load_anchor(anchor, mx.float32)[0], list[str]()
     trainer = Trainer(tmp_path / "work", model, tiny_config(model), training_set, QUICK)
     stack = contextlib.ExitStack()

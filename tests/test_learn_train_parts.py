@@ -28,7 +28,7 @@ from mlx_hiermem.learn.train import dataset as dataset_module
 from mlx_hiermem.learn.train.activations import HiddenStates
 from mlx_hiermem.learn.train.blocks import TrainedBlock, TrainedBlocks, new_block
 from mlx_hiermem.learn.train.dataset import (
-    Example,
+    TrainingExample,
     TrainingSet,
     TrainingSetWriter,
     collate,
@@ -46,8 +46,8 @@ CONFIG = MemoryConfig("ffn", 2, (4, 2), (2, 3), 32, dtype="float32", ffn_width=6
 ALL = mx.arange(28)
 
 
-def example(length: int, learnt: int = 1, window: int = 0) -> Example:
-    return Example(np.arange(length, dtype=np.int32), np.arange(length) >= length - learnt, window)
+def example(length: int, learnt: int = 1, window: int = 0) -> TrainingExample:
+    return TrainingExample(np.arange(length, dtype=np.int32), np.arange(length) >= length - learnt, window)
 
 
 # Sets of examples
@@ -97,9 +97,9 @@ def test_bad_examples_are_refused() -> None:
     tokens = np.arange(4, dtype=np.int32)
     for learn in ([0, 0, 0, 0], [1, 1, 0, 0]):
         with pytest.raises(HierMemError):
-            Example(tokens, np.array(learn, bool))
+            TrainingExample(tokens, np.array(learn, bool))
     with pytest.raises(HierMemError, match="teacher"):
-        Example(tokens, np.array([0, 0, 1, 1], bool), teacher=np.array([0, 1, 3, 2], np.int32))
+        TrainingExample(tokens, np.array([0, 0, 1, 1], bool), teacher=np.array([0, 1, 3, 2], np.int32))
 
 
 # Batches

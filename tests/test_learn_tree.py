@@ -15,7 +15,7 @@ from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import CorpusError
 from mlx_hiermem.learn.corpus.corpus import read_corpus
 from mlx_hiermem.learn.settings import CorpusSettings, TreeSettings
-from mlx_hiermem.learn.train.dataset import Example, TrainingSet, TrainingSetWriter
+from mlx_hiermem.learn.train.dataset import TrainingExample, TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.tree import probes
 from mlx_hiermem.learn.tree.build import agreement, build_tree, given_agreement
 from mlx_hiermem.learn.tree.labels import describe_nodes
@@ -58,7 +58,7 @@ def test_the_stages_in_files(tmp_path: pathlib.Path, minilm: Embedder) -> None:
     assert all(built.tree.has(leaf) for one in placed for leaf in one.leaves)
     with TrainingSetWriter(tmp_path / "set") as out:
         for one in placed[1:]:
-            out.add(Example(np.array([1, 2]), np.array([False, True]), one.window), one.leaves)
+            out.add(TrainingExample(np.array([1, 2]), np.array([False, True]), one.window), one.leaves)
     examples = TrainingSet.open(tmp_path / "set")
     nodes = describe_nodes(work, built, lambda text: len(text.split()), examples)
     sources = [window.source for window in corpus.windows()]

@@ -254,8 +254,8 @@ class TestChecks:
     def test_another_language_is_no_reply(self) -> None:
         source = Evidence("Stoat", PASSAGES["Stoat"])
         french = "L'hermine est une espèce de mustélidé originaire d'Eurasie et des régions septentrionales."
-        assert not source.shares([Prompt("Stoat", "", french)])
-        assert source.shares([Prompt("Stoat", "", "The ermine is a mustelid that lives in Eurasia.")])
+        assert not source.covers([Prompt("Stoat", "", french)])
+        assert source.covers([Prompt("Stoat", "", "The ermine is a mustelid that lives in Eurasia.")])
 
 
 class TestServer:

@@ -51,7 +51,7 @@ CALLS = {
         "sampler logits_processors prompt_cache kv_bits kv_group_size quantized_kv_start",
         "model.MemoryModel.responses",
     ),
-    "models.cache:KVCache.to_quantized": ("group_size bits", "kv_quantization"),
+    "models.cache:KVCache.to_quantized": ("group_size bits", "sampling"),
     "models.cache:LRUPromptCache": ("max_size max_bytes", "batch.MemoryBatch, session.Session"),
     "models.cache:LRUPromptCache.fetch_nearest_cache": ("model tokens", "batch.MemoryBatch, session.Session"),
     "models.cache:LRUPromptCache.insert_cache": ("model tokens prompt_cache", "batch.MemoryBatch, session.Session"),

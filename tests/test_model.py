@@ -1,6 +1,7 @@
 """MemoryModel and Session on a tiny random anchor: memories change answers, and only where they should."""
 
 import dataclasses
+import json
 import pathlib
 
 import mlx.core as mx
@@ -8,9 +9,10 @@ import pytest
 from tiny import CONFIG, LLAMA, load_tiny, make_anchor, make_bank, make_model
 
 from mlx_hiermem import load
+from mlx_hiermem.apps.cli import main as cli
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.config import KINDS, Path
-from mlx_hiermem.errors import AnchorError, AnchorMismatchError, BankError, HierMemError
+from mlx_hiermem.errors import AnchorError, AnchorMismatchError, BankError, ChatTemplateError, HierMemError
 from mlx_hiermem.memory.attach import attach
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.sampling import Sampling
@@ -180,3 +182,41 @@ def test_session_forgets_a_turn_that_failed(model: MemoryModel) -> None:
     with pytest.raises(BankError):
         list(session.ask("first"))
     assert session.messages == []
+
+
+def test_a_base_model_is_asked_as_its_bank_has_learnt(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bank that `learn` made knows questions in a frame; with others a text is continued."""
+    folder = make_model(tmp_path / "base")
+    settings, manifest = folder / "anchor/tokenizer_config.json", folder / "bank/bank.json"
+    settings.write_text(settings.read_text().replace("chat_template", "unused"))
+
+    def ask(text: str, *options: str) -> list[object]:
+        words = ["ask", "-m", str(folder), "--memory", "1.2", "-n", "8", "--json", *options, text]
+        monkeypatch.setattr("sys.argv", ["hiermem", *words])
+        with pytest.raises(SystemExit):
+            cli.main()
+        said = json.loads(capsys.readouterr().out)
+        return [said["text"], said["prompt_tokens"]]
+
+    model = load(folder)
+    with pytest.raises(AnchorError, match="no chat template"):
+        model.chat_tokens([{"role": "user", "content": "neon"}])
+    assert ask("neon") == ask("neon", "--plain")
+
+    manifest.write_text(manifest.read_text().replace('"recipe": {}', '"recipe": {"name": "learn"}'))
+    framed = "Question: neon\nAnswer:"
+    assert ask("neon") == ask(framed, "--plain")
+    assert ask("neon") != ask("neon", "--plain")
+    model = load_tiny(folder)
+    talk = [{"role": "user", "content": "neon"}, {"role": "assistant", "content": " Ne"}]
+    asked = [{"role": "system", "content": "Be brief."}, *talk, {"role": "user", "content": "iron"}]
+    expected = model.tokens("Be brief.\n\nQuestion: neon\nAnswer: Ne\n\nQuestion: iron\nAnswer:")
+    assert model.chat_tokens(asked) == expected
+    with pytest.raises(ChatTemplateError, match="role tool"):
+        model.chat_tokens([*talk, {"role": "tool", "content": "1"}])
+    model.chat("neon", max_tokens=4)
+    assert (
+        model.selection.path == model.router.route("neon").path
+    )  # by the words that were asked, without the frame

@@ -13,10 +13,9 @@ import pytest
 from rich.cells import cell_len
 from tiny import CONFIG, make_anchor, make_bank
 
-from mlx_hiermem.apps.picture.icicle import CELL, FONT, HEIGHT, PAD, WIDTH, Block, Picture, icicle
+from mlx_hiermem.apps.picture.icicle import CELL, FONT, HEIGHT, PAD, WIDTH, Block, Picture, block_row, icicle
 from mlx_hiermem.apps.picture.page import SHARED, page
 from mlx_hiermem.apps.picture.png import STYLE, TOP, png
-from mlx_hiermem.apps.picture.rows import row as row_of
 from mlx_hiermem.bank import edit
 from mlx_hiermem.bank.bank import MANIFEST, MemoryBank
 from mlx_hiermem.config import Path
@@ -161,7 +160,7 @@ def test_the_page_holds_each_block_for_everyone(bank: MemoryBank, picture: Pictu
     data = text.split('id="nodes">')[1].split("</script>")[0]
     assert "<" not in data  # whatever the labels hold
     blocks = sorted(bank.manifest.blocks.items())
-    assert json.loads(data) == [row_of(entry, bank.state(node)) for node, entry in blocks]
+    assert json.loads(data) == [block_row(entry, bank.state(node)) for node, entry in blocks]
     table = text.split("<tbody>")[1].split("</tbody>")[0]
     assert table.count("<tr>") == len(picture.blocks)
     assert "<td>1 Gases &amp; &lt;vapours&gt;<td>" in table
@@ -171,7 +170,7 @@ def test_the_page_holds_each_block_for_everyone(bank: MemoryBank, picture: Pictu
 
 def test_a_row_names_some_sources_and_counts_the_rest(bank: MemoryBank) -> None:
     entry = replace(bank.manifest.blocks[Path((1,))], sources=tuple("abcdefghij"))
-    made = row_of(entry, "on disk")
+    made = block_row(entry, "on disk")
     assert (made["path"], made["label"], made["state"]) == ("1", "Gases & <vapours>", "on disk")
     assert (made["sources"], made["more_sources"]) == (list("abcdefgh"), 2)
 

@@ -27,7 +27,7 @@ from mlx_hiermem.bank.policy import BankPolicy
 from mlx_hiermem.bank.quantize import LevelReport, design, quantize
 from mlx_hiermem.cache import BlockCache
 from mlx_hiermem.config import KINDS, MemoryConfig, Path, Quantization
-from mlx_hiermem.convert.quantize_model import quantize_model
+from mlx_hiermem.convert.rewrite import quantize_model
 from mlx_hiermem.errors import BankError, HierMemError, OutputError
 from mlx_hiermem.files import file_digest
 from mlx_hiermem.share.pull import pull

@@ -23,9 +23,8 @@ from mlx_hiermem.apps.cli.main import app
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.check import check
 from mlx_hiermem.errors import BankError, CorpusError, HierMemError
-from mlx_hiermem.learn.changes import Scan, compared
-from mlx_hiermem.learn.forgotten import Probe, recall
-from mlx_hiermem.learn.record import LearntFile, read_record
+from mlx_hiermem.learn.recall import Probe, recall
+from mlx_hiermem.learn.record import LearntFile, Scan, compared, read_record
 from mlx_hiermem.learn.relearn import Relearning
 from mlx_hiermem.learn.settings import (
     LearnSettings,
@@ -308,5 +307,5 @@ def test_a_file_that_cannot_be_read_is_not_gone(tmp_path: pathlib.Path, monkeypa
     def refuse(path: pathlib.Path) -> str:
         raise PermissionError(13, "no")
 
-    monkeypatch.setattr("mlx_hiermem.learn.changes.file_digest", refuse)
+    monkeypatch.setattr("mlx_hiermem.learn.record.file_digest", refuse)
     assert not compared(str(tmp_path), learnt, scan.digests(str(tmp_path)))

@@ -19,7 +19,7 @@ from mlx_hiermem.config import KINDS as MEMORY_KINDS
 from mlx_hiermem.config import MemoryConfig
 from mlx_hiermem.convert import parity
 from mlx_hiermem.convert.pipeline import convert
-from mlx_hiermem.convert.quantize_model import quantize_model
+from mlx_hiermem.convert.rewrite import quantize_model
 from mlx_hiermem.convert.verify import EXACT, Receipt, verify
 from mlx_hiermem.errors import AnchorError, CheckpointError, HierMemError, MissingDependencyError, OutputError
 from mlx_hiermem.files import file_digest

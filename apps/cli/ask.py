@@ -36,7 +36,9 @@ def ask(
     ),
     model: str = models.MODEL,
     memory: str = models.MEMORY,
-    plain: bool = typer.Option(False, "--plain", help="Continue the text as it stands, without a chat template."),
+    plain: bool = typer.Option(
+        False, "--plain", help="Continue the text as it stands, and do not put it as a question."
+    ),
     max_tokens: int = typer.Option(256, "--max-tokens", "-n", min=1, help="Longest answer, in tokens."),
     temperature: float = sampling.TEMPERATURE,
     top_p: float = sampling.TOP_P,
@@ -70,8 +72,8 @@ def ask(
     if not as_json:
         models.show_which(name, loaded)
     reply: Iterator[str]
-    session = None  # where the anchor has no chat template the text is continued as it stands
-    if not plain and loaded.tokenizer is not None and loaded.tokenizer.chat_template is not None:
+    session = None  # where questions cannot be put the text is continued as it stands
+    if not plain and loaded.can_chat:
         session = Session(loaded, memory, max_tokens=max_tokens, template=template, **drawn)
         reply = session.ask(text)
     else:

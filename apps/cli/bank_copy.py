@@ -62,7 +62,7 @@ def quantize(
     """
     from mlx_hiermem.bank import quantize as quantizing
     from mlx_hiermem.config import GROUP_SIZES
-    from mlx_hiermem.convert.quantize_model import quantize_model
+    from mlx_hiermem.convert.rewrite import quantize_model
 
     if group_size not in (None, *GROUP_SIZES):
         raise typer.BadParameter("choose 32, 64 or 128", param_hint="--group-size")

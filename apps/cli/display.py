@@ -168,7 +168,7 @@ class Lines:
 
 
 @contextmanager
-def stages(what: str, show: bool = True) -> Iterator[tuple[Progress | None, Callable[[str], None]]]:
+def staged_progress(what: str, show: bool = True) -> Iterator[tuple[Progress | None, Callable[[str], None]]]:
     """Long work that says what it is doing: a progress bar, or lines on stderr where there is no terminal.
 
     A SIGTERM ends it as an interruption does, so that what is half made goes.

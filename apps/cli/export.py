@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from mlx_hiermem.apps.cli import models
-from mlx_hiermem.apps.cli.display import console, notes, renamed, size, stages
+from mlx_hiermem.apps.cli.display import console, notes, renamed, size, staged_progress
 
 if TYPE_CHECKING:
     from mlx_hiermem.convert.export.exporter import Options, Report
@@ -104,7 +104,7 @@ def _export(
 ) -> None:
     name, target = models.last_word(words, model, "OUT")
     folder, out = models.folder_of(name), pathlib.Path(target)
-    with stages("exporting", show=not as_json) as (progress, say):
+    with staged_progress("exporting", show=not as_json) as (progress, say):
         report = run(folder, out, options, progress, say)
     if as_json:
         console.print_json(json.dumps(report.to_json(), ensure_ascii=False))

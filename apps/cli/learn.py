@@ -210,11 +210,9 @@ def _print(out: pathlib.Path, learnt: Learnt) -> None:
 
 
 def next_step(out: pathlib.Path) -> str:
-    """How to talk to what was learnt. A base model has no chat template: it is asked as its bank was taught."""
+    """How to talk to what was learnt. A base model has no chat template: it is asked one question."""
     from mlx_hiermem.tokenizer import load_tokenizer
 
     if getattr(load_tokenizer(out / "anchor"), "chat_template", None):
         return f"Talk to it: hiermem chat {out}"
-    return (
-        f"Ask it: hiermem ask --plain -m {out} $'Question: What is …?\\nAnswer:' (its anchor has no chat template)"
-    )
+    return f"Ask it: hiermem ask -m {out} 'What is …?' (its anchor is a base model, without a chat template)"

@@ -102,7 +102,7 @@ class _Run:
     """The steps of the command, and what it says of them."""
 
     def __init__(self, model: pathlib.Path, folder: pathlib.Path, yes: bool, as_json: bool) -> None:
-        from mlx_hiermem.learn.changes import Changes, Scan
+        from mlx_hiermem.learn.record import Changes, Scan
 
         self.model, self.folder, self.yes, self.as_json = model, folder, yes, as_json
         self._scan = Scan()
@@ -137,7 +137,7 @@ class _Run:
             console.print_json(data={"folder": changes.folder} | names | {"same": changes.same})
 
     def _look(self) -> None:
-        from mlx_hiermem.learn.changes import look
+        from mlx_hiermem.learn.sync import look
 
         self.changes = look(self.model, self.folder, self._scan)
 
@@ -190,7 +190,7 @@ class _Run:
 
     def _show(self, receipt: Receipt) -> None:
         """The receipt on a screen."""
-        from mlx_hiermem.learn.forgotten import forgotten_lines
+        from mlx_hiermem.learn.recall import forgotten_lines
         from mlx_hiermem.learn.sync import RECEIPT
 
         if self.as_json:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
@@ -26,6 +27,7 @@ FONT = 13.0  # px
 CELL = 0.58 * FONT  # px that a letter takes, on average and a little over
 STEP = 1.25 * FONT  # from line to line
 PAD = 5.0
+NAMED_SOURCES = 8  # of each block
 STATES = ("on disk", "remote", "blocked", "missing")
 
 
@@ -139,3 +141,18 @@ def _legend(blocks: list[Block], rows: dict[Path, BlockEntry]) -> tuple[tuple[st
         if paths:
             found.append((state, len(paths), sum(rows[path].bytes for path in paths)))
     return tuple(found)
+
+
+def block_row(entry: BlockEntry, state: str) -> dict[str, Any]:
+    """A block as the pages take it: an entry of `/v1/memory`, and of the file of `hiermem bank show`."""
+    return {
+        "path": str(entry.path),
+        "label": entry.label,
+        "level": len(entry.path),
+        "bytes": entry.bytes,
+        "documents": entry.documents,
+        "tokens": entry.tokens,
+        "sources": list(entry.sources[:NAMED_SOURCES]),
+        "more_sources": max(len(entry.sources) - NAMED_SOURCES, 0),
+        "state": state,
+    }

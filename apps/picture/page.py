@@ -13,8 +13,7 @@ from html import escape
 from string import Template
 
 from mlx_hiermem.apps.cli.display import size
-from mlx_hiermem.apps.picture.icicle import Block, Picture
-from mlx_hiermem.apps.picture.rows import row
+from mlx_hiermem.apps.picture.icicle import Block, Picture, block_row
 
 SHARED = pathlib.Path(__file__).parent.parent / "server" / "page"
 # Each after those that it imports.
@@ -62,7 +61,7 @@ new MemoryPicture(document.getElementById("picture")).show(nodes);
 
 def page(picture: Picture) -> str:
     """The whole HTML document."""
-    nodes = json.dumps([row(block.entry, block.state) for block in picture.blocks], ensure_ascii=False)
+    nodes = json.dumps([block_row(block.entry, block.state) for block in picture.blocks], ensure_ascii=False)
     return PAGE.substitute(
         name=escape(picture.name),
         summary=escape(picture.summary),

@@ -16,8 +16,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, JSONResponse
 from starlette.staticfiles import StaticFiles
 
-from mlx_hiermem.apps.server import learning, memory
-from mlx_hiermem.apps.server.banks import banks
+from mlx_hiermem.apps.server import memory
+from mlx_hiermem.apps.server.banks import banks, learning
 from mlx_hiermem.apps.server.catalogue import Catalogue
 from mlx_hiermem.apps.server.embeddings import embed
 from mlx_hiermem.apps.server.engine import Engine
@@ -196,7 +196,7 @@ def _add_others(app: FastAPI, engine: Engine, metrics: Metrics, settings: Settin
 
     @app.get("/v1/learning")
     def learning_runs() -> dict[str, Any]:
-        return learning.runs(settings.watch, engine.models, settings.allow_loading)
+        return learning(settings.watch, engine.models, settings.allow_loading)
 
     @app.get("/metrics")
     async def figures() -> Response:

@@ -1,14 +1,15 @@
-"""/v1/banks: what the server has loaded, and what on its machine can be loaded beside it."""
+"""/v1/banks and /v1/learning: what the server has loaded, what it can load, and what is being learnt."""
 
 from __future__ import annotations
 
 import contextlib
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from mlx_hiermem.assets import cache_folder
 from mlx_hiermem.bank.bank import MANIFEST
+from mlx_hiermem.learn.status import read_status
 from mlx_hiermem.model import MemoryModel
 
 MARKS = ("anchor", f"bank/{MANIFEST}", MANIFEST)  # one of them is in the folder of a model or a bank
@@ -56,3 +57,17 @@ def _folders(place: pathlib.Path) -> list[pathlib.Path]:
     with contextlib.suppress(OSError):  # it is not there, or may not be read
         return [entry for entry in place.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
     return []
+
+
+def learning(folders: Sequence[pathlib.Path], served: Collection[str], loading: bool) -> dict[str, Any]:
+    """How far `hiermem learn` is in the folders that the server was told to watch.
+
+    `path` is there where a client may load what was learnt (`/v1/banks/load`).
+    """
+    return {"runs": [_learning_row(folder, served, loading) for folder in folders]}
+
+
+def _learning_row(folder: pathlib.Path, served: Collection[str], loading: bool) -> dict[str, Any]:
+    status = {name: value for name, value in read_status(folder).items() if name != "pid"}
+    row = {"name": folder.name, "served": folder.name in served} | status
+    return row | ({"path": str(folder)} if loading and row["state"] == "done" and not row["served"] else {})

@@ -47,7 +47,7 @@ from mlx_hiermem.tokenizer import spells_control
 Asked = TypeVar("Asked", ChatRequest, CompletionRequest)
 
 
-class Prompt(NamedTuple):
+class _Prompt(NamedTuple):
     """A prompt's tokens, the user's texts in it, and what makes its tokens with a passage in it."""
 
     tokens: list[int]
@@ -110,7 +110,7 @@ def chat_jobs(named: Named, asked: ChatRequest) -> list[Job]:
     """The sequences of a request. Raises ApiError. Takes a moment, so not for the event loop."""
     _check_calls(named.model, asked)
     encode = partial(_chat_tokens, named.model, asked)
-    prompt = Prompt(encode(), asked.questions, encode)
+    prompt = _Prompt(encode(), asked.questions, encode)
     length = _reply_length(named, asked, prompt.tokens)
     grammar = _grammar(named.model, asked.response_format)
     return _jobs(named, asked, [prompt], length, asked.top, grammar)
@@ -147,14 +147,14 @@ def _chat_tokens(model: MemoryModel, asked: ChatRequest, passage: SourceWindow |
         raise ApiError(400, f"{error.what}; use /v1/completions", "messages") from error
 
 
-def _prompt(model: MemoryModel, prompt: str | list[int]) -> Prompt:
+def _prompt(model: MemoryModel, prompt: str | list[int]) -> _Prompt:
     """A plain prompt, given as its text or as its token ids."""
     if isinstance(prompt, str):
-        return Prompt(model.tokens(prompt), [prompt], lambda passage: model.tokens(text_with(prompt, passage)))
+        return _Prompt(model.tokens(prompt), [prompt], lambda passage: model.tokens(text_with(prompt, passage)))
     if max(prompt) >= model.vocabulary:
         raise ApiError(400, f"there is no token {max(prompt)}; they end at {model.vocabulary - 1}", "prompt")
     text = model.tokenizer.decode(prompt)
-    return Prompt(prompt, [text], lambda passage: model.tokens(text_with(text, passage)))
+    return _Prompt(prompt, [text], lambda passage: model.tokens(text_with(text, passage)))
 
 
 def _reply_length(named: Named, asked: ChatRequest, tokens: list[int]) -> int:
@@ -179,7 +179,7 @@ def _grammar(model: MemoryModel, wanted: ResponseFormat | None) -> Grammar | Non
 def _jobs(
     named: Named,
     asked: Generation,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[_Prompt],
     length: int,
     top: int | None,
     grammar: Grammar | None = None,
@@ -196,7 +196,7 @@ def _jobs(
     return jobs
 
 
-def _job(named: Named, asked: Generation, prompt: Prompt, length: int, top: int | None, events: Any) -> Job:
+def _job(named: Named, asked: Generation, prompt: _Prompt, length: int, top: int | None, events: Any) -> Job:
     model, context, tokens = named.model, named.model.context, prompt.tokens
     if context and len(tokens) + length > context:
         raise ApiError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from mlx_hiermem.apps.picture.rows import row
+from mlx_hiermem.apps.picture.icicle import block_row
 from mlx_hiermem.apps.server.engine import Engine
 from mlx_hiermem.apps.server.refusal import ApiError
 from mlx_hiermem.bank.bank import MemoryBank
@@ -30,7 +30,7 @@ def overview(name: str, model: MemoryModel) -> dict[str, Any]:
         "depth": bank.config.depth,
         "generic": bank.manifest.generic is not None,
         "sources": {"windows": kept.windows, "documents": kept.documents} if kept and bank.sources else None,
-        "nodes": [row(entry, state(bank, cache, path)) for path, entry in bank.manifest.blocks.items()],
+        "nodes": [block_row(entry, state(bank, cache, path)) for path, entry in bank.manifest.blocks.items()],
     }
 
 

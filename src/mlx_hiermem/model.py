@@ -24,7 +24,7 @@ from mlx_hiermem.errors import AnchorError, ArgumentError, BankError
 from mlx_hiermem.grammar import Grammars
 from mlx_hiermem.memory.attach import Attachment, attach
 from mlx_hiermem.memory_choice import MemoryChoice
-from mlx_hiermem.prompt import Asked, Prompt
+from mlx_hiermem.prompt import Asked, Prompt, framed
 from mlx_hiermem.response import GrowingText, Response
 from mlx_hiermem.sampling import Options, Sampling, real_ids
 from mlx_hiermem.selection import Selection
@@ -324,13 +324,27 @@ class MemoryModel:
             raise AnchorError("this anchor has no tokenizer", "Convert it again with --tokenizer.")
         return encode_text(self.tokenizer, text)
 
+    @property
+    def has_chat_template(self) -> bool:
+        return self.tokenizer is not None and self.tokenizer.chat_template is not None
+
+    @property
+    def can_chat(self) -> bool:
+        """Whether questions can be put: in a chat template, or in the frame in which the bank has learnt them."""
+        return self.has_chat_template or (
+            self.tokenizer is not None and self.bank is not None and self.bank.manifest.knows_questions
+        )
+
     def chat_tokens(self, messages: list[dict[str, Any]], **template: Any) -> list[int]:
         """Token ids of a conversation in the anchor's chat template, ready for the assistant's reply.
 
-        `template` are variables of the template, such as `enable_thinking`.
+        `template` are variables of the template, such as `enable_thinking`. A base model has none; where its bank
+        has learnt questions, they are put as they were learnt.
         """
-        if self.tokenizer is None or self.tokenizer.chat_template is None:
+        if not self.can_chat:
             raise AnchorError("this anchor has no chat template", "`hiermem ask --plain` continues a text.")
+        if not self.has_chat_template:
+            return self.tokens(framed(messages))
         return encode_chat(self.tokenizer, messages, **template)
 
     def responses(

@@ -12,6 +12,7 @@ from typing import Any, TypedDict
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.sample_utils import (
     apply_min_p,
     apply_top_k,
@@ -22,9 +23,8 @@ from mlx_lm.sample_utils import (
     make_repetition_penalty,
 )
 
-from mlx_hiermem.errors import ArgumentError
+from mlx_hiermem.errors import AnchorError, ArgumentError
 from mlx_hiermem.grammar import Grammar
-from mlx_hiermem.kv_quantization import check_quantizable
 
 BOUNDS: dict[str, tuple[Any, float, float]] = {
     "max_tokens": (int, 1, math.inf),
@@ -38,6 +38,7 @@ BOUNDS: dict[str, tuple[Any, float, float]] = {
     "seed": (int, 0, 2**64 - 1),
     "quantized_kv_start": (int, 0, math.inf),
 }
+WITHOUT = "Leave kv_bits out."
 CHOICES: dict[str, tuple[int | None, ...]] = {"kv_bits": (None, 4, 8), "kv_group_size": (32, 64, 128)}
 
 Sampler = Callable[[mx.array], mx.array]  # logprobs [B, V] -> tokens [B]
@@ -185,3 +186,31 @@ def _of_the_reply(penalty: LogitsProcessor) -> LogitsProcessor:
 def real_ids(count: int | None) -> list[LogitsProcessor]:
     """What keeps a padded vocabulary's unused ids, from `count` on, from being drawn; None: it has none."""
     return [lambda _, logits: mx.where(mx.arange(logits.shape[-1]) < count, logits, -mx.inf)] if count else []
+
+
+# A KV cache in few bits
+
+
+def check_quantizable(anchor: nn.Module, bits: int, group_size: int) -> None:
+    """Raises AnchorError where an anchor cannot go on from a KV cache in few bits, mlx-lm's `kv_bits`.
+
+    mlx-lm does not look before it begins. An anchor whose layers keep a window or a state of another kind, whose
+    attention knows plain keys alone, or whose heads have a width that no group fits, would fail in the midst of a
+    reply. MLX checks shapes as it builds a graph; nothing is computed.
+    """
+    cache = make_prompt_cache(anchor)
+    if others := {type(entry).__name__ for entry in cache if type(entry) is not KVCache}:
+        raise _refusal(f"mlx-lm can do that with no {' or '.join(sorted(others))}", WITHOUT)
+    quantized = [entry.to_quantized(group_size, bits) for entry in cache]
+    try:
+        for count in (2, 1):  # a prompt, and a token after it
+            anchor(mx.zeros((1, count), mx.int32), cache=quantized)
+    except (AttributeError, TypeError) as error:  # it takes the keys for one array; they are three
+        name = type(anchor).__module__.rpartition(".")[2]
+        raise _refusal(f"mlx-lm's attention of {name} takes no such keys", WITHOUT) from error
+    except ValueError as error:
+        raise _refusal(str(error), "Try another kv_group_size (32, 64, 128), or leave kv_bits out.") from error
+
+
+def _refusal(reason: str, hint: str) -> AnchorError:
+    return AnchorError(f"this anchor's KV cache cannot be quantised: {reason}", hint)

@@ -41,7 +41,7 @@ from mlx_hiermem.bank.check import check  # noqa: E402
 from mlx_hiermem.config import Path  # noqa: E402
 from mlx_hiermem.errors import OutputError  # noqa: E402
 from mlx_hiermem.learn.publish import forget  # noqa: E402
-from mlx_hiermem.learn.train.dataset import Example, TrainingSetWriter  # noqa: E402
+from mlx_hiermem.learn.train.dataset import TrainingExample, TrainingSetWriter  # noqa: E402
 
 DIED, FULL, FAILED = 9, 7, 1  # exit statuses of a trial's process
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree", "shutil.copyfile")
@@ -109,7 +109,7 @@ def make_start(work: pathlib.Path) -> None:
     with TrainingSetWriter(work / "model/learning/examples") as out:
         for number in range(40):
             leaf = Path((number % 3, number % 2 or 1))
-            out.add(Example(np.arange(number, number + 9, dtype=np.int32), np.arange(9) > 0), [leaf])
+            out.add(TrainingExample(np.arange(number, number + 9, dtype=np.int32), np.arange(9) > 0), [leaf])
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:

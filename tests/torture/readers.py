@@ -29,10 +29,10 @@ from mlx_hiermem.bank.remote import Origin
 from mlx_hiermem.bank.sources import BankSources
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import HierMemError
+from mlx_hiermem.evaluate.examples import read_documents
 from mlx_hiermem.evaluate.questions import read_questions
 from mlx_hiermem.evaluate.results import read_runs
 from mlx_hiermem.evaluate.tasks import read_tasks
-from mlx_hiermem.evaluate.texts import read_documents
 from mlx_hiermem.files import read_json
 from mlx_hiermem.learn.corpus import readers as corpus
 from mlx_hiermem.learn.settings import read_settings

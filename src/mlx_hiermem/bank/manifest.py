@@ -190,6 +190,12 @@ class BankManifest:
     def label(self, node: Path) -> str:
         return self.blocks[node].label if self.has_block(node) else self.labels.get(node, "")
 
+    @property
+    def knows_questions(self) -> bool:
+        """Whether `hiermem learn` made the bank, which teaches questions in `prompt.FRAME`."""
+        recipes = self.recipe.get("merged", [self.recipe])
+        return any(isinstance(one, dict) and one.get("name") == "learn" for one in recipes)
+
     def totals(self) -> dict[str, int]:
         sizes = self.memory.block_sizes
         return {

@@ -1,6 +1,6 @@
 """How good a memory is: tasks, read and checked; their examples, each under its own memory; figures with errors.
 
-    task = find_task("piqa", data)                       # tasks: the paper's, question files, texts
+    (task,) = find_tasks(["piqa"], data)                 # tasks: the paper's, question files, texts
     run = Evaluation(model, out).run(task, "fetched")    # runner: a row an example, appended to a file of `out`
     compare([before, after])                             # compare: paired differences
 

@@ -19,7 +19,7 @@ NUMBER_ROOM = 8  # tokens that a reply may take beside the answer: "4, so it is 
 
 
 @dataclass(frozen=True)
-class Prompt:
+class EncodedPrompt:
     """An example as tokens: pairs (context, continuation) to be scored, or one context to go on from."""
 
     pairs: tuple[tuple[Tokens, Tokens], ...]
@@ -30,12 +30,12 @@ class Prompt:
     def length(self) -> int:
         return max(len(context) + len(continuation) for context, continuation in self.pairs) + self.reply
 
-    def cut(self, room: int) -> Prompt:
+    def cut(self, room: int) -> EncodedPrompt:
         """At most so many tokens: a context loses its beginning."""
         pairs = tuple((c[max(0, len(c) + len(t) + self.reply - room) :], t) for c, t in self.pairs)
-        return Prompt(pairs, self.reply, max(0, self.shots - max(0, self.length - room)))
+        return EncodedPrompt(pairs, self.reply, max(0, self.shots - max(0, self.length - room)))
 
-    def behind(self, passage: Tokens) -> Prompt:
+    def behind(self, passage: Tokens) -> EncodedPrompt:
         """The same with a passage between the few-shot examples and the context."""
         pairs = tuple((c[: self.shots] + passage + c[self.shots :], t) for c, t in self.pairs)
         return replace(self, pairs=pairs)
@@ -53,14 +53,14 @@ class Prompter:
         self.first = int(eos if bos is None else bos)  # what a text without a context stands behind
         self._needs_space = len(self.plain(" a")) == 1
 
-    def prompt(self, example: Example, reply: int = 0) -> Prompt:
+    def prompt(self, example: Example, reply: int = 0) -> EncodedPrompt:
         shots = self.special(example.shots)
         contexts = {text: shots + self.plain(text) for text in dict.fromkeys(example.contexts)}
         if not example.continuations:
-            return Prompt(((contexts[example.contexts[0]], []),), reply, len(shots))
+            return EncodedPrompt(((contexts[example.contexts[0]], []),), reply, len(shots))
         pairs = zip(example.contexts, example.continuations, strict=True)
         paired = tuple((contexts[context], self.continuation(text)) for context, text in pairs)
-        return Prompt(paired, shots=len(shots))
+        return EncodedPrompt(paired, shots=len(shots))
 
     def longest(self, examples: Iterable[Example]) -> int:
         """Tokens of the longest answer: LLM-Foundry lets a reply be as long as any answer of the task."""

@@ -1,12 +1,15 @@
 """The examples of a task file: what is asked, what is scored, and the text that is routed.
 
-Few-shot examples are drawn from
-the same file as LLM-Foundry v0.9 draws them, so that an example's prompt does not depend on how many are asked.
+Few-shot examples are drawn from the same file as LLM-Foundry v0.9 draws them, so that an example's prompt does not
+depend on how many are asked. Of texts for perplexity an example is a document, routed as a whole, in windows of
+which every token counts once.
 """
 
 from __future__ import annotations
 
+import pathlib
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +17,12 @@ from typing import Any
 from mlx_hiermem.errors import TaskError
 from mlx_hiermem.evaluate.answers import normalise
 from mlx_hiermem.evaluate.questions import Question, question_of
-from mlx_hiermem.evaluate.task_file import Row, read_rows, text_in, texts_in
-from mlx_hiermem.evaluate.tasks import Task
+from mlx_hiermem.evaluate.tasks import Row, Task, read_rows, text_in, texts_in
+from mlx_hiermem.files import read_text
 
 SEED = 1234  # of few-shot examples: LLM-Foundry's
+ROLLING_WINDOW = 1024  # tokens, or the model's context where that is less
+ARTICLE = re.compile(r"(?m)^ ?= (?!=)[^\n]*[^=\n] = ?$")  # WikiText's title of an article: " = Robert Boulter = "
 
 
 @dataclass(frozen=True)
@@ -176,3 +181,49 @@ def _wordings(question: Question) -> Iterator[Example]:
         ident = f"{question.id}#{number}" if number else question.id
         tags = question.tags | {"wording": wording}
         yield Example(ident, question.line, prompt, "", (prompt,), answers=question.names, tags=tags)
+
+
+# Texts for perplexity
+
+
+def read_documents(file: pathlib.Path, skip_bad: bool = False) -> list[Example]:
+    """WikiText's articles, a JSON line's `text`, or else the file as one document. Raises TaskError."""
+    if file.suffix == ".jsonl":
+        found, _ = read_rows(file, _document, skip_bad)
+    else:
+        found = list(_articles(read_text(file, TaskError)))
+    if not found:
+        raise TaskError(f"{file} has no text")
+    return [Example(ident, line, part.strip(), continuations=(part,)) for ident, line, part in found]
+
+
+def _document(line: int, row: Row) -> tuple[str, int, str]:
+    """(id, line, text) of a JSON line."""
+    return str(row.get("id", line)), line, text_in(row, "text")
+
+
+def _articles(text: str) -> Iterator[tuple[str, int, str]]:
+    """(title, line, text) of each article; a file without titles is one document."""
+    starts = [match.start() for match in ARTICLE.finditer(text)] or [0]
+    if text[: starts[0]].strip():
+        starts.insert(0, 0)
+    line, before = 1, 0
+    for number, (start, end) in enumerate(zip(starts, [*starts[1:], len(text)], strict=True), 1):
+        line, before = line + text.count("\n", before, start), start
+        part = text[start:end]
+        if part.strip():
+            title = part.lstrip().split("\n", 1)[0].strip(" =")[:60]
+            yield f"{number} {title}", line, part
+
+
+def rolling_windows(tokens: Sequence[int], first: int, size: int) -> list[tuple[list[int], list[int]]]:
+    """(context, continuation) pairs of `size` inputs each that predict every token once, the first behind `first`.
+
+    A last window that predicts fewer has the more context, as lm-evaluation-harness has it.
+    """
+    found = []
+    for start in range(0, len(tokens), size):
+        end = min(start + size, len(tokens))
+        context = list(tokens[max(0, end - 1 - size) : start]) or [first]
+        found.append((context, list(tokens[start:end])))
+    return found

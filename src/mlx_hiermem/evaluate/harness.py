@@ -18,12 +18,11 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
 from mlx_hiermem.errors import TaskError
-from mlx_hiermem.evaluate.encoding import Prompt, Prompter
-from mlx_hiermem.evaluate.examples import SEED, Example, shared_beginning
+from mlx_hiermem.evaluate.encoding import EncodedPrompt, Prompter
+from mlx_hiermem.evaluate.examples import ROLLING_WINDOW, SEED, Example, rolling_windows, shared_beginning
 from mlx_hiermem.evaluate.generation import Asked, replies
 from mlx_hiermem.evaluate.routes import Placed, attach, by_memory, place
 from mlx_hiermem.evaluate.scoring import Pair, Score, Scorer
-from mlx_hiermem.evaluate.texts import WINDOW, windows
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.sources import text_with
 
@@ -45,7 +44,7 @@ class MemoryLM(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        return self.model.context or WINDOW
+        return self.model.context or ROLLING_WINDOW
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         return self.prompter.plain(string) if add_special_tokens is False else self.prompter.special(string)
@@ -64,8 +63,8 @@ class MemoryLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         texts = [request.args[0] for request in requests]
-        size = min(WINDOW, self.max_length)
-        pairs = [windows(self.prompter.plain(text), self.prompter.first, size) for text in texts]
+        size = min(ROLLING_WINDOW, self.max_length)
+        pairs = [rolling_windows(self.prompter.plain(text), self.prompter.first, size) for text in texts]
         return [-sum(score.nll for score in scores) for scores in self._score(self._place(texts), pairs)]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -79,7 +78,7 @@ class MemoryLM(TemplateLM):
             until = settings.get("until") or []
             stops.append([until] if isinstance(until, str) else list(until))
             longest = int(settings.get("max_gen_toks", REPLY))
-            prompt = Prompt(((self.tok_encode(text_with(context, where.chosen.passage)), []),), longest)
+            prompt = EncodedPrompt(((self.tok_encode(text_with(context, where.chosen.passage)), []),), longest)
             tokens = prompt.cut(self.max_length).pairs[0][0]
             asked.append(Asked(tokens, where.chosen, longest, partial(_ends, stops=stops[-1])))
         said = dict(replies(self.model, asked, self.prompter.decode))
@@ -104,7 +103,7 @@ class MemoryLM(TemplateLM):
             pair = self._encode_pair(context, continuation)
         else:
             pair = [self.prompter.first], self.prompter.plain(continuation)
-        return Prompt((pair,)).cut(self.max_length + 1).pairs[0]
+        return EncodedPrompt((pair,)).cut(self.max_length + 1).pairs[0]
 
     def _place(self, texts: Sequence[str]) -> list[Placed]:
         examples = [Example(str(number), number, text) for number, text in enumerate(texts)]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from mlx_hiermem.errors import TaskError
 from mlx_hiermem.evaluate.answers import begins_with
-from mlx_hiermem.evaluate.task_file import Row, read_rows, text_in, texts_in
+from mlx_hiermem.evaluate.tasks import Row, read_rows, text_in, texts_in
 
 FORM = 'A line is {"prompt": "…", "answer": "…"}.'
 DOCUMENT_FORM = 'A line is {"question": "…", "document": "its title, or its file"}.'

@@ -23,16 +23,14 @@ from mlx_hiermem.anchor import identify
 from mlx_hiermem.bank.bank import MANIFEST
 from mlx_hiermem.errors import TaskError
 from mlx_hiermem.evaluate.answers import is_decided, rule_for
-from mlx_hiermem.evaluate.encoding import NUMBER_ROOM, Prompt, Prompter
-from mlx_hiermem.evaluate.examples import Example, read_examples
+from mlx_hiermem.evaluate.encoding import NUMBER_ROOM, EncodedPrompt, Prompter
+from mlx_hiermem.evaluate.examples import ROLLING_WINDOW, Example, read_documents, read_examples, rolling_windows
 from mlx_hiermem.evaluate.generation import Asked, drafted, replies
 from mlx_hiermem.evaluate.results import FIFTHS, FORMAT, VERSION, ResultFile, Run, rows_in
 from mlx_hiermem.evaluate.routes import Placed, attach, by_memory, check, place
 from mlx_hiermem.evaluate.scoring import Score, Scorer
 from mlx_hiermem.evaluate.statistics import Row
-from mlx_hiermem.evaluate.task_file import refuse
-from mlx_hiermem.evaluate.tasks import Task
-from mlx_hiermem.evaluate.texts import WINDOW, read_documents, windows
+from mlx_hiermem.evaluate.tasks import Task, refuse
 from mlx_hiermem.files import file_digest
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.model_folder import load
@@ -51,7 +49,7 @@ class Prepared:
     task: Task
     digest: str  # of the file
     examples: list[Example]
-    prompts: dict[int, Prompt]
+    prompts: dict[int, EncodedPrompt]
     bad: list[str]
     cut: int
 
@@ -225,7 +223,7 @@ class Evaluation:
         decided = partial(is_decided, rule=rule_for(prepared.task.kind, names[0]), names=names)
         return Asked(prompt.pairs[0][0], placed.chosen, prompt.reply, decided)
 
-    def _behind(self, prompt: Prompt, placed: Placed) -> Prompt:
+    def _behind(self, prompt: EncodedPrompt, placed: Placed) -> EncodedPrompt:
         """A prompt with its passage, where it has one; the oldest of what does not fit goes."""
         if placed.chosen.passage is None:
             return prompt
@@ -244,10 +242,10 @@ class Evaluation:
         cost = found["cost"]
         return row | dict(found) | {"cost": cost | {"seconds": round(cost["seconds"] + routing, 6)}}
 
-    def _windows(self, document: Example) -> Prompt:
+    def _windows(self, document: Example) -> EncodedPrompt:
         tokens, first = self.prompter.plain(document.continuations[0]), self.prompter.first
-        size = min(WINDOW, self.model.context or WINDOW)
-        return Prompt(tuple(windows(tokens, first, size)))
+        size = min(ROLLING_WINDOW, self.model.context or ROLLING_WINDOW)
+        return EncodedPrompt(tuple(rolling_windows(tokens, first, size)))
 
     def digest(self, memory: str) -> str:
         """Of the model under a memory: results of another one are none of it."""

@@ -1,4 +1,4 @@
-"""The files that a bank has learnt, by digest, and what it has of each: by this `sync` sees what has changed since.
+"""The files that a bank has learnt, by digest, what it has of each, and what has changed in a folder since.
 
 `learning/files.jsonl` in a model has a file a line. `windows` are numbers that its examples have, in the same order
 `texts` digests of the windows; `homes` says how many documents and tokens are counted in which leaf:
@@ -21,12 +21,14 @@ from typing import Any
 
 from mlx_hiermem.bank.commit import LEARNING
 from mlx_hiermem.errors import BankError
-from mlx_hiermem.files import read_json_lines
+from mlx_hiermem.files import file_digest, read_json_lines
+from mlx_hiermem.learn.corpus import readers
 from mlx_hiermem.learn.corpus.windows import Window
 from mlx_hiermem.learn.tree.build import CorpusTree
 from mlx_hiermem.learn.work import FILES, SKIPPED, Work, read_rows, write_rows
 
 RECORD = f"{LEARNING}/{FILES}"
+REPEATS = "the same as "  # how a reader says that another document has this text
 
 
 @dataclass(frozen=True)
@@ -116,3 +118,68 @@ class _Parts:
         homes = {leaf: (len(self.documents[leaf]), tokens) for leaf, tokens in self.tokens.items()}
         why = "" if self.windows else self.read.why
         return replace(self.read, windows=tuple(self.windows), texts=tuple(self.texts), homes=homes, why=why)
+
+
+# What has changed since
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Files of a folder that are not as the bank has learnt them: whole path -> digest; of deleted ones the old."""
+
+    folder: str
+    new: Mapping[str, str]
+    changed: Mapping[str, str]
+    deleted: Mapping[str, str]
+    same: int
+
+    def __bool__(self) -> bool:
+        return bool(self.new or self.changed or self.deleted)
+
+    @property
+    def all_gone(self) -> bool:
+        """Whether no file is left of those that were learnt."""
+        return bool(self.deleted) and not (self.same or self.changed)
+
+    def names(self, files: Iterable[str]) -> list[str]:
+        """Files as the folder has them."""
+        return sorted(pathlib.Path(file).relative_to(self.folder).as_posix() for file in files)
+
+
+class Scan:
+    """The digests of a folder's files. A file of the same size and time as before is not read again."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[tuple[int, int], str]] = {}
+
+    def digests(self, folder: str) -> dict[str, str]:
+        """Whole path -> digest; empty for a file that is there and cannot be read."""
+        found = {}
+        for path, _ in readers.files_of([folder]):
+            file = readers.clean(str(path))
+            try:
+                status = path.stat()
+                stamp = status.st_size, status.st_mtime_ns
+                if self._known.get(file, (None, ""))[0] != stamp:
+                    self._known[file] = stamp, file_digest(path)
+                found[file] = self._known[file][1]
+            except FileNotFoundError:  # it went while we looked
+                continue
+            except OSError:
+                found[file] = ""
+        return found
+
+
+def compared(root: str, learnt: Mapping[str, LearntFile], now: Mapping[str, str]) -> Changes:
+    """A folder's files `now`, whole path -> digest, beside those `learnt`."""
+    deleted = {file: row.sha256 for file, row in learnt.items() if file not in now and row.windows}
+    changed = {file: now[file] for file, row in learnt.items() if now.get(file) and now[file] != row.sha256}
+    new = {file: digest for file, digest in now.items() if digest and file not in learnt}
+    # One whose text another file had is to be learnt now that the other is gone.
+    going = {learnt[file].name for file in (*deleted, *changed)}
+    for file, row in learnt.items():
+        twin = row.why.rpartition(REPEATS)[2] if REPEATS in row.why else ""
+        if file in now and file not in changed and {twin, twin.rpartition(":")[0]} & going:
+            new[file] = now[file]
+    same = sum(bool(row.windows) and file not in changed for file, row in learnt.items() if file in now)
+    return Changes(root, new, changed, deleted, same)

@@ -16,6 +16,7 @@ before it, so `finish` completes that first.
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import shutil
 import time
@@ -29,14 +30,13 @@ from mlx_hiermem.bank.commit import LEARNING, editing
 from mlx_hiermem.bank.manifest import BankManifest
 from mlx_hiermem.config import Path
 from mlx_hiermem.embedder import Embedder
-from mlx_hiermem.errors import BankError, NothingToLearnError
+from mlx_hiermem.errors import BankError, CorpusError, NothingToLearnError
 from mlx_hiermem.files import file_digest
-from mlx_hiermem.learn.add import Adding
-from mlx_hiermem.learn.changes import Changes
+from mlx_hiermem.learn.add import Adding, check_model
 from mlx_hiermem.learn.corpus import readers
-from mlx_hiermem.learn.forgotten import NONE, Probe, memories_of, probes_of, recall
 from mlx_hiermem.learn.publish import BANK
-from mlx_hiermem.learn.record import files_read, read_record
+from mlx_hiermem.learn.recall import NONE, Probe, memories_of, probes_of, recall
+from mlx_hiermem.learn.record import RECORD, Changes, Scan, compared, files_read, read_record
 from mlx_hiermem.learn.relearn import AFTER, Gone, Lesson, NewTexts
 from mlx_hiermem.learn.settings import AddSettings, settings_from_dict
 from mlx_hiermem.learn.status import Listener, Silent
@@ -88,6 +88,31 @@ def settings_of(model: pathlib.Path) -> AddSettings:
         study=learnt.study,
         training=learnt.training,
     )
+
+
+def look(model: pathlib.Path, folder: pathlib.Path, scan: Scan | None = None) -> Changes:
+    """What has changed in a folder since the bank has learnt it.
+
+    Raises BankError where the bank does not know what it has learnt of which file, or has learnt nothing there;
+    CorpusError where the folder is not there.
+    """
+    check_model(model)
+    root, record = os.path.abspath(folder), read_record(model)
+    if not record:
+        raise BankError(
+            f"{model} has no {RECORD}, which says what it has learnt of which file",
+            "It was pulled from the hub, or an earlier version learnt it. Learn the folder again.",
+        )
+    learnt = {file: row for file, row in record.items() if pathlib.Path(root) in pathlib.Path(file).parents}
+    if not learnt:
+        others = sorted({os.path.dirname(file) for file in record})
+        raise BankError(
+            f"{model} has learnt nothing in {root}, but in {', '.join(others[:3])}" + ", …" * (len(others) > 3),
+            "New documents are learnt by `hiermem bank add`.",
+        )
+    if not os.path.isdir(root):
+        raise CorpusError(f"there is no folder {root}", "Nothing was changed.")
+    return compared(root, learnt, (scan or Scan()).digests(root))
 
 
 def sync(model: pathlib.Path, changes: Changes, settings: SyncSettings, listener: Listener = SILENT) -> Receipt:

@@ -48,7 +48,7 @@ class Evidence:
             names += [word for word in WORD.findall(answer)[:1] if word[0].isupper() and not _opens(word)]
         return all(_digits(number) in self._numbers for number in numbers) and all(map(self._has, names))
 
-    def shares(self, records: Iterable[Prompt]) -> bool:
+    def covers(self, records: Iterable[Prompt]) -> bool:
         """Whether most words of a reply are from there, or such as any text is made of."""
         text = _plain(" ".join(f"{one.prompt} {one.answer}" for one in records))
         words = [word.casefold() for word in WORD.findall(text)]

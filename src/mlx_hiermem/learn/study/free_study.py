@@ -58,14 +58,14 @@ class Notes:
         return [one.prompt for one in self.kept if one.framed]
 
     @property
-    def share(self) -> float:
+    def fraction(self) -> float:
         """How much of what is wanted there is."""
         return min(1.0, self.tokens / max(self.wanted, 1.0))
 
     def read(self, reply: str, form: Form) -> list[Prompt] | None:
         """A reply's records; None where it is of no use: no JSON, about something else, in another language."""
         found = parse_reply(reply, form.kind, self.window.title or self.window.source)
-        return found if found is not None and self.evidence.shares(found) else None
+        return found if found is not None and self.evidence.covers(found) else None
 
     def take(self, found: Sequence[Prompt]) -> None:
         """Keeps what the window supports and was not there before."""
@@ -120,9 +120,9 @@ class FreeStudy:
         for turn in range(TURNS):
             before = {note.window.id: note.tokens for note in active}
             for form in forms().forms:
-                self._ask([note for note in active if note.share < 1], form, turn, kept)
-                tell(sum(note.share for note in every) / len(every))
-            active = [note for note in active if note.share < 1 and note.tokens > before[note.window.id]]
+                self._ask([note for note in active if note.fraction < 1], form, turn, kept)
+                tell(sum(note.fraction for note in every) / len(every))
+            active = [note for note in active if note.fraction < 1 and note.tokens > before[note.window.id]]
             if not active:
                 break
         counts = sum((note.counts for note in every), Counter[str]())

@@ -38,9 +38,9 @@ from mlx_hiermem.learn.study.wordings import (
     try_out,
     wordings,
 )
-from mlx_hiermem.learn.tree.probes import FRAME
 from mlx_hiermem.learn.work import write_rows
 from mlx_hiermem.progress import FractionDone
+from mlx_hiermem.prompt import FRAME
 
 TOGETHER = 256  # windows that are studied at a time: a wording is shared among these, and a killed run repeats them
 RIGHT, TRIED = 0.65, 12  # for reversed facts: by chance half the tries would be right, so there are more of them
@@ -61,9 +61,9 @@ def in_patterns(
     cached.kept.file.unlink(missing_ok=True)
 
 
-def _part(tell: FractionDone, begin: float, end: float, share: float) -> None:
-    """Tells how much of the whole work is done, when a share of the part from `begin` to `end` is."""
-    tell(begin + share * (end - begin))
+def _part(tell: FractionDone, begin: float, end: float, fraction: float) -> None:
+    """Tells how much of the whole work is done, when a fraction of the part from `begin` to `end` is."""
+    tell(begin + fraction * (end - begin))
 
 
 def _studied(

@@ -29,8 +29,9 @@ from mlx_hiermem.errors import FileError
 from mlx_hiermem.files import read_lines
 from mlx_hiermem.learn.corpus.corpus import Corpus, not_there
 from mlx_hiermem.learn.settings import Prompt
-from mlx_hiermem.learn.tree.probes import FRAME, names, with_subjects
+from mlx_hiermem.learn.tree.probes import names, with_subjects
 from mlx_hiermem.learn.work import PROMPTS, STUDY, Row, Work, read_rows, write_rows
+from mlx_hiermem.prompt import FRAME
 
 FORMS = (
     'A line has a "document", its title or file, and "prompt" and "completion", or "question" and "answer", '

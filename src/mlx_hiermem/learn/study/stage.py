@@ -176,7 +176,7 @@ class _Stage:
             progress(done, total)
 
         def write(part: _Part, file: pathlib.Path) -> None:
-            self._write(part, file, lambda share: progress(done + int(share * len(part.windows)), total))
+            self._write(part, file, lambda fraction: progress(done + int(fraction * len(part.windows)), total))
 
         with ranks.sharing("study") if ranks else contextlib.nullcontext():
             files = make_parts(self._file, lambda: self._parts(free), write, there)

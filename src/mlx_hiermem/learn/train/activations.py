@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_hiermem.config import GENERIC_NODE
-from mlx_hiermem.learn.train.dataset import Batch, Example, TrainingSet, collate
+from mlx_hiermem.learn.train.dataset import Batch, TrainingExample, TrainingSet, collate
 from mlx_hiermem.learn.train.schedule import Job
 from mlx_hiermem.learn.train.step import Inputs, MemoryLoss
 from mlx_hiermem.partial import PartialAnchor, prefill, repeat_cache
@@ -113,7 +113,7 @@ class HiddenStates:
             yield start, start + max(1, fits)
             start += max(1, fits)
 
-    def _compute(self, examples: list[Example]) -> Iterator[mx.array]:
+    def _compute(self, examples: list[TrainingExample]) -> Iterator[mx.array]:
         """Texts of about one length, a row each; what fills a row up comes after the text and is not seen by it."""
         tokens, lengths = _in_rows([example.tokens[:-1] for example in examples])
         states = self.anchor.states(tokens, self.layer)
@@ -143,7 +143,7 @@ class TeacherStates(HiddenStates):
             for first in range(start, end, BATCH_PROMPTS):
                 yield first, min(first + BATCH_PROMPTS, end)
 
-    def of(self, numbers: np.ndarray, examples: Sequence[Example]) -> list[mx.array]:
+    def of(self, numbers: np.ndarray, examples: Sequence[TrainingExample]) -> list[mx.array]:
         """States of some examples, computed where they are not kept; zeros where one has no teacher."""
         places = [
             None if one.teacher is None else self.find(int(n)) for n, one in zip(numbers, examples, strict=True)
@@ -156,7 +156,7 @@ class TeacherStates(HiddenStates):
         nothing = [mx.zeros((int(one.learn.sum()), self.width), self.dtype) for one in examples]
         return [found.get(at, nothing[at]) for at in range(len(examples))]
 
-    def _compute(self, examples: list[Example]) -> Iterator[mx.array]:
+    def _compute(self, examples: list[TrainingExample]) -> Iterator[mx.array]:
         alike = defaultdict[bytes, list[int]](list)
         for at, example in enumerate(examples):
             assert example.teacher is not None
@@ -166,7 +166,7 @@ class TeacherStates(HiddenStates):
             found |= dict(zip(rows, self._together([examples[at] for at in rows]), strict=True))
         yield from (found[at] for at in range(len(examples)))
 
-    def _together(self, examples: list[Example]) -> list[mx.array]:
+    def _together(self, examples: list[TrainingExample]) -> list[mx.array]:
         """Of prompts that begin alike."""
         teachers = [example.teacher[:-1] for example in examples if example.teacher is not None]
         wanted = [
@@ -213,7 +213,7 @@ class JobStates:
             self._teachers = TeacherStates(file, anchor, self.examples, taught, left, last)
             self._teachers.complete(progress)
 
-    def inputs(self, examples: Sequence[Example], numbers: np.ndarray) -> Inputs:
+    def inputs(self, examples: Sequence[TrainingExample], numbers: np.ndarray) -> Inputs:
         """A group's batch, with the states that are kept for it; `numbers` [n] are the examples'."""
         batch = collate(examples)
         states = self._states(batch, numbers)

@@ -1,11 +1,11 @@
 """What the trainer learns from: token sequences, and the leaves in which each is learnt. On disk, read one by one.
 
     with TrainingSetWriter(folder) as out:                  # streams; memory does not grow with the corpus
-        out.add(Example(tokens, learn, window=7), leaves=[Path((0, 2)), Path((1, 0))])
+        out.add(TrainingExample(tokens, learn, window=7), leaves=[Path((0, 2)), Path((1, 0))])
     examples = TrainingSet.open(folder)
     examples.leaves                                         # the paths that have examples, in path order
     examples.ids(Path((0, 2)))                              # numbers of the examples learnt there
-    examples.read(3)                                        # one Example
+    examples.read(3)                                        # one TrainingExample
 
 The same form serves for training (each example in the leaves that its window was assigned to) and for held-out
 evaluation (each example in the one leaf that its prompt routes to). A set is whole or absent.
@@ -42,7 +42,7 @@ PREDICTED = 32  # the number of predicted positions in a batch is a multiple of 
 
 
 @dataclass(frozen=True)
-class Example:
+class TrainingExample:
     """One text as tokens, special tokens included.
 
     `learn[i]` says that token i is to be predicted from those before it; token 0 never is: nothing is before it.
@@ -149,11 +149,11 @@ class TrainingSet:
         for start, end in itertools.pairwise([0, *ends.tolist()]):
             yield [self.leaves[owner] for owner in owners[start:end]]
 
-    def read(self, number: int) -> Example:
+    def read(self, number: int) -> TrainingExample:
         """One example, copied from disk."""
         token, teacher = self._index[number - 1, :2].tolist() if number else (0, 0)
         token_end, teacher_end, window, _, form = self._index[number].tolist()
-        return Example(
+        return TrainingExample(
             np.array(self._tokens[token:token_end]),
             np.array(self._learn[token:token_end]),
             window,
@@ -176,7 +176,7 @@ class TrainingSetWriter:
         self._counts: list[int] = []
         self._size, self._token_end, self._teacher_end = 0, 0, 0
 
-    def add(self, example: Example, leaves: Iterable[Path]) -> int:
+    def add(self, example: TrainingExample, leaves: Iterable[Path]) -> int:
         """Appends one example, to be learnt in each of these leaves; returns its number."""
         teacher = example.teacher if example.teacher is not None else np.empty(0, np.int32)
         self._token_end += len(example.tokens)
@@ -314,7 +314,7 @@ def first_fit_decreasing(lengths: Sequence[int], row: int) -> list[tuple[int, in
     return places
 
 
-def collate(examples: Sequence[Example]) -> Batch:
+def collate(examples: Sequence[TrainingExample]) -> Batch:
     """Packs a group's examples into one batch."""
     inputs = [len(example.tokens) - 1 for example in examples]
     T, places = pack(inputs)

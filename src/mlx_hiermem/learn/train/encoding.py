@@ -26,10 +26,11 @@ from mlx_hiermem.config import Path
 from mlx_hiermem.learn.corpus.windows import Window
 from mlx_hiermem.learn.settings import ExampleSettings
 from mlx_hiermem.learn.sources import WindowVectors
-from mlx_hiermem.learn.train.dataset import ALWAYS, FRAMED, IN_CHAT, Example, TrainingSet, TrainingSetWriter
+from mlx_hiermem.learn.train.dataset import ALWAYS, FRAMED, IN_CHAT, TrainingExample, TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.tree.build import CorpusTree
-from mlx_hiermem.learn.tree.probes import FRAME, about, is_held_out, is_learnt, with_subjects
+from mlx_hiermem.learn.tree.probes import about, is_held_out, is_learnt, with_subjects
 from mlx_hiermem.learn.work import Work, with_rows
+from mlx_hiermem.prompt import FRAME
 from mlx_hiermem.router import TextEmbedder
 from mlx_hiermem.tokenizer import encode_chat, encode_text, spells_control
 
@@ -42,7 +43,7 @@ TOGETHER = 256  # drafts whose prompts are embedded together
 class Draft:
     """An example, the leaves of its window, and the text by which serving would route it ("": none)."""
 
-    example: Example
+    example: TrainingExample
     leaves: Sequence[Path]
     asked: str
     learnt: bool
@@ -208,9 +209,9 @@ def _of_row(
 
 def _example(
     prompt: list[int], learnt: list[int], window: Window, teacher: list[int] | None = None, form: int = ALWAYS
-) -> Example:
+) -> TrainingExample:
     tokens = np.array(prompt + learnt, np.int32)
     learn = np.arange(len(tokens)) >= max(len(prompt), 1)
-    return Example(
+    return TrainingExample(
         tokens, learn, window.id, None if teacher is None else np.array(teacher + learnt, np.int32), form
     )

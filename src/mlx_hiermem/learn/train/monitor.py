@@ -17,7 +17,7 @@ from mlx_hiermem.config import GENERIC_NODE, MemoryConfig, Path
 from mlx_hiermem.errors import MissingDependencyError
 from mlx_hiermem.files import write_json_lines
 from mlx_hiermem.learn.train.blocks import TrainedBlocks
-from mlx_hiermem.learn.train.dataset import Example, TrainingSet, collate, group_by_length
+from mlx_hiermem.learn.train.dataset import TrainingExample, TrainingSet, collate, group_by_length
 from mlx_hiermem.learn.train.schedule import Job, nodes_with_block
 from mlx_hiermem.learn.train.step import Inputs, MemoryLoss
 
@@ -226,7 +226,7 @@ class HeldOut:
                 yield leaf, numbers
 
 
-def _inputs(loss: MemoryLoss, texts: Sequence[Example]) -> Inputs:
+def _inputs(loss: MemoryLoss, texts: Sequence[TrainingExample]) -> Inputs:
     """Texts as a batch, with the states that enter the first memory layer."""
     batch, layer = collate(texts), loss.first_layer
     if not layer:

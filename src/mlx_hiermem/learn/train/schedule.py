@@ -224,7 +224,7 @@ class Known:
             following[rows["place"]] = before + 1 + streak[rows["place"]]
         return following <= epoch
 
-    def shares(self) -> tuple[float, float]:
+    def fractions(self) -> tuple[float, float]:
         """(texts that are known, texts of which every token was likeliest), as parts of all that were learnt."""
         last = dict[int, tuple[bool, bool]]()
         for _, rows in self._epochs(1 << 30):

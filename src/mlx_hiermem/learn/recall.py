@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_hiermem.learn.record import LearntFile
-from mlx_hiermem.learn.train.dataset import IN_CHAT, Example, TrainingSet
+from mlx_hiermem.learn.train.dataset import IN_CHAT, TrainingExample, TrainingSet
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.progress import Progress, unheard
 
@@ -67,7 +67,7 @@ def _of_file(kept: TrainingSet, file: LearntFile, tokenizer: Any, most: int) -> 
     return [found[len(found) * i // most] for i in range(most)] if len(found) > most else found
 
 
-def _probe(document: str, example: Example, first: int, tokenizer: Any) -> Probe:
+def _probe(document: str, example: TrainingExample, first: int, tokenizer: Any) -> Probe:
     tokens = tuple(example.tokens.tolist())
     prompt, answer = (
         tokenizer.decode(list(part), skip_special_tokens=True).strip() for part in (tokens[:first], tokens[first:])
