@@ -116,7 +116,7 @@ def _compare(session: Session, plain: bool) -> None:
         for memory in (MemoryChoice.NONE, *generic, *path):
             other = Session(session.model, memory, system=session.system, template=session.template, earlier=0)
             other.sampling = replace(session.sampling, max_tokens=min(COMPARED, session.sampling.max_tokens))
-            other.messages = [dict(message) for message in session.messages[session.first : -2]]
+            other.messages = [dict(message) for message in session.messages[session.shown : -2]]
             labels = " › ".join(filter(None, session.selection.labels)) or str(memory)
             _say({"none": "without memory", "generic": "generic memory"}.get(memory, labels))
             with written(plain) as show:
