@@ -24,11 +24,13 @@ from mlx_hiermem.convert import parity, reference_memory
 from mlx_hiermem.convert.anchors.huggingface import convert_huggingface
 from mlx_hiermem.convert.anchors.openlm import convert_openlm
 from mlx_hiermem.convert.coreml import mil
-from mlx_hiermem.convert.coreml.anchor import build
+from mlx_hiermem.convert.coreml.anchor import SMALLER, build
+from mlx_hiermem.convert.coreml.compress import HALF_MAX
 from mlx_hiermem.convert.coreml.interpreter import Program
 from mlx_hiermem.convert.export import package
 from mlx_hiermem.convert.export.architecture import Architecture
 from mlx_hiermem.convert.export.exported import Runner
+from mlx_hiermem.convert.export.limits import Overflow
 from mlx_hiermem.convert.export.shape import Export
 from mlx_hiermem.errors import AnchorError
 
@@ -109,6 +111,21 @@ def test_huggingface(kind: str, tmp_path: pathlib.Path) -> None:
     model = halves(hf_model(kind))
     convert_huggingface(save_hf(model, tmp_path / "source"), tmp_path / "anchor")
     check(model, tmp_path / "anchor", tmp_path)
+
+
+def test_a_stream_that_float16_does_not_hold(tmp_path: pathlib.Path) -> None:
+    """Gemma 3's grows as it was trained in bfloat16: that of 270M to 104 000. The program keeps a part of it."""
+    model = hf_model("gemma3_text")
+    with torch.no_grad():
+        model.model.layers[0].post_feedforward_layernorm.weight.fill_(40_000.0)
+    model = halves(model)
+    convert_huggingface(save_hf(model, tmp_path / "source"), tmp_path / "anchor")
+    saved, described, memory = exported(tmp_path / "anchor", tmp_path)
+    peaks: dict[str, float] = {}
+    logits = Runner(Program.load(saved), described, memory, peaks).feed(TOKENS)
+    assert SMALLER * peaks["layers_0"] > HALF_MAX
+    Overflow.of(peaks).check()
+    close(logits, Twin(model, described, memory["hidden"]).logits(None), HALF)
 
 
 @pytest.mark.parametrize(("norm", "position"), [("gain_only_lp_layer_norm", "rotary"), ("rms_norm", "head_rotary")])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from mlx_hiermem.convert.export.chat import Messages, chat_format, render
+from mlx_hiermem.convert.export.chat import Framed, Messages, chat_format, render
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -93,6 +93,15 @@ def test_a_template_without_a_place_for_system_messages() -> None:
     form = chat_format(Template(REFUSES_SYSTEM))
     assert form is not None
     assert set(form["marks"]) == {"start>user", "user>assistant", "assistant>user", "user>reply"}
+
+
+def test_a_base_model_is_asked_in_the_frame_of_its_lessons() -> None:
+    form = chat_format(Framed("<bos>"))
+    assert form is not None
+    assert render(form, talk(" Hi\n", " Hello.", "And?")) == (
+        "<bos>Question: Hi\nAnswer: Hello.\n\nQuestion: And?\nAnswer:"
+    )
+    assert render(form, talk("Hi", system="Be brief.")) == "<bos>Be brief.\n\nQuestion: Hi\nAnswer:"
 
 
 @pytest.mark.parametrize("source", [SHOUTS, NUMBERS, LAST_ONLY, "{{ nothing() }}"])

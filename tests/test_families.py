@@ -86,6 +86,11 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "gpt_neox": (hf.GPTNeoXConfig, {}, "no gate"),
     "granite with another activation": (hf.GraniteConfig, {"hidden_act": "gelu"}, "ignores hidden_act gelu"),
     "nemotron": (hf.NemotronConfig, {}, "no gate"),
+    "olmo_hybrid": (
+        hf.OlmoHybridConfig,
+        {key: value for key, value in LINEAR.items() if key != "full_attention_interval"},
+        "does not fit its architecture: Received 5 parameters not in model: model.layers.0.attention_layer_norm",
+    ),
     "olmo2 with another activation": (hf.Olmo2Config, {"hidden_act": "gelu"}, "ignores hidden_act gelu"),
     "llama with longrope": (
         hf.LlamaConfig,

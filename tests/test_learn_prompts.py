@@ -19,8 +19,7 @@ from mlx_hiermem.learn.study.prompts import about_windows, give, read_prompts
 from mlx_hiermem.learn.train.encoding import make_examples, open_examples
 from mlx_hiermem.learn.tree.build import build_tree
 from mlx_hiermem.learn.work import PROBES, PROMPTS, STUDIED, STUDY, Work, read_rows
-from mlx_hiermem.prompt import FRAME
-from mlx_hiermem.tokenizer import load_tokenizer
+from mlx_hiermem.tokenizer import FRAME, load_tokenizer
 
 NAME, THING, PEOPLE = fact(3)
 LINES: list[dict[str, Any]] = [

@@ -13,7 +13,7 @@ from mlx_hiermem.learn.tree import build, kmeans
 from mlx_hiermem.learn.tree.build import agreement, descend, place
 from mlx_hiermem.learn.tree.kmeans import Separation, Shape, grow
 from mlx_hiermem.learn.tree.probes import ProbeVectors, probe_texts, with_subjects
-from mlx_hiermem.prompt import FRAME
+from mlx_hiermem.tokenizer import FRAME
 from mlx_hiermem.tree import ClusterTree
 
 MADE_UP = CorpusSettings(any_language=True)  # the words of `documents` are of none

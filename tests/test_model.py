@@ -12,6 +12,8 @@ from mlx_hiermem import load
 from mlx_hiermem.apps.cli import main as cli
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.config import KINDS, Path
+from mlx_hiermem.convert.export import package
+from mlx_hiermem.convert.export.chat import render
 from mlx_hiermem.errors import AnchorError, AnchorMismatchError, BankError, ChatTemplateError, HierMemError
 from mlx_hiermem.memory.attach import attach
 from mlx_hiermem.model import MemoryModel
@@ -214,6 +216,9 @@ def test_a_base_model_is_asked_as_its_bank_has_learnt(
     asked = [{"role": "system", "content": "Be brief."}, *talk, {"role": "user", "content": "iron"}]
     expected = model.tokens("Be brief.\n\nQuestion: neon\nAnswer: Ne\n\nQuestion: iron\nAnswer:")
     assert model.chat_tokens(asked) == expected
+    form = package.describe_text(folder / "anchor", model.tokenizer, knows_questions=True)["chat"]
+    assert model.tokens(render(form, asked)) == expected  # what an exported model's app asks
+    assert package.describe_text(folder / "anchor", model.tokenizer)["chat"] is None
     with pytest.raises(ChatTemplateError, match="role tool"):
         model.chat_tokens([*talk, {"role": "tool", "content": "1"}])
     model.chat("neon", max_tokens=4)

@@ -9,7 +9,7 @@ writes a memory once, and no decode step sends it again. The functions share eve
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,13 +17,15 @@ import numpy as np
 from mlx_hiermem.convert.coreml import mil
 from mlx_hiermem.convert.coreml.layers import Cache, Positions, attention, linear, norm, take
 from mlx_hiermem.convert.coreml.mil import Var, Weights, half, mb
-from mlx_hiermem.convert.export.architecture import Architecture, Layer
+from mlx_hiermem.convert.export.architecture import Architecture, Layer, Norm
 from mlx_hiermem.convert.export.shape import CACHES, LOAD, MEMORY, Export, parts
+
+SMALLER = 16.0  # a power of two rounds nothing; of a larger one sqrt(eps) would be subnormal in float16
 
 
 def build(sizes: Architecture, export: Export, plan: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The functions, ready for `mil.save`. `plan`: formats of compressed weights by name, see `matrices`."""
-    weights = Weights(plan)
+    sizes, weights = with_small_stream(sizes), Weights(plan)
     functions = {
         name: mil.function(_inputs(sizes, export, tokens), _Body(sizes, export, tokens, weights))
         for name, tokens in export.functions.items()
@@ -57,6 +59,37 @@ def _load(given: Mapping[str, Var]) -> Sequence[Var]:
         mb.read_state(input=given[name])
     peak = mb.reduce_max(x=mb.abs(x=written), axes=[0, 1, 2], keep_dims=True)
     return [mb.reshape(x=peak, shape=[1], name="peak")]
+
+
+def with_small_stream(sizes: Architecture) -> Architecture:
+    """The same anchor with its residual stream divided by `SMALLER`, where float16 may not hold it: in Gemma 3.
+
+    Nothing else changes: what reads the stream is a norm, and all that is added to it comes from one.
+    """
+    if sizes.kind != "gemma3_text":
+        return sizes
+    layers = tuple(
+        replace(
+            layer,
+            before_attention=_of_small(layer.before_attention),
+            after_attention=_to_small(layer.after_attention),
+            before_ffn=_of_small(layer.before_ffn),
+            after_ffn=_to_small(layer.after_ffn),
+        )
+        for layer in sizes.layers
+    )
+    scale = sizes.embedding_scale / SMALLER
+    return replace(sizes, embedding_scale=scale, layers=layers, norm=_of_small(sizes.norm))
+
+
+def _of_small(norm: Norm) -> Norm:
+    return replace(norm, eps=norm.eps / SMALLER**2)
+
+
+def _to_small(norm: Norm | None) -> Norm:
+    assert norm is not None  # Gemma has one behind each half of a layer
+    assert norm.gain is not None
+    return replace(norm, gain=norm.gain / np.float32(SMALLER))
 
 
 class Stream:

@@ -1,13 +1,17 @@
 """A chat template taken apart, for readers that run no Jinja: what stands between the words of a conversation.
 
 Most templates only put marks between one role's words and the next's. Those are found by rendering a conversation
-of probes, and are held against the template on other conversations. A template that does more gives None.
+of probes, and are held against the template on other conversations. A template that does more gives None. A base
+model has no template; `Framed` stands for one where its bank has learnt questions.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import product
 from typing import Any, Protocol
+
+from mlx_hiermem.tokenizer import encode_text, framed
 
 Messages = list[dict[str, str]]
 
@@ -24,6 +28,20 @@ class ChatTemplate(Protocol):
     """What is needed of a tokenizer."""
 
     def apply_chat_template(self, messages: Messages, *, tokenize: bool, add_generation_prompt: bool) -> str: ...
+
+
+@dataclass(frozen=True)
+class Framed:
+    """Questions in the frame that they were learnt in; what the tokenizer itself puts in front is in the text."""
+
+    beginning: str
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Framed:
+        return cls(tokenizer.decode(encode_text(tokenizer, "")))
+
+    def apply_chat_template(self, messages: Messages, *, tokenize: bool, add_generation_prompt: bool) -> str:
+        return self.beginning + framed(messages)
 
 
 def chat_format(template: ChatTemplate) -> dict[str, Any] | None:

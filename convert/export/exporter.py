@@ -208,7 +208,9 @@ class _Exporter:
             "anchor": anchor,
             "memory": memory,
             "retriever": retriever,
-            **package.describe_text(self.anchor, reference.tokenizer),
+            **package.describe_text(
+                self.anchor, reference.tokenizer, choice is not None and choice.bank.manifest.knows_questions
+            ),
             "bank": choice.to_json() if choice else None,
             "files": package.file_table(folder),
         }

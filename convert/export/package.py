@@ -17,7 +17,8 @@ manifest.json, version 1 (a reader refuses another version):
                  `gate`, `up`, `down` [L, R, d] are states, or inputs of every function. Zeros are no memory.
                  Level l's block fills the units from sum(block_sizes[:l-1]) on.
     retriever    package, tokenizer, inputs, outputs, lengths (allowed token counts), dim; null without bank
-    tokenizer, chat_template (null where there is none), chat (the same taken apart, see chat.py), eos [ids],
+    tokenizer, chat_template (null where there is none), chat (the same taken apart, see chat.py; of a base model
+                 the frame in which its bank has learnt questions), eos [ids],
     sampling     temperature, top_p, top_k, max_tokens
     bank         folder; remote {url} or null; download {name below the folder: {bytes, sha256}} of the files that
                  are not bundled and lie below that url; null without bank
@@ -38,7 +39,7 @@ from typing import Any
 from mlx_hiermem.anchor import read_config
 from mlx_hiermem.config import MemoryConfig
 from mlx_hiermem.convert.export.architecture import Architecture
-from mlx_hiermem.convert.export.chat import chat_format
+from mlx_hiermem.convert.export.chat import Framed, chat_format
 from mlx_hiermem.convert.export.shape import CACHES, LOAD, MEMORY, Export, matrices, parts
 from mlx_hiermem.errors import AnchorError
 from mlx_hiermem.files import file_digest
@@ -83,16 +84,20 @@ def describe_memory(config: MemoryConfig, mode: str) -> dict[str, Any]:
     }
 
 
-def describe_text(anchor: pathlib.Path, tokenizer: Any) -> dict[str, Any]:
-    """The manifest's tokenizer, chat_template, chat, eos and sampling; the last from generation_config.json."""
+def describe_text(anchor: pathlib.Path, tokenizer: Any, knows_questions: bool = False) -> dict[str, Any]:
+    """The manifest's tokenizer, chat_template, chat, eos and sampling; the last from generation_config.json.
+
+    `knows_questions`: the bank's, see `BankManifest`.
+    """
     config = read_config(anchor)
     template = getattr(tokenizer, "chat_template", None)
+    speaker = tokenizer if template else Framed.of(tokenizer) if tokenizer is not None and knows_questions else None
     stops = getattr(tokenizer, "eos_token_ids", None) or config.get("eos_token_id") or []
     wanted = config if config.get("do_sample") else {}
     return {
         "tokenizer": TOKENIZER,
         "chat_template": template if isinstance(template, str) else None,
-        "chat": chat_format(tokenizer) if template else None,
+        "chat": chat_format(speaker) if speaker else None,
         "eos": sorted({stops} if isinstance(stops, int) else set(stops)),
         "sampling": {
             "temperature": float(wanted.get("temperature", 1.0)) if wanted else 0.0,

@@ -24,12 +24,12 @@ from mlx_hiermem.errors import AnchorError, ArgumentError, BankError
 from mlx_hiermem.grammar import Grammars
 from mlx_hiermem.memory.attach import Attachment, attach
 from mlx_hiermem.memory_choice import MemoryChoice
-from mlx_hiermem.prompt import Asked, Prompt, framed
+from mlx_hiermem.prompt import Asked, Prompt
 from mlx_hiermem.response import GrowingText, Response
 from mlx_hiermem.sampling import Options, Sampling, real_ids
 from mlx_hiermem.selection import Selection
 from mlx_hiermem.sources import Source, SourceSearch, Text, asked
-from mlx_hiermem.tokenizer import encode_chat, encode_text
+from mlx_hiermem.tokenizer import encode_chat, encode_text, framed
 from mlx_hiermem.tree import Route
 
 if TYPE_CHECKING:

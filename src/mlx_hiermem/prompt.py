@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mlx_hiermem.bank.sources import SourceWindow
-from mlx_hiermem.errors import ArgumentError, ChatTemplateError
+from mlx_hiermem.errors import ArgumentError
 from mlx_hiermem.selection import Selection
 from mlx_hiermem.sources import messages_with, text_with
 
 Message = Mapping[str, str]  # of a conversation: role and content
 Prompt = str | Sequence[Message]
 History = Literal["topic", "all"]  # what of a conversation a turn sees: since its memory was taken, or everything
-
-FRAME = "Question: {}\nAnswer:"  # in which questions are learnt, and asked where there is no chat template
 
 
 @dataclass(frozen=True)
@@ -60,26 +58,6 @@ def check_messages(messages: Any) -> list[dict[str, str]]:
         if not all(isinstance(text, str) for text in texts):
             raise ArgumentError(f"{message!r} is no message", 'Write {"role": "user", "content": "…"}.')
     return [dict(message) for message in messages]
-
-
-def framed(messages: Sequence[Mapping[str, Any]]) -> str:
-    """A conversation in the frame that questions are learnt in, up to the answer that is to come.
-
-    Raises ChatTemplateError for roles that the frame has no place for.
-    """
-    text = ""
-    for message in messages:
-        said = message.get("content") or ""
-        match message["role"]:
-            case "system":
-                text += f"{said}\n\n"
-            case "user":
-                text += FRAME.format(said)
-            case "assistant":
-                text += f" {said.strip()}\n\n"
-            case role:
-                raise ChatTemplateError(f"this anchor has no chat template, and so no messages of the role {role}")
-    return text
 
 
 def begin(messages: Sequence[Mapping[str, Any]], chosen: Selection, history: History) -> int:

@@ -19,6 +19,7 @@ from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, make_prom
 from mlx_hiermem.bank.sources import SourceWindow
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import ArgumentError, ChatTemplateError, HierMemError
+from mlx_hiermem.files import MALFORMED
 from mlx_hiermem.memory_choice import MemoryChoice
 from mlx_hiermem.model import MemoryModel, Wanted
 from mlx_hiermem.prompt import History, begin
@@ -326,7 +327,7 @@ class Session:
                 raise ValueError("the user and the assistant do not take turns")
             system, memory, saved = str(data["system"]), str(data["memory"]), data["topic"]
             topic = _topic(saved) if saved else None
-        except (KeyError, TypeError, ValueError) as error:
+        except MALFORMED as error:
             raise HierMemError(f"this is not a saved conversation: {error}") from error
         self.use(memory)
         self.reset()

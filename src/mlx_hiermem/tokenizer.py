@@ -18,6 +18,7 @@ from mlx_hiermem.printable import require_unicode
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PLACE = "\ue000{}\ue001"  # stands for a message in a rendered template; private characters that nobody types
+FRAME = "Question: {}\nAnswer:"  # in which questions are learnt, and asked where there is no chat template
 NO_CODE = {"trust_remote_code": False}  # without it transformers asks on the terminal whether to run a model's code
 
 
@@ -88,6 +89,26 @@ def encode_chat(
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise ChatTemplateError(f"the anchor's chat template refuses the messages: {reason}") from error
+
+
+def framed(messages: Sequence[dict[str, Any]]) -> str:
+    """A conversation in the frame that questions are learnt in, up to the answer that is to come.
+
+    Raises ChatTemplateError for roles that the frame has no place for.
+    """
+    text = ""
+    for message in messages:
+        said = (message.get("content") or "").strip()
+        match message["role"]:
+            case "system":
+                text += f"{said}\n\n"
+            case "user":
+                text += FRAME.format(said)
+            case "assistant":
+                text += f" {said}\n\n"
+            case role:
+                raise ChatTemplateError(f"this anchor has no chat template, and so no messages of the role {role}")
+    return text
 
 
 def _encode_chat(tokenizer: Any, messages: Sequence[dict[str, Any]], options: dict[str, Any]) -> list[int]:

@@ -40,7 +40,7 @@ from mlx_hiermem.learn.study.wordings import (
 )
 from mlx_hiermem.learn.work import write_rows
 from mlx_hiermem.progress import FractionDone
-from mlx_hiermem.prompt import FRAME
+from mlx_hiermem.tokenizer import FRAME
 
 TOGETHER = 256  # windows that are studied at a time: a wording is shared among these, and a killed run repeats them
 RIGHT, TRIED = 0.65, 12  # for reversed facts: by chance half the tries would be right, so there are more of them

@@ -28,7 +28,7 @@ from mlx_hiermem.learn.study.facts import SUBJECT, Fact, without
 from mlx_hiermem.learn.study.patterns import patterns
 from mlx_hiermem.learn.study.teacher import Teacher
 from mlx_hiermem.progress import FractionDone, unheard_fraction
-from mlx_hiermem.prompt import FRAME
+from mlx_hiermem.tokenizer import FRAME
 
 SYNONYMS = 3  # tries besides the likeliest
 LINE = 18  # tokens of a wording

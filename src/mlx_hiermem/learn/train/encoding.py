@@ -30,9 +30,8 @@ from mlx_hiermem.learn.train.dataset import ALWAYS, FRAMED, IN_CHAT, TrainingExa
 from mlx_hiermem.learn.tree.build import CorpusTree
 from mlx_hiermem.learn.tree.probes import about, is_held_out, is_learnt, with_subjects
 from mlx_hiermem.learn.work import Work, with_rows
-from mlx_hiermem.prompt import FRAME
 from mlx_hiermem.router import TextEmbedder
-from mlx_hiermem.tokenizer import encode_chat, encode_text, spells_control
+from mlx_hiermem.tokenizer import FRAME, encode_chat, encode_text, spells_control
 
 EXAMPLES, HELDOUT = "examples", "heldout"
 MEASURED = 64  # windows, about, where nothing is held out

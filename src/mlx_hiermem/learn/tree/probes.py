@@ -41,9 +41,9 @@ from mlx_hiermem.learn.work import (
     write_rows,
 )
 from mlx_hiermem.progress import Progress, unheard
-from mlx_hiermem.prompt import FRAME
 from mlx_hiermem.router import TextEmbedder
 from mlx_hiermem.sentences import sentences
+from mlx_hiermem.tokenizer import FRAME
 
 BEGINNINGS = (0.4, 0.7)  # of a sentence's words
 HELD_OUT = 10  # one generated question in so many is held out
