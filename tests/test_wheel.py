@@ -26,15 +26,6 @@ import mlx_hiermem
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDERS = {"src/mlx_hiermem": "mlx_hiermem", "convert": "mlx_hiermem/convert", "apps": "mlx_hiermem/apps"}
 OTHER = ("apps/ios/",)  # Swift
-# `hiermem demo --json`, but of one question and with two memories: all of it takes minutes
-DEMO = """
-import sys
-from mlx_hiermem.apps.cli.main import main
-from mlx_hiermem.apps.demo import exam
-[question] = [one for one in exam.sample() if one.topic == "Geography"]
-exam.sample, exam.MEMORIES, sys.argv = lambda: [question], ("none", "fetched"), ["hiermem", "demo", "--json"]
-main()
-"""
 BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
 
 in_git = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="these sources are no git checkout")
@@ -153,7 +144,7 @@ def digest(file: pathlib.Path) -> str:
 
 @pytest.mark.slow
 @in_git
-def test_installed_wheel_runs_the_demo(
+def test_the_installed_wheel_does_what_the_demo_does_first(
     wheel: pathlib.Path, smollm2_gguf: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     """In an environment of its own, with this one's packages but not this checkout, on the real weights."""
@@ -180,6 +171,8 @@ def test_installed_wheel_runs_the_demo(
     hiermem = str(environment / "bin" / "hiermem")
     assert run(hiermem, "--version").strip() == f"hiermem {mlx_hiermem.__version__}"
     assert "demo" in run(hiermem, "--help")
-    [row] = json.loads(run(str(python), "-c", DEMO))["questions"]
-    assert (row["fetched"]["lenient"], row["none"]["lenient"]) == (True, False)
-    assert row["fetched"]["selection"]["memory"] == "fetched"
+    prepare = "from mlx_hiermem.apps.demo import tour; print(tour.prepare(lambda line: None))"
+    folder = run(str(python), "-c", prepare).strip()
+    told = json.loads(run(hiermem, "ask", "What is the capital of Laos?", "-m", folder, "--json"))
+    assert "Vientiane" in told["text"]
+    assert told["selection"]["memory"] == "fetched"

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-from mlx_hiermem.apps.cli.display import NOT_SAID, blocked_note, console, size, write
+from mlx_hiermem.apps.cli.display import NOT_SAID, blocked_note, console, size, written
 from mlx_hiermem.errors import FileError, HierMemError, OutputError
 from mlx_hiermem.files import parse_json, read_json, read_text, write_json
 
@@ -34,24 +34,27 @@ class Command:
     run: Callable[[Session, str], None]
 
 
-def run(session: Session, line: str, shelf: Shelf | None = None) -> bool:
-    """Runs one line; whether the chat goes on. Raises HierMemError for an unknown command."""
+def run(session: Session, line: str, shelf: Shelf | None = None, plain: bool = False) -> bool:
+    """Runs one line; whether the chat goes on. Raises HierMemError for an unknown command.
+
+    `plain` shows replies without their Markdown laid out.
+    """
     name, _, argument = line.partition(" ")
-    if name == "/chats":
-        if shelf is None:
-            raise HierMemError("this conversation is not kept: it comes from a pipe", "`--resume` keeps it.")
-        _chats(session, argument.strip(), shelf)
-        return True
     if name in ("/quit", "/exit"):
         return False
-    if name not in COMMANDS:
+    if name == "/chats":
+        _chats(session, argument.strip(), shelf, plain)
+    elif name == "/compare":
+        _compare(session, plain)
+    elif name in COMMANDS:
+        COMMANDS[name].run(session, argument.strip())
+    else:
         raise HierMemError(f"there is no command {name}", "/help lists them.")
-    COMMANDS[name].run(session, argument.strip())
     return True
 
 
 def names() -> list[str]:
-    return [*COMMANDS, "/chats", "/quit"]
+    return [*COMMANDS, "/compare", "/chats", "/quit"]
 
 
 def _say(text: str) -> None:
@@ -66,6 +69,7 @@ def _help(session: Session, argument: str) -> None:
     table.add_column()
     for command in COMMANDS.values():
         table.add_row(command.usage, command.what)
+    table.add_row("/compare", "the last question without memory, with the generic one, and with its own")
     table.add_row("/chats [NUMBER]", "earlier conversations with this model, or go on with one")
     table.add_row("/quit", "leave, as Ctrl-D does")
     table.add_row("Esc Enter, or \\ Enter", "start a new line")
@@ -73,7 +77,9 @@ def _help(session: Session, argument: str) -> None:
     console.print(table)
 
 
-def _chats(session: Session, argument: str, shelf: Shelf) -> None:
+def _chats(session: Session, argument: str, shelf: Shelf | None, plain: bool) -> None:
+    if shelf is None:
+        raise HierMemError("this conversation is not kept: it comes from a pipe", "`--resume` keeps it.")
     if not argument:
         kept = shelf.kept()
         for number, one in enumerate(kept[:LISTED], 1):
@@ -85,16 +91,18 @@ def _chats(session: Session, argument: str, shelf: Shelf) -> None:
     if not argument.isdecimal():
         raise HierMemError(f"'{argument}' is no number", "/chats lists the conversations.")
     shelf.take_up(session, int(argument))
-    console.print(said(session), markup=False, highlight=False)
+    show_last(session, plain)
 
 
-def said(session: Session) -> str:
+def show_last(session: Session, plain: bool) -> None:
     """The last question and its answer, for one who goes on with a conversation."""
     question, answer = session.messages[-2:]
-    return f"› {question['content']}\n{answer['content']}"
+    console.print(f"› {question['content']}", markup=False, highlight=False, soft_wrap=True)
+    with written(plain) as show:
+        show(answer["content"])
 
 
-def _compare(session: Session, argument: str) -> None:
+def _compare(session: Session, plain: bool) -> None:
     """The last question again, without memory, with the generic one, and with that of its path."""
     from mlx_hiermem.memory_choice import MemoryChoice
     from mlx_hiermem.session import Session
@@ -108,12 +116,12 @@ def _compare(session: Session, argument: str) -> None:
         for memory in (MemoryChoice.NONE, *generic, *path):
             other = Session(session.model, memory, system=session.system, template=session.template, earlier=0)
             other.sampling = replace(session.sampling, max_tokens=min(COMPARED, session.sampling.max_tokens))
-            other.messages = [dict(message) for message in session.messages[session.first : -2]]
+            other.messages = [dict(message) for message in session.messages[session.shown : -2]]
             labels = " › ".join(filter(None, session.selection.labels)) or str(memory)
             _say({"none": "without memory", "generic": "generic memory"}.get(memory, labels))
-            for piece in other.ask(session.messages[-2]["content"]):
-                write(piece)
-            console.print()
+            with written(plain) as show:
+                for piece in other.ask(session.messages[-2]["content"]):
+                    show(piece)
     finally:
         session.model.response = response  # what /why tells of is the conversation's
 
@@ -375,7 +383,6 @@ COMMANDS = {
             "which memory answered, what says the answer, what was learnt; and with what numbers it was chosen",
             _why,
         ),
-        Command("/compare", "the last question without memory, with the generic one, and with its own", _compare),
         Command("/sources", "the windows of the last question's leaf", _sources),
         Command("/stats", "figures of the block cache, the KV cache and the last reply", _stats),
         Command("/save FILE", "write the conversation", _save),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
 
 from mlx_hiermem.apps.server.refusal import ApiError
 
@@ -59,5 +59,9 @@ def _with_unicode(value: dict[str, Any]) -> dict[str, Any]:
 AnyObject = Annotated[dict[str, Any], AfterValidator(_with_unicode)]
 
 
-def in_list(value: Any) -> Any:
+def _in_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
+
+
+# A list of texts, where one text may stand for a list of one. What a list may be comes after it in an Annotated.
+IN_LIST = BeforeValidator(_in_list, json_schema_input_type=str | list[str])
