@@ -99,14 +99,14 @@ def talk(session: Session, header: str = "", shelf: Shelf | None = None, plain: 
         for line in filter(None, (header, WELCOME)):
             (console if console.is_terminal else notes).print(line, style="dim", markup=False, soft_wrap=True)
         if session.messages:
-            console.print(slash.said(session), markup=False, highlight=False, soft_wrap=True)
+            slash.show_last(session, plain)
     while (text := _next(read)) is not None:
         try:
             if not text.startswith("/"):
                 _reply(session, utf8(text), plain)
                 if shelf:
                     shelf.keep(session)
-            elif not slash.run(session, text, shelf):
+            elif not slash.run(session, text, shelf, plain):
                 break
         except HierMemError as error:
             notes.print(printable(f"hiermem: {error}"), style="red", markup=False, soft_wrap=True)

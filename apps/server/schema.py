@@ -16,6 +16,7 @@ from mlx_hiermem.apps.server.refusal import ApiError
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import HierMemError
 from mlx_hiermem.memory_choice import MemoryChoice
+from mlx_hiermem.prompt import History
 
 REPLY = 512  # tokens of a chat reply at most, where the request does not say; as for `hiermem chat`
 COMPLETION = 16  # the same for a completion; OpenAI's own default
@@ -61,7 +62,9 @@ def _as_wish(value: Any) -> Any:
     if isinstance(value, list):
         return {"blocked": value}
     if not isinstance(value, dict | None):
-        raise ValueError("it is fetched, none, generic, a path, a list of blocked nodes, or {use, blocked}")
+        raise ValueError(
+            "it is fetched, none, generic, a path, a list of blocked nodes, or {use, blocked, history}"
+        )
     return value
 
 
@@ -74,10 +77,14 @@ def paths(texts: list[str], param: str = "memory") -> frozenset[Path]:
 
 
 class Wish(Asked):
-    """The field `memory`: a word of `MemoryChoice` or a path; nodes that are closed to this request."""
+    """The field `memory`: a word of `MemoryChoice` or a path; nodes that are closed to this request.
+
+    `history` says what a question that leads to a path of its own sees of what was said before; see `prompt.begin`.
+    """
 
     use: str = "fetched"
     blocked: list[str] = []
+    history: History = "all"
 
     def memory(self, has_bank: bool) -> MemoryChoice:
         """What is wanted; where the model has no bank, fetched is none."""
