@@ -25,6 +25,7 @@ from mlx_hiermem.progress import Progress
 HERE = pathlib.Path(__file__).parent
 
 MEMORIES = ("none", "generic", "fetched")
+TOGETHER = 48  # sequences in a decode step
 
 Asked = str | list[dict[str, str]]  # a prompt, or the messages of a chat
 
@@ -80,10 +81,8 @@ def answers(model: MemoryModel, prompts: Sequence[str], memory: str, chat: bool 
 
 def replies(model: MemoryModel, prompts: Sequence[str], memory: str, chat: bool = False) -> list[str]:
     """The greedy continuations, or replies in chat."""
-    asked: list[tuple[Asked, str]] = [
-        ([{"role": "user", "content": prompt}] if chat else prompt, prompt) for prompt in prompts
-    ]
-    return said(model, asked, memory, _limit(chat))
+    found = model.batch(prompts, memory=memory, chat=chat, max_sequences=TOGETHER, max_tokens=_limit(chat))
+    return [response.text for response in found]
 
 
 def said(model: MemoryModel, asked: Sequence[tuple[Asked, str]], memory: str, tokens: int) -> list[str]:
