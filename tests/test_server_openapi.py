@@ -42,7 +42,7 @@ def test_it_has_every_route_and_field(document: Any) -> None:
 def test_it_has_each_form_of_a_field(document: Any) -> None:
     def forms(request: str, field: str) -> set[str]:
         found = document["components"]["schemas"][request]["properties"][field]["anyOf"]
-        return {one.get("type", "object") for one in found}
+        return {one.get("type", "object") for one in found} - {"null"}
 
     assert forms("ChatRequest", "memory") == {"string", "array", "object"}
     for request, field in (
@@ -62,6 +62,21 @@ def test_what_is_refused_has_the_shape_that_it_says(document: Any, locked: Runni
     _, found = locked.json("POST", "/v1/chat/completions", {"messages": []})
     refused = document["components"]["schemas"]["Refusal"]
     assert found["error"].keys() == refused["properties"].keys() == set(refused["required"])
+
+
+def test_what_need_not_be_given_may_be_null(document: Any, locked: Running) -> None:
+    fields = document["components"]["schemas"]["CompletionRequest"]["properties"]
+    rest = {name: field for name, field in fields.items() if name != "prompt"}
+    assert all({"type": "null"} in field["anyOf"] for field in rest.values())
+    status, _ = locked.json("POST", "/v1/completions", {"prompt": "hello", **dict.fromkeys(rest), "max_tokens": 2})
+    assert status == 200
+
+
+def test_a_path_says_what_may_be_done_with_it(locked: Running) -> None:
+    status, headers, _ = locked.ask("PATCH", "/v1/responses/x")
+    assert (status, headers["allow"]) == (405, "DELETE, GET")
+    status, headers, _ = locked.ask("PATCH", "/v1/models")
+    assert (status, headers["allow"]) == (405, "GET")
 
 
 def test_streams_are_said_to_be_streams(document: Any) -> None:

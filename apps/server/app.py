@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse
+from starlette.routing import Match
 from starlette.staticfiles import StaticFiles
 
 from mlx_hiermem import __version__
@@ -57,6 +58,7 @@ class Settings:
     allow_loading: bool = False  # clients may load and unload banks: files of this machine, by their path
     cache_bytes: int = 512 << 20  # of a bank that is loaded
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of requests' fields
+    log_requests: bool = False  # a line for each: the client, the path, the status; never what was asked
     watch: Sequence[pathlib.Path] = ()  # folders that `hiermem learn` is making
 
 
@@ -243,12 +245,20 @@ def _add_errors(app: FastAPI) -> None:
             message = f"there is no {request.method} {request.url.path}"
         answer = refused(ApiError(error.status_code, message))
         answer.headers.update(error.headers or {})
+        if error.status_code == 405:  # Starlette names the methods of the first route of this path alone
+            answer.headers["Allow"] = ", ".join(sorted(_methods(request)))
         return answer
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, error: Exception) -> JSONResponse:
         message = f"unexpected {type(error).__name__}; the server's log has more"
         return refused(ApiError(500, message, code="internal_error"))
+
+
+def _methods(request: Request) -> set[str]:
+    """What may be done with a request's path."""
+    routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    return {method for route in routes for method in getattr(route, "methods", None) or ()}
 
 
 def explained(invalid: RequestValidationError) -> ApiError:

@@ -9,13 +9,22 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, mod
 
 from mlx_hiermem.apps.server.refusal import ApiError
 
+NULL, ABOUT = {"type": "null"}, ("title", "default", "description")
 DEEPEST = 64  # lists and objects within one another; OpenAI takes schemas of ten levels, each of which is three
+
+
+def _or_null(schema: dict[str, Any]) -> None:
+    """Says in a JSON schema that what need not be given may be null."""
+    for name, field in schema.get("properties", {}).items():
+        if name not in schema.get("required", ()):
+            forms = field.pop("anyOf", None) or [{key: field.pop(key) for key in [*field] if key not in ABOUT}]
+            field["anyOf"] = [*forms, *[NULL] * (NULL not in forms)]
 
 
 class Asked(BaseModel):
     """Base of all: JSON types are not converted, unknown fields are errors, null means not given."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra=_or_null)
 
     @model_validator(mode="before")
     @classmethod
