@@ -10,7 +10,6 @@ pays where its token takes less than (T - V) / k of the target's.
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from typing import Any
 import common
 import mlx.core as mx
 import mlx.nn as nn
+from knowledge import read_learnt
 from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 
@@ -27,7 +27,7 @@ from mlx_hiermem.anchor import load_anchor
 from mlx_hiermem.apps.demo.tour import model_folder
 from mlx_hiermem.model import MemoryModel
 
-QUESTIONS = pathlib.Path(__file__).parent.parent / "apps" / "demo" / "elements_qa.jsonl"
+VITAL = pathlib.Path(__file__).parents[1] / "apps" / "demo" / "vital"
 TEXTS = (  # what the bank knows nothing of
     "The first thing to do when you bake bread is",
     "In the morning she opened the window and",
@@ -41,9 +41,9 @@ BEFORE = 64  # tokens in the cache where a pass is timed
 
 
 def questions(count: int) -> list[str]:
-    """Prompts that the bank has learnt, spread over its elements."""
-    rows = [json.loads(line) for line in QUESTIONS.read_text(encoding="utf-8").splitlines()]
-    return [row["prompt"] for row in rows[:: max(1, len(rows) // count)]][:count]
+    """Questions that the bank has learnt, in its frame, spread over its documents."""
+    rows = read_learnt(VITAL / "study.jsonl.gz")
+    return [f"Question: {row['question']}\nAnswer:" for row in rows[:: max(1, len(rows) // count)]][:count]
 
 
 def until_end(tokens: Iterator[Any], model: MemoryModel) -> list[Any]:

@@ -64,7 +64,7 @@ class Exam:
         found = [self._memory(row, memory) for row in rows]
         texts, wanted = [row["question"] for row in rows], [memory for _, memory in found]
         replies = found[0][0].batch(texts, memory=wanted, chat=True, max_tokens=TOKENS)
-        return [self._graded(row, memory, reply) for row, reply in zip(rows, replies, strict=True)]
+        return [self.graded(row, memory, reply) for row, reply in zip(rows, replies, strict=True)]
 
     def first_ms(self, row: Row, memory: str) -> float:
         """How long one question's first token takes, routing and reading included."""
@@ -74,7 +74,8 @@ class Exam:
             pass
         return 1e3 * (time.perf_counter() - start)
 
-    def _graded(self, row: Row, memory: str, reply: Response) -> Row:
+    def graded(self, row: Row, memory: str, reply: Response) -> Row:
+        """What a reply is worth, and what it took."""
         names, chosen = (row["answer"], *row["aliases"]), reply.selection
         moved = (self.anchor_bytes + chosen.memory_bytes) * (1 + reply.generation_tokens) + chosen.bytes_read
         return {

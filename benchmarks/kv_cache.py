@@ -4,7 +4,7 @@
     python benchmarks/kv_cache.py --tokens 1024      # a shorter prompt
     python benchmarks/kv_cache.py --model FOLDER     # another model with a bank
 
-The prompt is the elements' documents, with a memory of the bank attached. Its cache is written to a file and read
+The prompt is the demo's documents, with a memory of its bank attached. Its cache is written to a file and read
 again as mlx-lm does it. Copies of it in 8 and 4 bits go on beside it: the bytes, the time of a token, and for the
 text that follows how far the next token's probabilities are from those with the exact cache.
 """
@@ -21,7 +21,6 @@ from typing import Any
 import banks
 import common
 import mlx.core as mx
-from elements import DOCUMENTS
 from mlx_lm.models.cache import (
     load_prompt_cache,
     make_prompt_cache,
@@ -33,6 +32,7 @@ from mlx_hiermem import load
 from mlx_hiermem.apps.demo.tour import model_folder
 from mlx_hiermem.model import MemoryModel
 
+DOCUMENTS = pathlib.Path(__file__).parents[1] / "apps" / "demo" / "vital" / "documents.jsonl"
 TOKENS, QUICK_TOKENS = 4096, 256  # of the prompt
 CHUNK = 512  # are computed at once
 FOLLOWING = 64  # tokens of text behind the prompt, for which probabilities are compared
@@ -45,7 +45,7 @@ Cache = list[Any]
 
 def texts(model: MemoryModel, count: int) -> list[int]:
     """So many tokens of the documents, which are repeated where they are too short."""
-    documents = [json.loads(line)["facts_text"] for line in DOCUMENTS.read_text(encoding="utf-8").splitlines()]
+    documents = [json.loads(line)["text"] for line in DOCUMENTS.read_text(encoding="utf-8").splitlines()]
     tokens = model.tokens("\n".join(documents))
     return (tokens * (count // len(tokens) + 1))[:count]
 

@@ -1,6 +1,6 @@
 """Measures where the turns of a conversation go (mlx_hiermem/router.py).
 
-    python benchmarks/turns.py                    the elements' bank, and ten more trees of its wordings: a minute
+    python benchmarks/turns.py                    the demo's bank, the elements', ten more trees of these: a minute
     python benchmarks/turns.py --corpora FOLDER   also small banks of other subjects, made here: some minutes
 
 Each turn in tests/conversations.jsonl and tests/changes_of_subject.jsonl says what it is about, or that the bank
@@ -27,8 +27,10 @@ import numpy as np
 from elements import BANK, DOCUMENTS
 from elements.wordings import element_wordings
 
+from mlx_hiermem.apps.demo.tour import BANK as DEMO
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.policy import OPEN, BankPolicy
+from mlx_hiermem.bank.sources import BankSources
 from mlx_hiermem.config import Path
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.learn.tree.build import place, reach_of
@@ -63,11 +65,12 @@ Rule = Callable[[Router, list[str]], list[Route]]
 
 @dataclass(frozen=True)
 class Bank:
-    """A tree with its reach, and the leaves in which each subject was learnt."""
+    """A tree with its reach, and the leaves in which each subject was learnt; the passages where there are any."""
 
     tree: ClusterTree
     policy: BankPolicy
     homes: dict[str, set[Path]]
+    sources: BankSources | None = None
 
 
 def together(router: Router, texts: list[str]) -> list[Route]:
@@ -82,7 +85,7 @@ def together(router: Router, texts: list[str]) -> list[Route]:
 
 def always_staying(router: Router, texts: list[str]) -> list[Route]:
     """The same in a bank that has memory for every text: what does not lead elsewhere stays."""
-    return together(Router(router.tree, router.embedder, OPEN), texts)
+    return together(Router(router.tree, router.embedder, OPEN, router.sources), texts)
 
 
 def alone(router: Router, texts: list[str]) -> list[Route]:
@@ -90,6 +93,17 @@ def alone(router: Router, texts: list[str]) -> list[Route]:
 
 
 RULES: dict[str, Rule] = {"each turn alone": alone, "never without memory": always_staying, "the rule": together}
+
+
+def shelf() -> Bank:
+    """The demo's bank: its sources say in which leaves each document was learnt."""
+    bank = MemoryBank.open(DEMO)
+    assert bank.sources
+    homes: dict[str, set[Path]] = {}
+    for leaf in bank.sources.all():
+        for window in leaf.windows:
+            homes.setdefault(window.title, set()).add(leaf.leaf)
+    return Bank(bank.tree, bank.policy, homes, bank.sources)
 
 
 def bundled(texts: TextEmbedder, elements: list[dict[str, Any]]) -> Bank:
@@ -166,7 +180,7 @@ def rows(file: pathlib.Path) -> list[dict[str, Any]]:
 
 def play(talk: Talk, bank: Bank, texts: TextEmbedder, rule: Rule) -> Iterator[tuple[str, str, bool]]:
     """(kind, text, whether it went right) of each turn but the first."""
-    routes = rule(Router(bank.tree, texts, bank.policy), [turn["user"] for turn in talk["turns"]])
+    routes = rule(Router(bank.tree, texts, bank.policy, bank.sources), [turn["user"] for turn in talk["turns"]])
     for number, (turn, route) in enumerate(zip(talk["turns"], routes, strict=True)):
         subject = turn.get("about")
         right = route.path in bank.homes[subject] if subject else not route.path
@@ -205,7 +219,7 @@ def main() -> None:
     options = parser.parse_args()
     talks = [{"bank": "elements"} | talk for file in TALKS for talk in rows(file)]
     elements, texts = rows(DOCUMENTS), RememberedTexts(Embedder.load(), most=1_000_000)
-    banks = {"elements": bundled(texts, elements)}
+    banks = {"vital": shelf(), "elements": bundled(texts, elements)}
     if options.corpora:
         banks |= others(texts, options.corpora, talks)
     chosen, reported = ([talk for number, talk in enumerate(talks) if number % 2 == part] for part in (0, 1))

@@ -15,7 +15,7 @@ from mlx_hiermem.assets import ASSETS
 from mlx_hiermem.config import EmbedderIdentity, Path
 from mlx_hiermem.convert.checkpoint import TensorSource
 from mlx_hiermem.errors import CheckpointError, HierMemError
-from mlx_hiermem.files import parse_json, read_json
+from mlx_hiermem.files import MALFORMED, parse_json, read_json
 
 MINILM = EmbedderIdentity("all-MiniLM-L6-v2", ASSETS["all-minilm-l6-v2"].files["model.safetensors"], 256)
 TELLING = {"kind", "branching", "block_sizes", "layers"}  # a JSON file with none of these is about something else
@@ -71,7 +71,7 @@ def read_settings(checkpoint: pathlib.Path, source: TensorSource) -> MemorySetti
     plain = {str(key).strip().lower().replace(" ", "_").replace("-", "_"): value for key, value in data.items()}
     try:
         return MemorySettings.from_json(plain)
-    except (TypeError, ValueError, KeyError, AttributeError, HierMemError) as error:
+    except (*MALFORMED, HierMemError) as error:
         raise CheckpointError(f"the settings in {where} do not fit: {error}", "See docs/convert.md.") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -10,7 +11,7 @@ import pty
 import select
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from tiny import Aimed
 
 from mlx_hiermem import load
 from mlx_hiermem.apps.cli import chat, keyboard, models, slash
-from mlx_hiermem.apps.cli.display import FAR, console, notes
+from mlx_hiermem.apps.cli.display import FAR, console, notes, write
 from mlx_hiermem.apps.cli.main import main
 from mlx_hiermem.apps.cli.shelf import Shelf
 from mlx_hiermem.bank.policy import BankPolicy
@@ -30,6 +31,7 @@ from mlx_hiermem.config import Path
 from mlx_hiermem.errors import AnchorError, HierMemError
 from mlx_hiermem.memory_choice import MemoryChoice
 from mlx_hiermem.model import MemoryModel
+from mlx_hiermem.printable import printable
 from mlx_hiermem.router import Router
 from mlx_hiermem.selection import Selection
 from mlx_hiermem.session import Session
@@ -86,7 +88,7 @@ def test_replies_go_to_the_output_and_all_else_beside_it(
     assert talk(session, ["about neon", "", "and its symbol?", "now iron"], monkeypatch)
     out, err = capsys.readouterr()
     replies = [m["content"] for m in session.messages if m["role"] == "assistant"]
-    assert out == "".join(f"{reply}\n" for reply in replies)
+    assert out == "".join(f"{printable(reply)}\n" for reply in replies)
     lines = err.splitlines()
     assert [line.endswith("new path") for line in lines if " · " in line and "blocks" in line] == [
         True,
@@ -298,10 +300,10 @@ def test_memories_are_compared(session: Session, capsys: pytest.CaptureFixture[s
     expected = []
     for memory, name in (("none", "without memory"), ("generic", "generic memory"), ("0.1", "topic 0 › topic 0.1")):
         other = Session(session.model, memory, max_tokens=4)
-        other.messages = [dict(message) for message in session.messages[:2]]
-        expected += [name, say(other, "about neon")]
+        other.messages = []  # as the question about neon was answered
+        expected += [name, printable(say(other, "about neon"))]
     assert "\n".join(lines) == "\n".join(expected)
-    assert expected[-1] == session.messages[-1]["content"]
+    assert expected[-1] == printable(session.messages[-1]["content"])
     assert session.to_json() == before
     fresh = Session(session.model, max_tokens=4)
     for question in session.questions:
@@ -356,6 +358,25 @@ def test_a_resumed_chat_shows_where_it_was_and_is_kept(
     (kept,) = Shelf("my-model").kept()
     assert kept.data["messages"] == session.messages
     assert len(session.messages) == 4
+
+
+def test_replies_shown_again_are_laid_out_unless_told_not_to(
+    session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    say(session, "about neon")
+    asked = list[bool]()
+
+    @contextlib.contextmanager
+    def written(plain: bool) -> Iterator[Callable[[str], None]]:
+        asked.append(plain)
+        yield write
+
+    monkeypatch.setattr(slash, "written", written)
+    slash.show_last(session, plain=False)
+    slash.run(session, "/compare")
+    assert asked == [False] * 4
+    slash.run(session, "/compare", plain=True)
+    assert asked == [False] * 4 + [True] * 3
 
 
 def chats(session: Session, line: str, shelf: Shelf, capsys: pytest.CaptureFixture[str]) -> str:

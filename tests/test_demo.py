@@ -133,8 +133,9 @@ def test_the_stored_result_is_of_the_exam() -> None:
 def test_the_bank_answers_what_the_anchor_cannot(
     smollm2_anchor: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Real weights, real routes: what `hiermem demo` asks."""
+    """Real weights, real routes: what `hiermem demo` asks, with shorter replies."""
     monkeypatch.setattr(exam, "MEMORIES", ("none", "fetched"))
+    monkeypatch.setattr(exam, "TOKENS", 20)
     (tmp_path / "anchor").symlink_to(smollm2_anchor)
     shutil.copytree(tour.BANK, tmp_path / "bank")
     assert tour.ready(tmp_path)

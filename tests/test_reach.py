@@ -27,7 +27,7 @@ from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import BankError
 from mlx_hiermem.learn.tree.build import ROOM, reach_of
 from mlx_hiermem.model import MemoryModel
-from mlx_hiermem.router import BELONGS, RememberedTexts, Router, Topic
+from mlx_hiermem.router import BELONGS, LOOKED_BACK, RememberedTexts, Router, Topic
 from mlx_hiermem.tree import ClusterTree
 
 SUBJECTS = pathlib.Path(__file__).parent / "changes_of_subject.jsonl"
@@ -74,7 +74,7 @@ def test_what_belongs_to_a_conversation_stays_and_what_does_not_gets_no_memory(r
     assert (opened.route.path, opened.belongs, opened.topic.question) == (Path((0,)), None, FIRST)
     held = router.turn(AGAIN, opened.topic)
     assert (held.route.path, held.route.far, held.route.stayed, held.alone.far) == (Path((0,)), False, True, True)
-    assert held.topic == opened.topic
+    assert held.topic == replace(opened.topic, turns=2)
     left = router.turn(OTHER, held.topic)
     assert (left.route.path, left.route.far, left.route.stayed) == (Path(), True, False)
     assert held.belongs
@@ -110,6 +110,9 @@ def test_a_conversation_is_embedded_in_two_batches_and_never_again(tree: Cluster
     assert paths == [(), (0,), (0,), (), (0,), (1,), (0,)]
     fresh = Router(tree, other := Placed(), BankPolicy(reach=0.3))
     assert fresh.conversation(texts).topic == topic
+    assert [fresh.conversation(texts[: number + 1]).route.turns for number in range(7)] == [1, 1, 2, 3, 4, 1, 1]
+    held = fresh.conversation([FIRST] * (LOOKED_BACK + 1))
+    assert held.route.turns == 0, "it began before what is looked at"
     assert other.calls == [4, 2]  # what was said, and two follow-ups behind their question
     assert sum(embedder.calls) == 6
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import pathlib
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.sampling import Sampling
 
 CHAT = [{"role": "user", "content": "hello there"}]
+SUBJECTS = ("about neon", "about iron", "about rice", "about tin")
 SEVERAL = ("fetched", "none", "generic", "0.1", "2.2", "1", "2.0", "0.1")
 
 
@@ -315,6 +317,27 @@ def test_a_conversation_is_routed_by_its_turns(client: openai.OpenAI, model: Mem
     turn = model.router.conversation(texts)
     memory = chat(client, "fetched", messages=messages).memory
     assert (memory["path"], memory["stayed"]) == (str(turn.topic.path), turn.route.stayed)
+
+
+def test_a_question_that_leads_elsewhere_may_leave_out_what_was_said(
+    client: openai.OpenAI, model: MemoryModel
+) -> None:
+    first, second = next(pair for pair in itertools.permutations(SUBJECTS, 2) if leads(model, pair))
+    ask, last = ({"role": "user", "content": text} for text in (first, second))
+    reply, system = {"role": "assistant", "content": "hm"}, {"role": "system", "content": "Be brief."}
+    whole = chat(client, "fetched", messages=[system, ask, reply, last])
+    topic = chat(client, {"use": "fetched", "history": "topic"}, messages=[system, ask, reply, last])
+    alone = chat(client, "fetched", messages=[system, last])
+    assert topic.usage.prompt_tokens == alone.usage.prompt_tokens < whole.usage.prompt_tokens
+    assert topic.choices[0].message.content == alone.choices[0].message.content
+    assert topic.memory["path"] == alone.memory["path"] == whole.memory["path"]
+    bound = {"use": topic.memory["path"], "history": "topic"}  # a path that is named takes the whole conversation
+    assert chat(client, bound, messages=[system, ask, reply, last]).usage.prompt_tokens == whole.usage.prompt_tokens
+
+
+def leads(model: MemoryModel, texts: tuple[str, ...]) -> bool:
+    """Whether the second question takes a path of its own."""
+    return model.router.conversation(texts).route.turns == 1
 
 
 def test_a_question_that_is_like_nothing_says_so(

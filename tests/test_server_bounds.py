@@ -272,6 +272,11 @@ def test_large_bodies(server: Running, chunked: bool) -> None:
     assert server.json("POST", CHAT, HELLO)[0] == 200
 
 
+def test_who_sends_far_too_much_sees_the_answer(server: Running) -> None:
+    """A connection that is closed with bytes unread is reset, and the answer lost."""
+    assert server.json("POST", CHAT, b"x" * 5_000_000)[0] == 413
+
+
 def test_a_body_that_does_not_come(folder: pathlib.Path) -> None:
     with serving(lambda: tiny_model(folder), timeout=0.3) as running:
         connection = running.connect()

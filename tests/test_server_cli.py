@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,6 +73,38 @@ def test_it_serves_until_ctrl_c(model: pathlib.Path, tmp_path: pathlib.Path) -> 
         process.send_signal(signal.SIGINT)
         out, error = process.communicate(timeout=30)
     assert (process.returncode, out, error) == (0, "", "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("logged", [False, True])
+def test_what_is_asked_is_in_no_log(model: pathlib.Path, logged: bool) -> None:
+    """Answered, refused by a schema, by a length, by the template and by the engine; in the path's query, too."""
+    secret = "xylophone"
+    asked: list[tuple[str, object]] = [
+        ("/v1/completions", {"prompt": secret, "max_tokens": 2}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": secret}], "max_tokens": 2}),
+        ("/v1/chat/completions", {"messages": [{"role": secret, "content": secret}]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": secret}], secret: secret}),
+        ("/v1/completions", {"prompt": secret, "memory": secret}),
+        ("/v1/completions", {"prompt": secret * 200_000}),
+        ("/v1/responses", {"input": secret, "previous_response_id": secret}),
+        ("/v1/embeddings", {"input": secret, "dimensions": 3}),
+        ("/v1/memory/route", {"text": secret}),
+    ]
+    with started(model, "--port", "0", *["--log-requests"] * logged) as process:
+        assert process.stdout
+        while not (found := re.search(r" at (http://127\.0\.0\.1:\d+) ", process.stdout.readline())):
+            pass
+        for path, body in asked:
+            request = urllib.request.Request(
+                f"{found[1]}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            )
+            with contextlib.suppress(urllib.error.HTTPError), urllib.request.urlopen(request, timeout=60) as answer:
+                answer.read()
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=30)
+    assert secret not in out + error
+    assert ("POST /v1/chat/completions" in out + error) is logged
 
 
 def test_what_cannot_be_served(

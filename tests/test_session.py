@@ -7,6 +7,7 @@ import json
 import pathlib
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ def say(session: Session, text: str) -> str:
 def alone(session: Session) -> str:
     """The last reply, generated again from an empty cache."""
     system = [{"role": "system", "content": session.system}] if session.system else []
-    tokens = session.model.chat_tokens(system + session.messages[session.first : -1])
+    tokens = session.model.chat_tokens(system + session.messages[session.shown : -1])
     replies = session.model.responses(tokens, Sampling(session._room(len(tokens))))
     return "".join(response.text for response in replies)
 
@@ -53,14 +54,15 @@ def alone(session: Session) -> str:
 
 
 def test_who_is_decided_leads_and_the_topic_keeps_its_most_decided_turn() -> None:
-    assert follow(None, A, 0.1, "a") == Topic(A, 0.1, "a")
-    assert follow(Topic(Path(), 0.0), A, 0.1, "a") == Topic(A, 0.1, "a")
-    topic = Topic(A, 0.4, "a", aside="hm")
+    assert follow(None, A, 0.1, "a") == Topic(A, 0.1, "a", turns=1)
+    assert follow(Topic(Path(), 0.0), A, 0.1, "a") == Topic(A, 0.1, "a", turns=1)
+    topic = Topic(A, 0.4, "a", aside="hm", turns=3)
     assert follow(topic, A, 0.1, "b") is None
-    assert follow(topic, A, 0.3, "b") == Topic(A, 0.4, "b")
-    assert follow(topic, A, 0.6, "b") == Topic(A, 0.6, "b")
+    assert follow(topic, A, 0.3, "b") == Topic(A, 0.4, "b", turns=4)
+    assert follow(topic, A, 0.6, "b") == Topic(A, 0.6, "b", turns=4)
     assert follow(topic, B, 0.4 * HYSTERESIS, "b") is None
-    assert follow(topic, B, 0.4 * HYSTERESIS + 0.01, "b") == Topic(B, 0.4 * HYSTERESIS + 0.01, "b")
+    assert follow(topic, B, 0.4 * HYSTERESIS + 0.01, "b") == Topic(B, 0.4 * HYSTERESIS + 0.01, "b", turns=1)
+    assert follow(replace(topic, turns=0), A, 0.3, "b") == Topic(A, 0.4, "b"), "it is not known since when"
     assert follow(topic, Path(), 0.0, "far") is None
 
 
@@ -139,7 +141,7 @@ def test_real_conversations_on_the_real_tree(minilm: Embedder) -> None:
 
 
 def test_the_cache_goes_on_where_the_path_stays_and_not_where_it_changes(model: MemoryModel) -> None:
-    session, seen = Session(model, max_tokens=6), dict[tuple[str, ...], list[int]]()
+    session, seen = Session(model, max_tokens=6, history="all"), dict[tuple[str, ...], list[int]]()
     for text in ("about neon", "and its symbol?", "now iron", "and that?", "neon again", "iron again", "and that?"):
         reply = say(session, text)
         assert reply == alone(session)
@@ -151,6 +153,33 @@ def test_the_cache_goes_on_where_the_path_stays_and_not_where_it_changes(model: 
         assert session.prefilled == len(prompt) - same
         seen[session.selection.blocks] = session._cached[: session.kv_tokens]
     assert same > 100  # back on iron
+
+
+def test_a_question_that_leads_elsewhere_sees_nothing_of_before(model: MemoryModel) -> None:
+    session, shown = Session(model, max_tokens=6), list[int]()
+    for text in ("about neon", "and its symbol?", "now iron", "and that?", "neon again", "hm?"):
+        assert say(session, text) == alone(session)
+        shown.append(session.shown // 2)
+        if text == "and that?":
+            session.restore(json.loads(json.dumps(session.to_json())))  # it knows since when it is about iron
+    assert shown == [0, 0, 2, 2, 4, 4]
+    assert session.first == 0, "there was room for all"
+    session.use("0.1")
+    assert say(session, "and now?") == alone(session)
+    assert session.shown == 0, "the path was named, and takes the whole conversation"
+
+
+def test_what_gets_no_memory_sees_the_whole_conversation(model: MemoryModel) -> None:
+    router = model.router
+    assert isinstance(router.embedder, Aimed)
+    router.embedder.names["rice"] = -5 * router.embedder.names["neon"]  # far from all there is
+    near, far = (route.distances[-1] for route in router.route_batch(["about neon", "cook rice"]))
+    router.policy = BankPolicy(reach=(near + far) / 2)
+    session, shown = Session(model, max_tokens=6), list[int]()
+    for text in ("about neon", "now iron", "cook rice", "neon again"):
+        assert say(session, text) == alone(session)
+        shown.append(session.shown // 2)
+    assert shown == [0, 1, 0, 3]
 
 
 def test_the_model_has_the_last_reply_with_its_figures(model: MemoryModel) -> None:
@@ -172,7 +201,7 @@ def test_earlier_caches_keep_to_their_budget(model: MemoryModel, monkeypatch: py
     session._earlier.max_bytes = 1
     for text in ("about neon", "now iron", "neon again"):
         assert say(session, text) == alone(session)
-        assert session.prefilled == len(model.chat_tokens(session.messages[:-1]))
+        assert session.prefilled == len(model.chat_tokens(session.messages[session.shown : -1]))
         assert session._earlier.nbytes <= 1
 
 

@@ -20,9 +20,9 @@ from torture.fuzz import SEEDS, verdict
 from torture.mutate import mutated
 from torture.readers import BY_NAME, READERS, Reader
 
-QUICK = [reader.name for reader in READERS if reader.weight == 1]
-JSON = [reader.name for reader in READERS if reader.kind == "json" and reader.weight == 1]
-SLOW = [reader.name for reader in READERS if reader.weight < 1]
+QUICK = [reader.name for reader in READERS if reader.speed >= 200]
+JSON = [reader.name for reader in READERS if reader.kind == "json" and reader.speed >= 200]
+SLOW = [reader.name for reader in READERS if reader.speed < 200]
 PATIENT = 10.0  # seconds: a machine that is busy with other tests is no fault of a reader
 KEPT = sorted(file.relative_to(SEEDS).as_posix() for file in SEEDS.rglob("*") if file.is_file())
 few = settings(

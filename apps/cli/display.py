@@ -102,6 +102,11 @@ def utf8(text: str) -> str:
     return text
 
 
+def faint(text: str) -> None:
+    """A line beside what was asked for."""
+    console.print(text, style="dim", markup=False)
+
+
 def write(piece: str) -> None:
     """A piece of a reply, as it is but for control characters."""
     console.file.write(printable(piece))  # Rich would turn tabs into spaces

@@ -51,6 +51,9 @@ def serve(
     allow_loading: bool = typer.Option(
         False, "--allow-loading", help="Let clients load and unload banks (`/v1/banks/load`, `unload`)."
     ),
+    log_requests: bool = typer.Option(
+        False, "--log-requests", help="Print a line for each request; what was asked is never in it."
+    ),
     watch: list[pathlib.Path] = typer.Option(
         [], metavar="OUT", help="Show on the page how far `hiermem learn DOCS OUT` is. Can be given again."
     ),
@@ -83,7 +86,15 @@ def serve(
             engine.start()
         models.remember(names[0])
         settings = Settings(
-            api_key, max_request_bytes, timeout, any_model, allow_loading, cache_bytes, defaults, watch
+            api_key,
+            max_request_bytes,
+            timeout,
+            any_model,
+            allow_loading,
+            cache_bytes,
+            defaults,
+            log_requests,
+            watch,
         )
         listen.serve(engine, settings, listening, lambda: announce(", ".join(engine.models), address(listening)))
 

@@ -13,12 +13,15 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
-from starlette.responses import FileResponse, JSONResponse
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse
+from starlette.routing import Match
 from starlette.staticfiles import StaticFiles
 
+from mlx_hiermem import __version__
 from mlx_hiermem.apps.server import memory
 from mlx_hiermem.apps.server.banks import banks, learning
 from mlx_hiermem.apps.server.catalogue import Catalogue
+from mlx_hiermem.apps.server.described import ABOUT, REFUSED, STREAMED, TEXT
 from mlx_hiermem.apps.server.embeddings import embed
 from mlx_hiermem.apps.server.engine import Engine
 from mlx_hiermem.apps.server.generate import Service
@@ -55,6 +58,7 @@ class Settings:
     allow_loading: bool = False  # clients may load and unload banks: files of this machine, by their path
     cache_bytes: int = 512 << 20  # of a bank that is loaded
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of requests' fields
+    log_requests: bool = False  # a line for each: the client, the path, the status; never what was asked
     watch: Sequence[pathlib.Path] = ()  # folders that `hiermem learn` is making
 
 
@@ -67,7 +71,15 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         yield
         await asyncio.to_thread(engine.stop)
 
-    app = FastAPI(title="mlx-hiermem", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="mlx-hiermem",
+        description=ABOUT,
+        version=__version__,
+        responses=REFUSED,
+        lifespan=lifespan,
+        docs_url=None,  # it would bring scripts from elsewhere
+        redoc_url=None,
+    )
     metrics = Metrics(engine)
     app.add_middleware(Guard, settings.api_key, settings.max_request_bytes, settings.timeout)
     app.add_middleware(Counting, metrics)
@@ -89,13 +101,13 @@ def _add_openai(app: FastAPI, service: Service) -> None:
     def model(name: str) -> dict[str, Any]:
         return service.catalogue.row(service.catalogue.find(name))
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=STREAMED)
     async def chat(asked: ChatRequest, request: Request) -> Response:
         return await service.chat(asked, request)
 
     responses = Responses(service)
 
-    @app.post("/v1/responses")
+    @app.post("/v1/responses", responses=STREAMED)
     async def respond(asked: ResponsesRequest, request: Request) -> Response:
         return await responses.answer(asked, request)
 
@@ -112,7 +124,7 @@ def _add_openai(app: FastAPI, service: Service) -> None:
     async def embeddings(asked: EmbeddingRequest) -> dict[str, Any]:
         return await embed(service.engine, service.catalogue, asked)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=STREAMED)
     async def complete(asked: CompletionRequest, request: Request) -> Response:
         return await service.complete(asked, request)
 
@@ -198,11 +210,11 @@ def _add_others(app: FastAPI, engine: Engine, metrics: Metrics, settings: Settin
     def learning_runs() -> dict[str, Any]:
         return learning(settings.watch, engine.models, settings.allow_loading)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse, responses=TEXT)
     async def figures() -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
-    @app.api_route("/", methods=["GET", "HEAD"])
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(PAGE / "index.html")
 
@@ -233,12 +245,20 @@ def _add_errors(app: FastAPI) -> None:
             message = f"there is no {request.method} {request.url.path}"
         answer = refused(ApiError(error.status_code, message))
         answer.headers.update(error.headers or {})
+        if error.status_code == 405:  # Starlette names the methods of the first route of this path alone
+            answer.headers["Allow"] = ", ".join(sorted(_methods(request)))
         return answer
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, error: Exception) -> JSONResponse:
         message = f"unexpected {type(error).__name__}; the server's log has more"
         return refused(ApiError(500, message, code="internal_error"))
+
+
+def _methods(request: Request) -> set[str]:
+    """What may be done with a request's path."""
+    routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    return {method for route in routes for method in getattr(route, "methods", None) or ()}
 
 
 def explained(invalid: RequestValidationError) -> ApiError:

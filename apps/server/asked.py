@@ -5,17 +5,26 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
 
 from mlx_hiermem.apps.server.refusal import ApiError
 
+NULL, ABOUT = {"type": "null"}, ("title", "default", "description")
 DEEPEST = 64  # lists and objects within one another; OpenAI takes schemas of ten levels, each of which is three
+
+
+def _or_null(schema: dict[str, Any]) -> None:
+    """Says in a JSON schema that what need not be given may be null."""
+    for name, field in schema.get("properties", {}).items():
+        if name not in schema.get("required", ()):
+            forms = field.pop("anyOf", None) or [{key: field.pop(key) for key in [*field] if key not in ABOUT}]
+            field["anyOf"] = [*forms, *[NULL] * (NULL not in forms)]
 
 
 class Asked(BaseModel):
     """Base of all: JSON types are not converted, unknown fields are errors, null means not given."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra=_or_null)
 
     @model_validator(mode="before")
     @classmethod
@@ -59,5 +68,9 @@ def _with_unicode(value: dict[str, Any]) -> dict[str, Any]:
 AnyObject = Annotated[dict[str, Any], AfterValidator(_with_unicode)]
 
 
-def in_list(value: Any) -> Any:
+def _in_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
+
+
+# A list of texts, where one text may stand for a list of one. What a list may be comes after it in an Annotated.
+IN_LIST = BeforeValidator(_in_list, json_schema_input_type=str | list[str])

@@ -222,8 +222,7 @@ class Engine:
         try:
             self._refresh(model)
             job.chosen, job.bank = model.choose(job.memory, job.texts, job.blocked), model.bank
-            if passage := job.chosen.passage:
-                job.tokens = job.encode(passage)
+            job.tokens = job.encode(job.chosen)
             missing = batch.missing(job.chosen, model)
         except (AssetError, HubError) as error:
             self._post(job, ApiError(503, str(error)))

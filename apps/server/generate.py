@@ -34,13 +34,14 @@ from mlx_hiermem.apps.server.schema import (
     paths,
 )
 from mlx_hiermem.apps.server.text import Piece, ReplyText
-from mlx_hiermem.bank.sources import SourceWindow
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import AnchorError, ArgumentError, ChatTemplateError
 from mlx_hiermem.grammar import Grammar
 from mlx_hiermem.memory_choice import MemoryChoice
 from mlx_hiermem.model import MemoryModel
+from mlx_hiermem.prompt import begin
 from mlx_hiermem.sampling import Sampling
+from mlx_hiermem.selection import Selection
 from mlx_hiermem.sources import PASSAGE_TOKENS, messages_with, text_with
 from mlx_hiermem.tokenizer import spells_control
 
@@ -48,11 +49,11 @@ Asked = TypeVar("Asked", ChatRequest, CompletionRequest)
 
 
 class _Prompt(NamedTuple):
-    """A prompt's tokens, the user's texts in it, and what makes its tokens with a passage in it."""
+    """A prompt's tokens, the user's texts in it, and what makes its tokens once its memory is chosen."""
 
     tokens: list[int]
     texts: list[str]
-    encode: Callable[[SourceWindow], list[int]]
+    encode: Callable[[Selection], list[int]]
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,9 @@ class Service:
 def chat_jobs(named: Named, asked: ChatRequest) -> list[Job]:
     """The sequences of a request. Raises ApiError. Takes a moment, so not for the event loop."""
     _check_calls(named.model, asked)
-    encode = partial(_chat_tokens, named.model, asked)
-    prompt = _Prompt(encode(), asked.questions, encode)
+    messages = [message.to_template() for message in asked.messages]
+    tokens = _chat_tokens(named.model, asked, messages)
+    prompt = _Prompt(tokens, asked.questions, partial(_chosen_tokens, named.model, asked, messages, tokens))
     length = _reply_length(named, asked, prompt.tokens)
     grammar = _grammar(named.model, asked.response_format)
     return _jobs(named, asked, [prompt], length, asked.top, grammar)
@@ -135,8 +137,20 @@ def _reply(model: MemoryModel, asked: Generation, tokens: list[int]) -> ReplyTex
     return ReplyText(model.tokenizer, tokens, asked.stop)
 
 
-def _chat_tokens(model: MemoryModel, asked: ChatRequest, passage: SourceWindow | None = None) -> list[int]:
-    messages = messages_with([message.to_template() for message in asked.messages], passage)
+def _chosen_tokens(
+    model: MemoryModel, asked: ChatRequest, messages: list[dict[str, Any]], tokens: list[int], chosen: Selection
+) -> list[int]:
+    """The prompt with a passage in it, or without what was said before; else the tokens that it has."""
+    first = begin(messages, chosen, asked.memory.history)
+    if not first and not chosen.passage:
+        return tokens
+    if first:
+        asks = next(number for number, message in enumerate(messages) if message["role"] == "user")
+        messages = [*messages[:asks], *messages[first:]]
+    return _chat_tokens(model, asked, messages_with(messages, chosen.passage))
+
+
+def _chat_tokens(model: MemoryModel, asked: ChatRequest, messages: list[dict[str, Any]]) -> list[int]:
     try:
         tools = {"tools": asked.offered} if asked.offered else {}
         return model.chat_tokens(messages, **asked.chat_template_kwargs, **tools)
@@ -150,11 +164,16 @@ def _chat_tokens(model: MemoryModel, asked: ChatRequest, passage: SourceWindow |
 def _prompt(model: MemoryModel, prompt: str | list[int]) -> _Prompt:
     """A plain prompt, given as its text or as its token ids."""
     if isinstance(prompt, str):
-        return _Prompt(model.tokens(prompt), [prompt], lambda passage: model.tokens(text_with(prompt, passage)))
+        tokens = model.tokens(prompt)
+        return _Prompt(tokens, [prompt], partial(_plain_tokens, model, prompt, tokens))
     if max(prompt) >= model.vocabulary:
         raise ApiError(400, f"there is no token {max(prompt)}; they end at {model.vocabulary - 1}", "prompt")
     text = model.tokenizer.decode(prompt)
-    return _Prompt(prompt, [text], lambda passage: model.tokens(text_with(text, passage)))
+    return _Prompt(prompt, [text], partial(_plain_tokens, model, text, prompt))
+
+
+def _plain_tokens(model: MemoryModel, text: str, tokens: list[int], chosen: Selection) -> list[int]:
+    return model.tokens(text_with(text, chosen.passage)) if chosen.passage else tokens
 
 
 def _reply_length(named: Named, asked: ChatRequest, tokens: list[int]) -> int:

@@ -9,6 +9,7 @@ the same. Bodies are bounded, whatever their Content-Length says.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 from urllib.parse import urlsplit
 
@@ -25,6 +26,7 @@ SAFE = {  # added to every answer
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
+DISCARDED, DISCARDING = 16 << 20, 2.0  # bytes and seconds, at most, of a body that is too large
 
 
 class Guard:
@@ -47,6 +49,8 @@ class Guard:
         try:
             self._check(scope)
         except ApiError as error:
+            if error.status == 413 and "expect" not in Headers(scope=scope):  # else the client waits with its body
+                await _discard(receive)
             return await refused(error)(scope, receive, safely)
         await self.app(scope, self._bounded(receive), safely)
 
@@ -94,6 +98,8 @@ class Guard:
             complete = not message.get("more_body", False)
             if received > self.max_request_bytes:
                 error = self._too_large()
+                if not complete:
+                    await _discard(receive)
                 raise HTTPException(error.status) from error  # no other exception passes through FastAPI unchanged
             return message
 
@@ -101,6 +107,19 @@ class Guard:
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the request is larger than {self.max_request_bytes} bytes", code="request_too_large")
+
+
+async def _discard(receive: Receive) -> None:
+    """Reads some more of a body that is too large: a connection that is closed with bytes unread is reset, and the
+    client would not see the answer."""
+    left = DISCARDED
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARDING):
+            while left > 0:
+                message = await receive()
+                left -= len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
 
 
 def refused(error: ApiError) -> JSONResponse:

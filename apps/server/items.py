@@ -56,7 +56,11 @@ class FunctionTool(Asked):
 class ResponsesRequest(Asked):
     """POST /v1/responses"""
 
-    input: Annotated[list[AnyObject], BeforeValidator(_as_items), Field(min_length=1)]
+    input: Annotated[
+        list[AnyObject],
+        BeforeValidator(_as_items, json_schema_input_type=str | list[AnyObject]),
+        Field(min_length=1),
+    ]
     model: str = ""
     instructions: str = ""
     previous_response_id: str = ""

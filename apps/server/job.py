@@ -11,7 +11,6 @@ from mlx_hiermem.apps.server.calls import CallingReply
 from mlx_hiermem.apps.server.refusal import ApiError
 from mlx_hiermem.apps.server.text import Piece, ReplyText
 from mlx_hiermem.bank.bank import MemoryBank
-from mlx_hiermem.bank.sources import SourceWindow
 from mlx_hiermem.config import Path
 from mlx_hiermem.memory_choice import MemoryChoice
 from mlx_hiermem.model import MemoryModel
@@ -34,7 +33,8 @@ Event = Started | Piece | ApiError  # an ApiError, or a Piece with a finish reas
 class Job:
     """One sequence: what is asked, and where its events go. `texts` are the questions that it is routed by.
 
-    `encode` makes the tokens of the prompt with a passage in it.
+    `encode` makes the tokens of the prompt once its memory is chosen: with a passage in it, or without what was
+    said before.
     """
 
     model: MemoryModel
@@ -45,7 +45,7 @@ class Job:
     sampling: Sampling
     reply: ReplyText | CallingReply
     events: asyncio.Queue[tuple[Job, Event]]
-    encode: Callable[[SourceWindow], list[int]]
+    encode: Callable[[Selection], list[int]]
     counted: bool = True  # of several replies to one prompt only the first counts its tokens
     chosen: Selection | None = field(default=None, init=False)
     bank: MemoryBank | None = field(default=None, init=False)  # in which it was chosen

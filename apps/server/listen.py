@@ -28,8 +28,8 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                log_level="warning",
-                access_log=False,
+                log_level="info" if settings.log_requests else "warning",
+                access_log=settings.log_requests,
                 server_header=False,
                 timeout_graceful_shutdown=int(GRACE) + 2,
             )

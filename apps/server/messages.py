@@ -87,7 +87,7 @@ class Message(Asked):
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[list[TextPart], BeforeValidator(_as_parts)]
+    content: Annotated[list[TextPart], BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart])]
     name: str = ""
     tool_calls: list[ToolCall] = []
     tool_call_id: str = ""

@@ -10,12 +10,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from mlx_hiermem.apps.server.asked import AnyObject, Asked, in_list
+from mlx_hiermem.apps.server.asked import IN_LIST, AnyObject, Asked
 from mlx_hiermem.apps.server.messages import Message, Tool, ToolChoice
 from mlx_hiermem.apps.server.refusal import ApiError
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import HierMemError
 from mlx_hiermem.memory_choice import MemoryChoice
+from mlx_hiermem.prompt import History
 
 REPLY = 512  # tokens of a chat reply at most, where the request does not say; as for `hiermem chat`
 COMPLETION = 16  # the same for a completion; OpenAI's own default
@@ -61,7 +62,9 @@ def _as_wish(value: Any) -> Any:
     if isinstance(value, list):
         return {"blocked": value}
     if not isinstance(value, dict | None):
-        raise ValueError("it is fetched, none, generic, a path, a list of blocked nodes, or {use, blocked}")
+        raise ValueError(
+            "it is fetched, none, generic, a path, a list of blocked nodes, or {use, blocked, history}"
+        )
     return value
 
 
@@ -74,10 +77,14 @@ def paths(texts: list[str], param: str = "memory") -> frozenset[Path]:
 
 
 class Wish(Asked):
-    """The field `memory`: a word of `MemoryChoice` or a path; nodes that are closed to this request."""
+    """The field `memory`: a word of `MemoryChoice` or a path; nodes that are closed to this request.
+
+    `history` says what a question that leads to a path of its own sees of what was said before; see `prompt.begin`.
+    """
 
     use: str = "fetched"
     blocked: list[str] = []
+    history: History = "all"
 
     def memory(self, has_bank: bool) -> MemoryChoice:
         """What is wanted; where the model has no bank, fetched is none."""
@@ -101,7 +108,7 @@ class Generation(Asked):
     model: str = ""
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(in_list), Field(max_length=4)] = []
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], IN_LIST, Field(max_length=4)] = []
     temperature: float = Field(0.0, ge=0, le=2)
     top_p: float = Field(1.0, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
@@ -113,7 +120,7 @@ class Generation(Asked):
     top_k: int = Field(0, ge=-1)  # 0, or -1 as vLLM writes it: any token
     min_p: float = Field(0.0, ge=0, le=1)
     repetition_penalty: float = Field(1.0, gt=0)
-    memory: Annotated[Wish, BeforeValidator(_as_wish)] = Wish()
+    memory: Annotated[Wish, BeforeValidator(_as_wish, json_schema_input_type=str | list[str] | Wish)] = Wish()
 
     @model_validator(mode="before")
     @classmethod
@@ -229,7 +236,7 @@ class CompletionRequest(Generation):
     prompt: list[str | list[int]] = Field(min_length=1)
     logprobs: int | None = Field(None, ge=0, le=5)
 
-    @field_validator("prompt", mode="before")
+    @field_validator("prompt", mode="before", json_schema_input_type=str | list[int] | list[str | list[int]])
     @classmethod
     def _several(cls, value: Any) -> Any:
         prompts = value if isinstance(value, list) and not all(type(item) is int for item in value) else [value]
@@ -269,7 +276,7 @@ class UnloadRequest(Asked):
 class EmbeddingRequest(Asked):
     """POST /v1/embeddings. `input` is one text or several."""
 
-    input: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(in_list), Field(min_length=1)]
+    input: Annotated[list[Annotated[str, Field(min_length=1)]], IN_LIST, Field(min_length=1)]
     model: str = ""
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None

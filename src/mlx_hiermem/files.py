@@ -24,6 +24,8 @@ from mlx_hiermem.errors import FileError, HierMemError, OutputError
 if TYPE_CHECKING:
     pass
 
+# What code that takes values out of JSON of another shape raises; int(inf) is an OverflowError
+MALFORMED = (AttributeError, KeyError, OverflowError, TypeError, ValueError)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

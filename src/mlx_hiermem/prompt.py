@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from mlx_hiermem.bank.sources import SourceWindow
 from mlx_hiermem.errors import ArgumentError
+from mlx_hiermem.selection import Selection
 from mlx_hiermem.sources import messages_with, text_with
 
 Message = Mapping[str, str]  # of a conversation: role and content
 Prompt = str | Sequence[Message]
+History = Literal["topic", "all"]  # what of a conversation a turn sees: since its memory was taken, or everything
 
 
 @dataclass(frozen=True)
@@ -56,3 +58,16 @@ def check_messages(messages: Any) -> list[dict[str, str]]:
         if not all(isinstance(text, str) for text in texts):
             raise ArgumentError(f"{message!r} is no message", 'Write {"role": "user", "content": "…"}.')
     return [dict(message) for message in messages]
+
+
+def begin(messages: Sequence[Mapping[str, Any]], chosen: Selection, history: History) -> int:
+    """The first message, behind the system's, that the conversation's last turn sees.
+
+    With `topic`, blocks see nothing of what was said before their path was taken: they were learnt with questions
+    that stand alone, and answer worse behind exchanges on other things (benchmarks/history.py).
+    """
+    turns = chosen.route.turns
+    asks = [number for number, message in enumerate(messages) if message["role"] == "user"]
+    if history == "all" or not chosen.memory.has_blocks or not chosen.path or not 0 < turns < len(asks):
+        return 0
+    return asks[-turns]

@@ -52,13 +52,19 @@ class TextEmbedder(Protocol):
 class Topic:
     """What a conversation is about: its path, and how decided the turns were that put it there.
 
-    `question` is the turn that led there, `aside` the last turn where it had nothing to do with it.
+    `question` is the turn that led there, `aside` the last turn where it had nothing to do with it, `turns` how
+    many there were since the path was taken (0: not known).
     """
 
     path: Path
     decided: float
     question: str = ""
     aside: str = ""
+    turns: int = 0
+
+    def after(self, aside: str) -> Topic:
+        """The same after a turn that did not lead."""
+        return replace(self, aside=aside, turns=self.turns + 1 if self.turns else 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,10 +145,10 @@ class Router:
                 distances = self.tree.distances_on(vector, topic.path)
                 stayed = topic.path != alone.path
                 route = replace(alone, path=topic.path, distances=distances, stayed=stayed, far=False)
-                after = replace(topic, aside="")
+                after = topic.after(aside="")
             else:
-                route, after = Route(avoided=alone.avoided, far=True), replace(topic, aside=text)
-        route = replace(route, milliseconds=(time.perf_counter() - start) * 1e3)
+                route, after = Route(avoided=alone.avoided, far=True), topic.after(aside=text)
+        route = replace(route, turns=after.turns, milliseconds=(time.perf_counter() - start) * 1e3)
         needed = HYSTERESIS * topic.decided if topic else 0.0
         return Turn(text, vector, alone, route, decided, needed, belongs, after)
 
@@ -151,7 +157,7 @@ class Router:
 
         What was not asked before is embedded in one batch, and the follow-ups behind their questions in another.
         """
-        start, texts = time.perf_counter(), texts[-LOOKED_BACK:]
+        start, older, texts = time.perf_counter(), texts[:-LOOKED_BACK], texts[-LOOKED_BACK:]
         vectors = self._said.embed(texts)
         if self.policy.has_reach:
             self._said.embed(self._follow_ups(texts, vectors, blocked))
@@ -159,7 +165,8 @@ class Router:
         for text in texts:
             turn = self.turn(text, topic, blocked)
             topic = turn.topic
-        route = replace(turn.route, milliseconds=(time.perf_counter() - start) * 1e3)  # with the embedding
+        turns = 0 if older and turn.topic.turns == len(texts) else turn.topic.turns
+        route = replace(turn.route, turns=turns, milliseconds=(time.perf_counter() - start) * 1e3)
         return replace(turn, route=route)
 
     def _follow_ups(self, texts: Sequence[str], vectors: np.ndarray, blocked: Collection[Path]) -> list[str]:
@@ -233,10 +240,12 @@ def decidedness(tree: ClusterTree, vector: np.ndarray, path: Path) -> float:
 def follow(topic: Topic | None, path: Path, decided: float, question: str) -> Topic | None:
     """The topic after a turn that alone takes `path`; None where the turn does not lead anywhere."""
     if topic is None or not topic.path:
-        return Topic(path, decided, question)
+        return Topic(path, decided, question, turns=1)
     if not path or decided <= HYSTERESIS * topic.decided:
         return None
-    return Topic(path, max(decided, topic.decided) if path == topic.path else decided, question)
+    if path != topic.path:
+        return Topic(path, decided, question, turns=1)
+    return Topic(path, max(decided, topic.decided), question, turns=topic.after("").turns)
 
 
 def load_embedder(wanted: EmbedderIdentity) -> Embedder:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlx_hiermem.errors import FileError, HierMemError
-from mlx_hiermem.files import parse_json, unreadable
+from mlx_hiermem.files import MALFORMED, parse_json, unreadable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -124,7 +124,7 @@ def _stored(name: str, row: Any, start: int, size: int) -> StoredTensor:
         if not isinstance(dtype, str) or len(shape) > AXES or any(type(number) is not int for number in numbers):
             raise TypeError
         (name + dtype).encode()  # a ValueError for half a surrogate pair
-    except (KeyError, TypeError, ValueError) as error:
+    except MALFORMED as error:
         raise ValueError(f"the header entry of {name} is incomplete") from error
     fits = VALUE_BYTES.get(dtype) is None or end - begin == math.prod(shape) * VALUE_BYTES[dtype]
     if min((*shape, begin, end - begin)) < 0 or not fits:

@@ -19,8 +19,10 @@ from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, make_prom
 from mlx_hiermem.bank.sources import SourceWindow
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import ArgumentError, ChatTemplateError, HierMemError
+from mlx_hiermem.files import MALFORMED
 from mlx_hiermem.memory_choice import MemoryChoice
 from mlx_hiermem.model import MemoryModel, Wanted
+from mlx_hiermem.prompt import History, begin
 from mlx_hiermem.response import GrowingText, Response
 from mlx_hiermem.router import Topic, Turn
 from mlx_hiermem.sampling import Options, Sampling
@@ -50,24 +52,26 @@ class Session:
         blocked: Collection[Path] = (),
         earlier: int = EARLIER,
         template: Mapping[str, Any] | None = None,
+        history: History = "topic",
         **options: Unpack[Options],
     ) -> None:
         """`memory` is fetched by default, where the model has a bank. `blocked` nodes are closed to this talk.
 
         `earlier` is how many KV caches of earlier paths are kept at most. `template` are variables of the anchor's
-        chat template. The options are those of `generate`; a
-        reply has at most 512 tokens where they do not say.
+        chat template. `history` says whether a question that leads to a path of its own sees what was said before
+        (`all`). The options are those of `generate`; a reply has at most 512 tokens where they do not say.
         """
         if not isinstance(model, MemoryModel):
             raise ArgumentError(f"{model!r} is no model", "`load` opens one.")
         self.model, self._memory = model, MemoryChoice.parse(memory or model.default_memory)
-        self.system, self.blocked, self.template = system, blocked, dict(template or {})
+        self.system, self.blocked, self.template, self.history = system, blocked, dict(template or {}), history
         self.sampling = Sampling.of(options, max_tokens=REPLY)
         self.sampling.check_cache(model.anchor)
         self.messages: list[Message] = []  # the user's and the assistant's
         self.topic: Topic | None = None
         self.turn: Turn | None = None  # how the last question was routed, where it was
-        self.first = 0  # of the messages, the first that is still shown to the model
+        self.first = 0  # of the messages, the first that there is room for
+        self.shown = 0  # the first that the last question saw
         self.dropped = 0  # turns that the last question pushed out
         self.prefilled = 0  # tokens of the last prompt that had to be computed
         self.last: GenerationResponse | None = None  # figures of the last reply
@@ -187,7 +191,7 @@ class Session:
     def reset(self) -> None:
         """Forgets the conversation; the system message and the memory stay."""
         self.messages.clear()
-        self.first, self.topic, self.turn = 0, None, None
+        self.first, self.shown, self.topic, self.turn = 0, 0, None, None
         self._cache, self._cached = [], []
         self._earlier.trim_to(n_sequences=0)
 
@@ -217,9 +221,11 @@ class Session:
         self._look_again()
         turn = self.route(text) if self.memory.is_routed else None
         chosen = self.model.choose(self.memory, self.questions, self.blocked, turn.route if turn else None)
-        first, dropped, tokens = self._fit(chosen.passage)
+        shown = max(self.first, begin(self.messages, chosen, self.history))
+        start, dropped, tokens = self._fit(shown, chosen.passage)
         self.selection = self.model.use(chosen)
-        self.first, self.dropped, self.turn = first, dropped, turn
+        self.first, self.shown = start if dropped else self.first, start
+        self.dropped, self.turn = dropped, turn
         self.topic = turn.topic if turn else None
         return tokens
 
@@ -235,14 +241,14 @@ class Session:
             reason = error.__cause__ or error
             raise ChatTemplateError(f"the anchor's chat template takes no system message: {reason}") from error
 
-    def _fit(self, passage: SourceWindow | None) -> tuple[int, int, list[int]]:
+    def _fit(self, first: int, passage: SourceWindow | None) -> tuple[int, int, list[int]]:
         """(first message, turns dropped now, prompt): the newest turns that leave room for the reply."""
-        tokens = self._tokens(self.first, passage)
+        tokens = self._tokens(first, passage)
         if self.context is None or len(tokens) <= self.context - self._reserve:
-            return self.first, 0, tokens
+            return first, 0, tokens
         # What is left must be prefilled again as a whole, so make room for more than this turn.
         goal = KEPT * (self.context - self._reserve)
-        starts = [i for i, m in enumerate(self.messages) if m["role"] == "user" and i >= self.first]
+        starts = [i for i, m in enumerate(self.messages) if m["role"] == "user" and i >= first]
         start = next((i for i in starts[1:] if len(self._tokens(i, passage)) <= goal), starts[-1])
         tokens = self._tokens(start, passage)
         if len(tokens) > self.context - self._reserve:
@@ -320,12 +326,17 @@ class Session:
             if [m["role"] for m in messages] != ["user", "assistant"] * (len(messages) // 2):
                 raise ValueError("the user and the assistant do not take turns")
             system, memory, saved = str(data["system"]), str(data["memory"]), data["topic"]
-            said = {name: str(saved.get(name, "")) for name in ("question", "aside")} if saved else {}
-            topic = Topic(Path.parse(saved["path"]), float(saved["decided"]), **said) if saved else None
-        except (KeyError, TypeError, ValueError) as error:
+            topic = _topic(saved) if saved else None
+        except MALFORMED as error:
             raise HierMemError(f"this is not a saved conversation: {error}") from error
         self.use(memory)
         self.reset()
         self.messages, self.system = messages, system
         bank = self.model.bank
         self.topic = topic if topic and bank and bank.tree.has(topic.path) else None
+
+
+def _topic(saved: Any) -> Topic:
+    """As it was saved; older conversations know less of it."""
+    question, aside = (str(saved.get(name, "")) for name in ("question", "aside"))
+    return Topic(Path.parse(saved["path"]), float(saved["decided"]), question, aside, int(saved.get("turns", 0)))

@@ -32,6 +32,7 @@ class Route:
     far: bool = False  # beyond the bank's reach: it is like nothing there, and stays at the root
     milliseconds: float = 0.0  # to embed the text and to descend
     passage: float | None = None  # to the nearest passage, where the bank is routed by them (`bank.passages`)
+    turns: int = 0  # the conversation's last turns that its topic has had; 0 where that is not known
 
 
 class ClusterTree:

@@ -25,6 +25,7 @@ from mlx_hiermem.progress import Progress
 HERE = pathlib.Path(__file__).parent
 
 MEMORIES = ("none", "generic", "fetched")
+TOGETHER = 48  # sequences in a decode step
 
 Asked = str | list[dict[str, str]]  # a prompt, or the messages of a chat
 
@@ -63,30 +64,9 @@ def questions() -> list[Element]:
     ]
 
 
-def answer(model: MemoryModel, prompt: str, memory: str, chat: bool = False) -> tuple[int | None, str]:
-    """(first integer, text up to it) of the greedy continuation; decoding stops once the integer is complete."""
-    text = _said(model, prompt, memory, chat, r"\d\D")
-    found = re.match(r"\D*\d+", text)
-    return first_integer(text), found.group() if found else text
-
-
-def named(model: MemoryModel, prompt: str, memory: str) -> str:
-    """The first word of the greedy continuation; decoding stops once it is complete."""
-    return first_word(_said(model, prompt, memory, False, r"[A-Za-z][^A-Za-z]"))
-
-
 def first_word(text: str) -> str:
     found = re.search(r"[A-Za-z]+", text)
     return found.group() if found else ""
-
-
-def _said(model: MemoryModel, prompt: str, memory: str, chat: bool, until: str) -> str:
-    text = ""
-    for piece in model.stream(prompt, memory=memory, chat=chat, max_tokens=_limit(chat)):
-        text += piece
-        if re.search(until, text):
-            break
-    return text
 
 
 def _limit(chat: bool) -> int:
@@ -95,16 +75,14 @@ def _limit(chat: bool) -> int:
 
 
 def answers(model: MemoryModel, prompts: Sequence[str], memory: str, chat: bool = False) -> list[int | None]:
-    """The first integers of the greedy continuations, as `answer` gives them, but many questions at a time."""
+    """The first integers of the greedy continuations."""
     return [first_integer(text) for text in replies(model, prompts, memory, chat)]
 
 
 def replies(model: MemoryModel, prompts: Sequence[str], memory: str, chat: bool = False) -> list[str]:
     """The greedy continuations, or replies in chat."""
-    asked: list[tuple[Asked, str]] = [
-        ([{"role": "user", "content": prompt}] if chat else prompt, prompt) for prompt in prompts
-    ]
-    return said(model, asked, memory, _limit(chat))
+    found = model.batch(prompts, memory=memory, chat=chat, max_sequences=TOGETHER, max_tokens=_limit(chat))
+    return [response.text for response in found]
 
 
 def said(model: MemoryModel, asked: Sequence[tuple[Asked, str]], memory: str, tokens: int) -> list[str]:

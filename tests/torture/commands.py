@@ -26,7 +26,8 @@ class Command:
     makes: str = ""
     bank: str = ""  # the folder of the bank that there is afterwards
     staged: bool = False  # killed in each of its stages in turn
-    once: bool = False  # done, it cannot be done again
+    once: bool = False  # done, it cannot be done again, or is done once more
+    left: str = ""  # what a kill may leave once the command is done, as the names begin
 
 
 def run(work: pathlib.Path, words: list[str]) -> None:
@@ -57,7 +58,8 @@ def start_of_remove(work: pathlib.Path) -> None:
     from mlx_hiermem.bank.bank import MemoryBank
 
     start_of_add(work)
-    leaf = min(MemoryBank.open(work / "model/bank").tree.nodes(2))
+    tree = MemoryBank.open(work / "model/bank").tree
+    leaf = min(tree.nodes(tree.depth))
     (work / "leaf").write_text(str(leaf))
 
 
@@ -118,7 +120,7 @@ COMMANDS = (
         makes="out",
         bank="out/bank",
     ),
-    Command("learn", LEARN, start_of_learn, makes="model", bank="model/bank", staged=True),
+    Command("learn", LEARN, start_of_learn, makes="model", bank="model/bank", staged=True, left="model.learn"),
     Command(
         "add",
         ("bank", "add", "model", "news", "--epochs", "4", "--rate", "0.02", "--no-self-study"),
@@ -126,6 +128,8 @@ COMMANDS = (
         changes="model/bank",
         bank="model/bank",
         staged=True,
+        once=True,
+        left="model.learn.gone/",
     ),
     Command(
         "remove",

@@ -4,9 +4,9 @@
     python tests/torture/fuzz.py --inputs 500 --only gguf --seed 7
     python tests/torture/fuzz.py --guided manifest --seconds 60      # coverage-guided (pip install -e '.[fuzz]')
 
-An input fails where the reader raises anything but a HierMemError, takes more than SECONDS, makes the process grow
-by more than GROWTH bytes and four times the file, or ends the process. Failures are kept in tests/torture/seeds/,
-from where tests/test_torture.py reads them for good.
+An input fails where the reader raises anything but a HierMemError, takes more than SECONDS of the processor (those
+of the clock on a quiet machine), makes the process grow by more than GROWTH bytes and four times the file, or ends
+the process. Failures are kept in tests/torture/seeds/, from where tests/test_torture.py reads them for good.
 """
 
 from __future__ import annotations
@@ -39,7 +39,11 @@ from mlx_hiermem.errors import HierMemError  # noqa: E402
 SEEDS = pathlib.Path(__file__).parent / "seeds"
 SECONDS = 2.0
 GROWTH = 256 << 20  # bytes, beside four times the file
-STUCK = 20.0  # seconds after which the process itself is ended
+STUCK = 60.0  # seconds of the clock after which the process itself is ended
+MAKING = 300.0  # seconds that making the good file may take besides
+SAVED = 5.0  # seconds between two looks at a process
+WORDS = ("read", "refused", "failed")
+CONTEXT = multiprocessing.get_context("fork")  # all is imported once, and MLX has not been used yet
 
 
 class TooLongError(Exception):
@@ -51,13 +55,13 @@ def at_most(seconds: float) -> Iterator[None]:
     def ring(*_: object) -> None:
         raise TooLongError
 
-    old = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    old = signal.signal(signal.SIGPROF, ring)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, old)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, old)
 
 
 def verdict(reader: Reader, file: pathlib.Path, seconds: float = SECONDS) -> str:
@@ -85,86 +89,98 @@ def input_of(reader: Reader, good: bytes, seed: str) -> bytes:
     return mutated(good, reader.kind, random.Random(seed))
 
 
-Place = tuple[str, int]  # a reader, and the number of an input
+class Progress:
+    """What a process that reads inputs is at, in memory that is still there when it has died."""
+
+    def __init__(self) -> None:
+        self.numbers = CONTEXT.RawArray("q", 1 + len(WORDS))  # the input that is read, and how many were so far
+        self.times = CONTEXT.RawArray("d", 3)  # when it was begun, by two clocks; the longest time
+
+    def begin(self, number: int) -> None:
+        self.times[:2] = [time.monotonic(), time.process_time()]
+        self.numbers[0] = number
+
+    def end(self, word: str) -> None:
+        self.numbers[1 + WORDS.index(word)] += 1
+        self.times[2] = max(self.times[2], time.process_time() - self.times[1])
+
+    @property
+    def number(self) -> int:
+        return int(self.numbers[0])
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return dict(zip(WORDS, self.numbers[1:], strict=True))
 
 
-def work(counts: list[tuple[str, int, int]], seed: int, results: Any) -> None:
-    """Reads inputs `first` to `count` of each reader. Says which it is at, for whoever watches."""
+def work(reader: Reader, first: int, count: int, seed: int, progress: Progress, failures: Any) -> None:
+    """Reads inputs `first` to `count` of a reader, in a process of its own."""
     warnings.filterwarnings("ignore")
     os.environ["TRANSFORMERS_VERBOSITY"] = "critical"
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    for name, first, count in counts:
-        reader = BY_NAME[name]
-        results.send((name, -1, None))
-        with tempfile.TemporaryDirectory(prefix="torture-") as folder:
-            try:
-                file = reader.make(pathlib.Path(folder))
-            except Exception as error:
-                results.send((name, -1, f"failed: making it raises {type(error).__name__}: {error}"))
-                continue
-            good = file.read_bytes()
-            results.send((name, -1, verdict(reader, file, 60.0)))
-            for number in range(first, count):
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_bytes(input_of(reader, good, f"{seed} {name} {number}"))
-                results.send((name, number, None))
-                results.send((name, number, verdict(reader, file)))
-    results.send(("", 0, "done"))
+    with tempfile.TemporaryDirectory(prefix="torture-") as folder:
+        file = reader.make(pathlib.Path(folder))
+        good = file.read_bytes()
+        if (found := verdict(reader, file, 60.0)) != "read":
+            failures.send((-1, f"the good file: {found}"))
+        for number in range(first, count):
+            data = input_of(reader, good, f"{seed} {reader.name} {number}")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(data)
+            progress.begin(number)
+            found = verdict(reader, file)
+            progress.end(found.split(":")[0])
+            if found.startswith("failed"):
+                failures.send((number, found))
+    progress.begin(count)
 
 
-def campaign(wanted: dict[str, int], seed: int, tell: Callable[[str, dict[str, Any]], None]) -> None:
-    """Reads so many inputs of each reader, all in one process as long as that lives; tells what became of each."""
-    rest = [(name, 0, count) for name, count in wanted.items()]
-    context = multiprocessing.get_context("spawn")
-    row: dict[str, Any] = {}
-    while rest:
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=work, args=(rest, seed, theirs))
+Row = dict[str, Any]
+
+
+def campaign(reader: Reader, count: int, row: Row, save: Callable[[Row], None]) -> Row:
+    """Goes on to `count` inputs of a reader, in one process as long as that lives. Saves the row now and then."""
+    while row["inputs"] < count:
+        progress, (ours, theirs) = Progress(), CONTEXT.Pipe(duplex=False)
+        progress.begin(row["inputs"])
+        arguments = (reader, row["inputs"], count, row["seed"], progress, theirs)
+        process = CONTEXT.Process(target=work, args=arguments)
         process.start()
         theirs.close()
-        for name, number, what, took in watch(ours, process):
-            if what == "done":
-                break
-            if name and name != rest[0][0]:  # the next reader has begun
-                tell(rest.pop(0)[0], row)
-                row = {}
-            if not row:
-                row = {"counts": {}, "failures": {}, "slowest": 0.0, "inputs": rest[0][2], "seed": seed}
-            if number >= 0:
-                word = what.split(":")[0]
-                row["counts"][word] = row["counts"].get(word, 0) + 1
-                row["slowest"] = max(row["slowest"], took)
-                rest[0] = (rest[0][0], number + 1, rest[0][2])
-            if what.startswith("failed") or (number < 0 and what != "read"):
-                row["failures"].setdefault(what if number >= 0 else f"the good file: {what}", number)
-        process.join()
-        if what == "done" or rest[0][1] >= rest[0][2] or number < 0:
-            tell(rest.pop(0)[0], row)
-            row = {}
+        before, why = row, ""
+        while not why:
+            why = watch(process, progress)
+            while ours.poll():
+                try:
+                    number, what = ours.recv()
+                except EOFError:
+                    break
+                before["failures"].setdefault(what, number)
+            save(row := _together(before, progress))
+        if progress.number < count:
+            row["counts"]["failed"] += 1
+            row["inputs"] += 1
+            row["failures"].setdefault(f"failed: {why}", progress.number)
+    return row
 
 
-def watch(ours: Any, process: Any) -> Iterator[tuple[str, int, str, float]]:
-    """(reader, number, verdict, seconds) as the process tells them; without a reader where it was ended."""
-    begun = time.monotonic()
-    at: Place = ("", 0)
-    while True:
-        try:
-            if not ours.poll(STUCK if at[0] else 300):
-                process.kill()
-                yield (*at, f"failed: the process hung for more than {STUCK:g} s", STUCK)
-                return
-            name, number, what = ours.recv()
-        except EOFError:
-            process.join()
-            yield (*at, f"failed: the process ended with {process.exitcode}", time.monotonic() - begun)
-            return
-        at = (name, number)
-        if what is None:
-            begun = time.monotonic()
-            continue
-        yield name, number, what, time.monotonic() - begun
-        if what == "done":
-            return
+def _together(before: Row, progress: Progress) -> Row:
+    """A reader's row, and what has been read since."""
+    counts = {word: before["counts"][word] + more for word, more in progress.counts.items()}
+    slowest = max(before["slowest"], progress.times[2])
+    return before | {"counts": counts, "slowest": slowest, "inputs": progress.number}
+
+
+def watch(process: Any, progress: Progress) -> str:
+    """Waits a while; why the process has ended, empty where it goes on."""
+    process.join(SAVED)
+    if process.exitcode is not None:
+        return f"the process ended with {process.exitcode}"
+    if time.monotonic() - progress.times[0] < STUCK + (MAKING if not sum(progress.numbers[1:]) else 0):
+        return ""
+    process.kill()
+    process.join()
+    return f"the process hung for more than {STUCK:g} s"
 
 
 def keep(reader: Reader, number: int, seed: int) -> pathlib.Path:
@@ -210,29 +226,35 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", default=[], choices=sorted(BY_NAME))
-    parser.add_argument("--out", type=pathlib.Path, help="figures as JSON; those of readers that are not run stay")
+    parser.add_argument("--out", type=pathlib.Path, help="figures as JSON, from which a campaign goes on")
     parser.add_argument("--guided", choices=sorted(BY_NAME))
     parser.add_argument("--seconds", type=int, default=60)
     asked = parser.parse_args()
     if asked.guided:
         guided(BY_NAME[asked.guided], asked.seconds)
     readers = [reader for reader in READERS if not asked.only or reader.name in asked.only]
-    whole = sum(reader.weight for reader in readers)
-    failed = list[str]()
+    whole = sum(reader.speed for reader in readers)
+    failed = [_run(reader, max(1, round(asked.inputs * reader.speed / whole)), asked) for reader in readers]
+    sys.exit(1 if any(failed) else 0)
 
-    def tell(name: str, found: dict[str, Any]) -> None:
-        print(f"{name:16} {found['counts']}, slowest {found['slowest']:.2f} s", flush=True)
-        for what, number in found["failures"].items():
-            failed.append(what)
-            kept = f"kept as {keep(BY_NAME[name], number, asked.seed)}" if number >= 0 else ""
-            print(f"    {what}\n    {kept}", flush=True)
+
+def _run(reader: Reader, count: int, asked: argparse.Namespace) -> int:
+    """One reader's inputs, from where an earlier campaign of this seed stopped; returns how many failed."""
+    rows = json.loads(asked.out.read_text()) if asked.out and asked.out.exists() else {}
+    row = rows.get(reader.name, {})
+    if row.get("seed") != asked.seed:
+        row = {"counts": dict.fromkeys(WORDS, 0), "failures": {}, "slowest": 0.0, "inputs": 0, "seed": asked.seed}
+
+    def save(row: Row) -> None:
         if asked.out:
-            rows = json.loads(asked.out.read_text()) if asked.out.exists() else {}
-            asked.out.write_text(json.dumps(rows | {name: found}, indent=1, sort_keys=True) + "\n")
+            asked.out.write_text(json.dumps(rows | {reader.name: row}, indent=1, sort_keys=True) + "\n")
 
-    wanted = {reader.name: max(1, round(asked.inputs * reader.weight / whole)) for reader in readers}
-    campaign(wanted, asked.seed, tell)
-    sys.exit(1 if failed else 0)
+    save(row := campaign(reader, count, row, save))
+    print(f"{reader.name:16} {row['counts']}, slowest {row['slowest']:.2f} s", flush=True)
+    for what, number in row["failures"].items():
+        kept = f"kept as {keep(reader, number, asked.seed)}" if number >= 0 else ""
+        print(f"    {what}\n    {kept}", flush=True)
+    return len(row["failures"])
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ import signal
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from typing import Any
 
 HERE = pathlib.Path(__file__).parent
 sys.path[:0] = [str(HERE.parent)]  # before what is found there is imported: hence E402 below
@@ -43,7 +44,7 @@ MODULES = ("mlx_hiermem.apps.cli.main", "mlx_hiermem.learn.run", "mlx_hiermem.le
 
 @dataclass
 class Undisturbed:
-    """What a command does when nothing happens to it, and what came of its trials."""
+    """What a command does when nothing happens to it."""
 
     start: pathlib.Path
     files: Files
@@ -51,8 +52,6 @@ class Undisturbed:
     seconds: float
     stages: list[str]  # of each change of the file system
     head: Files | None  # of the hub's repository
-    counts: Counter[str] = field(default_factory=Counter)
-    wrong: list[str] = field(default_factory=list)
 
     def same(self, now: Files, folder: str = "") -> bool:
         """Whether these are the files of an undisturbed run, or those of a folder of it."""
@@ -89,8 +88,8 @@ def words_of(one: Command, work: pathlib.Path) -> list[str]:
 class Campaign:
     """The trials of one command in a folder, against a hub of its own."""
 
-    def __init__(self, one: Command, folder: pathlib.Path, hub: hub_server.HubServer, rng: random.Random) -> None:
-        self.one, self.folder, self.hub, self.rng = one, folder, hub, rng
+    def __init__(self, one: Command, folder: pathlib.Path, hub: hub_server.HubServer) -> None:
+        self.one, self.folder, self.hub = one, folder, hub
         self.log, self.start = folder / "log.txt", folder / one.name
         self.usual = self._undisturbed()
 
@@ -113,60 +112,65 @@ class Campaign:
         assert not any(name.startswith(one.bank + "/") for name in unstable), sorted(unstable)
         return Undisturbed(self.start, second, unstable, seconds, json.loads(trace.read_text()), head)
 
-    def trial(self, number: int, how: str) -> None:
-        """Ends the command once, and notes what came of it."""
+    def trial(self, number: int, how: str, rng: random.Random) -> tuple[list[str], str]:
+        """Ends the command once. What came of it, and what is wrong then; empty where all is well."""
         work, usual, stage = self._ready(), self.usual, ""
         words = words_of(self.one, work)
         if how != "kill":
-            status, _ = process(child, work, words, self.log, 0, None, (how, self._amount(how)))
+            status, _ = process(child, work, words, self.log, 0, None, (how, self._amount(how, rng)))
         elif number % 3 == 2:
-            status, _ = process(child, work, words, self.log, after=self.rng.uniform(0.0, usual.seconds))
+            status, _ = process(child, work, words, self.log, after=rng.uniform(0.0, usual.seconds))
         else:
-            stage, at = self._change(number)
+            stage, at = self._change(number, rng)
             status, _ = process(child, work, words, self.log, at)
         what = {0: "ended first", 1: "told", -signal.SIGKILL: "killed"}.get(status, f"ended with {status}")
-        usual.counts[what] += 1
-        if stage and what == "killed":
-            usual.counts[f"killed in {stage}"] += 1
+        counts = [what, f"killed in {stage}"] if stage and what == "killed" else [what]
         told = [line for line in self.log.read_text(errors="replace").splitlines() if line.startswith("hiermem: ")]
         if what in ("ended first", "killed") or (how != "kill" and told and "unexpected" not in told[-1]):
             wrong = self._judge(work)
         else:
             wrong = self._said()
-        usual.wrong += [f"{how} {what} {stage}: {wrong}"] if wrong else []
         shutil.rmtree(work.parent)
+        return counts, f"{what} {stage}: {wrong}" if wrong else ""
 
-    def _change(self, number: int) -> tuple[str, int]:
+    def _change(self, number: int, rng: random.Random) -> tuple[str, int]:
         """A stage, and a change of the file system in it, counted from 1."""
         stages = self.usual.stages
         if not self.one.staged:
-            return "", self.rng.randint(1, len(stages))
+            return "", rng.randint(1, len(stages))
         known = list(dict.fromkeys(stages))
         stage = known[number % len(known)]
-        return stage or "the beginning", self.rng.choice([at for at, s in enumerate(stages, 1) if s == stage])
+        return stage or "the beginning or end", rng.choice([at for at, s in enumerate(stages, 1) if s == stage])
 
-    def _amount(self, how: str) -> int:
+    def _amount(self, how: str, rng: random.Random) -> int:
         """Bytes, changes or reads after which the disk fails."""
         written = sum(len(data) for name, data in self.usual.files.items() if not (self.start / name).exists())
         most = {"full": 2 * written + 4096, "read-only": len(self.usual.stages)}.get(how, 200)
-        return int(self.rng.uniform(0, most))
+        return int(rng.uniform(0, most))
 
     def _judge(self, work: pathlib.Path) -> str:
         """What is wrong with what was left, or with the command's second run; empty where all is well."""
         one, usual = self.one, self.usual
         if wrong := self._state(work):
             return wrong
-        if not (one.makes and (work / one.makes).exists()) and not (one.once and usual.same(contents(work))):
+        now = self._without_left(contents(work))
+        done = (one.makes and (work / one.makes).exists()) or (one.once and usual.same(now))
+        if not done:
             status, _ = process(child, work, words_of(one, work), self.log)
             if status:
                 return f"the second run ends with {status}: {self._said()}"
-        now = contents(work)
+            now = contents(work)
         if not usual.same(now):
             changed = [n for n in now.keys() & usual.files.keys() - usual.unstable if now[n] != usual.files[n]]
             return f"other files than undisturbed: {sorted([*changed, *(now.keys() ^ usual.files.keys())])[:6]}"
         if usual.head is not None and self._head() != usual.head:
             return "the repository holds something else"
         return self._look(work / one.bank, whole=True)
+
+    def _without_left(self, files: Files) -> Files:
+        """Without what a command that is done had yet to remove."""
+        left = self.one.left
+        return {name: data for name, data in files.items() if not (left and name.startswith(left))}
 
     def _state(self, work: pathlib.Path) -> str:
         """Whether what is there is what was there before, or what was to come."""
@@ -235,30 +239,43 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--how", nargs="*", default=["kill"], choices=("kill", *FAULTS))
     parser.add_argument("--only", nargs="*", default=[], choices=[one.name for one in COMMANDS])
-    parser.add_argument("--out", type=pathlib.Path, help="figures as JSON; those of commands that are not run stay")
+    parser.add_argument("--out", type=pathlib.Path, help="figures as JSON, from which a campaign goes on")
     asked = parser.parse_args()
     if asked.how != ["kill"]:
         with_a_disk_that_fails()
-    failed = 0
     with tempfile.TemporaryDirectory(prefix="torture-") as name, hub_server.serving() as hub:
         os.environ |= environment(hub, pathlib.Path(name))
         wanted = [one for one in COMMANDS if one.name in asked.only or not asked.only]
         warm([one.name for one in wanted])
-        for one in wanted:
-            campaign = Campaign(one, pathlib.Path(name), hub, random.Random(asked.seed))
-            for how in asked.how:
-                usual = campaign.usual = replace(campaign.usual, counts=Counter(), wrong=[])
-                for number in range(asked.kills):
-                    campaign.trial(number, how)
-                failed += len(usual.wrong)
-                counts = dict(usual.counts)
-                print(f"{one.name:9} {how}: {counts}, wrong: {len(usual.wrong)}", *usual.wrong[:5], sep="\n    ")
-                if asked.out:
-                    rows = json.loads(asked.out.read_text()) if asked.out.exists() else {}
-                    row = {"trials": asked.kills, "seed": asked.seed, "counts": counts, "wrong": usual.wrong}
-                    rows[f"{one.name}, {how}"] = row | {"by name only": sorted(usual.unstable)}
-                    asked.out.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
+        failed = sum(campaign(one, pathlib.Path(name), hub, asked) for one in wanted)
     sys.exit(1 if failed else 0)
+
+
+def campaign(one: Command, folder: pathlib.Path, hub: hub_server.HubServer, asked: argparse.Namespace) -> int:
+    """One command's trials, from where an earlier campaign of this seed stopped; returns how many went wrong."""
+    failed, trials = 0, None
+    for how in asked.how:
+        row = read_figures(asked.out).get(f"{one.name}, {how}", {})
+        if row.get("seed") != asked.seed:
+            row = {"seed": asked.seed, "trials": 0, "counts": {}, "wrong": []}
+        for number in range(row["trials"], asked.kills):
+            trials = trials or Campaign(one, folder, hub)
+            counts, wrong = trials.trial(number, how, random.Random(f"{asked.seed} {one.name} {how} {number}"))
+            row["trials"] = number + 1
+            row["counts"] = dict(Counter(row["counts"]) + Counter(counts))
+            row["wrong"] += [f"{number}: {wrong}"] if wrong else []
+            row["by name only"] = sorted(trials.usual.unstable)
+            if asked.out:
+                rows = read_figures(asked.out) | {f"{one.name}, {how}": row}
+                asked.out.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
+        failed += len(row["wrong"])
+        print(f"{one.name:9} {how}: {row['counts']}, wrong: {len(row['wrong'])}", *row["wrong"][:5], sep="\n    ")
+        sys.stdout.flush()
+    return failed
+
+
+def read_figures(out: pathlib.Path | None) -> dict[str, Any]:
+    return json.loads(out.read_text()) if out and out.exists() else {}
 
 
 if __name__ == "__main__":

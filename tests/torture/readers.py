@@ -25,6 +25,7 @@ from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.block import read_block
 from mlx_hiermem.bank.manifest import BankManifest
 from mlx_hiermem.bank.policy import BankPolicy
+from mlx_hiermem.bank.receipt import Receipt
 from mlx_hiermem.bank.remote import Origin
 from mlx_hiermem.bank.sources import BankSources
 from mlx_hiermem.config import Path
@@ -50,7 +51,7 @@ class Reader:
     kind: str  # see `mutate.mutated`
     make: Make
     read: Read
-    weight: float = 1.0  # of a campaign's inputs: slow ones get fewer
+    speed: int = 5000  # inputs a second, roughly: a campaign takes as long with each reader
 
 
 @functools.cache
@@ -291,6 +292,10 @@ TASKS = '[arc]\nkind = "multiple_choice"\nfile = "arc.jsonl"\nshots = 3\ngroup =
 REMOTE = {"repo": "me/a", "revision": "c" * 40, "levels": [1], "subtrees": ["0.1"], "generic": True}
 REMOTE |= {"disk_budget_bytes": 1000}
 POLICY = {"blocked": ["0.1", "2"], "on_blocked": "parent", "reach": 1.2}
+LEFT = {"format": "mlx-hiermem-without", "version": 1, "made_of": "a" * 64, "bank": "b" * 64, "nodes": ["0.1"]}
+LEFT |= {"blocks": [{"path": "0.1", "bytes": 9, "sha256": "c" * 64}], "windows": 3, "may_retain": ["0"]}
+LEFT_OUT = json.dumps(LEFT)
+JSON_LINES = _lines({"title": "a", "text": "b"}, {"text": "c"})
 NAMES = "name;capital;area\nNorway;Oslo;385207\nPeru;Lima;1285216\n"
 
 
@@ -299,40 +304,43 @@ def _anchor_folder(folder: pathlib.Path) -> pathlib.Path:
 
 
 READERS = (
-    Reader("manifest", "json", _of_model("bank/bank.json"), _manifest),
-    Reader("bank", "json", _of_model("bank/bank.json"), _bank),
-    Reader("tree", "header", _of_model("bank/tree.safetensors"), _tree),
-    Reader("block", "header", _of_model("bank/blocks/1/0.safetensors"), _block(2)),
-    Reader("generic", "header", _of_model("bank/generic.safetensors"), _block(0)),
-    Reader("sources-index", "header", _of_model("bank/sources/index.safetensors"), _sources),
-    Reader("sources-texts", "lines", _of_model("bank/sources/windows.jsonl"), _sources),
+    Reader("manifest", "json", _of_model("bank/bank.json"), _manifest, 1000),
+    Reader("bank", "json", _of_model("bank/bank.json"), _bank, 800),
+    Reader("tree", "header", _of_model("bank/tree.safetensors"), _tree, 2500),
+    Reader("block", "header", _of_model("bank/blocks/1/0.safetensors"), _block(2), 2500),
+    Reader("generic", "header", _of_model("bank/generic.safetensors"), _block(0), 2500),
+    Reader("sources-index", "header", _of_model("bank/sources/index.safetensors"), _sources, 2500),
+    Reader("sources-texts", "lines", _of_model("bank/sources/windows.jsonl"), _sources, 2000),
     Reader("policy", "json", _of_text("policy.json", json.dumps(POLICY)), BankPolicy.read),
     Reader("remote", "json", _of_text("remote.json", json.dumps(REMOTE)), lambda file: Origin.read(file.parent)),
+    Reader("receipt", "json", _of_text("without.json", LEFT_OUT), lambda file: Receipt.read(file.parent)),
     Reader("edit", "json", _of_text("bank/edit/gone.json", '["0.1", "2"]'), _gone),
-    Reader("anchor-config", "json", lambda folder: _anchor_folder(folder) / "config.json", _anchor, 0.3),
-    Reader("anchor-weights", "header", lambda folder: _anchor_folder(folder) / "model.safetensors", _anchor, 0.3),
-    Reader("tokenizer", "json", lambda folder: _anchor_folder(folder) / "tokenizer.json", _tokenizer, 0.2),
-    Reader("template", "json", lambda folder: _anchor_folder(folder) / "tokenizer_config.json", _tokenizer, 0.2),
-    Reader("gguf", "bytes", _gguf, _read_gguf, 0.1),
-    Reader("pickle", "zip", _pickle, _checkpoint, 0.5),
-    Reader("checkpoint", "header", _safetensors, _checkpoint),
-    Reader("memory-settings", "json", _settings, _checkpoint),
+    Reader("anchor-config", "json", lambda folder: _anchor_folder(folder) / "config.json", _anchor, 600),
+    Reader("anchor-weights", "header", lambda folder: _anchor_folder(folder) / "model.safetensors", _anchor, 300),
+    Reader("tokenizer", "json", lambda folder: _anchor_folder(folder) / "tokenizer.json", _tokenizer, 600),
+    Reader("template", "json", lambda folder: _anchor_folder(folder) / "tokenizer_config.json", _tokenizer, 300),
+    Reader("gguf", "bytes", _gguf, _read_gguf, 80),
+    Reader("pickle", "zip", _pickle, _checkpoint, 40),
+    Reader("checkpoint", "header", _safetensors, _checkpoint, 2500),
+    Reader("memory-settings", "json", _settings, _checkpoint, 2500),
     Reader("key-map", "bytes", _of_text("keys.toml", KEYS), _key_map),
     Reader("questions", "lines", _of_text("q.jsonl", _lines(QUESTION, QUESTION)), read_questions),
     Reader("prompts", "lines", _of_text("p.jsonl", _lines(*PROMPTS)), read_prompts),
     Reader("documents", "lines", _of_text("d.jsonl", _lines({"text": "Gold."}, {"text": "Neon."})), read_documents),
     Reader("tasks", "bytes", _of_text("tasks.toml", TASKS), read_tasks),
     Reader("results", "lines", _runs, lambda file: read_runs(file)),
-    Reader("learn-settings", "bytes", _of_text("s.toml", SETTINGS.read_bytes()), read_settings),
+    Reader("learn-settings", "bytes", _of_text("s.toml", SETTINGS.read_bytes()), read_settings, 3000),
     Reader("chat", "json", _of_text("chat.json", _chat_text()), _chat),
     Reader("export", "json", _export, _exported),
     Reader("text", "bytes", _of_text("a/a.txt", "Bread rises.\n\nIt browns.\n"), _corpus),
-    Reader("markdown", "bytes", _of_text("a/a.md", MARKDOWN), _corpus, 0.5),
-    Reader("html", "bytes", _of_text("a/a.html", HTML), _corpus, 0.3),
-    Reader("csv", "bytes", _of_text("a/a.csv", NAMES), _corpus),
-    Reader("jsonl", "lines", _of_text("a/a.jsonl", _lines({"title": "a", "text": "b"}, {"text": "c"})), _corpus),
-    Reader("pdf", "bytes", _pdf, _corpus, 0.3),
-    Reader("word", "zip", _office("a.docx"), _corpus, 0.1),
-    Reader("epub", "zip", _office("a.epub"), _corpus, 0.1),
+    Reader("markdown", "bytes", _of_text("a/a.md", MARKDOWN), _corpus, 1500),
+    Reader("html", "bytes", _of_text("a/a.html", HTML), _corpus, 60),
+    Reader("csv", "bytes", _of_text("a/a.csv", NAMES), _corpus, 200),
+    Reader(
+        "jsonl", "lines", _of_text("a/a.jsonl", _lines({"title": "a", "text": "b"}, {"text": "c"})), _corpus, 2500
+    ),
+    Reader("pdf", "bytes", _pdf, _corpus, 1200),
+    Reader("word", "zip", _office("a.docx"), _corpus, 40),
+    Reader("epub", "zip", _office("a.epub"), _corpus, 40),
 )
 BY_NAME = {reader.name: reader for reader in READERS}

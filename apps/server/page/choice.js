@@ -38,7 +38,7 @@ export class Choice {
 
   /** The `memory` field of a request. */
   request(use = this.use) {
-    return ROUTED.includes(use) ? { use, blocked: [...this.blocked] } : { use };
+    return ROUTED.includes(use) ? { use, blocked: [...this.blocked], history: "topic" } : { use };
   }
 
   /** Lets everything go: another bank has other paths. */

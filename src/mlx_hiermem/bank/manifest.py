@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from mlx_hiermem.config import AnchorIdentity, EmbedderIdentity, MemoryConfig, Path
 from mlx_hiermem.errors import AnchorMismatchError, BankError, HierMemError
-from mlx_hiermem.files import parse_json
+from mlx_hiermem.files import MALFORMED, parse_json
 from mlx_hiermem.printable import printable
 
 FORMAT, VERSION = "mlx-hiermem-bank", 1
@@ -157,7 +157,7 @@ class BlockTable(Mapping[Path, BlockEntry]):
     def _entry(self, line: bytes) -> BlockEntry:
         try:
             return BlockEntry.from_json(parse_json(line.removesuffix(b",")))
-        except (ValueError, KeyError, TypeError, AttributeError, HierMemError) as error:
+        except (*MALFORMED, HierMemError) as error:
             raise _incomplete(self._file, error) from error
 
     @cached_property
@@ -197,7 +197,13 @@ class BankManifest:
         return any(isinstance(one, dict) and one.get("name") == "learn" for one in recipes)
 
     def totals(self) -> dict[str, int]:
+        """Raises BankError where the table has a block of a level that the memory does not have."""
         sizes = self.memory.block_sizes
+        if lost := [str(path) for path in self.blocks if not 0 < len(path) <= len(sizes)]:
+            raise BankError(
+                f"the manifest has a block {lost[0]}, but its memory {len(sizes)} levels",
+                "Convert or pull the bank again.",
+            )
         return {
             "blocks": len(self.blocks),
             "bytes": sum(entry.bytes for entry in self.blocks.values()),
@@ -271,7 +277,7 @@ class BankManifest:
                 licence=printable(data.get("licence", "")),
                 sources=SourcesEntry.from_json(data["sources"]) if data.get("sources") else None,
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except MALFORMED as error:
             raise _incomplete(file, error) from error
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import BankError, HierMemError
-from mlx_hiermem.files import read_json, write_json
+from mlx_hiermem.files import MALFORMED, read_json, write_json
 from mlx_hiermem.tree import ON_BLOCKED, ClusterTree, Route
 
 POLICY = "policy.json"
@@ -112,7 +112,7 @@ class BankPolicy:
             blocked = frozenset(map(Path.parse, data["blocked"]))
             reaches = (float(data.get(name, math.inf)) for name in REACHES)
             return cls(blocked, data.get("on_blocked", "sibling"), *reaches)
-        except (ValueError, KeyError, TypeError, AttributeError, HierMemError) as error:
+        except (*MALFORMED, HierMemError) as error:
             raise BankError(f"cannot read {file}: {error}", mend) from error
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from mlx_hiermem.bank.bank import MANIFEST, MemoryBank
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import BankError
-from mlx_hiermem.files import file_digest, read_json
+from mlx_hiermem.files import MALFORMED, file_digest, read_json
 
 RECEIPT = "without.json"
 FORMAT, VERSION = "mlx-hiermem-without", 1
@@ -59,7 +59,7 @@ class Receipt:
             blocks = tuple(LeftOut(**row) for row in data.pop("blocks"))
             nodes, may_retain = tuple(map(str, data.pop("nodes"))), tuple(map(str, data.pop("may_retain")))
             return cls(nodes=nodes, blocks=blocks, may_retain=may_retain, **data)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except MALFORMED as error:
             raise BankError(f"{file} is no receipt: {error}", AGAIN) from error
 
 

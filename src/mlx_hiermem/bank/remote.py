@@ -21,7 +21,7 @@ from typing import Any
 from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry
 from mlx_hiermem.config import GENERIC_NODE, Path
 from mlx_hiermem.errors import BankError, HubError
-from mlx_hiermem.files import read_json, reason, write_json
+from mlx_hiermem.files import MALFORMED, read_json, reason, write_json
 
 REMOTE = "remote.json"
 FETCHED = "fetched.txt"  # a line for each block that was fetched on first use: sha256 and name
@@ -86,7 +86,7 @@ class Origin:
                 generic=bool(data["generic"]),
                 disk_budget_bytes=data["disk_budget_bytes"],
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except MALFORMED as error:
             raise BankError(f"cannot read {file}: {error!r}", "Pull the bank again.") from error
 
 

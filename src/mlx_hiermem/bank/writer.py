@@ -25,7 +25,7 @@ from mlx_hiermem.bank.block import write_block
 from mlx_hiermem.bank.manifest import BankManifest, FileEntry, SourcesEntry
 from mlx_hiermem.bank.sources import LeafSources, write_sources
 from mlx_hiermem.errors import BankError, OutputError
-from mlx_hiermem.files import DISK_FULL, file_digest, fsync, parse_json, partial_name, reason, to_disk
+from mlx_hiermem.files import DISK_FULL, MALFORMED, file_digest, fsync, parse_json, partial_name, reason, to_disk
 from mlx_hiermem.locks import locked
 from mlx_hiermem.tree import ClusterTree
 
@@ -77,7 +77,7 @@ class BankWriter:
         try:
             head, *rows = map(parse_json, whole.splitlines())
             self._journaled = {row.pop("name"): FileEntry(**row) for row in rows}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except MALFORMED as error:
             raise OutputError(f"the journal in {self.partial} is damaged", "Remove that folder.") from error
         if head != {"fingerprint": fingerprint}:
             raise OutputError(

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeVar
 
 from mlx_hiermem.errors import TaskError
-from mlx_hiermem.files import parse_json, parse_toml, read_lines
+from mlx_hiermem.files import MALFORMED, parse_json, parse_toml, read_lines
 
 KINDS = ("language_modeling", "multiple_choice", "schema", "generation", "questions", "perplexity")
 GROUPS = ("", "common", "specific")
@@ -124,7 +124,7 @@ def read_rows(
             if not isinstance(row, dict):
                 raise ValueError("is no JSON object")
             found.append(parse(number, row))
-        except (ValueError, KeyError, TypeError) as error:
+        except MALFORMED as error:
             bad.append(f"line {number} {_reason(error)}")
     refuse(file, bad, skip_bad, hint)
     return found, bad

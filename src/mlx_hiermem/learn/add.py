@@ -9,7 +9,6 @@ the rest.
 from __future__ import annotations
 
 import pathlib
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -29,7 +28,7 @@ from mlx_hiermem.learn.train.dataset import TrainingSet
 from mlx_hiermem.learn.train.encoding import EXAMPLES, make_examples
 from mlx_hiermem.learn.tree.build import CorpusTree, added_node, place_in_tree, with_new_leaf
 from mlx_hiermem.learn.tree.labels import describe_nodes
-from mlx_hiermem.learn.work import locked_work, work_folder
+from mlx_hiermem.learn.work import locked_work, remove_work, work_folder
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def add(
         added = Adding(work, model, settings, listener).run(sources)
         forget_status(work.folder)
     if not settings.keep:
-        shutil.rmtree(work.folder, ignore_errors=True)
+        remove_work(work.folder)
     return added
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from mlx_hiermem.bank.commit import LEARNING
 from mlx_hiermem.errors import BankError
-from mlx_hiermem.files import file_digest, read_json_lines
+from mlx_hiermem.files import MALFORMED, file_digest, read_json_lines
 from mlx_hiermem.learn.corpus import readers
 from mlx_hiermem.learn.corpus.windows import Window
 from mlx_hiermem.learn.tree.build import CorpusTree
@@ -71,7 +71,7 @@ def read_record(model: pathlib.Path) -> dict[str, LearntFile]:
     hint = "Learn the documents again: without it nobody knows which text is of which file."
     try:
         rows = [LearntFile.from_json(row) for _, row in read_json_lines(file, BankError, hint)]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except MALFORMED as error:
         raise BankError(f"{file} is damaged: {error!r}", hint) from error
     return {row.file: row for row in rows}
 

@@ -54,6 +54,7 @@ from mlx_hiermem.learn.work import (
     WRITTEN,
     Work,
     locked_work,
+    remove_work,
     work_folder,
     write_text,
 )
@@ -171,7 +172,7 @@ def learn(
             publish(work.path(MODEL), out)
         forget_status(work.folder)
     if not settings.keep:
-        shutil.rmtree(work.folder, ignore_errors=True)
+        remove_work(work.folder)
     return learnt
 
 
@@ -197,7 +198,7 @@ def _tidy(folder: pathlib.Path) -> Iterator[None]:
         yield
     except HierMemError as error:
         if new and not isinstance(error, OutputError) and not Work(folder).has("corpus"):
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_work(folder)
         raise
 
 

@@ -40,7 +40,17 @@ from mlx_hiermem.learn.record import RECORD, Changes, Scan, compared, files_read
 from mlx_hiermem.learn.relearn import AFTER, Gone, Lesson, NewTexts
 from mlx_hiermem.learn.settings import AddSettings, settings_from_dict
 from mlx_hiermem.learn.status import Listener, Silent
-from mlx_hiermem.learn.work import SYNC, WRITTEN, Work, locked_work, read_rows, work_folder, write_rows, write_text
+from mlx_hiermem.learn.work import (
+    SYNC,
+    WRITTEN,
+    Work,
+    locked_work,
+    read_rows,
+    remove_work,
+    work_folder,
+    write_rows,
+    write_text,
+)
 from mlx_hiermem.model_folder import load
 
 RECEIPT = f"{LEARNING}/sync.json"
@@ -128,7 +138,7 @@ def sync(model: pathlib.Path, changes: Changes, settings: SyncSettings, listener
             work = _emptied(work.folder)
             write_text(work.path(PLAN), json.dumps(plan))
         receipt = _Syncing(work, model, changes, settings, listener).sync()
-        shutil.rmtree(work.folder, ignore_errors=True)
+        remove_work(work.folder)
     return receipt
 
 
@@ -145,7 +155,7 @@ def finish(model: pathlib.Path, listener: Listener = SILENT) -> Receipt | None:
             return None
         changes = Changes(**json.loads(work.path(PLAN).read_text(encoding="utf-8"))["changes"])
         receipt = _Syncing(work, model, changes, SyncSettings(), listener).complete()
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_work(folder)
     return receipt
 
 

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
 import pathlib
 import shutil
 import sqlite3
@@ -44,7 +45,21 @@ def locked_work(folder: pathlib.Path) -> Iterator[Work]:
     """The work folder, for one process at a time. Raises OutputError where another one has it."""
     work = Work(folder)
     with locked(folder, "at work in"):
+        shutil.rmtree(_gone(folder), ignore_errors=True)
         yield work
+
+
+def remove_work(folder: pathlib.Path) -> None:
+    """Removes a work folder whose work is done. Of a process that is killed meanwhile nothing stays under its name,
+    so that the next run does not go on from half of it; what does stay, the next run removes."""
+    shutil.rmtree(_gone(folder), ignore_errors=True)
+    with contextlib.suppress(OSError):
+        os.rename(folder, _gone(folder))
+        shutil.rmtree(_gone(folder))
+
+
+def _gone(folder: pathlib.Path) -> pathlib.Path:
+    return folder.with_name(folder.name + ".gone")
 
 
 class Work:

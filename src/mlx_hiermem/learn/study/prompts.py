@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlx_hiermem.errors import FileError
-from mlx_hiermem.files import read_lines
+from mlx_hiermem.files import MALFORMED, read_lines
 from mlx_hiermem.learn.corpus.corpus import Corpus, not_there
 from mlx_hiermem.learn.settings import Prompt
 from mlx_hiermem.learn.tree.probes import names, with_subjects
@@ -45,7 +45,7 @@ def read_prompts(file: pathlib.Path) -> tuple[Prompt, ...]:
     for number, line in read_lines(file):
         try:
             found.append(parse(line))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except MALFORMED as error:
             raise FileError(f"line {number} of {file} is no prompt with what follows it", FORMS) from error
     return tuple(found)
 
