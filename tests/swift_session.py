@@ -238,6 +238,7 @@ def write_session(folder: pathlib.Path) -> None:
         "generic": session("generic"),
         "path": session("1.2"),
         "none": session("none"),
+        "whole": session(history="all"),
         "reach": Session(narrow, max_tokens=MAX_TOKENS, earlier=0),
     }
     shelf, worded = with_sources(bank), Worded(DIM)
@@ -275,7 +276,7 @@ def _run(session: Session) -> dict[str, Any]:
                 "blocks": list(session.selection.blocks),
                 "passage": passage.title if (passage := session.selection.passage) else None,
                 "sources": None if said is None else [str(source) for source in said],
-                "first": session.first,
+                "shown": session.shown,
                 "prefilled": session.prefilled,
             }
         )

@@ -29,6 +29,7 @@ from mlx_hiermem.printable import printable
 
 if TYPE_CHECKING:
     from mlx_hiermem.apps.cli.keyboard import Paused, ReadLine
+    from mlx_hiermem.prompt import History
     from mlx_hiermem.session import Session
 
 WELCOME = "Ask something. /help lists commands, Ctrl-C stops a reply, Ctrl-D leaves."
@@ -54,6 +55,9 @@ def chat(
     cache: str = typer.Option("512M", help="Memory for blocks: 500M, 2G."),
     resume: bool = typer.Option(False, "--resume", help="Go on with the last conversation with this model."),
     plain: bool = typer.Option(False, "--plain", help="Show replies as the model writes them, not as Markdown."),
+    whole_history: bool = typer.Option(
+        False, "--whole-history", help="A question on another subject sees what was said before too."
+    ),
 ) -> None:
     """Talk with a model; each turn is routed, and what it brings into memory is shown.
 
@@ -70,7 +74,8 @@ def chat(
         from mlx_hiermem.session import Session
 
         loaded = models.open_model(name, cache_bytes)
-        session = Session(loaded, system=system, max_tokens=max_tokens, template=template, **drawn)
+        history: History = "all" if whole_history else "topic"
+        session = Session(loaded, system=system, max_tokens=max_tokens, template=template, history=history, **drawn)
         folder = pathlib.Path(name)
         known = str(folder.resolve()) if folder.is_dir() else name  # from wherever it is named
         shelf = Shelf(known) if resume or sys.stdin.isatty() else None

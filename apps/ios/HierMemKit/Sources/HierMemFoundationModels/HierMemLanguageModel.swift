@@ -22,7 +22,7 @@
     /// - Parameters:
     ///   - model: from `ChatModel.load`. Nobody else may use its anchor.
     ///   - options: what a request does not say itself. The session's instructions stand behind `system`.
-    public init(_ model: ChatModel, options: ChatOptions = ChatOptions()) {
+    public init(_ model: ChatModel, options: ChatOptions = ChatOptions(history: .all)) {
       conversations = Conversations(model, options)
     }
 

@@ -41,12 +41,12 @@ struct ChatSessionTests {
     return said
   }
 
-  @Test(arguments: ["fetched", "blocked", "generic", "path", "none", "reach", "source", "fetched+source"])
+  @Test(arguments: ["fetched", "blocked", "generic", "path", "none", "reach", "source", "fetched+source", "whole"])
   func goesAsInPython(_ name: String) async throws {
     let expected = try #require(golden.sessions[name])
     let options = ChatOptions(
       memory: try MemoryChoice(parsing: expected.memory), system: expected.system, maxTokens: golden.maxTokens,
-      blocked: Set(try expected.blocked.map(NodePath.init(parsing:))))
+      blocked: Set(try expected.blocked.map(NodePath.init(parsing:))), history: name == "whole" ? .all : .topic)
     let model = name == "reach" ? narrow : options.memory.hasPassage ? learnt : model
     let session = ChatSession(model: model, options: options)
     for turn in expected.turns {
@@ -60,7 +60,7 @@ struct ChatSessionTests {
       #expect(start?.passage?.title == turn.passage)
       let said = try await session.sources()
       #expect(said?.map { "\($0.name): \($0.sentence)" } == turn.sources)
-      #expect(await session.firstShown == turn.first)
+      #expect(await session.firstShown == turn.shown)
       #expect(await anchor.calls.first == turn.prefilled)
     }
     let roles = await session.messages.map(\.role)

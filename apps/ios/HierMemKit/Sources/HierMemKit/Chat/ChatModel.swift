@@ -35,10 +35,12 @@ public struct ChatOptions: Sendable {
   public var seed: UInt64
   /// Nodes that are closed to this conversation beside those of the bank's policy.
   public var blocked: Set<NodePath>
+  public var history: ChatHistory
 
   public init(
     memory: MemoryChoice = .fetched, system: String = "", maxTokens: Int = 256,
-    sampling: TokenSampler.Settings = .init(), seed: UInt64 = 0, blocked: Set<NodePath> = []
+    sampling: TokenSampler.Settings = .init(), seed: UInt64 = 0, blocked: Set<NodePath> = [],
+    history: ChatHistory = .topic
   ) {
     self.memory = memory
     self.system = system
@@ -46,7 +48,16 @@ public struct ChatOptions: Sendable {
     self.sampling = sampling
     self.seed = seed
     self.blocked = blocked
+    self.history = history
   }
+}
+
+/// What of a conversation a question sees that is answered with blocks.
+public enum ChatHistory: Sendable {
+  /// What was said since its path was taken. Blocks were learnt with questions that stand alone, and answer worse
+  /// behind exchanges on other things.
+  case topic
+  case all
 }
 
 /// What happens while a question is answered.

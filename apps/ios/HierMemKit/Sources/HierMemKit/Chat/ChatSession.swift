@@ -10,9 +10,11 @@ public actor ChatSession {
   /// The user's and the assistant's.
   public private(set) var messages: [ChatMessage] = []
   public private(set) var topic: ChatTopic?
-  /// The first of the messages that the model is still shown.
+  /// The first of the messages that the last question was shown with.
   public private(set) var firstShown = 0
 
+  /// The first of the messages that there is room for.
+  private var firstKept = 0
   private var sampler: TokenSampler
   private var cache = KeyValueCache()
   private var attached: [NodePath]?
@@ -66,7 +68,7 @@ public actor ChatSession {
     self.options = options
     sampler = TokenSampler(options.sampling, seed: options.seed)
     if isKnown { return }
-    (self.messages, topic, firstShown, answered) = ([], nil, 0, nil)
+    (self.messages, topic, firstKept, firstShown, answered) = ([], nil, 0, 0, nil)
     var found: ChatTopic?
     if options.memory.isRouted, let router = model.router {
       for message in messages where message.role == .user {
@@ -92,7 +94,7 @@ public actor ChatSession {
     try checkIsIdle()
     messages = []
     topic = nil
-    firstShown = 0
+    (firstKept, firstShown) = (0, 0)
     answered = nil
   }
 
@@ -173,9 +175,11 @@ public actor ChatSession {
     let turn = options.memory.isRouted
       ? try await model.router?.turn(text, topic: topic, blocked: options.blocked) : nil
     let passage = try await passage(for: turn)
-    let (first, prompt) = try fit(passage)
+    let begin = max(firstKept, self.begin(of: turn))
+    let (first, prompt) = try fit(from: begin, passage)
     let fetch = try await fetch(turn)
     try await attach(fetch)
+    if first > begin { firstKept = first }
     firstShown = first
     topic = turn?.topic
     let position = cache.reuse(prompt, under: key)
@@ -185,6 +189,14 @@ public actor ChatSession {
           turn: turn, nodes: fetch?.nodes ?? [], missing: fetch?.missing ?? [], passage: passage,
           promptTokens: prompt.count, cachedTokens: position)))
     return (prompt, position, turn)
+  }
+
+  /// The first message that a question sees, as `begin` of mlx_hiermem/prompt.py has it.
+  private func begin(of turn: ChatTurn?) -> Int {
+    guard options.history == .topic, options.memory != .source, let turn, turn.path != .root else { return 0 }
+    let asks = messages.indices.filter { messages[$0].role == .user }
+    let turns = turn.topic.turns
+    return 0 < turns && turns < asks.count ? asks[asks.count - turns] : 0
   }
 
   /// What goes into the prompt, where that is wanted and the question's leaf has something.
@@ -258,13 +270,13 @@ public actor ChatSession {
   }
 
   /// The newest turns that leave room for the reply, and their prompt.
-  private func fit(_ passage: SourceWindow?) throws -> (first: Int, prompt: [Int]) {
+  private func fit(from begin: Int, _ passage: SourceWindow?) throws -> (first: Int, prompt: [Int]) {
     let context = model.anchor.context
     let room = context - min(options.maxTokens, context / 2)
-    var prompt = try self.prompt(from: firstShown, passage)
-    if prompt.count <= room { return (firstShown, prompt) }
+    var prompt = try self.prompt(from: begin, passage)
+    if prompt.count <= room { return (begin, prompt) }
     // What is left has to be computed again as a whole, so make room for more than this turn.
-    let starts = messages.indices.filter { $0 >= firstShown && messages[$0].role == .user }
+    let starts = messages.indices.filter { $0 >= begin && messages[$0].role == .user }
     let goal = Int(Self.kept * Double(room))
     let start = try starts.dropFirst().first { try self.prompt(from: $0, passage).count <= goal } ?? starts.last!
     prompt = try self.prompt(from: start, passage)

@@ -25,6 +25,8 @@ public struct ChatTopic: Equatable, Sendable {
   public let question: EmbeddedText?
   /// The last turn, where it had nothing to do with the conversation.
   public let aside: [Float]?
+  /// How many turns there were since the path was taken; 0 where that is not known.
+  public let turns: Int
 
   /// How decided a turn has to be to leave, as a share of the turns that chose the path.
   public static let hysteresis = 0.5
@@ -33,24 +35,31 @@ public struct ChatTopic: Equatable, Sendable {
   /// How much a distance from the path counts in that, beside a cosine.
   static let pull = 2.5
 
-  public init(path: NodePath, decided: Double, question: EmbeddedText? = nil, aside: [Float]? = nil) {
+  public init(
+    path: NodePath, decided: Double, question: EmbeddedText? = nil, aside: [Float]? = nil, turns: Int = 0
+  ) {
     self.path = path
     self.decided = decided
     self.question = question
     self.aside = aside
+    self.turns = turns
   }
 
   /// The topic after a turn that alone takes `path`; `nil` where the turn does not lead anywhere.
   static func following(_ topic: ChatTopic?, path: NodePath, decided: Double, question: EmbeddedText) -> ChatTopic? {
-    guard let topic else { return ChatTopic(path: path, decided: decided, question: question) }
+    guard let topic else { return ChatTopic(path: path, decided: decided, question: question, turns: 1) }
     if path == .root || decided <= hysteresis * topic.decided { return nil }
-    let most = path == topic.path ? max(decided, topic.decided) : decided
-    return ChatTopic(path: path, decided: most, question: question)
+    if path != topic.path { return ChatTopic(path: path, decided: decided, question: question, turns: 1) }
+    let most = max(decided, topic.decided)
+    return ChatTopic(path: path, decided: most, question: question, turns: topic.turnsAfter)
   }
 
-  func with(aside: [Float]?) -> ChatTopic {
-    ChatTopic(path: path, decided: decided, question: question, aside: aside)
+  /// The same after a turn that did not lead.
+  func after(aside: [Float]?) -> ChatTopic {
+    ChatTopic(path: path, decided: decided, question: question, aside: aside, turns: turnsAfter)
   }
+
+  private var turnsAfter: Int { turns > 0 ? turns + 1 : 0 }
 }
 
 /// One routed turn.
@@ -118,12 +127,12 @@ public struct MemoryRouter: Sendable {
     let belongs = policy.hasReach ? try await belonging(said, topic) : nil
     if let belongs, belongs <= ChatTopic.belongs {
       let nowhere = MemoryRoute(path: .root, distances: [], avoided: alone.avoided, isFar: true)
-      return turn(nowhere, belongs: belongs, topic.with(aside: said.vector))
+      return turn(nowhere, belongs: belongs, topic.after(aside: said.vector))
     }
     let held = MemoryRoute(
       path: topic.path, distances: tree.distances(from: said.vector, along: topic.path), avoided: alone.avoided,
       passage: alone.passage)
-    return turn(held, stayed: topic.path != alone.path, belongs: belongs, topic.with(aside: nil))
+    return turn(held, stayed: topic.path != alone.path, belongs: belongs, topic.after(aside: nil))
   }
 
   /// Looks through the bank's sources; `nil` where it has none.

@@ -20,7 +20,7 @@ struct SessionGolden: Decodable {
     let passage: String?
     /// What says the reply; `nil` where there was nothing to look through.
     let sources: [String]?
-    let first: Int
+    let shown: Int
     let prefilled: Int
   }
 
