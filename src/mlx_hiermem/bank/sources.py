@@ -69,12 +69,7 @@ class BankSources:
             size = self._texts.stat().st_size
         except (KeyError, IndexError, TypeError, OSError) as error:
             raise BankError(f"the sources in {root} are damaged: {error!r}", AGAIN) from error
-        if (
-            dimensions != [1, 1, 2]
-            or self._leaves.shape[1:] != (2,)
-            or shapes != (1, 1)
-            or int(self._starts[-1]) != size
-        ):
+        if not pairs or dimensions != [1, 1, 2] or shapes != (1, 1) or int(self._starts[-1]) != size:
             raise BankError(f"{self._texts} is not what {file.name} was made for", AGAIN)
 
     def __len__(self) -> int:
