@@ -317,6 +317,15 @@ def test_nothing_said_is_nothing_asked(model: MemoryModel, monkeypatch: pytest.M
     assert session.messages == before
     session.memory = "0.1"
     assert say(session, "second") == alone(session)
+    session.use("fetched")
+    say(session, "about neon")
+    topic = session.topic
+    with monkeypatch.context() as patch:
+        real = model.responses
+        patch.setattr(model, "responses", lambda *a, **k: interrupted(real(*a, **k), k["prompt_cache"], 0, False))
+        with pytest.raises(KeyboardInterrupt):
+            say(session, "now iron")
+    assert session.topic == topic
 
 
 # the context

@@ -123,6 +123,7 @@ struct ChatSessionTests {
     await anchor.failAtCall(1)
     #expect(await hierMemError { _ = try await say(session, question) }?.kind == .model)
     #expect(await session.messages.isEmpty)
+    #expect(await session.topic == nil)
     let reply = try await say(session, question).reply
     #expect(try await say(untroubled, question).reply == reply)
     await anchor.failAtCall(4)  // in the midst of the reply, which stays as far as it went
