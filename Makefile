@@ -21,7 +21,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 SWIFT = apps/ios/swift.sh
 # Files of tests in this many processes; each may hold a gigabyte or two.
 WORKERS ?= 2
-SIDE_BY_SIDE = -n $(WORKERS) --dist loadfile
+SIDE_BY_SIDE = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 CHAT = apps/ios/HierMemChat/Sources
 VITAL = apps/demo/vital
 LEARN_VITAL = mkdir -p build && $(BIN)/python tests/replay.py $(VITAL)/study.jsonl.gz \

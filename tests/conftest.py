@@ -6,6 +6,7 @@ import os
 import pathlib
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ LANES = {
     "browser": {"browser"},
     "ranks": {"two_ranks"},
 }
+SECONDS = {"ranks": 20, "real": 5, "slow": 5, "browser": 2}  # that a test takes, about
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -44,6 +46,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(lane)
         if not any(item.get_closest_marker(lane) for lane in (*LANES, "slow")):
             item.add_marker("unit")
+    if items and hasattr(items[0].config, "workerinput"):
+        longest_files_first(items)
+
+
+def longest_files_first(items: list[pytest.Item]) -> None:
+    """For tests side by side, file by file: a long file that begins last would leave the other workers idle."""
+    work = Counter[pathlib.Path]()
+    for item in items:
+        work[item.path] += next((long for lane, long in SECONDS.items() if item.get_closest_marker(lane)), 0.1)
+    items.sort(key=lambda item: (-work[item.path], item.path))
 
 
 @pytest.fixture(autouse=True)

@@ -70,6 +70,14 @@ def test_huggingface(kind: str, tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
+def test_one_head_of_keys(tmp_path: pathlib.Path) -> None:
+    """As Gemma 3 270M has it: a norm over a head is one over all heads, and is taken once."""
+    model = halves(hf_model("gemma3_text", num_key_value_heads=1))
+    convert_huggingface(save_hf(model, tmp_path / "source"), tmp_path / "anchor")
+    check(model, tmp_path / "anchor", tmp_path)
+
+
+@pytest.mark.slow
 def test_openlm(tmp_path: pathlib.Path) -> None:
     model = halves(random_openlm(norm="gain_only_lp_layer_norm", position="rotary", qk_norm=True))
     tiny.make_tokenizer(tmp_path)

@@ -113,6 +113,13 @@ def test_huggingface(kind: str, tmp_path: pathlib.Path) -> None:
     check(model, tmp_path / "anchor", tmp_path)
 
 
+def test_one_head_of_keys(tmp_path: pathlib.Path) -> None:
+    """A norm over a head is then one over all heads, and is taken once."""
+    model = halves(hf_model("gemma3_text", num_key_value_heads=1))
+    convert_huggingface(save_hf(model, tmp_path / "source"), tmp_path / "anchor")
+    check(model, tmp_path / "anchor", tmp_path)
+
+
 def test_a_stream_that_float16_does_not_hold(tmp_path: pathlib.Path) -> None:
     """Gemma 3's grows as it was trained in bfloat16: that of 270M to 104 000. The program keeps a part of it."""
     model = hf_model("gemma3_text")

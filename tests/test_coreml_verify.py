@@ -220,6 +220,18 @@ def test_tampering_fails_in_one_line(
     assert message in lines[-1]
 
 
+def test_a_text_ends_where_a_reply_does(exported: pathlib.Path) -> None:
+    runner, prompt = Exported(exported).runner(), np.arange(5)
+    ids, logits = text_checks._write_on(runner, prompt, [])
+    assert len(ids) == len(logits) == len(prompt) + text_checks.GENERATED - 1
+    for said in (0, 3):
+        end = int(ids[len(prompt) + said])
+        before = list(ids[len(prompt) :]).index(end)
+        shorter, rows = text_checks._write_on(runner, prompt, [end])
+        np.testing.assert_array_equal(shorter, ids[: len(prompt) + before])
+        np.testing.assert_array_equal(rows, logits[: len(shorter)])
+
+
 def test_other_values_fail_against_the_source(model: pathlib.Path, copy: pathlib.Path) -> None:
     """A manifest that agrees with changed weights hides nothing from the comparison."""
     data = bytearray((copy / WEIGHTS).read_bytes())
@@ -260,7 +272,7 @@ def test_only_a_tie_excuses_another_choice(gap: float, passes: bool) -> None:
         def logits(self, ids: np.ndarray, memory: str) -> np.ndarray:
             return theirs
 
-    checks = text_checks._parity("fp16", Source(), "none", [(np.arange(20), ours)])
+    checks = text_checks._parity("fp16", Source(), "none", [(np.arange(20), ours)], [10])
     found = {check.name: check.passed for check in checks}
     assert found["choices, memory none"] is passes
 

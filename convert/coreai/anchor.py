@@ -143,10 +143,11 @@ class Anchor(nn.Module):
     def _heads(self, index: int, norm: str, layer: Layer, x: Tensor, count: int, rows: Tensor) -> Tensor:
         """Queries or keys [1, heads · D, 1, T] -> [heads, T, D], normed over a head or over all, and turned."""
         of, tokens = getattr(layer, norm), x.shape[-1]
-        if of is not None and of.width == x.shape[1]:
+        over_all = of is not None and of.width == x.shape[1]  # with one head it is both
+        if over_all:
             x = self._norm(f"{index}_{norm}", x)
         x = x.view(count, -1, 1, tokens)
-        if of is not None and of.width == x.shape[1]:
+        if not over_all:
             x = self._norm(f"{index}_{norm}", x)
         x = x[:, :, 0].transpose(1, 2)
         if layer.frequencies is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,7 +61,7 @@ def check_texts(exported: Exported, reference: Reference | None, count: int) -> 
         by_function = load and memory in first
         tensors = read_memory(exported.bank, memory) if exported.bank and memory != NONE else None
         runner.set_memory(tensors, "load_block" if by_function else "direct")
-        texts = [_write_on(runner, prompt) for prompt in begun]
+        texts = [_write_on(runner, prompt, exported.manifest["eos"]) for prompt in begun]
         if memory in first:
             name = f"memory {memory} again{', by load_block' * by_function}"
             yield _same(name, texts, first[memory], 0.0 if exported.format == COREAI else TRACE)
@@ -70,7 +70,7 @@ def check_texts(exported: Exported, reference: Reference | None, count: int) -> 
         if memory != NONE:
             yield _effect(memory, texts, first[NONE])
         if reference:
-            yield from _parity(_coarsest(exported), reference, memory, texts)
+            yield from _parity(_coarsest(exported), reference, memory, texts, list(map(len, begun)))
     yield _decode_alone(exported, [ids for ids, _ in first[NONE]][:4], fp16=True)
     if exported.program.name == Program.name:
         yield _decode_alone(exported, [ids for ids, _ in first[NONE]][:2], fp16=False)
@@ -109,22 +109,29 @@ def _coarsest(exported: Exported) -> str:
     return next(form for form in reversed(BOUNDS) if formats.get(form))
 
 
-def _write_on(runner: Runner, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The greedy continuation: (ids of the prompt and all but the last new token, their logits)."""
+def _write_on(runner: Runner, prompt: np.ndarray, ends: Collection[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The greedy continuation: (ids of the prompt and all but the last new token, their logits).
+
+    Up to where a reply ends. No app goes on there, and a model that has learnt to stop knows least of what follows.
+    """
     runner.reset()
     ids, rows = list(prompt), [runner.feed(prompt)]
-    for _ in range(GENERATED - 1):
-        ids.append(int(rows[-1][-1].argmax()))
+    while len(rows) < GENERATED and (token := int(rows[-1][-1].argmax())) not in ends:
+        ids.append(token)
         rows.append(runner.feed(np.array(ids[-1:])))
     return np.array(ids), np.concatenate(rows)
 
 
-def _parity(form: str, reference: Reference, memory: str, texts: Texts) -> Iterator[Check]:
-    """Logits on prompts and continuations; a text is the same if its tokens are the reference's choices."""
+def _parity(form: str, reference: Reference, memory: str, texts: Texts, begun: Sequence[int]) -> Iterator[Check]:
+    """Logits on prompts and continuations; a text is the same if its tokens are the reference's choices.
+
+    `begun`: how long the prompts are.
+    """
     bound, kl = BOUNDS[form], KL[form]
     theirs = [reference.logits(ids, memory)[:, : logits.shape[1]] for ids, logits in texts]
     distance = Distance.between(theirs, [logits for _, logits in texts])
-    gaps = [float(_gaps(a, b)[-GENERATED:].max()) for a, (_, b) in zip(theirs, texts, strict=True)]
+    rows = zip(theirs, texts, begun, strict=True)
+    gaps = [float(_gaps(a, b)[prompt - 1 :].max()) for a, (_, b), prompt in rows]
     same, tied = sum(gap == 0 for gap in gaps), sum(0 < gap <= TIE for gap in gaps)
     passed = distance.logit <= bound.logit and distance.kl <= kl
     yield Check(
