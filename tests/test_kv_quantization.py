@@ -101,6 +101,7 @@ def test_each_turn_has_its_own_memory(model: MemoryModel, start: int) -> None:
     assert same >= 5
 
 
+@pytest.mark.slow
 def test_greedy_texts_mostly_agree(model: MemoryModel) -> None:
     prompts = [f"{word} and what is known of it: " for word in ("neon", "iron", "gold", "tin", "lead", "zinc")]
     exact = [model.generate(prompt, max_tokens=12).text for prompt in prompts]
