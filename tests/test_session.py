@@ -338,6 +338,7 @@ def test_nothing_said_is_nothing_asked(model: MemoryModel, monkeypatch: pytest.M
 # the context
 
 
+@pytest.mark.slow
 def test_the_oldest_turns_drop_and_the_system_message_stays(model: MemoryModel) -> None:
     model.config["max_position_embeddings"] = 300
     session = Session(model, memory="0.1", system="You are kind.", max_tokens=20)
