@@ -144,6 +144,7 @@ def test_show_as_a_picture(run: Run, model: pathlib.Path, tmp_path: pathlib.Path
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.html", "a.png", "model"]
 
 
+@pytest.mark.slow
 def test_the_earlier_name_of_route_and_the_policy(run: Run, model: pathlib.Path) -> None:
     routed = json.loads(run("path", model, "some text", "--json").out)
     assert routed["avoided"] == []
@@ -204,6 +205,7 @@ def test_block_and_unblock(run: Run, model: pathlib.Path) -> None:
         assert run(*arguments).code == 2
 
 
+@pytest.mark.slow
 def test_remove_with_a_probe(run: Run, model: pathlib.Path, tmp_path: pathlib.Path) -> None:
     routed = json.loads(run("path", model, "some text", "--json").out)["path"]
     questions = tmp_path / "questions.jsonl"
