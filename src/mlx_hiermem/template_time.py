@@ -1,7 +1,7 @@
 """A chat template is a program of the model's; this bounds how long it may run.
 
 Jinja's sandbox bounds a single loop, not loops within loops. What a template compiles to is Python in a file of the
-name `<template>`: its lines are counted here as they run, on whatever thread that is. Where a debugger or a tool for
+name `<template>`: its lines are counted here as they run, on any thread. Where a debugger or a tool for
 coverage counts lines already, nothing is bounded.
 """
 
