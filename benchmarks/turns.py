@@ -8,6 +8,9 @@ knows nothing of it. A turn is right on a path where its subject was learnt, or 
 for it. A first turn is not counted: it goes alone. The settings of the rule were chosen on the conversations of
 even lines; those of odd lines are reported.
 
+Then each of the first 240 questions of the demo's exam is asked behind another one, by every rule and by the one
+that banks without sources have: how many reach the leaf of their document, and how many get no memory.
+
 FOLDER has `corpus/countries.jsonl`, `corpus/vital480.jsonl` and `study/vital480_study.jsonl`, which are not in the
 repository. Their trees are made as `hiermem learn` makes them. Writes results/turns.json, and prints Markdown.
 """
@@ -26,6 +29,7 @@ import common
 import numpy as np
 from elements import BANK, DOCUMENTS
 from elements.wordings import element_wordings
+from knowledge import read_exam
 
 from mlx_hiermem.apps.demo.tour import BANK as DEMO
 from mlx_hiermem.bank.bank import MemoryBank
@@ -50,6 +54,7 @@ KINDS = {  # what a turn may be, and what is said of it
     "aside": "thanks, greetings",
 }
 SEEDS = range(10)
+EXAM, BEHIND = DEMO.parent / "vital" / "exam.jsonl.gz", 80  # the exam, and how far away the question before is
 SHAPE = Shape(4, 2)
 COUNTRIES = 4  # each fourth, and those that are talked about
 ASKED = (
@@ -204,6 +209,23 @@ def measure(talks: list[Talk], banks: dict[str, Bank], texts: TextEmbedder, rule
     }
 
 
+def by_decidedness(router: Router, texts: list[str]) -> list[Route]:
+    """The rule of banks without sources, on one that has them: how decided a turn is says where it leads."""
+    router._near = lambda policy: None  # type: ignore[method-assign]
+    return together(router, texts)
+
+
+def changes(bank: Bank, texts: TextEmbedder, rule: Rule) -> dict[str, int]:
+    """Each question of the exam behind one on another document."""
+    asked, found = read_exam(EXAM, "0-240"), Counter[str]()
+    for number, row in enumerate(asked):
+        before = asked[(number + BEHIND) % len(asked)]["question"]
+        route = rule(Router(bank.tree, texts, bank.policy, bank.sources), [before, row["question"]])[-1]
+        found["right"] += route.path in bank.homes[row["doc"]]
+        found["no memory"] += not route.path
+    return {"of": len(asked), **found}
+
+
 def table(named: dict[str, dict[str, Any]]) -> None:
     print(f"\n| | {' | '.join(KINDS.values())} | right |")
     print(f"|---|{'---|' * (len(KINDS) + 1)}")
@@ -229,10 +251,16 @@ def main() -> None:
         "rules": {name: measure(reported, banks, texts, rule) for name, rule in RULES.items()},
         "chosen on": measure(chosen, banks, texts, together),
         "banks": {name: measure(reported, {name: bank}, texts, together) for name, bank in banks.items()},
+        "changes": {
+            name: changes(banks["vital"], texts, rule)
+            for name, rule in {**RULES, "by decidedness": by_decidedness}.items()
+        },
         "grown": [measure(reported, {"elements": b}, texts, together) for b in grown_elements(texts, elements)],
     }
     table(result["rules"] | {"the rule, where it was chosen": result["chosen on"]})
     table(result["banks"])
+    for name, found in result["changes"].items():
+        print(f"{name}: {found}")
     shares = [found["right"] for found in result["grown"]]
     print(f"\nTen other trees of the elements: {np.mean(shares):.1%} right on average, {min(shares):.1%} at worst.")
     file = common.RESULTS / "turns.json"

@@ -38,7 +38,7 @@ from mlx_hiermem.tree import ClusterTree
 
 CONFIG = MemoryConfig("ffn", 3, (4, 2), (1, 3), 32, dtype="float16")
 DIM, CONTEXT, MAX_TOKENS, EOS = 16, 320, 24, 2
-REACH = 2.6  # of one of the sessions
+REACH, PASSAGE_REACH = 2.6, 1.09  # of one of the sessions each
 MARKS = {
     "start>user": "<|im_start|>user\n",
     "start>system": "<|im_start|>system\n",
@@ -246,12 +246,16 @@ def write_session(folder: pathlib.Path) -> None:
     learnt = TinyModel(shelf, tokenizer, Router(bank.tree, worded, sources=shelf.sources))
     for memory in ("source", "fetched+source"):
         sessions[memory] = Session(learnt, memory, max_tokens=MAX_TOKENS, earlier=0)
+    policy = BankPolicy(passage_reach=PASSAGE_REACH)
+    near = TinyModel(shelf, tokenizer, Router(bank.tree, worded, policy, shelf.sources))
+    sessions["near"] = Session(near, max_tokens=MAX_TOKENS, earlier=0)
     golden = {
         "context": CONTEXT,
         "eos": [EOS],
         "maxTokens": MAX_TOKENS,
         "chat": {"marks": MARKS, "trim": False, "thoughts": ""},
         "reach": REACH,
+        "passageReach": PASSAGE_REACH,
         "logits": _logits(model),
         "sessions": {name: _run(session) for name, session in sessions.items()},
         **found_sources(shelf.sources, worded),

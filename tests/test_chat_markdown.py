@@ -197,6 +197,7 @@ def test_no_colours_where_none_are_wanted(screen: Screen, monkeypatch: pytest.Mo
     assert codes <= {"", "0", "1", "2", "3", "4", "9"}  # bold, dim, italic, underlined, struck out
 
 
+@pytest.mark.slow
 def test_nothing_controls_the_terminal_and_nothing_is_lost(terminal: Console, screen: Screen) -> None:
     """The screen fails at every code that it does not know."""
     seed = random.Random(0)

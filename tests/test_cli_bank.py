@@ -17,6 +17,8 @@ from tiny import make_anchor, make_model
 from mlx_hiermem.apps.cli.main import main
 from mlx_hiermem.bank import commit, edit
 from mlx_hiermem.bank.bank import MemoryBank
+from mlx_hiermem.bank.block import block_name
+from mlx_hiermem.bank.commit import interrupted
 from mlx_hiermem.bank.remote import Origin
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import HierMemError
@@ -142,6 +144,7 @@ def test_show_as_a_picture(run: Run, model: pathlib.Path, tmp_path: pathlib.Path
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.html", "a.png", "model"]
 
 
+@pytest.mark.slow
 def test_the_earlier_name_of_route_and_the_policy(run: Run, model: pathlib.Path) -> None:
     routed = json.loads(run("path", model, "some text", "--json").out)
     assert routed["avoided"] == []
@@ -202,6 +205,7 @@ def test_block_and_unblock(run: Run, model: pathlib.Path) -> None:
         assert run(*arguments).code == 2
 
 
+@pytest.mark.slow
 def test_remove_with_a_probe(run: Run, model: pathlib.Path, tmp_path: pathlib.Path) -> None:
     routed = json.loads(run("path", model, "some text", "--json").out)["path"]
     questions = tmp_path / "questions.jsonl"
@@ -263,6 +267,27 @@ def test_a_removal_that_died_before_the_texts_went_is_finished_at_the_next_comma
     assert "dropped" not in run("ls", learnt).err
     assert "dropped  2 texts" in run("remove", learnt, "0.1", "--yes").out
     assert kept_leaves(learnt) == []
+
+
+def test_a_removal_that_died_before_the_blocks_went_is_finished_too(
+    run: Run, learnt: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its note was in the bank already, so that the nodes counted as removed, and the edit stayed half."""
+
+    def dies(file: pathlib.Path, missing_ok: bool = False) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.unlink", dies)
+        with pytest.raises(KeyboardInterrupt):
+            edit.remove(learnt / "bank", [Path((1, 1))])
+    block = learnt / "bank" / block_name(Path((1, 1)))
+    assert block.exists()
+    assert (learnt / "bank" / "forget.json").exists()
+    assert run("remove", learnt, "1.1", "--yes").code == 0
+    assert not block.exists()
+    assert interrupted(learnt / "bank") is None
+    assert kept_leaves(learnt) == [["0.1"], ["0.1"]]
 
 
 def test_texts_that_cannot_be_dropped_are_told_of(run: Run, learnt: pathlib.Path) -> None:

@@ -120,6 +120,7 @@ def test_one_head_of_keys(tmp_path: pathlib.Path) -> None:
     check(model, tmp_path / "anchor", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_stream_that_float16_does_not_hold(tmp_path: pathlib.Path) -> None:
     """Gemma 3's grows as it was trained in bfloat16: that of 270M to 104 000. The program keeps a part of it."""
     model = hf_model("gemma3_text")
@@ -158,6 +159,7 @@ def test_memory_as_an_input(tmp_path: pathlib.Path) -> None:
         np.testing.assert_array_equal(*(runner.feed(TOKENS) for runner in runners))
 
 
+@pytest.mark.slow
 def test_the_rotary_encoding_of_llama_3(tmp_path: pathlib.Path) -> None:
     rope = {
         "rope_type": "llama3",

@@ -93,6 +93,7 @@ def test_the_folder(folder: pathlib.Path) -> None:
     assert manifest["bank"] == {"folder": "bank/", "remote": None, "download": {}}
 
 
+@pytest.mark.slow
 def test_the_receipt(folder: pathlib.Path) -> None:
     receipt = read(folder / "receipt.json")
     assert receipt["measured"]["tokens"] > 300
@@ -140,6 +141,7 @@ def test_memory_as_an_input_and_a_part_of_the_bank(model: pathlib.Path, tmp_path
     assert np.abs(runner.feed(ids) - plain).max() > 0.01
 
 
+@pytest.mark.slow
 def test_a_plain_model_that_is_quantised(tmp_path: pathlib.Path) -> None:
     convert_huggingface(make_anchor(tmp_path / "whole"), tmp_path / "four", quantize=4)
     report = export(tmp_path / "four", tmp_path / "out", dataclasses.replace(QUICK, weights="fp16"))

@@ -44,6 +44,7 @@ def converted(model: nn.Module, example: Tensor, path: pathlib.Path, **how: Any)
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [ct.target.iOS16, ct.target.iOS18], ids=["iOS16", "iOS18"])
 def test_the_converters_packages(target: Any, tmp_path: pathlib.Path) -> None:
     torch.manual_seed(0)
@@ -97,6 +98,7 @@ COMPRESSIONS: dict[str, tuple[Callable[..., Any], Any, float, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["iOS16", "iOS18"])
 def test_compressed_packages(target: str, tmp_path: pathlib.Path) -> None:
     """The same as coremltools' own decompression of the same package, and near what was compressed."""

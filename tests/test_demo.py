@@ -59,6 +59,7 @@ def shown(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     return run
 
 
+@pytest.mark.slow
 def test_the_tour_shows_answers_paths_and_sources(shown: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rabbit = Source("rabbits.txt", "Rabbit", "line 1", "Rabbits hop.", 0.9)
     monkeypatch.setattr(SourceSearch, "find", lambda self, leaf, *_: (rabbit,) if leaf == (1, 1) else ())
@@ -78,6 +79,7 @@ def test_the_tour_shows_answers_paths_and_sources(shown: Any, monkeypatch: pytes
     assert max(map(len, lines[2:-1])) <= 100
 
 
+@pytest.mark.slow
 def test_the_tour_as_json(shown: Any) -> None:
     told = json.loads(shown("--json"))
     assert told["exam"] == RESULT

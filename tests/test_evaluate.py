@@ -187,6 +187,7 @@ def test_memories_of_examples(tested: Evaluation, tasks: Tasks) -> None:
         place(tested.model, examples, "lots")
 
 
+@pytest.mark.slow
 def test_passages_stand_before_what_is_asked(tasks: Tasks, tmp_path: pathlib.Path) -> None:
     folder = make_model(tmp_path / "model")
     leaves = [f"{a}.{b}" for a in range(3) for b in range(3)]

@@ -689,6 +689,7 @@ def hiermem(capsys: pytest.CaptureFixture[str], *arguments: str | pathlib.Path) 
     return int(ended.value.code or 0), done.out, done.err
 
 
+@pytest.mark.slow
 def test_commands(
     hub: HubServer, model: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -90,7 +90,7 @@ def test_it_begins_where_it_is_told_to(model: MemoryModel) -> None:
 @pytest.mark.parametrize("start", [0, 60])
 def test_each_turn_has_its_own_memory(model: MemoryModel, start: int) -> None:
     """Across changes of path and back, with caches kept, cut and gone on from; against an exact and empty cache."""
-    session, same, reused = Session(model, max_tokens=8, kv_bits=8, quantized_kv_start=start), 0, 0
+    session, same, reused = Session(model, history="all", max_tokens=8, kv_bits=8, quantized_kv_start=start), 0, 0
     for text in TURNS:
         said = "".join(session.ask(text))
         prompt = model.chat_tokens(session.messages[:-1])
@@ -101,6 +101,7 @@ def test_each_turn_has_its_own_memory(model: MemoryModel, start: int) -> None:
     assert same >= 5
 
 
+@pytest.mark.slow
 def test_greedy_texts_mostly_agree(model: MemoryModel) -> None:
     prompts = [f"{word} and what is known of it: " for word in ("neon", "iron", "gold", "tin", "lead", "zinc")]
     exact = [model.generate(prompt, max_tokens=12).text for prompt in prompts]

@@ -39,6 +39,7 @@ ORDER = [
 ]
 ORDER += [
     "openlm",
+    "template_time",
     "tokenizer",
     "anchor",
     "partial",
@@ -72,6 +73,7 @@ CONVERT_MAY_IMPORT = {
     "cache",
     "memory",
     "openlm",
+    "template_time",
     "tokenizer",
     "anchor",
     "convert",
@@ -210,6 +212,7 @@ def test_torch_stays_in_its_corner() -> None:
     assert {importer for importer, library in wrong if library == "coremltools"} <= {COREML_BUILDER}, wrong
 
 
+@pytest.mark.slow
 def test_everything_else_loads_without_torch() -> None:
     modules = sorted(set(FILES) - TORCH_MODULES - loaders_of(COREML_BUILDER))
     script = f"""

@@ -187,6 +187,7 @@ def test_states_that_exceed_the_budget_are_computed_each_time(
     assert list(tmp_path.rglob("*.states")) == []  # a job that is done needs none
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_less_disk_for_states(
     anchor: pathlib.Path, training_set: TrainingSet, whole: Bank, tmp_path: pathlib.Path
 ) -> None:
@@ -213,6 +214,7 @@ def test_a_run_goes_on_with_less_disk_for_states(
 # What is learnt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_learns_its_texts(
     kind: str, anchor: pathlib.Path, training_set: TrainingSet, tmp_path: pathlib.Path
@@ -356,6 +358,7 @@ def test_what_teachers_have_in_common_is_read_once(
         assert float(mx.abs(own - wanted).max()) < 1e-5 * float(mx.abs(wanted).max())
 
 
+@pytest.mark.slow
 def test_distillation_brings_the_student_to_the_teacher(
     anchor: pathlib.Path, training_set: TrainingSet, tmp_path: pathlib.Path
 ) -> None:

@@ -542,6 +542,7 @@ def test_a_rank_with_another_teacher_writes_nothing(corpus: Corpus) -> None:
 
 
 class TestModels:
+    @pytest.mark.slow
     def test_one_that_cannot_write_studies_by_patterns(self, corpus: Corpus, tiny_teacher: Any) -> None:
         quick = StudySettings(questions=2, statements=1, chats=1, invented=1, tried=3)
         both = Teaching(quick, "tiny", lambda: tiny_teacher, lambda: Brief(tiny_teacher), len)

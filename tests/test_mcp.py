@@ -149,6 +149,7 @@ def test_over_standard_input_and_output(folder: pathlib.Path) -> None:
     assert again.structured_content["path"] == "0.1"
 
 
+@pytest.mark.slow
 def test_over_http(engine: Engine) -> None:
     with bind("127.0.0.1", 0, "secret") as listening:
         threading.Thread(

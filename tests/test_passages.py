@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pathlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from mlx_hiermem.bank.policy import OPEN, POLICY, BankPolicy
 from mlx_hiermem.config import ROOT, Path
 from mlx_hiermem.errors import BankError
 from mlx_hiermem.model_folder import load
-from mlx_hiermem.router import Router
+from mlx_hiermem.router import BELONGS, Router, Topic
 from mlx_hiermem.tree import ClusterTree
 
 NEAR, NEXT, OTHER = Path((0, 0)), Path((0, 1)), Path((1, 0))
@@ -39,6 +40,14 @@ class Said:
             return named[0]
         mixed = weights[0] * named[0] + (1 - weights[0]) * named[1]
         return mixed / np.linalg.norm(mixed)
+
+
+class Together(Said):
+    """Also embeds a text behind "neon, ": between the two."""
+
+    def _one(self, text: str) -> np.ndarray:
+        parts = [super(Together, self)._one(part) for part in text.split(",") if part]
+        return np.sum(parts, axis=0) / np.linalg.norm(np.sum(parts, axis=0))
 
 
 @pytest.fixture
@@ -85,6 +94,24 @@ def test_a_text_far_from_every_passage_gets_no_memory(bank: MemoryBank) -> None:
     # A bank with no reach of its passages keeps to that of its leaves.
     assert router(bank, BankPolicy(reach=1e-3)).route("neon").far
     assert not router(bank, BankPolicy(reach=1e-3, passage_reach=0.5)).route("neon").far
+
+
+def test_a_turn_near_to_a_passage_leaves_the_path_of_its_conversation(bank: MemoryBank) -> None:
+    """However decided the turn that chose the path was: the tree's distances say little of what passages know."""
+    narrow = Router(bank.tree, Together(), BankPolicy(passage_reach=0.5), bank.sources)
+    topic = Topic(NEAR, 9.0, "neon,", turns=3)
+    led = narrow.turn("gold", topic)
+    assert (led.route.path, led.topic.turns, led.near) == (OTHER, 1, 0.45)
+    assert router(bank).turn("gold", topic).route.path == NEAR, "without a reach decidedness says it"
+    texts = [f"gold 0.{weight} tungsten" for weight in range(50, 99)]
+    between = next(text for text in texts if 0.45 < (narrow.route(text).passage or 0) < 0.5)
+    other = narrow.turn(between, topic)  # not so near, but nothing that belongs to neon
+    assert (other.route.path, other.topic.turns) == (OTHER, 1)
+    assert other.belongs is not None
+    assert other.belongs <= BELONGS
+    held = narrow.turn("neon 0.6 gold", replace(topic, path=OTHER))
+    assert held.alone.far
+    assert held.route.path == OTHER
 
 
 def test_a_blocked_leaf_is_passed_over(bank: MemoryBank) -> None:

@@ -35,6 +35,7 @@ def texts(responses: list[Response]) -> list[str]:
 # what is exported
 
 
+@pytest.mark.slow
 def test_importing_is_cheap_and_all_is_there() -> None:
     script = """
 import sys

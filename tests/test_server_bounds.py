@@ -385,6 +385,7 @@ def test_who_leaves_frees_the_slot(folder: pathlib.Path, gate: Gate, path: str, 
         assert running.json("POST", CHAT, HELLO)[0] == 200
 
 
+@pytest.mark.slow
 def test_who_leaves_disturbs_nobody(server: Running, gate: Gate, pool: ThreadPoolExecutor) -> None:
     gate.open()
     stays = PROMPT | {"max_tokens": 60, "memory": "1.2"}

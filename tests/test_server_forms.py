@@ -53,6 +53,7 @@ def check(text: str) -> None:
     assert found.keys() == {"state", "number", "stable"}
 
 
+@pytest.mark.slow
 def test_a_random_model_keeps_to_a_schema(client: openai.OpenAI) -> None:
     texts = []
     for seed in range(6):
@@ -67,6 +68,7 @@ def test_a_random_model_keeps_to_a_schema(client: openai.OpenAI) -> None:
     check(said(chat(client, temperature=0)))
 
 
+@pytest.mark.slow
 def test_schemas_hold_in_company(client: openai.OpenAI) -> None:
     """Two schemas, several of one prompt, and text that is no JSON, in one batch."""
     number = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
@@ -100,6 +102,7 @@ def test_the_client_parses_what_it_asked_for(client: openai.OpenAI) -> None:
     assert type(reply.choices[0].message.parsed) is Element
 
 
+@pytest.mark.slow
 def test_other_wishes_do_not_break_a_schema(client: openai.OpenAI) -> None:
     check(said(chat(client, seed=1, top_p=0.5, logit_bias={"5": 100}, frequency_penalty=2)))
     check(said(chat(client, seed=1, logprobs=True, top_logprobs=3)))

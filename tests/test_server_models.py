@@ -64,6 +64,7 @@ def two(folder: pathlib.Path, other: pathlib.Path) -> Iterator[Running]:
 # memories by the model's name
 
 
+@pytest.mark.slow
 def test_a_memory_can_be_part_of_the_name(folder: pathlib.Path) -> None:
     with serving(lambda: tiny_model(folder)) as running:
         client = running.client
@@ -115,6 +116,7 @@ def test_any_model(folder: pathlib.Path) -> None:
 # several models
 
 
+@pytest.mark.slow
 def test_banks_of_one_anchor_share_it_and_its_batch(
     two: Running, folder: pathlib.Path, other: pathlib.Path
 ) -> None:

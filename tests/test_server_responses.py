@@ -124,6 +124,7 @@ def test_a_schema(client: openai.OpenAI) -> None:
     assert list(json.loads(reply.output_text)) == ["n"]
 
 
+@pytest.mark.slow
 def test_tools(tmp_path: pathlib.Path) -> None:
     function = {"type": "function", **TOOL["function"]}  # type: ignore[dict-item]
     with dictating(tmp_path) as client:

@@ -62,10 +62,12 @@ WAYS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 def test_each_way_says_something_else(client: openai.OpenAI) -> None:
     assert len({text(client, **way) for way in WAYS}) == len(WAYS)
 
 
+@pytest.mark.slow
 def test_each_way_is_the_models_own(client: openai.OpenAI, model: MemoryModel) -> None:
     """The server and `generate` draw the same tokens."""
     for way in WAYS:
@@ -80,12 +82,14 @@ def test_each_way_is_the_models_own(client: openai.OpenAI, model: MemoryModel) -
         assert "".join(map(detokenizer.add, ids)) + detokenizer.rest() == streamed
 
 
+@pytest.mark.slow
 def test_each_way_holds_in_company(client: openai.OpenAI) -> None:
     alone = [text(client, **way) for way in WAYS]
     with ThreadPoolExecutor(len(WAYS)) as pool:
         assert list(pool.map(lambda way: text(client, **way), WAYS)) == alone
 
 
+@pytest.mark.slow
 def test_what_the_ways_do(client: openai.OpenAI) -> None:
     plain = text(client)
     assert text(client, top_k=1, temperature=1.5) == plain

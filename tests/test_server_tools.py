@@ -117,6 +117,7 @@ def summary(reply: Any) -> tuple[str, list[tuple[str, str]], str]:
 WEIGHT = ("weight", '{"of": "gold", "né": 1}')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("seed", "expected"),
     [
@@ -140,6 +141,7 @@ def test_a_call_is_null_content_and_has_an_id(client: openai.OpenAI) -> None:
     assert two[0].id != two[1].id
 
 
+@pytest.mark.slow
 def test_calls_in_company(client: openai.OpenAI) -> None:
     alone = [summary(chat(client, seed)) for seed in DICTATED]
     with ThreadPoolExecutor(6) as pool:

@@ -24,7 +24,7 @@ from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.router import HYSTERESIS, Router, Topic, decidedness, follow
 from mlx_hiermem.sampling import Sampling
 from mlx_hiermem.session import Session
-from mlx_hiermem.tree import ClusterTree
+from mlx_hiermem.tree import ClusterTree, Route
 
 CONVERSATIONS = pathlib.Path(__file__).parent / "conversations.jsonl"
 A, B, C = Path((0, 1)), Path((2, 0)), Path((2, 2))  # C is where a text goes that names nothing
@@ -54,16 +54,23 @@ def alone(session: Session) -> str:
 
 
 def test_who_is_decided_leads_and_the_topic_keeps_its_most_decided_turn() -> None:
-    assert follow(None, A, 0.1, "a") == Topic(A, 0.1, "a", turns=1)
-    assert follow(Topic(Path(), 0.0), A, 0.1, "a") == Topic(A, 0.1, "a", turns=1)
+    assert follow(None, Route(A), 0.1, "a") == Topic(A, 0.1, "a", turns=1)
+    assert follow(Topic(Path(), 0.0), Route(A), 0.1, "a") == Topic(A, 0.1, "a", turns=1)
     topic = Topic(A, 0.4, "a", aside="hm", turns=3)
-    assert follow(topic, A, 0.1, "b") is None
-    assert follow(topic, A, 0.3, "b") == Topic(A, 0.4, "b", turns=4)
-    assert follow(topic, A, 0.6, "b") == Topic(A, 0.6, "b", turns=4)
-    assert follow(topic, B, 0.4 * HYSTERESIS, "b") is None
-    assert follow(topic, B, 0.4 * HYSTERESIS + 0.01, "b") == Topic(B, 0.4 * HYSTERESIS + 0.01, "b", turns=1)
-    assert follow(replace(topic, turns=0), A, 0.3, "b") == Topic(A, 0.4, "b"), "it is not known since when"
-    assert follow(topic, Path(), 0.0, "far") is None
+    assert follow(topic, Route(A), 0.1, "b") is None
+    assert follow(topic, Route(A), 0.3, "b") == Topic(A, 0.4, "b", turns=4)
+    assert follow(topic, Route(A), 0.6, "b") == Topic(A, 0.6, "b", turns=4)
+    assert follow(topic, Route(B), 0.4 * HYSTERESIS, "b") is None
+    assert follow(topic, Route(B), 0.4 * HYSTERESIS + 0.01, "b") == Topic(B, 0.4 * HYSTERESIS + 0.01, "b", turns=1)
+    assert follow(replace(topic, turns=0), Route(A), 0.3, "b") == Topic(A, 0.4, "b"), "it is not known since when"
+    assert follow(topic, Route(), 0.0, "far") is None
+
+
+def test_where_passages_say_it_who_is_near_to_one_leads() -> None:
+    topic = Topic(A, 0.4, "a", turns=1)
+    assert follow(topic, Route(B, passage=0.9), 0.01, "b", near=0.9) == Topic(B, 0.01, "b", turns=1)
+    assert follow(topic, Route(B, passage=0.91), 9.0, "b", near=0.9) is None
+    assert follow(topic, Route(B), 9.0, "b", near=0.9) == Topic(B, 9.0, "b", turns=1), "all its leaves have none"
 
 
 def test_decidedness_is_the_gap_between_the_two_nearest_as_a_share() -> None:
@@ -317,11 +324,21 @@ def test_nothing_said_is_nothing_asked(model: MemoryModel, monkeypatch: pytest.M
     assert session.messages == before
     session.memory = "0.1"
     assert say(session, "second") == alone(session)
+    session.use("fetched")
+    say(session, "about neon")
+    topic = session.topic
+    with monkeypatch.context() as patch:
+        real = model.responses
+        patch.setattr(model, "responses", lambda *a, **k: interrupted(real(*a, **k), k["prompt_cache"], 0, False))
+        with pytest.raises(KeyboardInterrupt):
+            say(session, "now iron")
+    assert session.topic == topic
 
 
 # the context
 
 
+@pytest.mark.slow
 def test_the_oldest_turns_drop_and_the_system_message_stays(model: MemoryModel) -> None:
     model.config["max_position_embeddings"] = 300
     session = Session(model, memory="0.1", system="You are kind.", max_tokens=20)

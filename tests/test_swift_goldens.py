@@ -35,6 +35,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_goldens_are_up_to_date(made: pathlib.Path) -> None:
     hint = "run: python tests/swift_goldens.py"
     assert files(made) == files(FIXTURES), hint

@@ -54,6 +54,7 @@ def assert_typed(name: str, data: bytes) -> None:
     assert verdict(reader, file, PATIENT) in ("read", "refused")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUICK)
 @few
 @given(rng=st.randoms(use_true_random=False))

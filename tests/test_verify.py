@@ -147,6 +147,7 @@ def test_gguf_and_quantised_anchors(
     assert exact or logits[0].details["logits"] > EXACT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ffn", "kv", "lora-qk"])
 def test_quantised_memories(
     tmp_path: pathlib.Path, hf: pathlib.Path, kind: str, monkeypatch: pytest.MonkeyPatch

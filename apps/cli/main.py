@@ -19,6 +19,7 @@ import typer
 from mlx_hiermem import cpu
 from mlx_hiermem.apps.cli import ask, bank, chat, convert, demo, evaluate, export, learn, mcp, plan, serve, sync
 from mlx_hiermem.errors import HierMemError
+from mlx_hiermem.files import reason
 from mlx_hiermem.printable import printable
 
 START = """\
@@ -111,6 +112,11 @@ def main() -> None:
         _fail(str(error))
     except typer.Abort:
         _fail("stopped")
+    except OSError as error:  # a disk that fails where no error of ours says what for
+        if debug:
+            raise
+        where = f"cannot use {error.filename}: " if error.filename else ""
+        _fail(f"{where}{reason(error)}")
     except (Exception, KeyboardInterrupt) as error:  # the last line of defence: no traceback unless asked for
         if debug:
             raise

@@ -156,7 +156,9 @@ def _verdict(session: Session, turn: Turn, tried: bool = False) -> None:
     else:
         goes = keeps if turn.route.stayed else f"the conversation {takes} it"
     figures = f"decided by {turn.decided:.3f}"
-    if turn.needed:
+    if turn.near is not None and turn.alone.passage is not None:
+        figures = f"{turn.alone.passage:.3f} from a passage, and at most {turn.near:.3f} leaves the path before"
+    elif turn.needed:
         figures += f", and more than {turn.needed:.3f} leaves the path before"
     if turn.belongs is not None:
         figures += f"; belonging to the conversation by {turn.belongs:.3f}, and more than {BELONGS} stays"

@@ -21,13 +21,13 @@ from mlx_hiermem import __version__
 from mlx_hiermem.apps.server import memory
 from mlx_hiermem.apps.server.banks import banks, learning
 from mlx_hiermem.apps.server.catalogue import Catalogue
-from mlx_hiermem.apps.server.described import ABOUT, REFUSED, STREAMED, TEXT
 from mlx_hiermem.apps.server.embeddings import embed
 from mlx_hiermem.apps.server.engine import Engine
 from mlx_hiermem.apps.server.generate import Service
 from mlx_hiermem.apps.server.guard import Guard, refused
 from mlx_hiermem.apps.server.items import ResponsesRequest
 from mlx_hiermem.apps.server.metrics import Counting, Metrics
+from mlx_hiermem.apps.server.openapi import ABOUT, REFUSED, STREAMED, TEXT
 from mlx_hiermem.apps.server.refusal import ApiError
 from mlx_hiermem.apps.server.responses import Responses
 from mlx_hiermem.apps.server.schema import (

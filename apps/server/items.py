@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from mlx_hiermem.apps.server.asked import AnyObject, Asked
 from mlx_hiermem.apps.server.refusal import ApiError
+from mlx_hiermem.apps.server.strict_model import AnyObject, StrictModel
 
 # Fields that change nothing about the answer, and those that are refused but for these values.
 HARMLESS = {"metadata", "user", "safety_identifier", "prompt_cache_key", "service_tier", "parallel_tool_calls"}
@@ -28,7 +28,7 @@ def _as_items(value: Any) -> Any:
     return [{"role": "user", "content": value}] if isinstance(value, str) else value
 
 
-class Format(Asked):
+class Format(StrictModel):
     """Of `text.format`: the schema lies beside the type here."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
@@ -38,12 +38,12 @@ class Format(Asked):
     json_schema: AnyObject | None = Field(None, alias="schema")
 
 
-class Text(Asked):
+class Text(StrictModel):
     format: Format = Field(default_factory=lambda: Format.model_validate({}))
     verbosity: Literal["medium"] = "medium"
 
 
-class FunctionTool(Asked):
+class FunctionTool(StrictModel):
     """A function, without the wrapping that a chat has."""
 
     type: Literal["function"]
@@ -53,7 +53,7 @@ class FunctionTool(Asked):
     strict: bool = False
 
 
-class ResponsesRequest(Asked):
+class ResponsesRequest(StrictModel):
     """POST /v1/responses"""
 
     input: Annotated[

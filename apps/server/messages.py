@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from mlx_hiermem.apps.server.asked import AnyObject, Asked
 from mlx_hiermem.apps.server.refusal import ApiError
+from mlx_hiermem.apps.server.strict_model import AnyObject, StrictModel
 
 # What comes with a reply, and so is sent back with it, but that the next turn does not see.
 REPLY_FIELDS = {"function_call", "audio", "refusal", "annotations", "reasoning_content", "memory", "sources"}
@@ -18,12 +18,12 @@ def _as_parts(value: Any) -> Any:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
-class TextPart(Asked):
+class TextPart(StrictModel):
     type: Literal["text"]
     text: str
 
 
-class Function(Asked):
+class Function(StrictModel):
     """What a tool is: a function with a JSON schema of its arguments."""
 
     name: str = Field(min_length=1)
@@ -32,7 +32,7 @@ class Function(Asked):
     strict: bool = False
 
 
-class Tool(Asked):
+class Tool(StrictModel):
     type: Literal["function"]
     function: Function
 
@@ -50,7 +50,7 @@ def _only_auto(value: Any) -> Any:
 ToolChoice = Annotated[Literal["none", "auto"], BeforeValidator(_only_auto)]
 
 
-class Called(Asked):
+class Called(StrictModel):
     """The function of a call, its arguments as JSON text."""
 
     name: str = Field(min_length=1)
@@ -67,7 +67,7 @@ class Called(Asked):
         raise ValueError("it is not a JSON object, as text")
 
 
-class ToolCall(Asked):
+class ToolCall(StrictModel):
     """A call that the model made."""
 
     id: str
@@ -80,7 +80,7 @@ class ToolCall(Asked):
         return {"id": self.id, "type": "function", "function": function}
 
 
-class Message(Asked):
+class Message(StrictModel):
     """A turn, as clients send it; also a reply as they send it back, with the fields that a reply comes with.
 
     `name` is taken and not used: chat templates know none.

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from mlx_hiermem.apps.server.asked import IN_LIST, AnyObject, Asked
 from mlx_hiermem.apps.server.messages import Message, Tool, ToolChoice
 from mlx_hiermem.apps.server.refusal import ApiError
+from mlx_hiermem.apps.server.strict_model import IN_LIST, AnyObject, StrictModel
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import HierMemError
 from mlx_hiermem.memory_choice import MemoryChoice
@@ -76,7 +76,7 @@ def paths(texts: list[str], param: str = "memory") -> frozenset[Path]:
         raise ApiError(400, str(error), param) from error
 
 
-class Wish(Asked):
+class Wish(StrictModel):
     """The field `memory`: a word of `MemoryChoice` or a path; nodes that are closed to this request.
 
     `history` says what a question that leads to a path of its own sees of what was said before; see `prompt.begin`.
@@ -97,12 +97,12 @@ class Wish(Asked):
         return MemoryChoice.NONE if wanted == MemoryChoice.FETCHED and not has_bank else wanted
 
 
-class StreamOptions(Asked):
+class StreamOptions(StrictModel):
     include_usage: bool = False
     include_obfuscation: bool = False  # it would only pad the stream
 
 
-class Generation(Asked):
+class Generation(StrictModel):
     """What chat and plain completions have in common."""
 
     model: str = ""
@@ -149,7 +149,7 @@ class Generation(Asked):
         return self
 
 
-class JsonSchema(Asked):
+class JsonSchema(StrictModel):
     """OpenAI's wrapping of a schema. Ours is always met, so `strict` changes nothing."""
 
     name: str = ""
@@ -158,7 +158,7 @@ class JsonSchema(Asked):
     json_schema: AnyObject = Field(alias="schema")
 
 
-class ResponseFormat(Asked):
+class ResponseFormat(StrictModel):
     """What a reply may be: any text, any JSON object, or JSON by a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -247,7 +247,7 @@ class CompletionRequest(Generation):
         return prompts
 
 
-class RouteRequest(Asked):
+class RouteRequest(StrictModel):
     """POST /v1/memory/route. A text, or the messages of a conversation."""
 
     model: str = ""
@@ -260,20 +260,20 @@ class RouteRequest(Asked):
         return [self.text] if self.text else [m.text for m in self.messages if m.role == "user"]
 
 
-class LoadRequest(Asked):
+class LoadRequest(StrictModel):
     """POST /v1/banks/load: a model's or a bank's folder, or hub id, and the name that clients will use."""
 
     name: str = Field(min_length=1)
     path: str = Field(min_length=1)
 
 
-class UnloadRequest(Asked):
+class UnloadRequest(StrictModel):
     """POST /v1/banks/unload"""
 
     name: str = Field(min_length=1)
 
 
-class EmbeddingRequest(Asked):
+class EmbeddingRequest(StrictModel):
     """POST /v1/embeddings. `input` is one text or several."""
 
     input: Annotated[list[Annotated[str, Field(min_length=1)]], IN_LIST, Field(min_length=1)]

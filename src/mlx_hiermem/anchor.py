@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_hiermem.config import AnchorIdentity
 from mlx_hiermem.cpu import report_slow_blas
 from mlx_hiermem.errors import AnchorError, HierMemError
-from mlx_hiermem.files import read_json
+from mlx_hiermem.files import read_json, reason
 from mlx_hiermem.printable import printable
 from mlx_hiermem.safetensors_file import read_header
 from mlx_hiermem.tokenizer import load_tokenizer
@@ -73,12 +73,15 @@ def _weights_digest(folder: pathlib.Path) -> str:
         raise AnchorError(f"no model*.safetensors in {folder}", "The anchor's folder is incomplete.")
     for file in files:
         header = read_header(file, AnchorError, "Convert the anchor again.")
-        with file.open("rb") as stream:
-            for name, tensor in header.tensors.items():
-                stream.seek(tensor.begin)
-                digest = hashlib.sha256(stream.read(min(tensor.end - tensor.begin, SAMPLE)))
-                digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-                rows.append((name, digest.digest()))
+        try:
+            with file.open("rb") as stream:
+                for name, tensor in header.tensors.items():
+                    stream.seek(tensor.begin)
+                    digest = hashlib.sha256(stream.read(min(tensor.end - tensor.begin, SAMPLE)))
+                    digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+                    rows.append((name, digest.digest()))
+        except OSError as error:
+            raise AnchorError(f"cannot read {file}: {reason(error)}") from error
     return hashlib.sha256(b"".join(digest for _, digest in sorted(rows))).hexdigest()
 
 

@@ -6,7 +6,7 @@ A text goes where it leads alone (`Router.route`). A turn of a conversation (`Ro
 
 - It names its subject, so it leads to a path of its own. Such a turn is decided: it is much nearer to one child of
   a node than to the next. The measure is relative to the turn that chose the present path, so that one setting
-  serves every tree.
+  serves every tree. In a bank that keeps its sources it is near to a passage instead.
 - It is a follow-up, such as "and its symbol?", and stays on the conversation's path. It is like the question that
   led there, and the two asked together are no farther from that path than the question alone.
 - It has nothing to do with the conversation: another subject that the bank does not know, or thanks. It gets no
@@ -36,6 +36,7 @@ from mlx_hiermem.errors import BankError
 from mlx_hiermem.tree import ClusterTree, Route
 
 HYSTERESIS = 0.5  # how decided a turn has to be to leave, as a share of the turns that chose the path
+NEAR = 0.9  # how far from the nearest passage a turn leads, as a share of the bank's reach from passages
 BELONGS = 0.02  # how much a turn that does not lead has to belong to the conversation to stay on its path
 PULL = 2.5  # how much a distance from the path counts in that, beside a cosine
 LOOKED_BACK = 8  # turns of a conversation that is routed anew, as a server does: what came before hardly matters
@@ -77,6 +78,7 @@ class Turn:
     route: Route  # where it goes: alone, along the conversation's path, or nowhere
     decided: float  # see `decidedness`
     needed: float  # what it takes to leave the path that the conversation was on
+    near: float | None  # the same where passages say it: how far from the nearest one it may be
     belongs: float | None  # of a turn that does not lead, where the bank has a reach: see `Router._belonging`
     topic: Topic  # the conversation's from here on
 
@@ -135,8 +137,8 @@ class Router:
         decided = decidedness(self.tree, vector, alone.path)
         if topic is None or not topic.path or policy.blocker(topic.path):
             topic = None
-        route, belongs = alone, None
-        after = follow(topic, alone.path, decided, text)
+        route, belongs, near = alone, None, self._near(policy) if topic else None
+        after = follow(topic, alone, decided, text, near)
         if after is None:
             assert topic is not None
             if policy.has_reach:
@@ -146,11 +148,18 @@ class Router:
                 stayed = topic.path != alone.path
                 route = replace(alone, path=topic.path, distances=distances, stayed=stayed, far=False)
                 after = topic.after(aside="")
+            elif near is not None and alone.path:
+                after = Topic(alone.path, decided, text, turns=1)  # another subject that passages know
             else:
                 route, after = Route(avoided=alone.avoided, far=True), topic.after(aside=text)
         route = replace(route, turns=after.turns, milliseconds=(time.perf_counter() - start) * 1e3)
         needed = HYSTERESIS * topic.decided if topic else 0.0
-        return Turn(text, vector, alone, route, decided, needed, belongs, after)
+        return Turn(text, vector, alone, route, decided, needed, near, belongs, after)
+
+    def _near(self, policy: BankPolicy) -> float | None:
+        """How far from the nearest passage a turn leads; None where that is not what says it."""
+        by_passages = self.sources is not None and policy.passage_reach < math.inf
+        return NEAR * policy.passage_reach if by_passages else None
 
     def conversation(self, texts: Sequence[str], blocked: Collection[Path] = ()) -> Turn:
         """Routes the last of a conversation's questions, oldest first; only the newest `LOOKED_BACK` count.
@@ -171,10 +180,10 @@ class Router:
 
     def _follow_ups(self, texts: Sequence[str], vectors: np.ndarray, blocked: Collection[Path]) -> list[str]:
         """The turns that lead nowhere, each behind the question that it may belong to."""
-        topic, found = Topic(ROOT, 0.0), list[str]()
+        topic, found, near = Topic(ROOT, 0.0), list[str](), self._near(self.policy)
         routes = self.route_vectors(vectors, blocked)
         for text, vector, alone in zip(texts, vectors, routes, strict=True):
-            after = follow(topic, alone.path, decidedness(self.tree, vector, alone.path), text)
+            after = follow(topic, alone, decidedness(self.tree, vector, alone.path), text, near)
             if after is None:
                 found.append(behind(topic.question, text))
             topic = after or topic
@@ -237,11 +246,20 @@ def decidedness(tree: ClusterTree, vector: np.ndarray, path: Path) -> float:
     return total
 
 
-def follow(topic: Topic | None, path: Path, decided: float, question: str) -> Topic | None:
-    """The topic after a turn that alone takes `path`; None where the turn does not lead anywhere."""
+def follow(
+    topic: Topic | None, alone: Route, decided: float, question: str, near: float | None = None
+) -> Topic | None:
+    """The topic after a turn that goes so alone; None where the turn does not lead anywhere.
+
+    It leads where it is decided enough, or, with `near`, where it is no farther than that from a passage.
+    """
+    path = alone.path
     if topic is None or not topic.path:
         return Topic(path, decided, question, turns=1)
-    if not path or decided <= HYSTERESIS * topic.decided:
+    leads = decided > HYSTERESIS * topic.decided
+    if near is not None and alone.passage is not None:
+        leads = alone.passage <= near
+    if not path or not leads:
         return None
     if path != topic.path:
         return Topic(path, decided, question, turns=1)

@@ -22,7 +22,7 @@ import numpy as np
 
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.block import MemoryBlock, block_name, write_block
-from mlx_hiermem.bank.commit import FORGET, LEARNING
+from mlx_hiermem.bank.commit import FORGET, LEARNING, editing, interrupted
 from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry, in_order
 from mlx_hiermem.bank.quantize import quantized
 from mlx_hiermem.bank.sources import LeafSources
@@ -163,9 +163,13 @@ def publish(folder: pathlib.Path, out: pathlib.Path) -> None:
 def forget(root: pathlib.Path) -> int:
     """Drops the kept texts of leaves that were removed from a bank, unless another leaf has learnt them.
 
-    Returns how many. The bank's note that this is to be done goes last: a process that dies leaves it.
+    Returns how many. The bank's note that this is to be done goes last: a process that dies leaves it. A removal
+    that was killed when the note was there, but blocks were too, is carried out to its end first.
     """
     model, count = root.absolute().parent, 0
+    if interrupted(root):
+        with editing(root):
+            pass
     kept = kept_texts(model)
     try:
         if kept.is_dir():

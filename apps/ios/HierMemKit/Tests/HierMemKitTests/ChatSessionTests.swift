@@ -11,6 +11,8 @@ struct ChatSessionTests {
   private let narrow: ChatModel
   /// The same with the bank's sources.
   private let learnt: ChatModel
+  /// With the sources, and memory for what is near to a passage.
+  private let near: ChatModel
 
   init() throws {
     golden = try SessionGolden.read()
@@ -28,6 +30,8 @@ struct ChatSessionTests {
     narrow = model(MemoryRouter(tree: bank.tree, embedder: known, policy: BankPolicy(reach: golden.reach)))
     let sources = try BankSources(folder: bank.folder, tree: bank.tree)
     learnt = model(MemoryRouter(tree: bank.tree, embedder: worded, sources: sources))
+    let policy = BankPolicy(passageReach: golden.passageReach)
+    near = model(MemoryRouter(tree: bank.tree, embedder: worded, policy: policy, sources: sources))
   }
 
   private func say(_ session: ChatSession, _ text: String) async throws -> (start: ChatStart?, reply: String) {
@@ -41,13 +45,13 @@ struct ChatSessionTests {
     return said
   }
 
-  @Test(arguments: ["fetched", "blocked", "generic", "path", "none", "reach", "source", "fetched+source", "whole"])
+  @Test(arguments: ["fetched", "blocked", "generic", "path", "none", "reach", "source", "fetched+source", "whole", "near"])
   func goesAsInPython(_ name: String) async throws {
     let expected = try #require(golden.sessions[name])
     let options = ChatOptions(
       memory: try MemoryChoice(parsing: expected.memory), system: expected.system, maxTokens: golden.maxTokens,
       blocked: Set(try expected.blocked.map(NodePath.init(parsing:))), history: name == "whole" ? .all : .topic)
-    let model = name == "reach" ? narrow : options.memory.hasPassage ? learnt : model
+    let model = name == "reach" ? narrow : name == "near" ? near : options.memory.hasPassage ? learnt : model
     let session = ChatSession(model: model, options: options)
     for turn in expected.turns {
       await anchor.clearCalls()
@@ -123,6 +127,7 @@ struct ChatSessionTests {
     await anchor.failAtCall(1)
     #expect(await hierMemError { _ = try await say(session, question) }?.kind == .model)
     #expect(await session.messages.isEmpty)
+    #expect(await session.topic == nil)
     let reply = try await say(session, question).reply
     #expect(try await say(untroubled, question).reply == reply)
     await anchor.failAtCall(4)  // in the midst of the reply, which stays as far as it went

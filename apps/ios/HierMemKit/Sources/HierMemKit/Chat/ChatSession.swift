@@ -119,7 +119,7 @@ public actor ChatSession {
     try checkIsIdle()
     isAnswering = true
     defer { isAnswering = false }
-    let asked = messages.count
+    let (asked, before) = (messages.count, topic)
     answered = nil
     messages.append(ChatMessage(.user, text))
     var reply = ""
@@ -131,6 +131,7 @@ public actor ChatSession {
         messages.append(ChatMessage(.assistant, reply))
       } else {
         messages.removeSubrange(asked...)
+        topic = before
       }
     }
     let (prompt, position, turn) = try await prepareAnswer(text, emit: emit)

@@ -1,7 +1,8 @@
 /// Where a turn of a conversation goes. The rule and its settings are mlx_hiermem/router.py's.
 ///
 /// A turn that names its subject is decided: it is much nearer to one child of a node than to the next, compared
-/// with the turn that chose the present path. It leads to a path of its own. A follow-up such as "and its symbol?"
+/// with the turn that chose the present path; in a bank with sources it is near to a passage instead. It leads to a
+/// path of its own. A follow-up such as "and its symbol?"
 /// stays on the path: it is like the question that led there, and the two asked together are no farther from the
 /// path than the question alone. What has nothing to do with the conversation gets no memory, and the path is kept
 /// for the turns after it.
@@ -30,6 +31,8 @@ public struct ChatTopic: Equatable, Sendable {
 
   /// How decided a turn has to be to leave, as a share of the turns that chose the path.
   public static let hysteresis = 0.5
+  /// How far from the nearest passage a turn leads, as a share of the bank's reach from passages.
+  public static let near: Float = 0.9
   /// How much a turn that does not lead has to belong to the conversation to stay on its path.
   public static let belongs = 0.02
   /// How much a distance from the path counts in that, beside a cosine.
@@ -45,10 +48,17 @@ public struct ChatTopic: Equatable, Sendable {
     self.turns = turns
   }
 
-  /// The topic after a turn that alone takes `path`; `nil` where the turn does not lead anywhere.
-  static func following(_ topic: ChatTopic?, path: NodePath, decided: Double, question: EmbeddedText) -> ChatTopic? {
+  /// The topic after a turn that goes so alone; `nil` where the turn does not lead anywhere.
+  ///
+  /// It leads where it is decided enough, or, with `near`, where it is no farther than that from a passage.
+  static func following(
+    _ topic: ChatTopic?, alone: MemoryRoute, decided: Double, question: EmbeddedText, near: Float?
+  ) -> ChatTopic? {
+    let path = alone.path
     guard let topic else { return ChatTopic(path: path, decided: decided, question: question, turns: 1) }
-    if path == .root || decided <= hysteresis * topic.decided { return nil }
+    var leads = decided > hysteresis * topic.decided
+    if let near, let passage = alone.passage { leads = passage <= near }
+    if path == .root || !leads { return nil }
     if path != topic.path { return ChatTopic(path: path, decided: decided, question: question, turns: 1) }
     let most = max(decided, topic.decided)
     return ChatTopic(path: path, decided: most, question: question, turns: topic.turnsAfter)
@@ -121,11 +131,16 @@ public struct MemoryRouter: Sendable {
       ChatTurn(
         alone: alone, route: route, stayed: stayed, decided: decided, needed: needed, belongs: belongs, topic: topic)
     }
-    let after = ChatTopic.following(topic, path: alone.path, decided: decided, question: said)
+    let near = sources != nil && policy.passageReach.isFinite ? ChatTopic.near * policy.passageReach : nil
+    let after = ChatTopic.following(topic, alone: alone, decided: decided, question: said, near: near)
     if let after { return turn(alone, after) }
     guard let topic else { preconditionFailure("a first turn leads") }
     let belongs = policy.hasReach ? try await belonging(said, topic) : nil
     if let belongs, belongs <= ChatTopic.belongs {
+      if near != nil && alone.path != .root {  // another subject that passages know
+        let topic = ChatTopic(path: alone.path, decided: decided, question: said, turns: 1)
+        return turn(alone, belongs: belongs, topic)
+      }
       let nowhere = MemoryRoute(path: .root, distances: [], avoided: alone.avoided, isFar: true)
       return turn(nowhere, belongs: belongs, topic.after(aside: said.vector))
     }

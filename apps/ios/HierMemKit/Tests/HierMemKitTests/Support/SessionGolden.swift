@@ -54,6 +54,7 @@ struct SessionGolden: Decodable {
   let maxTokens: Int
   let chat: Chat
   let reach: Float
+  let passageReach: Float
   let vectors: [String: [Float]]
   /// Vectors of length 1, for what the sources are asked.
   let worded: [String: [Float]]

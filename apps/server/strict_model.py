@@ -1,4 +1,4 @@
-"""What all requests have in common: strict JSON, bounded in depth, of Unicode text."""
+"""The base of all requests: strict JSON, bounded in depth, of Unicode text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _or_null(schema: dict[str, Any]) -> None:
             field["anyOf"] = [*forms, *[NULL] * (NULL not in forms)]
 
 
-class Asked(BaseModel):
+class StrictModel(BaseModel):
     """Base of all: JSON types are not converted, unknown fields are errors, null means not given."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra=_or_null)
