@@ -98,6 +98,24 @@ def test_a_format_leaves_what_the_optimiser_leaves(form: str) -> None:
     assert compress.size(values.shape, form) < 0.6 * compress.size(values.shape, "fp16")
 
 
+@pytest.mark.parametrize("form", ["fp16", "int8", "int8_channel", "int4", "lut4"])
+def test_a_format_is_what_is_stored(form: str, tmp_path: pathlib.Path) -> None:
+    """In so many bytes of the asset, which computes with them what the format says."""
+    shape = (192, 256)
+    torch.manual_seed(0)
+    product = torch.nn.Conv2d(shape[1], shape[0], 1, bias=False, dtype=torch.float16).requires_grad_(False)
+    weight, given = product.weight[:, :, 0, 0].float().numpy().copy(), torch.randn(1, shape[1], 1, 4).half()
+    module = compress.compress(torch.nn.Sequential(product), {"0": form}, (given,))
+    asset.save({"main": asset.Function(module, {"x": given}, ["y"])}, tmp_path / "one.aimodel")
+    size = sum(file.stat().st_size for file in (tmp_path / "one.aimodel").rglob("*") if file.is_file())
+    assert 0 <= size - compress.size(shape, form) < 2000
+    program = Runtime(tmp_path / "one.aimodel")
+    found = program.run("main", {"x": given.numpy()})["y"][0, :, 0].astype(np.float32)
+    program.close()
+    expected = compress.rounded(weight, form) @ given[0, :, 0].float().numpy()
+    assert np.abs(found - expected).max() < 1e-3 * np.abs(expected).max()
+
+
 def test_unknown_formats() -> None:
     with pytest.raises(HierMemError, match="unknown weight format 'int2'"):
         compress.rounded(np.ones((2, 2), np.float32), "int2")

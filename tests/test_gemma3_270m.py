@@ -5,6 +5,7 @@ Its weights are under Google's terms, so they are neither shipped nor downloaded
 """
 
 import hashlib
+import importlib
 import os
 import pathlib
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from mlx_hiermem import load
+from mlx_hiermem.convert.export.exporter import Options
 from mlx_hiermem.convert.pipeline import convert
 from mlx_hiermem.convert.verify import verify
 
@@ -35,6 +37,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def test_equals_its_source(model: pathlib.Path) -> None:
     receipt = verify(model, FILE)
     assert receipt.passed, receipt.checks
+
+
+@pytest.mark.parametrize("target", ["coreml", "coreai"])
+def test_exports(target: str, model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Its residual stream reaches 104 000, which float16 does not hold."""
+    if target == "coreai":
+        pytest.importorskip("coreai_torch", reason="needs the extra coreai")
+    exporter = importlib.import_module(f"mlx_hiermem.convert.{target}.export")
+    report = exporter.export(model, tmp_path / "app", Options(context=64, weights="fp16"))
+    assert report.receipt["measured"]["kl"] < 1e-4
 
 
 def test_speaks(model: pathlib.Path) -> None:

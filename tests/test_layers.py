@@ -39,6 +39,7 @@ ORDER = [
 ]
 ORDER += [
     "openlm",
+    "template_time",
     "tokenizer",
     "anchor",
     "partial",
@@ -72,6 +73,7 @@ CONVERT_MAY_IMPORT = {
     "cache",
     "memory",
     "openlm",
+    "template_time",
     "tokenizer",
     "anchor",
     "convert",

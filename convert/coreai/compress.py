@@ -2,7 +2,7 @@
 
     int8           a scale and a smallest value for each 32 values of a row: 9 bits a weight
     int8_channel   a scale for each row (output channel), symmetric: 8 bits
-    int4           as int8 with codes of 4 bits: 5 bits
+    int4           as int8 with codes of 4 bits, and a zero code for each block: 5.1 bits
     lut4           16 values for each 16 rows, found by k-means; every weight is one of them: 4 bits
 
 Apple's guidance for its own models: blocks where the GPU runs them, rows or tables for the Neural Engine.
@@ -49,7 +49,7 @@ def size(shape: tuple[int, ...], form: str) -> int:
         case "int8":
             return rows * columns + 4 * blocks
         case "int4":
-            return rows * columns // 2 + 4 * blocks
+            return rows * columns // 2 + 4 * blocks + blocks // 2
         case "lut4":
             return rows * columns // 2 + 2 * ENTRIES * rows // group_of(rows)
     return 2 * rows * columns

@@ -43,6 +43,7 @@ from mlx_hiermem.convert.export.chat import Framed, chat_format
 from mlx_hiermem.convert.export.shape import CACHES, LOAD, MEMORY, Export, matrices, parts
 from mlx_hiermem.errors import AnchorError
 from mlx_hiermem.files import file_digest
+from mlx_hiermem.template_time import bounded
 
 FORMAT, VERSION = "mlx-hiermem-coreml", 1
 MANIFEST, RECEIPT = "manifest.json", "receipt.json"
@@ -92,12 +93,14 @@ def describe_text(anchor: pathlib.Path, tokenizer: Any, knows_questions: bool = 
     config = read_config(anchor)
     template = getattr(tokenizer, "chat_template", None)
     speaker = tokenizer if template else Framed.of(tokenizer) if tokenizer is not None and knows_questions else None
+    with bounded():
+        chat = chat_format(speaker) if speaker else None
     stops = getattr(tokenizer, "eos_token_ids", None) or config.get("eos_token_id") or []
     wanted = config if config.get("do_sample") else {}
     return {
         "tokenizer": TOKENIZER,
         "chat_template": template if isinstance(template, str) else None,
-        "chat": chat_format(speaker) if speaker else None,
+        "chat": chat,
         "eos": sorted({stops} if isinstance(stops, int) else set(stops)),
         "sampling": {
             "temperature": float(wanted.get("temperature", 1.0)) if wanted else 0.0,

@@ -15,6 +15,7 @@ from typing import Any
 from mlx_hiermem.errors import AnchorError, ChatTemplateError, HierMemError
 from mlx_hiermem.files import parse_json
 from mlx_hiermem.printable import require_unicode
+from mlx_hiermem.template_time import bounded
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PLACE = "\ue000{}\ue001"  # stands for a message in a rendered template; private characters that nobody types
@@ -83,7 +84,8 @@ def encode_chat(
     for message in messages:
         require_unicode(_content(message))
     try:
-        return _encode_chat(tokenizer, messages, options | {"add_generation_prompt": reply})
+        with bounded():
+            return _encode_chat(tokenizer, messages, options | {"add_generation_prompt": reply})
     except HierMemError:
         raise
     except Exception as error:

@@ -30,6 +30,7 @@ from mlx_hiermem.printable import printable
 from mlx_hiermem.safetensors_file import map_tensors
 
 WINDOWS_FILE, INDEX_FILE = "sources/windows.jsonl", "sources/index.safetensors"
+DEEPEST = 64  # levels of a tree; of more, a path is not even made
 AGAIN = "Pull, convert or learn the bank again, or remove its sources/."
 
 
@@ -62,11 +63,13 @@ class BankSources:
             self._leaves, self._first = tensors["leaves"], tensors["first"]  # [m, 2] level and row, [m + 1]
             self._starts, self._vectors = tensors["starts"], tensors["vectors"]  # [n + 1] bytes, [n, dim]
             self.branching = int(tensors["branching"][0])
+            dimensions = [tensors[name].ndim for name in ("first", "starts", "vectors")]
+            pairs = self._leaves.shape[1:] == (2,)
             shapes = (len(self._first) - len(self._leaves), len(self._starts) - len(self._vectors))
             size = self._texts.stat().st_size
-        except (KeyError, IndexError, OSError) as error:
+        except (KeyError, IndexError, TypeError, OSError) as error:
             raise BankError(f"the sources in {root} are damaged: {error!r}", AGAIN) from error
-        if shapes != (1, 1) or int(self._starts[-1]) != size:
+        if not pairs or dimensions != [1, 1, 2] or shapes != (1, 1) or int(self._starts[-1]) != size:
             raise BankError(f"{self._texts} is not what {file.name} was made for", AGAIN)
 
     def __len__(self) -> int:
@@ -75,7 +78,11 @@ class BankSources:
 
     def leaves(self) -> list[Path]:
         """The leaves that have windows, in the order of the files."""
-        return [Path.of_row(int(row), int(level), self.branching) for level, row in self._leaves]
+        rows = self._leaves.tolist()
+        for level, row in rows:
+            if not (0 < level <= DEEPEST and 0 <= row < self.branching**level):
+                raise BankError(f"the index of {self._texts} has row {row} of level {level}: no leaf", AGAIN)
+        return [Path.of_row(row, level, self.branching) for level, row in rows]
 
     def read(self, leaf: Path) -> LeafSources | None:
         """A leaf's windows; None where it has none."""
@@ -106,9 +113,12 @@ class BankSources:
 
     def _lines(self, begin: int, end: int) -> list[SourceWindow]:
         try:
+            first, last = int(self._starts[begin]), int(self._starts[end])
+            if not 0 <= first <= last <= int(self._starts[-1]):
+                raise ValueError(f"its lines {begin} to {end} are nowhere in it")
             with self._texts.open("rb") as stream:
-                stream.seek(int(self._starts[begin]))
-                lines = stream.read(int(self._starts[end] - self._starts[begin])).splitlines()
+                stream.seek(first)
+                lines = stream.read(last - first).splitlines()
             rows = map(parse_json, lines)
             parts = ("document", "title", "place", "text")
             return [SourceWindow(*(printable(row[part]) for part in parts)) for row in rows]

@@ -31,6 +31,7 @@ from mlx_hiermem.learn.tree.build import CorpusTree
 from mlx_hiermem.learn.tree.probes import about, is_held_out, is_learnt, with_subjects
 from mlx_hiermem.learn.work import Work, with_rows
 from mlx_hiermem.router import TextEmbedder
+from mlx_hiermem.template_time import bounded
 from mlx_hiermem.tokenizer import FRAME, encode_chat, encode_text, spells_control
 
 EXAMPLES, HELDOUT = "examples", "heldout"
@@ -88,7 +89,8 @@ class Encoder:
         return self._more(answer) + sorted(ends)[:1]
 
     def _rendered(self, turns: list[dict[str, str]], **options: bool) -> str:
-        return self.tokenizer.apply_chat_template(turns, tokenize=False, **options)
+        with bounded():
+            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, **options))
 
     def _more(self, text: str) -> list[int]:
         return encode_text(self.tokenizer, text, special=False)

@@ -1,0 +1,90 @@
+"""A writer beside a conversation: every reply comes with the blocks of before or of after, whole."""
+
+from __future__ import annotations
+
+import pathlib
+import subprocess
+import sys
+import threading
+
+import pytest
+from tiny import load_tiny, make_model
+
+from mlx_hiermem.bank import edit
+from mlx_hiermem.bank.bank import MemoryBank
+from mlx_hiermem.bank.check import check
+from mlx_hiermem.config import Path
+from mlx_hiermem.session import Session
+
+REPLIES = 40
+WRITER = """
+import pathlib, sys
+from mlx_hiermem.bank import edit
+from mlx_hiermem.config import Path
+root, block = map(pathlib.Path, sys.argv[1:])
+print("ready", flush=True)
+for number in range(10**9):
+    source = block if number % 2 else root / "blocks/2/2.safetensors"
+    edit.add(root, source, Path((0, 1)), replacing=True)
+    print(number, flush=True)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: pathlib.Path) -> pathlib.Path:
+    return make_model(tmp_path / "model")
+
+
+def reply(session: Session) -> str:
+    session.reset()
+    return "".join(session.ask("What is gold?"))
+
+
+def test_nodes_that_are_blocked_and_opened_meanwhile(folder: pathlib.Path) -> None:
+    session = Session(load_tiny(folder), max_tokens=3)
+    said = reply(session)
+    known, path = {session.selection.blocks: said}, session.selection.path
+    edit.block(folder / "bank", [path])
+    said = reply(session)
+    known[session.selection.blocks] = said
+    assert len(known) == 2
+    stop = threading.Event()
+
+    def write() -> None:
+        while not stop.is_set():
+            edit.unblock(folder / "bank", [path])
+            edit.block(folder / "bank", [path])
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(REPLIES):
+            said = reply(session)
+            assert known[session.selection.blocks] == said
+    finally:
+        stop.set()
+        writer.join()
+    assert list(check(MemoryBank.open(folder / "bank"))) == []
+
+
+@pytest.mark.slow
+def test_a_block_that_another_process_replaces_meanwhile(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Both blocks' replies come, and no other: a block is never half of each."""
+    first, second = tmp_path / "first.safetensors", folder / "bank/blocks/2/2.safetensors"
+    first.write_bytes((folder / "bank/blocks/0/1.safetensors").read_bytes())
+    session = Session(load_tiny(folder), "0.1", max_tokens=6)
+    known = {reply(session)}
+    edit.add(folder / "bank", second, Path((0, 1)), replacing=True)
+    known.add(reply(session))
+    assert len(known) == 2
+    command = [sys.executable, "-c", WRITER, str(folder / "bank"), str(first)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout
+        assert writer.stdout.readline() == "ready\n"
+        try:
+            said = {reply(session) for _ in range(REPLIES)}
+        finally:
+            writer.kill()
+    assert said <= known
+    edit.unblock(folder / "bank", [])  # the next change finishes what the kill interrupted
+    assert list(check(MemoryBank.open(folder / "bank"))) == []
