@@ -113,6 +113,7 @@ def test_huggingface(kind: str, tmp_path: pathlib.Path) -> None:
     check(model, tmp_path / "anchor", tmp_path)
 
 
+@pytest.mark.slow
 def test_one_head_of_keys(tmp_path: pathlib.Path) -> None:
     """A norm over a head is then one over all heads, and is taken once."""
     model = halves(hf_model("gemma3_text", num_key_value_heads=1))

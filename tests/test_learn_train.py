@@ -390,6 +390,7 @@ def test_distillation_brings_the_student_to_the_teacher(
     assert rows[-1]["loss"] < 0.95 * rows[0]["loss"]
 
 
+@pytest.mark.slow
 def test_old_blocks_stay_as_they_are(
     anchor: pathlib.Path, training_set: TrainingSet, whole: Bank, tmp_path: pathlib.Path
 ) -> None:

@@ -156,6 +156,7 @@ def hiermem(capsys: pytest.CaptureFixture[str], *arguments: str | pathlib.Path) 
     return int(ended.value.code or 0), done.out, done.err
 
 
+@pytest.mark.slow
 def test_command(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, text, errors = hiermem(capsys, folder)
     assert (code, errors) == (0, "")

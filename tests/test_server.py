@@ -349,6 +349,7 @@ def test_a_question_that_is_like_nothing_says_so(
     assert (memory["far"], memory["path"], memory["blocks"]) == (True, "", [])
 
 
+@pytest.mark.slow
 def test_several_clients_get_what_each_gets_alone(client: openai.OpenAI, server: Running) -> None:
     """Eight at once, on a batch of four."""
     prompts = [f"prompt number {index}" for index in range(len(SEVERAL))]

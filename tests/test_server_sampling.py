@@ -115,6 +115,7 @@ def test_penalties_count_the_reply_alone(model: MemoryModel) -> None:
         assert after[4] == -1.0
 
 
+@pytest.mark.slow
 def test_several_replies(client: openai.OpenAI) -> None:
     options = {"temperature": 1.0, "seed": 5, "max_tokens": 20}
     single = [text(client, **options | {"seed": seed}) for seed in (5, 6, 7)]

@@ -48,6 +48,7 @@ def test_the_goldens_are_up_to_date(made: pathlib.Path) -> None:
         assert equal, f"{name} is stale, {hint}"
 
 
+@pytest.mark.slow
 def test_a_change_would_be_seen(made: pathlib.Path) -> None:
     golden = json.loads((made / "routes.json").read_text())
     other = json.loads((made / "routes.json").read_text())

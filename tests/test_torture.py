@@ -63,6 +63,7 @@ def test_changed_files_are_read_or_refused(name: str, rng: random.Random) -> Non
     assert_typed(name, mutated(data, reader.kind, rng))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", JSON)
 @few
 @given(value=values)
