@@ -61,11 +61,13 @@ test-swift: setup  ## build and test the Swift package; on Debian, .ci/swift-roo
 	$(SWIFT) swiftc -parse $(CHAT)/*.swift
 	$(SWIFT) swiftc -typecheck -swift-version 6 -I .build/debug/Modules $(CHAT)/Assistant.swift
 
-torture: setup  ## hostile files, deaths and failing disks (INPUTS, TRIALS and KILLS set the scale)
+torture: setup  ## hostile files, deaths, failing disks, many clients (INPUTS, TRIALS and KILLS set the scale)
 	$(BIN)/python tests/torture/fuzz.py --inputs $(INPUTS)
 	$(BIN)/python tests/torture/processes.py --trials $(TRIALS)
 	$(BIN)/python tests/torture/kills.py --kills $(KILLS)
 	$(BIN)/python tests/torture/kills.py --kills $(KILLS) --how full read-only eio short
+	$(BIN)/python tests/torture/memory.py
+	$(BIN)/python tests/torture/clients.py
 
 lint: setup  ## check style, format, types, and the page of commands
 	$(BIN)/ruff check

@@ -9,6 +9,7 @@ import pytest
 from tiny import CONFIG, LLAMA, load_tiny, make_anchor, make_bank, make_model
 
 from mlx_hiermem import load
+from mlx_hiermem.anchor import load_anchor
 from mlx_hiermem.apps.cli import main as cli
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.config import KINDS, Path
@@ -28,6 +29,20 @@ def model(tmp_path: pathlib.Path) -> MemoryModel:
 
 def _logits(model: MemoryModel, text: str) -> mx.array:
     return model.anchor(mx.array([model.tokens(text)]))
+
+
+def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, said = make_anchor(tmp_path / "anchor"), tmp_path / "meminfo"
+    monkeypatch.setattr("mlx_hiermem.anchor.MEMORY", said)
+    said.write_text("MemTotal: 99999999 kB\nMemAvailable: 100 kB\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlx_lm.utils.load_model", lambda *_, **__: pytest.fail("it was loaded"))
+        with pytest.raises(AnchorError, match=r"0\.0 GB are free"):
+            load_anchor(folder)
+    said.write_text("nothing that is known")
+    assert load_anchor(folder)[1] is not None
 
 
 def test_each_memory_gives_other_logits(model: MemoryModel) -> None:

@@ -181,7 +181,7 @@ def test_what_is_refused(client: openai.OpenAI, change: dict[str, Any], message:
 
 
 def test_arguments_that_are_no_object(client: openai.OpenAI) -> None:
-    for arguments in ("[1]", "{", "1"):
+    for arguments in ("[1]", "{", "1", "[" * 50_000):
         call = {"id": "1", "type": "function", "function": {"name": "weight", "arguments": arguments}}
         turn = {"role": "assistant", "content": None, "tool_calls": [call]}
         with pytest.raises(openai.BadRequestError, match="JSON object"):

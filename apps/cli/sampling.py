@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import typer
+
+from mlx_hiermem.files import parse_json
 
 TEMPERATURE = typer.Option(0.0, "--temperature", "-t", min=0.0, help="0 takes the likeliest token.")
 TOP_P = typer.Option(1.0, min=0.0, max=1.0, help="Draws from the likeliest tokens that have this share together.")
@@ -50,7 +51,7 @@ def changed(options: Mapping[str, Any]) -> dict[str, Any]:
 def template_args(text: str) -> dict[str, Any]:
     """The option `--chat-template-args`. Raises BadParameter."""
     try:
-        found = json.loads(text or "{}")
+        found = parse_json(text or "{}")
     except ValueError as error:
         raise typer.BadParameter(f"it is not JSON: {error}", param_hint="--chat-template-args") from error
     if not isinstance(found, dict):

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from mlx_hiermem.apps.server.refusal import ApiError
 from mlx_hiermem.apps.server.strict_model import AnyObject, StrictModel
+from mlx_hiermem.files import parse_json
 
 # What comes with a reply, and so is sent back with it, but that the next turn does not see.
 REPLY_FIELDS = {"function_call", "audio", "refusal", "annotations", "reasoning_content", "memory", "sources"}
@@ -60,7 +61,7 @@ class Called(StrictModel):
     @classmethod
     def _object(cls, value: str) -> str:
         try:
-            if isinstance(json.loads(value or "{}"), dict):
+            if isinstance(parse_json(value or "{}"), dict):
                 return value or "{}"
         except ValueError:
             pass

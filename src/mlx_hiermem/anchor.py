@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import pathlib
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
     import mlx.nn as nn
 
+MEMORY = pathlib.Path("/proc/meminfo")
 SAMPLE = 1 << 16  # bytes of each tensor that enter the weights digest
 OPENLM_FILE = "openlm.py"  # the copy of our own class that `hiermem convert` puts beside the weights
 LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
@@ -94,6 +97,25 @@ def refuse_layers(folder: pathlib.Path, config: dict[str, Any]) -> None:
             raise AnchorError(f"{folder} has {tensors} tensors for the {layers} layers of its config.json")
 
 
+def refuse_size(folder: pathlib.Path) -> None:
+    """Raises AnchorError where the weights alone are more than the memory that is free; the system would end us."""
+    needed, free = sum(file.stat().st_size for file in folder.glob("model*.safetensors")), free_memory()
+    if free is not None and needed > free:
+        raise AnchorError(
+            f"{folder} needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free",
+            "End other programs, or take a smaller model or one in fewer bits.",
+        )
+
+
+def free_memory() -> int | None:
+    """Bytes that a program may still take. On a Mac, which can make any of it free, all that there are."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(MEMORY.read_text().split("MemAvailable:")[1].split()[0]) << 10
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
 def refuse_code(folder: pathlib.Path, config: dict[str, Any]) -> None:
     """Raises AnchorError where a config names a file of code to build the model by.
 
@@ -133,6 +155,7 @@ def load_anchor(folder: pathlib.Path, dtype: mx.Dtype | None = None) -> tuple[nn
     config = read_config(folder)
     refuse_code(folder, config)
     refuse_layers(folder, config)
+    refuse_size(folder)
     own_class = {"model_file": None}  # of an OpenLM; mlx-lm is not told of the file beside its weights
     try:
         model, _ = load_model(folder, lazy=True, get_model_classes=model_classes, model_config=own_class)

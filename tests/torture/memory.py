@@ -1,6 +1,6 @@
 """Whether memory is bounded: changes of path under a small budget, many sessions, a server that runs for long.
 
-    python tests/torture/memory.py --changes 10000 --turns 50 --minutes 30 --out benchmarks/results/memory.json
+    python tests/torture/memory.py --changes 10000 --turns 60 --minutes 30 --out memory_bound.json
 
 The bank is almost three times as large as the budget for its blocks. Resident memory is looked at all the time; its
 slope is that of the second half, by least squares.

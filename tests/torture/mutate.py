@@ -9,6 +9,7 @@ import io
 import json
 import random
 import zipfile
+import zlib
 from typing import Any
 
 BAD_ZIP = (zipfile.BadZipFile, NotImplementedError, EOFError)
@@ -63,6 +64,8 @@ def mutated(data: bytes, kind: str, rng: random.Random) -> bytes:
                 RecursionError,
                 OSError,
                 NotImplementedError,
+                OverflowError,
+                zlib.error,
             ):
                 pass  # an earlier change has made it something else
         data = changed_bytes(data, rng)

@@ -58,6 +58,8 @@ def read_tasks(file: pathlib.Path, data: pathlib.Path | None = None) -> dict[str
     for name, table in tables.items():
         if not isinstance(table, dict) or not {"kind", "file"} <= table.keys() or table.keys() - known:
             raise TaskError(f"{file}: [{name}] needs kind and file, and may have {', '.join(sorted(known))}")
+        if not isinstance(table["file"], str):
+            raise TaskError(f"{file}: [{name}] has file {table['file']!r}", "Give a file's name.")
         found[name] = Task(name, **{**table, "file": folder / table["file"]})
     return found
 

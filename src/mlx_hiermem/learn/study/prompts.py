@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlx_hiermem.errors import FileError
-from mlx_hiermem.files import MALFORMED, read_lines
+from mlx_hiermem.files import MALFORMED, parse_json, read_lines
 from mlx_hiermem.learn.corpus.corpus import Corpus, not_there
 from mlx_hiermem.learn.settings import Prompt
 from mlx_hiermem.learn.tree.probes import names, with_subjects
@@ -52,7 +52,7 @@ def read_prompts(file: pathlib.Path) -> tuple[Prompt, ...]:
 
 def parse(line: str) -> Prompt:
     """The prompt of a line. Raises ValueError where it has none of the forms."""
-    return prompt_of(json.loads(line))
+    return prompt_of(parse_json(line))
 
 
 def prompt_of(row: Any) -> Prompt:
