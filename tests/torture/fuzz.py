@@ -185,15 +185,15 @@ def watch(process: Any, progress: Progress) -> str:
     return f"the process hung for more than {STUCK:g} s"
 
 
-def keep(reader: Reader, number: int, seed: int) -> pathlib.Path:
-    """Writes an input into the repository's seeds."""
+def keep(reader: Reader, number: int, seed: int) -> None:
+    """Writes an input into the repository's seeds, and says where."""
     with tempfile.TemporaryDirectory() as folder:
         good = reader.make(pathlib.Path(folder)).read_bytes()
     data = input_of(reader, good, f"{seed} {reader.name} {number}")
     file = SEEDS / reader.name / hashlib.sha256(data).hexdigest()[:12]
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(data)
-    return file
+    print(f"    kept as {file.relative_to(SEEDS.parent)}", flush=True)
 
 
 def guided(reader: Reader, seconds: int) -> None:
@@ -257,8 +257,11 @@ def _run(reader: Reader, count: int, asked: argparse.Namespace) -> int:
     save(row := campaign(reader, count, row, save))
     print(f"{reader.name:16} {row['counts']}, slowest {row['slowest']:.2f} s", flush=True)
     for what, number in row["failures"].items():
-        kept = f"kept as {keep(reader, number, asked.seed)}" if number >= 0 else ""
-        print(f"    {what}\n    {kept}", flush=True)
+        print(f"    {what}", flush=True)
+        if number >= 0:  # in a process of its own: a copy of one that has used MLX could hang
+            process = CONTEXT.Process(target=keep, args=(reader, number, asked.seed))
+            process.start()
+            process.join()
     return len(row["failures"])
 
 
