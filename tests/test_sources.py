@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pathlib
 import shutil
 
@@ -11,14 +13,14 @@ import pytest
 from tiny import HashEmbedder, give_sources, make_anchor, make_bank, make_model
 
 from mlx_hiermem import load
-from mlx_hiermem.bank import edit, merge, quantize
+from mlx_hiermem.bank import commit, edit, merge, quantize
 from mlx_hiermem.bank.bank import MANIFEST, MemoryBank
 from mlx_hiermem.bank.block import block_name
 from mlx_hiermem.bank.check import check
 from mlx_hiermem.bank.sources import INDEX_FILE, WINDOWS_FILE, BankSources, write_sources
 from mlx_hiermem.config import Path
 from mlx_hiermem.embedder import Embedder
-from mlx_hiermem.errors import BankError
+from mlx_hiermem.errors import BankError, OutputError
 from mlx_hiermem.memory_choice import MemoryChoice
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.router import Router
@@ -46,6 +48,34 @@ def kept(folder: pathlib.Path) -> dict[str, list[str]]:
     sources = MemoryBank.open(folder).sources
     assert sources is not None
     return {str(one.leaf): [window.title for window in one.windows] for one in sources.all()}
+
+
+@pytest.mark.parametrize("first", [WINDOWS_FILE, INDEX_FILE])
+def test_of_an_edit_that_was_interrupted_between_the_two_files_readers_see_the_new_ones(
+    bank: pathlib.Path, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    replace, moved = os.replace, list[str]()
+
+    def failing(source: pathlib.Path, target: pathlib.Path) -> None:
+        """The disk takes one of the two, and no more."""
+        name = os.path.relpath(target, bank)
+        if name in (WINDOWS_FILE, INDEX_FILE) and (name != first or moved):
+            raise OSError(errno.EROFS, "Read-only file system")
+        replace(source, target)
+        moved.append(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", failing)
+        order = [first, *{WINDOWS_FILE, INDEX_FILE} - {first}]
+        patch.setattr(commit, "LAST", (*order, *commit.LAST))
+        with pytest.raises(OutputError, match="Read-only"):
+            edit.remove(bank, [Path((0, 1))])
+    assert kept(bank) == {"1.0": ["Gold"], "2.2": ["Iron"]}
+    opened = MemoryBank.open(bank).sources
+    edit.unblock(bank, [])  # finishes it
+    assert kept(bank) == {"1.0": ["Gold"], "2.2": ["Iron"]}
+    assert opened is not None
+    assert [one.windows[0].title for one in opened.all()] == ["Gold", "Iron"], "opened before, read after"
 
 
 def test_a_leaf_is_read_as_it_was_written(bank: pathlib.Path) -> None:

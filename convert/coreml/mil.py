@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from mlx_hiermem.convert.coreml.compress import Encoded, check_half, encode
-from mlx_hiermem.errors import CoreMLError, MissingDependencyError
+from mlx_hiermem.errors import CoreMLError, MissingDependencyError, OutputError
 
 logging.getLogger("coremltools").setLevel(logging.ERROR)  # it warns of every torch and numpy it was not tried with
 try:
@@ -35,6 +35,7 @@ except ImportError as error:
 Var = Any  # a value of the program; coremltools has no types
 OPSET = ct.target.iOS18
 NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+UNWRITTEN = re.compile(r"filesystem error|MIL FileWriter")  # what coremltools says where a disk fails
 PACKED = {"uint4": np_uint4_dtype}
 
 
@@ -123,16 +124,23 @@ def save(functions: Mapping[str, Any], package: pathlib.Path) -> None:
     program.default_function_name = next(iter(functions))
     program.export_as_multifunction = len(functions) > 1
     program.skip_all_passes = True
-    with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
-        mil_convert(
-            program,
-            convert_from="milinternal",
-            convert_to="mlprogram",
-            compute_units=ct.ComputeUnit.CPU_ONLY,
-            specification_version=OPSET,
-            pass_pipeline=ct.PassPipeline.EMPTY,
-            skip_model_load=True,
-            package_dir=str(package),
-        )
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
+            mil_convert(
+                program,
+                convert_from="milinternal",
+                convert_to="mlprogram",
+                compute_units=ct.ComputeUnit.CPU_ONLY,
+                specification_version=OPSET,
+                pass_pipeline=ct.PassPipeline.EMPTY,
+                skip_model_load=True,
+                package_dir=str(package),
+            )
+    except RuntimeError as error:
+        if not UNWRITTEN.search(str(error)):
+            raise
+        raise OutputError(
+            f"cannot write {package}: {error}", "Is there room for it, and may it be written?"
+        ) from error
     for file in package.rglob("*"):
         file.chmod(0o755 if file.is_dir() else 0o644)  # it makes some of them unreadable to others

@@ -17,7 +17,7 @@ from mlx_hiermem.bank.block import GENERIC_FILE, MemoryBlock, block_name, read_b
 from mlx_hiermem.bank.manifest import BankManifest
 from mlx_hiermem.bank.policy import POLICY, BankPolicy
 from mlx_hiermem.bank.remote import Origin, RemoteTier, node_of
-from mlx_hiermem.bank.sources import INDEX_FILE, WINDOWS_FILE, BankSources
+from mlx_hiermem.bank.sources import INDEX_FILE, WINDOWS_FILE, BankSources, standing
 from mlx_hiermem.config import GENERIC_LEVEL, GENERIC_NODE, MemoryConfig, Path
 from mlx_hiermem.errors import BankError
 from mlx_hiermem.files import file_digest, reason
@@ -105,9 +105,9 @@ class MemoryBank:
         if self.manifest.sources is None or (self.remote and not (self.root / INDEX_FILE).is_file()):
             return None
         for name in (WINDOWS_FILE, INDEX_FILE) if self.verify else ():
-            if (self.root / name).is_file():
-                self._require(name, file_digest(self.root / name))
-        return BankSources(self.root)
+            if (file := standing(self.root, name, self.root / EDIT)).is_file():
+                self._require(name, file_digest(file))
+        return BankSources(self.root, self.root / EDIT)
 
     def state(self, node: Path) -> str:
         """Of a node's block: `blocked` (itself or above), `on disk`, `remote` (on the hub), or `missing`."""

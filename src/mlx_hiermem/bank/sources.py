@@ -56,8 +56,9 @@ class LeafSources:
 class BankSources:
     """Opened for reading. Raises BankError where the two files are damaged, or do not belong together."""
 
-    def __init__(self, root: pathlib.Path) -> None:
-        self._texts, file = root / WINDOWS_FILE, root / INDEX_FILE
+    def __init__(self, root: pathlib.Path, edit: pathlib.Path | None = None) -> None:
+        """`edit` is the folder of a change that stands, and may have only one of the two files in its place yet."""
+        self._root, self._texts, file = root, standing(root, WINDOWS_FILE, edit), standing(root, INDEX_FILE, edit)
         tensors = map_tensors(file, ("F16", "I64"), BankError, AGAIN)
         try:
             self._leaves, self._first = tensors["leaves"], tensors["first"]  # [m, 2] level and row, [m + 1]
@@ -116,6 +117,8 @@ class BankSources:
             first, last = int(self._starts[begin]), int(self._starts[end])
             if not 0 <= first <= last <= int(self._starts[-1]):
                 raise ValueError(f"its lines {begin} to {end} are nowhere in it")
+            if not self._texts.exists():
+                self._texts = self._root / WINDOWS_FILE  # it has come to its place
             with self._texts.open("rb") as stream:
                 stream.seek(first)
                 lines = stream.read(last - first).splitlines()
@@ -124,6 +127,11 @@ class BankSources:
             return [SourceWindow(*(printable(row[part]) for part in parts)) for row in rows]
         except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             raise BankError(f"cannot read {self._texts}: {error!r}", AGAIN) from error
+
+
+def standing(root: pathlib.Path, name: str, edit: pathlib.Path | None) -> pathlib.Path:
+    """A file of the sources: the one in the edit's folder where that is still there."""
+    return edit / name if edit and (edit / name).is_file() else root / name
 
 
 def write_sources(root: pathlib.Path, found: Iterable[LeafSources], branching: int, dim: int) -> SourcesEntry:

@@ -15,6 +15,7 @@ from typing import Any
 
 from mlx_hiermem.anchor import identify
 from mlx_hiermem.bank.bank import MemoryBank
+from mlx_hiermem.bank.commit import editing, interrupted
 from mlx_hiermem.config import Path
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import BankError
@@ -59,6 +60,9 @@ def add(
     CorpusError and OutputError as `run.learn`.
     """
     check_model(model)
+    if interrupted(model / BANK):  # carried out to its end before anything is read
+        with editing(model / BANK):
+            pass
     with locked_work(work_folder(model)) as work:
         added = Adding(work, model, settings, listener).run(sources)
         forget_status(work.folder)
