@@ -502,6 +502,7 @@ print("done", input(), flush=True)
 """
 
 
+@pytest.mark.slow
 def test_what_is_typed_ahead_is_shown_by_the_prompt_alone(tmp_path: pathlib.Path) -> None:
     """In a real terminal, while the model loads and while it answers; afterwards the terminal echoes again."""
     program, terminal = pty.fork()

@@ -32,6 +32,8 @@ from mlx_hiermem.convert.export.exporter import Options  # noqa: E402
 from mlx_hiermem.convert.export.shape import CACHES, Export  # noqa: E402
 from mlx_hiermem.errors import CoreAIError, CoreMLError, HierMemError  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 def saved(anchor: pathlib.Path, path: pathlib.Path, precision: Any) -> tuple[Runtime, dict, dict]:
     """An asset, opened, and what the manifest says of it."""
@@ -62,14 +64,12 @@ def check(model: Any, anchor: pathlib.Path, folder: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.slow
 def test_huggingface(kind: str, tmp_path: pathlib.Path) -> None:
     model = halves(hf_model(kind))
     convert_huggingface(save_hf(model, tmp_path / "source"), tmp_path / "anchor")
     check(model, tmp_path / "anchor", tmp_path)
 
 
-@pytest.mark.slow
 def test_one_head_of_keys(tmp_path: pathlib.Path) -> None:
     """As Gemma 3 270M has it: a norm over a head is one over all heads, and is taken once."""
     model = halves(hf_model("gemma3_text", num_key_value_heads=1))
@@ -77,7 +77,6 @@ def test_one_head_of_keys(tmp_path: pathlib.Path) -> None:
     check(model, tmp_path / "anchor", tmp_path)
 
 
-@pytest.mark.slow
 def test_openlm(tmp_path: pathlib.Path) -> None:
     model = halves(random_openlm(norm="gain_only_lp_layer_norm", position="rotary", qk_norm=True))
     tiny.make_tokenizer(tmp_path)

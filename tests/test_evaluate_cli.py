@@ -123,7 +123,11 @@ def test_two_banks_are_compared(
         (["--tasks", "good.jsonl", "--memory", "lots"], "unknown memory 'lots'"),
         (["--tasks", "good.jsonl", "--memory", "oracle"], "has no document"),
         (["--tasks", "good.jsonl", "--frequencies", "good.jsonl"], "Give one JSON object of numbers"),
-        (["--tasks", "nowhere.yaml"], "lm-evaluation-harness has no task nowhere.yaml"),
+        pytest.param(
+            ["--tasks", "nowhere.yaml"],
+            "lm-evaluation-harness has no task nowhere.yaml",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_bad_input_is_named_and_nothing_runs(

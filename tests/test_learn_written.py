@@ -258,6 +258,7 @@ class TestChecks:
         assert source.covers([Prompt("Stoat", "", "The ermine is a mustelid that lives in Eurasia.")])
 
 
+@pytest.mark.slow
 class TestServer:
     def test_what_it_writes_is_learnt(
         self, corpus: Corpus, serve: Callable[..., str], tmp_path: pathlib.Path

@@ -315,6 +315,7 @@ def test_time_is_up_before_the_first_token(folder: pathlib.Path, gate: Gate, str
         assert eventually(lambda: idle(running))
 
 
+@pytest.mark.slow
 def test_time_is_up_in_a_stream(folder: pathlib.Path, gate: Gate) -> None:
     with serving(lambda: tiny_model(folder), timeout=2.0) as running:
         gate.let(12)
