@@ -306,15 +306,22 @@ def test_ctrl_c_keeps_the_session(model: MemoryModel, monkeypatch: pytest.Monkey
     assert session.prefilled == whole if torn else session.prefilled < whole / 2
 
 
+def break_off(session: Session, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C before the first token."""
+    real = session.model.responses
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            session.model, "responses", lambda *a, **k: interrupted(real(*a, **k), k["prompt_cache"], 0, False)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            say(session, text)
+
+
 def test_nothing_said_is_nothing_asked(model: MemoryModel, monkeypatch: pytest.MonkeyPatch) -> None:
     session = Session(model, memory="0.1", max_tokens=6)
     say(session, "first")
     before = list(session.messages)
-    with monkeypatch.context() as patch:
-        real = model.responses
-        patch.setattr(model, "responses", lambda *a, **k: interrupted(real(*a, **k), k["prompt_cache"], 0, False))
-        with pytest.raises(KeyboardInterrupt):
-            say(session, "second")
+    break_off(session, "second", monkeypatch)
     assert session.messages == before
     with pytest.raises(BankError):
         session.use("9.9")
@@ -327,11 +334,7 @@ def test_nothing_said_is_nothing_asked(model: MemoryModel, monkeypatch: pytest.M
     session.use("fetched")
     say(session, "about neon")
     topic = session.topic
-    with monkeypatch.context() as patch:
-        real = model.responses
-        patch.setattr(model, "responses", lambda *a, **k: interrupted(real(*a, **k), k["prompt_cache"], 0, False))
-        with pytest.raises(KeyboardInterrupt):
-            say(session, "now iron")
+    break_off(session, "now iron", monkeypatch)
     assert session.topic == topic
 
 
