@@ -36,7 +36,7 @@ from mlx_hiermem.cache import BlockCache, Fetch
 from mlx_hiermem.evaluate.statistics import share_interval
 from mlx_hiermem.learn import LearnSettings, learn
 from mlx_hiermem.learn.settings import MemorySettings, Prompt, TrainingSettings, TreeSettings
-from mlx_hiermem.learn.status import Silent
+from mlx_hiermem.learn.stages import Silent
 from mlx_hiermem.learn.study.prompts import prompt_of
 from mlx_hiermem.learn.train.monitor import TrainingProgress
 from mlx_hiermem.learn.work import work_folder

@@ -25,9 +25,8 @@ from mlx_hiermem.errors import TeacherError
 from mlx_hiermem.learn.corpus.corpus import Corpus
 from mlx_hiermem.learn.corpus.windows import Window
 from mlx_hiermem.learn.settings import Prompt, StudySettings
-from mlx_hiermem.learn.study.checks import Evidence
 from mlx_hiermem.learn.study.free_study import forms, parse_reply
-from mlx_hiermem.learn.study.prompts import line_of, parse, read_prompts
+from mlx_hiermem.learn.study.prompts import Evidence, line_of, parse, read_prompts
 from mlx_hiermem.learn.study.stage import Teaching, help_study, study
 from mlx_hiermem.learn.study.teacher import Replies
 from mlx_hiermem.learn.study.writers import ModelWriter, Request, ServerWriter

@@ -24,7 +24,7 @@ from mlx_hiermem.learn.corpus.corpus import Corpus
 from mlx_hiermem.learn.publish import ANCHOR, BANK, MovedTexts, kept_texts
 from mlx_hiermem.learn.relearn import Lesson, NewTexts, Relearning
 from mlx_hiermem.learn.settings import AddSettings, ExampleSettings, Prompt
-from mlx_hiermem.learn.status import Listener, Silent, forget_status
+from mlx_hiermem.learn.stages import Listener, Silent, forget_status
 from mlx_hiermem.learn.train.dataset import TrainingSet
 from mlx_hiermem.learn.train.encoding import EXAMPLES, make_examples
 from mlx_hiermem.learn.tree.build import CorpusTree, added_node, place_in_tree, with_new_leaf

@@ -24,8 +24,7 @@ from typing import Any
 from mlx_hiermem.files import file_digest
 from mlx_hiermem.learn.corpus.windows import Window
 from mlx_hiermem.learn.settings import Prompt, StudySettings
-from mlx_hiermem.learn.study.checks import Evidence, same_words
-from mlx_hiermem.learn.study.prompts import line_of
+from mlx_hiermem.learn.study.prompts import Evidence, line_of, same_words
 from mlx_hiermem.learn.study.teacher import Replies
 from mlx_hiermem.learn.study.writers import Request, Writer
 from mlx_hiermem.learn.work import Row
