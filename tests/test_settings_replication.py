@@ -65,8 +65,9 @@ def test_growth_is_told_for_each_doubling(lessons: Material, tmp_path: pathlib.P
 
 
 def test_a_bank_is_compared_on_the_questions_of_the_smallest(lessons: Material, tmp_path: pathlib.Path) -> None:
-    right = dict.fromkeys(settings_replication.PASSAGES, ALWAYS[:27] + NEVER[27:])
-    keep(tmp_path, "bank", "fetched", "x", right | {"27 passages": ALWAYS[:27]})
+    small, middle, large = settings_replication.PASSAGES
+    right = {small: [0, *ALWAYS[1:27]], middle: ALWAYS[:27] + NEVER[27:], large: [1, 0, *ALWAYS[2:27], *NEVER[27:]]}
+    keep(tmp_path, "bank", "fetched", "x", right)
     (found,) = settings_replication.findings(tmp_path, lessons)
     assert {one["of"] for one in found.figures["shares"].values()} == {27}
     assert found.verdict == "unclear"
