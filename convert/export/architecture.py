@@ -57,8 +57,8 @@ class Linear:
 class Layer:
     """One transformer block. `frequencies` [head_dim / 2] in radians per token, None for no positions.
 
-    `window`: how many tokens back attention reaches, itself included; 0 for all. q_norm and k_norm are over a
-    head, or over all heads at once.
+    `sliding_window`: how many tokens back attention reaches, itself included; 0 for all. q_norm and k_norm are over
+    a head, or over all heads at once.
     """
 
     q: Linear
@@ -75,7 +75,7 @@ class Layer:
     q_norm: Norm | None
     k_norm: Norm | None
     frequencies: np.ndarray | None
-    window: int
+    sliding_window: int
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def _layer(kind: str, index: int, layer: nn.Module, args: Any, head_dim: int) ->
         q_norm=q_norm,
         k_norm=k_norm,
         frequencies=_frequencies(attention.rope, head_dim),
-        window=_window(layer, args),
+        sliding_window=_window(layer, args),
     )
 
 

@@ -27,7 +27,7 @@ from mlx_hiermem.config import MemoryConfig
 from mlx_hiermem.errors import OutputError
 from mlx_hiermem.files import write_json
 from mlx_hiermem.learn.corpus.corpus import Corpus, read_corpus
-from mlx_hiermem.learn.settings import AddSettings, LearnSettings, Prompt, StudySettings
+from mlx_hiermem.learn.settings import AddSettings, LearnSettings, PromptPair, StudySettings
 from mlx_hiermem.learn.study.prompts import about_windows, give
 from mlx_hiermem.learn.study.stage import Teaching, study
 from mlx_hiermem.learn.study.teacher import Teacher, load_teacher
@@ -223,7 +223,7 @@ class StagedRun:
             self.listener.end(corpus_line(corpus, skipped))
         return corpus, skipped
 
-    def study(self, corpus: Corpus, prompts: tuple[Prompt, ...], teaching: Teaching | None) -> None:
+    def study(self, corpus: Corpus, prompts: tuple[PromptPair, ...], teaching: Teaching | None) -> None:
         """Stages `study` and `prompts`."""
         with self.stage("study"):
             given = about_windows(corpus, prompts)  # may be wrong, so before anything that takes long

@@ -35,7 +35,7 @@ from typing import Any
 from mlx_hiermem.errors import FileError
 from mlx_hiermem.files import MALFORMED, parse_json, read_lines
 from mlx_hiermem.learn.corpus.corpus import Corpus, not_there
-from mlx_hiermem.learn.settings import Prompt
+from mlx_hiermem.learn.settings import PromptPair
 from mlx_hiermem.learn.study.patterns import patterns
 from mlx_hiermem.learn.tree.probes import names, with_subjects
 from mlx_hiermem.learn.work import PROMPTS, STUDY, Row, Work, read_rows, write_rows
@@ -57,7 +57,7 @@ WRITTEN = {word: str(number) for number, word in enumerate(COUNTED.split())}
 WRITTEN |= {"half": "2", "hundred": "100", "thousand": "1000"}
 
 
-def read_prompts(file: pathlib.Path) -> tuple[Prompt, ...]:
+def read_prompts(file: pathlib.Path) -> tuple[PromptPair, ...]:
     """All prompts of a file. Raises FileError for the first line that is none."""
     found = []
     for number, line in read_lines(file):
@@ -68,22 +68,22 @@ def read_prompts(file: pathlib.Path) -> tuple[Prompt, ...]:
     return tuple(found)
 
 
-def parse(line: str) -> Prompt:
+def parse(line: str) -> PromptPair:
     """The prompt of a line. Raises ValueError where it has none of the forms."""
     return prompt_of(parse_json(line))
 
 
-def prompt_of(row: Any) -> Prompt:
+def prompt_of(row: Any) -> PromptPair:
     """The prompt of a line's JSON. Raises ValueError as `parse` does."""
     match row:
         case {"document": str(document), "messages": [{"role": "user"} as asked, {"role": "assistant"} as said]}:
-            found = Prompt(document, str(asked["content"]), str(said["content"]), chat=True)
+            found = PromptPair(document, str(asked["content"]), str(said["content"]), chat=True)
         case {"document": str(document), "prompt": str(prompt), "completion": str(answer)}:
-            found = Prompt(document, prompt, answer)
+            found = PromptPair(document, prompt, answer)
         case {"document": str(document), "question": str(question), "answer": str(answer)}:
-            found = Prompt(document, question, answer, framed=True)
+            found = PromptPair(document, question, answer, framed=True)
         case {"document": str(document), "text": str(text)}:
-            found = Prompt(document, "", text)
+            found = PromptPair(document, "", text)
         case _:
             raise ValueError("it has none of the forms")
     if not found.answer.strip() or not (found.prompt.strip() or "text" in row):
@@ -91,20 +91,20 @@ def prompt_of(row: Any) -> Prompt:
     return found
 
 
-def line_of(one: Prompt) -> Row:
+def line_of(one: PromptPair) -> Row:
     """A prompt as a line of the file has it."""
     match one:
-        case Prompt(document, asked, said, chat=True):
+        case PromptPair(document, asked, said, chat=True):
             turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
             return {"document": document, "messages": turns}
-        case Prompt(document, asked, said, framed=True):
+        case PromptPair(document, asked, said, framed=True):
             return {"document": document, "question": asked, "answer": said}
-        case Prompt(document, "", said):
+        case PromptPair(document, "", said):
             return {"document": document, "text": said}
     return {"document": one.document, "prompt": one.prompt, "completion": one.answer}
 
 
-def about_windows(corpus: Corpus, given: Sequence[Prompt]) -> list[Row]:
+def about_windows(corpus: Corpus, given: Sequence[PromptPair]) -> list[Row]:
     """The rows of the prompts, in the order of their windows.
 
     Raises CorpusError where a prompt is about a document that is not there.
@@ -153,7 +153,7 @@ def _words(text: str) -> set[str]:
     return set(re.findall(r"\w+", text.lower()))
 
 
-def rows_of(one: Prompt, window: int, subject: str, mark: str) -> list[Row]:
+def rows_of(one: PromptPair, window: int, subject: str, mark: str) -> list[Row]:
     """What a prompt is learnt as. Without a mark, "given" or "learnt", one question in ten is held out instead."""
     row: dict[str, Any] = {"window": window, "answer": one.answer} | ({mark: True} if mark else {})
     if not one.prompt:
@@ -179,7 +179,7 @@ class Evidence:
         self._numbers = {_digits(number) for number in NUMBER.findall(said)}
         self._numbers |= {number for word, number in WRITTEN.items() if word in self.words}
 
-    def supports(self, one: Prompt) -> bool:
+    def supports(self, one: PromptPair) -> bool:
         """Whether all numbers and names of a record stand there."""
         prompt, answer = _plain(one.prompt), _plain(one.answer)
         parts = [prompt, answer] if one.framed or one.chat else [f"{prompt}{answer}"]  # a statement is one sentence
@@ -189,7 +189,7 @@ class Evidence:
             names += [word for word in WORD.findall(answer)[:1] if word[0].isupper() and not _opens(word)]
         return all(_digits(number) in self._numbers for number in numbers) and all(map(self._has, names))
 
-    def covers(self, records: Iterable[Prompt]) -> bool:
+    def covers(self, records: Iterable[PromptPair]) -> bool:
         """Whether most words of a reply are from there, or such as any text is made of."""
         text = _plain(" ".join(f"{one.prompt} {one.answer}" for one in records))
         words = [word.casefold() for word in WORD.findall(text)]
