@@ -165,7 +165,7 @@ def _layer(kind: str, index: int, layer: nn.Module, args: Any, head_dim: int) ->
         q_norm=q_norm,
         k_norm=k_norm,
         frequencies=_frequencies(attention.rope, head_dim),
-        sliding_window=_window(layer, args),
+        sliding_window=_sliding_window(layer, args),
     )
 
 
@@ -207,7 +207,7 @@ def _frequencies(rope: nn.Module, head_dim: int) -> np.ndarray | None:
     )
 
 
-def _window(layer: nn.Module, args: Any) -> int:
+def _sliding_window(layer: nn.Module, args: Any) -> int:
     sliding = getattr(layer, "use_sliding", False) or getattr(layer.self_attn, "is_sliding", False)
     return int(args.sliding_window) if sliding else 0
 
