@@ -215,7 +215,7 @@ class Runner:
         if setting.amplitude != 1:
             assert model.bank is not None
             model.cache = Amplified(model.bank, setting.amplitude)
-        exam, kept = Exam(model), out.with_name(f"{out.name}.{setting.amplitude}.replies.jsonl")
+        exam, kept = Exam(model), kept_of(self.work, setting)
         memories = ["fetched", "blocked"] if self.harmed else ["fetched"]
         asked, learnt = self.material.asked(setting), self.material.learnt(setting)
         exam.ask_all(asked, memories, kept)
@@ -269,6 +269,11 @@ class Amplified(BlockCache):
             for name, tensor in found.memory.tensors.items()
         }
         return replace(found, memory=replace(found.memory, tensors=tensors))
+
+
+def kept_of(work: pathlib.Path, setting: Setting) -> pathlib.Path:
+    """Where the replies to a setting's questions are."""
+    return work / f"{setting.name}.{setting.amplitude}.replies.jsonl"
 
 
 def shares(have: Kept, memory: str, rows: Sequence[Row]) -> Row:
