@@ -19,11 +19,10 @@ from mlx_hiermem.convert.export.exporter import Options as Options
 from mlx_hiermem.convert.export.exporter import Report, Target, export_for
 from mlx_hiermem.convert.export.limits import Measured, Overflow, SavedAnchor, Trial
 from mlx_hiermem.convert.export.mixed_precision import Codec
-from mlx_hiermem.convert.export.shape import Export, lengths_of, matrices
+from mlx_hiermem.convert.export.shape import STEP, Export, lengths_of, matrices
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.progress import Progress
 
-STEP = 32  # of a state's axes
 MASKED = -30_000.0  # added to the score of a masked token; float16 reaches to 65 504
 EPSILON = 1e-7  # BERT's 1e-12 would be 0 in float16
 
@@ -32,6 +31,7 @@ class CoreML(Target):
     format = package.FORMAT
     anchor, retriever = package.ANCHOR, package.RETRIEVER
     codec = Codec(compress.rounded, compress.size)
+    step = STEP
 
     def matrices(self, sizes: Architecture) -> list[Linear]:
         return matrices(sizes)
@@ -51,21 +51,12 @@ class CoreML(Target):
         return export_retriever(embedder, package, tokenizer)
 
     def warnings(self, sizes: Architecture, shape: Export, formats: Mapping[str, str]) -> Sequence[str]:
-        """Of what is reported of devices, and none of which has been seen here."""
-        found = []
-        states: list[tuple[int, ...]] = [shape.cache_shape(sizes)]
-        if shape.units and shape.mode == "state":
-            states.append(shape.memory_shape(sizes))
-        if odd := sorted({size for state in states for size in state[-2:] if size % STEP}):
-            found.append(
-                f"states have axes of {', '.join(map(str, odd))}: some that are no multiple of {STEP} are reported "
-                "to fail on devices (coremltools #2631)"
-            )
-        if "lut4" in formats.values():
-            found.append(
-                "stateful models with lut4 weights are reported to crash after 100 to 200 calls (coremltools #2716)"
-            )
-        return found
+        """Of what is reported of devices, and has not been seen here."""
+        if "lut4" not in formats.values():
+            return ()
+        return [
+            "stateful models with lut4 weights are reported to crash after 100 to 200 calls (coremltools #2716)"
+        ]
 
 
 def export(

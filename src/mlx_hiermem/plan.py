@@ -262,7 +262,8 @@ def _exported(folder: pathlib.Path) -> ModelSize:
     try:
         data = parse_json((folder / EXPORT).read_text(encoding="utf-8"))
         anchor, retriever, bank = data["anchor"], data["retriever"], data["bank"]
-        layers, heads, context, width = anchor["states"]["k_cache"]["shape"]
+        layers, heads, _, width = anchor["states"]["k_cache"]["shape"]
+        context = int(anchor["context"])
         packages = [
             sum(
                 row["bytes"] for name, row in data["files"].items() if one and name.startswith(one["package"] + "/")
