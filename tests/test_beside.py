@@ -39,12 +39,12 @@ BLOCKER = """
 import contextlib, pathlib, sys, time
 from mlx_hiermem.bank import edit
 from mlx_hiermem.config import Path
-from mlx_hiermem.errors import OutputError
+from mlx_hiermem.errors import HierMemError
 root = pathlib.Path(sys.argv[1])
 print("ready", flush=True)
 while True:
     for change in (edit.block, edit.unblock):
-        with contextlib.suppress(OutputError):
+        with contextlib.suppress(HierMemError):  # another writer is at it, or was before
             change(root, [Path((0, 1))])
         time.sleep(0.02)
 """
