@@ -1,4 +1,4 @@
-"""A teacher that can write: what it is asked for, what is kept of its replies, by which models and how many ranks."""
+"""A teacher that can write: what it is asked for, what is kept of its replies, by which models and ranks."""
 
 from __future__ import annotations
 
