@@ -52,12 +52,9 @@ def files_of(sources: Sequence[str], only: Collection[str] | None = None) -> Ite
 
 
 def check_there(sources: Sequence[str]) -> None:
-    """Raises CorpusError for the first file or folder that does not exist, and ArgumentError for what is no list."""
-    if (
-        isinstance(sources, str)
-        or not isinstance(sources, Sequence)
-        or not all(isinstance(s, str) for s in sources)
-    ):
+    """Raises CorpusError for the first file or folder that does not exist; ArgumentError for what is no list."""
+    several = isinstance(sources, Sequence) and not isinstance(sources, str)
+    if not several or not all(isinstance(source, str) for source in sources):
         raise ArgumentError(f"{sources!r} is no list of documents", 'Give the paths as texts: ["docs"].')
     for source in sources:
         if not (source.startswith(HUB) or (path := pathlib.Path(source)).is_dir() or path.is_file()):
