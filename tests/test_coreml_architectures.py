@@ -31,11 +31,11 @@ from mlx_hiermem.convert.export import package
 from mlx_hiermem.convert.export.architecture import Architecture
 from mlx_hiermem.convert.export.exported import Runner
 from mlx_hiermem.convert.export.limits import Overflow
-from mlx_hiermem.convert.export.shape import Export
+from mlx_hiermem.convert.export.shape import CACHES, MEMORY, STEP, Export
 from mlx_hiermem.errors import AnchorError
 
 TOKENS = np.random.default_rng(0).integers(0, 256, 45)  # two calls of prefill; longer than gemma's window of 6
-LAYERS, UNITS, CONTEXT = (0, 2), 5, 64
+LAYERS, UNITS, CONTEXT = (0, 2), 5, 60
 EXACT, HALF = 8e-3, 3e-2  # of the largest logit; sines and cosines are float16 in either case
 
 
@@ -61,7 +61,7 @@ def memory_of(hidden: int, seed: int) -> dict[str, np.ndarray]:
 def exported(anchor: pathlib.Path, folder: pathlib.Path, mode: str = "state") -> tuple[pathlib.Path, dict, dict]:
     """A saved package, and what the manifest says of it."""
     sizes = Architecture.read(anchor)
-    shape = Export(CONTEXT, LAYERS, UNITS, mode, load_block=mode == "state")
+    shape = Export(CONTEXT, LAYERS, UNITS, mode, load_block=mode == "state", step=STEP)
     mil.save(build(sizes, shape), folder / f"{mode}.mlpackage")
     memory = {"mode": mode, "layers": LAYERS, "units": UNITS, "hidden": sizes.hidden}
     return folder / f"{mode}.mlpackage", package.describe_anchor(sizes, shape, {}), memory
@@ -111,6 +111,18 @@ def test_huggingface(kind: str, tmp_path: pathlib.Path) -> None:
     model = halves(hf_model(kind))
     convert_huggingface(save_hf(model, tmp_path / "source"), tmp_path / "anchor")
     check(model, tmp_path / "anchor", tmp_path)
+
+
+@pytest.mark.slow
+def test_axes_of_states_are_filled_up(tmp_path: pathlib.Path) -> None:
+    """Heads of 10 values, a stream of 40, 5 units and a context of 60: all become multiples of 32, by zeros."""
+    model = halves(hf_model("llama", hidden_size=40))
+    convert_huggingface(save_hf(model, tmp_path / "source"), tmp_path / "anchor")
+    check(model, tmp_path / "anchor", tmp_path)
+    states = Program.load(tmp_path / "state.mlpackage").functions["decode"].states
+    shapes = {name: spec.shape for name, spec in states.items()}
+    caches, memory = dict.fromkeys(CACHES, (3, 2, 64, 32)), dict.fromkeys(MEMORY, (2, 32, 64))
+    assert shapes == caches | memory
 
 
 @pytest.mark.slow

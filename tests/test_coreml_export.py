@@ -85,8 +85,8 @@ def test_the_folder(folder: pathlib.Path) -> None:
     anchor = manifest["anchor"]
     assert (anchor["functions"], anchor["load_block"]) == ({"decode": 1, "prefill": 32}, "load_block")
     assert (anchor["context"], anchor["vocabulary"], anchor["compression"]) == (CONTEXT, 260, {"fp16": 29})
-    assert anchor["states"]["k_cache"]["shape"] == [4, 2, CONTEXT, 8]
-    assert anchor["states"]["down"]["shape"] == [2, 6, 32]
+    assert anchor["states"]["k_cache"]["shape"] == [4, 2, CONTEXT, 32]
+    assert anchor["states"]["down"]["shape"] == [2, 32, 32]
     assert manifest["memory"]["block_sizes"] == [4, 2]
     assert (manifest["eos"], manifest["sampling"]["temperature"]) == ([259], 0.0)
     assert manifest["chat"]["marks"]["start>user"] == "<user>"
@@ -341,7 +341,7 @@ def test_the_plan_of_an_exported_folder(folder: pathlib.Path) -> None:
     measured = plan.measure(folder)
     package = sum(file.stat().st_size for file in (folder / "anchor.mlpackage").rglob("*") if file.is_file())
     assert measured.anchor_bytes == package
-    assert (measured.max_context, measured.kv_bytes) == (CONTEXT, 2 * 4 * 2 * 8 * 2)
+    assert (measured.max_context, measured.kv_bytes) == (CONTEXT, 2 * 4 * 2 * 32 * 2)
     assert [level.blocks for level in measured.levels] == [3, 8]
     assert 40e6 < measured.embedder_bytes < 50e6
     rows = sizes.on_devices(folder)

@@ -165,8 +165,8 @@ TAMPERED: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
         "interfaces (there is no function decode)",
     ),
     "shape of a state": (
-        lambda out: edit(out, lambda m: m["anchor"]["states"]["k_cache"].update(shape=[4, 2, 32, 8])),
-        "interfaces (k_cache of decode is float16 [4, 2, 64, 8], told is float16 [4, 2, 32, 8])",
+        lambda out: edit(out, lambda m: m["anchor"]["states"]["k_cache"].update(shape=[4, 2, 32, 32])),
+        "interfaces (k_cache of decode is float16 [4, 2, 64, 32], told is float16 [4, 2, 32, 32])",
     ),
     "shape of an output": (
         lambda out: edit(out, lambda m: m["anchor"]["outputs"]["logits_0"].update(shape=[1, -1, 259])),

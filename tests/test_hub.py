@@ -30,9 +30,8 @@ from mlx_hiermem.config import Path
 from mlx_hiermem.errors import AnchorError, AnchorMismatchError, BankError, HierMemError, HubError, OutputError
 from mlx_hiermem.files import file_digest
 from mlx_hiermem.plan import measure
-from mlx_hiermem.share import card
 from mlx_hiermem.share.pull import pull
-from mlx_hiermem.share.push import push
+from mlx_hiermem.share.push import model_card, push
 from mlx_hiermem.share.resolve import peek, resolve
 
 REPO = "me/tiny"
@@ -167,7 +166,7 @@ def test_card_names_sources_and_unusual_licences(model: pathlib.Path) -> None:
         node: dataclasses.replace(entry, documents=10, tokens=100, sources=(f"book {node}", "encyclopaedia"))
         for node, entry in manifest.blocks.items()
     }
-    text = card.text("a/b", dataclasses.replace(manifest, blocks=rows, licence="Our Own (Licence)"))
+    text = model_card("a/b", dataclasses.replace(manifest, blocks=rows, licence="Our Own (Licence)"))
     assert "30 documents.\n300 tokens.\n13 sources, all of them in `bank/bank.json`: encyclopaedia, book 0," in text
     assert "book 2.1, …" in text
     assert 'license: "other"\nlicense_name: "our-own-licence"' in text

@@ -24,10 +24,9 @@ from tiny import make_anchor
 from mlx_hiermem.errors import TeacherError
 from mlx_hiermem.learn.corpus.corpus import Corpus
 from mlx_hiermem.learn.corpus.windows import Window
-from mlx_hiermem.learn.settings import Prompt, StudySettings
-from mlx_hiermem.learn.study.checks import Evidence
+from mlx_hiermem.learn.settings import PromptPair, StudySettings
 from mlx_hiermem.learn.study.free_study import forms, parse_reply
-from mlx_hiermem.learn.study.prompts import line_of, parse, read_prompts
+from mlx_hiermem.learn.study.prompts import Evidence, line_of, parse, read_prompts
 from mlx_hiermem.learn.study.stage import Teaching, help_study, study
 from mlx_hiermem.learn.study.teacher import Replies
 from mlx_hiermem.learn.study.writers import ModelWriter, Request, ServerWriter
@@ -167,17 +166,17 @@ class TestReplies:
     @pytest.mark.parametrize(
         ("kind", "item", "expected"),
         [
-            ("questions", '{"question": "who", "answer": "Ann"}', Prompt("D", "who", "Ann", framed=True)),
-            ("statements", '{"beginning": "It is…", "rest": "a gas."}', Prompt("D", "It is", " a gas.")),
+            ("questions", '{"question": "who", "answer": "Ann"}', PromptPair("D", "who", "Ann", framed=True)),
+            ("statements", '{"beginning": "It is…", "rest": "a gas."}', PromptPair("D", "It is", " a gas.")),
             (
                 "chats",
                 '{"user": "Hi", "assistant": "Good\\nday."}',
-                Prompt("D", "Hi", "Good day.", chat=True),
+                PromptPair("D", "Hi", "Good day.", chat=True),
             ),
-            ("texts", '"It is  a gas."', Prompt("D", "", "It is a gas.")),
+            ("texts", '"It is  a gas."', PromptPair("D", "", "It is a gas.")),
         ],
     )
-    def test_they_are_the_records_of_prompts(self, kind: str, item: str, expected: Prompt) -> None:
+    def test_they_are_the_records_of_prompts(self, kind: str, item: str, expected: PromptPair) -> None:
         reply = f'{{"{kind}": [{item}]}}'
         assert parse_reply(reply, kind, "D") == [expected]
         assert parse(json.dumps(line_of(expected))) == expected
@@ -192,7 +191,7 @@ class TestReplies:
         ],
     )
     def test_what_stands_round_them_does_no_harm(self, reply: str) -> None:
-        assert parse_reply(reply, "texts", "D") == [Prompt("D", "", "It is a gas.")]
+        assert parse_reply(reply, "texts", "D") == [PromptPair("D", "", "It is a gas.")]
 
     @pytest.mark.parametrize(
         "reply",
@@ -232,30 +231,30 @@ class TestChecks:
     @pytest.mark.parametrize(
         ("one", "kept"),
         [
-            (Prompt("D", "Who was he?", "a Norse explorer", framed=True), True),
-            (Prompt("D", "Who was he?", "Vinland", framed=True), True),
-            (Prompt("D", "Who was he?", "Greenland", framed=True), False),
-            (Prompt("D", "Who was he?", "He was an explorer", framed=True), True),
-            (Prompt("D", "How many ships?", "4", framed=True), True),
-            (Prompt("D", "How many men?", "1200", framed=True), True),
-            (Prompt("D", "How many men?", "1,300", framed=True), False),
-            (Prompt("D", "Who had 1,300 men?", "Leif Erikson", framed=True), False),
-            (Prompt("D", "Which Icelander was it?", "Leif", framed=True), False),
-            (Prompt("D", "Who was one of the Norsemen?", "Bjorn", framed=True), True),
-            (Prompt("D", "He settled at", " Vinland with Americans."), True),
-            (Prompt("D", "He settled at", " Brattahlid."), False),
-            (Prompt("D", "", "Greenland is where. He settled."), True),  # a sentence may begin with any word
-            (Prompt("D", "Tell me.", "He sailed to Greenland.", chat=True), False),
+            (PromptPair("D", "Who was he?", "a Norse explorer", framed=True), True),
+            (PromptPair("D", "Who was he?", "Vinland", framed=True), True),
+            (PromptPair("D", "Who was he?", "Greenland", framed=True), False),
+            (PromptPair("D", "Who was he?", "He was an explorer", framed=True), True),
+            (PromptPair("D", "How many ships?", "4", framed=True), True),
+            (PromptPair("D", "How many men?", "1200", framed=True), True),
+            (PromptPair("D", "How many men?", "1,300", framed=True), False),
+            (PromptPair("D", "Who had 1,300 men?", "Leif Erikson", framed=True), False),
+            (PromptPair("D", "Which Icelander was it?", "Leif", framed=True), False),
+            (PromptPair("D", "Who was one of the Norsemen?", "Bjorn", framed=True), True),
+            (PromptPair("D", "He settled at", " Vinland with Americans."), True),
+            (PromptPair("D", "He settled at", " Brattahlid."), False),
+            (PromptPair("D", "", "Greenland is where. He settled."), True),  # a sentence may begin with any word
+            (PromptPair("D", "Tell me.", "He sailed to Greenland.", chat=True), False),
         ],
     )
-    def test_numbers_and_names_stand_in_the_window(self, one: Prompt, kept: bool) -> None:
+    def test_numbers_and_names_stand_in_the_window(self, one: PromptPair, kept: bool) -> None:
         assert self.EVIDENCE.supports(one) == kept
 
     def test_another_language_is_no_reply(self) -> None:
         source = Evidence("Stoat", PASSAGES["Stoat"])
         french = "L'hermine est une espèce de mustélidé originaire d'Eurasie et des régions septentrionales."
-        assert not source.covers([Prompt("Stoat", "", french)])
-        assert source.covers([Prompt("Stoat", "", "The ermine is a mustelid that lives in Eurasia.")])
+        assert not source.covers([PromptPair("Stoat", "", french)])
+        assert source.covers([PromptPair("Stoat", "", "The ermine is a mustelid that lives in Eurasia.")])
 
 
 @pytest.mark.slow

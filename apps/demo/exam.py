@@ -86,9 +86,9 @@ def measured(model: MemoryModel, asked: Sequence[Question], progress: Progress |
                 right.update(question.graded(reply.text))
             if progress:
                 progress(turn * count + start + len(some), total)
-        found[memory] = {"questions": count} | {rule: share(right[rule], count) for rule in ("lenient", "strict")}
+        found[memory] = {"questions": count} | {rule: result(right[rule], count) for rule in ("lenient", "strict")}
     return found
 
 
-def share(right: int, count: int) -> dict[str, Any]:
+def result(right: int, count: int) -> dict[str, Any]:
     return {"right": right, "share": right / count, "interval": share_interval(right, count)}

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from mlx_hiermem.convert.coreml import mil
-from mlx_hiermem.convert.coreml.layers import Cache, Positions, attention, linear, norm, take
+from mlx_hiermem.convert.coreml.layers import Cache, Positions, attention, fill, linear, norm, take
 from mlx_hiermem.convert.coreml.mil import Var, Weights, half, mb
 from mlx_hiermem.convert.export.architecture import Architecture, Layer, Norm
 from mlx_hiermem.convert.export.shape import CACHES, LOAD, MEMORY, Export, parts
@@ -33,14 +34,16 @@ def build(sizes: Architecture, export: Export, plan: Mapping[str, str] | None = 
     if export.load_block:
         shape = export.memory_shape(sizes)
         new = {f"new_{name}": mil.tensor(shape) for name in MEMORY}
-        functions[LOAD] = mil.function(new | _states(sizes, export), _load)
+        functions[LOAD] = mil.function(
+            new | _states(sizes, export), partial(_load, shape=export.memory_state(sizes)[1:])
+        )
     return functions
 
 
 def _states(sizes: Architecture, export: Export) -> dict[str, Any]:
     states = {name: mil.state(export.cache_shape(sizes)) for name in CACHES}
     if export.units and export.mode == "state":
-        states |= {name: mil.state(export.memory_shape(sizes)) for name in MEMORY}
+        states |= {name: mil.state(export.memory_state(sizes)) for name in MEMORY}
     return states
 
 
@@ -51,10 +54,10 @@ def _inputs(sizes: Architecture, export: Export, tokens: int) -> dict[str, Any]:
     return inputs | _states(sizes, export)
 
 
-def _load(given: Mapping[str, Var]) -> Sequence[Var]:
+def _load(given: Mapping[str, Var], shape: tuple[int, int]) -> Sequence[Var]:
     """Writes the memory states from inputs; returns the largest value that `down` now has."""
     for name in MEMORY:
-        written = mb.coreml_update_state(state=given[name], value=given[f"new_{name}"])
+        written = mb.coreml_update_state(state=given[name], value=fill(given[f"new_{name}"], *shape))
     for name in CACHES:  # so that one state serves all functions
         mb.read_state(input=given[name])
     peak = mb.reduce_max(x=mb.abs(x=written), axes=[0, 1, 2], keep_dims=True)
@@ -122,7 +125,7 @@ class _Body:
     def __call__(self, given: Mapping[str, Var]) -> Sequence[Var]:
         sizes = self.sizes
         self.weights.begin()
-        at = Positions(self.tokens, self.export.context, given["position"], self.weights)
+        at = Positions(self.tokens, self.export.room, given["position"], self.weights)
         memory, caches = self._memory(given), [Cache(given[name]) for name in CACHES]
         x = Stream(self._embed(given["input_ids"]))
         for index, layer in enumerate(sizes.layers):
@@ -179,7 +182,7 @@ class _Body:
         if not memory or index not in self.export.memory_layers:
             return y
         row, name = self.export.memory_layers.index(index), f"layers_{index}_memory"
-        gate, up, down = (take(memory[part], row, f"{name}_{part}") for part in MEMORY)
+        gate, up, down = (take(memory[part], row, f"{name}_{part}", self.sizes.hidden) for part in MEMORY)
         inner = self._gated(mb.matmul(x=x, y=gate, transpose_y=True), mb.matmul(x=x, y=up, transpose_y=True), name)
         return mb.add(x=y, y=mb.matmul(x=inner, y=down), name=f"{name}_added")
 

@@ -5,8 +5,9 @@ their largest before they are squared; every step below stays between about 1e-4
 
     m = max(|x|, sqrt(eps))        x · 1 / (m · sqrt(mean((x / m)²) + (sqrt(eps) / m)²))
 
-k_cache and v_cache are [layers, key/value heads, context, head dim]. A call writes its tokens' keys and values at
-`position` and attends to all that stands there up to each token; what lies beyond is masked, so it may be anything.
+k_cache and v_cache are [layers, key/value heads, context, head dim], the last two axes perhaps
+filled up. A call writes its tokens' keys and values at `position` and attends to all that stands there up to each
+token; what lies beyond is masked, so it may be anything.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def attention(
     q = mb.reshape(x=q, shape=[sizes.kv_heads, group * tokens, width])
     scores = mb.matmul(x=q, y=k, transpose_y=True, name=f"{name}_scores")
     scores = mb.reshape(x=scores, shape=[sizes.kv_heads, group, tokens, at.context])
-    scores = mb.add(x=scores, y=at.mask(layer.window), name=f"{name}_masked")
+    scores = mb.add(x=scores, y=at.mask(layer.sliding_window), name=f"{name}_masked")
     shares = mb.softmax(x=scores, axis=-1, name=f"{name}_shares")
     shares = mb.reshape(x=shares, shape=[sizes.kv_heads, group * tokens, at.context])
     heads = mb.matmul(x=shares, y=v, name=f"{name}_heads")
@@ -144,7 +145,9 @@ def _heads(x: Var, of: Norm | None, count: int, layer: Layer, at: Positions, wei
 
 def _remember(x: Var, cache: Cache, index: int, at: Positions, name: str) -> Var:
     """Writes [T, heads, width] at its positions; returns the layer's whole cache [heads, C, width]."""
+    width = x.shape[-1]
     update = mb.expand_dims(x=mb.transpose(x=x, perm=[1, 0, 2]), axes=[0])
+    update = fill(update, at.tokens, cache.value.shape[-1])
     back = np.array([0], np.int32)
     begin = mb.concat(values=[np.array([index, 0], np.int32), at.begin, back], axis=0)
     end = mb.concat(values=[np.array([index + 1, 0], np.int32), at.end, back], axis=0)
@@ -153,16 +156,29 @@ def _remember(x: Var, cache: Cache, index: int, at: Positions, name: str) -> Var
         x=cache.value, update=update, begin=begin, end=end, begin_mask=whole, end_mask=whole, name=f"{name}_cache"
     )
     cache.value = mb.coreml_update_state(state=cache.state, value=written, name=f"{name}_stored")
-    return take(cache.value, index, name)
+    return take(cache.value, index, name, width)
 
 
-def take(x: Var, index: int, name: str) -> Var:
-    """Row `index` of the first axis, which is dropped."""
-    rest = [0] * (x.rank - 1)
-    keep = [False] + [True] * (x.rank - 1)
+def fill(x: Var, rows: int, width: int) -> Var:
+    """Its last two axes with zeros behind, up to `rows` and `width`."""
+    missing = rows - x.shape[-2], width - x.shape[-1]
+    if not any(missing):
+        return x
+    return mb.pad(x=x, pad=[0, missing[0], 0, missing[1]], mode="constant", constant_val=half(0.0))
+
+
+def take(x: Var, index: int, name: str, width: int) -> Var:
+    """Row `index` of the first axis, which is dropped, and the first `width` of the last."""
+    rest = [0] * (x.rank - 2)
+    keep = [False] + [True] * (x.rank - 2) + [x.shape[-1] == width]
     squeeze = [True] + [False] * (x.rank - 1)
     return mb.slice_by_index(
-        x=x, begin=[index, *rest], end=[index + 1, *rest], end_mask=keep, squeeze_mask=squeeze, name=name
+        x=x,
+        begin=[index, *rest, 0],
+        end=[index + 1, *rest, width],
+        end_mask=keep,
+        squeeze_mask=squeeze,
+        name=name,
     )
 
 

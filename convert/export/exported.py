@@ -146,7 +146,13 @@ class Runner:
             given = {f"new_{name}": array for name, array in arrays.items()}
             self.program.run(self.anchor["load_block"], given, self.state)
         else:
-            self.state.update(arrays)
+            self.state.update({name: self._filled(name, array) for name, array in arrays.items()})
+
+    def _filled(self, name: str, array: np.ndarray) -> np.ndarray:
+        """As the state has it, whose axes may be longer."""
+        whole = np.zeros(self.anchor["states"][name]["shape"], array.dtype)
+        whole[tuple(map(slice, array.shape))] = array
+        return whole
 
     def reset(self) -> None:
         """Begins a new text. What the caches hold need not be cleared: it is not seen."""

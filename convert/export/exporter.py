@@ -77,6 +77,7 @@ class Target(ABC):
     anchor: str  # the packages' names in the folder
     retriever: str
     codec: Codec
+    step = 1  # of a state's axes, see `Export`
 
     @abstractmethod
     def matrices(self, sizes: Architecture) -> list[Linear]:
@@ -171,9 +172,10 @@ class _Exporter:
     @cached_property
     def shape(self) -> Export:
         if self.choice is None:
-            return Export(self.context)
+            return Export(self.context, step=self.target.step)
         config, mode = self.choice.bank.config, self.options.memory
-        return Export(self.context, config.layers, config.fetched_size, mode, load_block=mode == "state")
+        load_block, step = mode == "state", self.target.step
+        return Export(self.context, config.layers, config.fetched_size, mode, load_block, step=step)
 
     def write(self, folder: pathlib.Path, out: pathlib.Path) -> Report:
         """Fills `folder`, which will become `out`."""

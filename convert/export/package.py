@@ -15,6 +15,7 @@ manifest.json, version 1 (a reader refuses another version):
                  compression {format: weights}
     memory       mode (state, input), layers, units R, hidden d, block_sizes; null for an anchor without bank.
                  `gate`, `up`, `down` [L, R, d] are states, or inputs of every function. Zeros are no memory.
+                 A state may have longer axes, which zeros fill; what load_block is given is [L, R, d].
                  Level l's block fills the units from sum(block_sizes[:l-1]) on.
     retriever    package, tokenizer, inputs, outputs, lengths (allowed token counts), dim; null without bank
     tokenizer, chat_template (null where there is none), chat (the same taken apart, see chat.py; of a base model
@@ -54,7 +55,10 @@ MAX_TOKENS = 256  # of a reply
 
 def describe_anchor(sizes: Architecture, shape: Export, formats: Mapping[str, str]) -> dict[str, Any]:
     """The manifest's `anchor`. `formats`: of the weights, by name."""
-    memory = {name: _tensor(shape.memory_shape(sizes)) for name in MEMORY} if shape.units else {}
+    memory, state = (
+        {name: _tensor(of(sizes)) for name in MEMORY} if shape.units else {}
+        for of in (shape.memory_shape, shape.memory_state)
+    )
     heads = parts(sizes.head or sizes.embeddings)
     counts = Counter(formats.get(one.name, "fp16") for one in matrices(sizes))
     return {
@@ -69,7 +73,7 @@ def describe_anchor(sizes: Architecture, shape: Export, formats: Mapping[str, st
         "outputs": {f"logits_{i}": _tensor((1, -1, len(head.weight))) for i, head in enumerate(heads)},
         "logits": [f"logits_{i}" for i in range(len(heads))],
         "states": {name: _tensor(shape.cache_shape(sizes)) for name in CACHES}
-        | (memory if shape.mode == "state" else {}),
+        | (state if shape.mode == "state" else {}),
         "compression": dict(sorted(counts.items())),
     }
 

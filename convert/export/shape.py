@@ -14,13 +14,17 @@ from mlx_hiermem.embedder import Embedder
 DECODE, PREFILL, LOAD = "decode", "prefill", "load_block"
 PREFILL_TOKENS = 32  # the Neural Engine takes updates of a slice only of more than one token
 LENGTHS = (16, 32, 64, 128, 256)  # tokens that a retriever takes
+STEP = 32  # states with axes that are no multiple of it are reported to fail on devices (coremltools #2631)
 PART = 16_384  # the longest axis that the Neural Engine takes, reportedly
 CACHES, MEMORY = ("k_cache", "v_cache"), ("gate", "up", "down")
 
 
 @dataclass(frozen=True)
 class Export:
-    """What to build. `memory_layers` and `units` are 0 for an anchor without memory; `mode` is state or input."""
+    """What to build. `memory_layers` and `units` are 0 for an anchor without memory; `mode` is state or input.
+
+    `step`: the last two axes of a state are filled up to a multiple of it.
+    """
 
     context: int
     memory_layers: tuple[int, ...] = ()
@@ -28,6 +32,7 @@ class Export:
     mode: str = "state"
     load_block: bool = False
     prefill: int = PREFILL_TOKENS
+    step: int = 1
 
     @property
     def functions(self) -> dict[str, int]:
@@ -38,11 +43,25 @@ class Export:
     def memory_inputs(self) -> tuple[str, ...]:
         return MEMORY if self.units and self.mode == "input" else ()
 
+    @property
+    def room(self) -> int:
+        """Tokens that a cache has room for."""
+        return filled(self.context, self.step)
+
     def memory_shape(self, sizes: Architecture) -> tuple[int, int, int]:
+        """As an app gives it."""
         return len(self.memory_layers), self.units, sizes.hidden
 
+    def memory_state(self, sizes: Architecture) -> tuple[int, int, int]:
+        return len(self.memory_layers), filled(self.units, self.step), filled(sizes.hidden, self.step)
+
     def cache_shape(self, sizes: Architecture) -> tuple[int, int, int, int]:
-        return len(sizes.layers), sizes.kv_heads, self.context, sizes.head_dim
+        return len(sizes.layers), sizes.kv_heads, self.room, filled(sizes.head_dim, self.step)
+
+
+def filled(size: int, step: int) -> int:
+    """The next multiple of `step`."""
+    return math.ceil(size / step) * step
 
 
 def matrices(sizes: Architecture) -> list[Linear]:

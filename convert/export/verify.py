@@ -21,6 +21,7 @@ from mlx_hiermem.convert.coreml.program import FunctionSpec, TensorSpec
 from mlx_hiermem.convert.export.exported import MEMORY, Exported
 from mlx_hiermem.convert.export.references import Reference, open_reference
 from mlx_hiermem.convert.export.sample_texts import TEXTS
+from mlx_hiermem.convert.export.shape import STEP, filled
 from mlx_hiermem.convert.export.text_checks import check_choices, check_texts
 from mlx_hiermem.convert.source import tool_versions
 from mlx_hiermem.convert.verify import RECEIPT, Receipt, write_receipt
@@ -161,7 +162,13 @@ def check_interfaces(exported: Exported) -> Check:
     An app allocates by the manifest. Where a package differs, its first prediction fails on the phone, or worse,
     runs.
     """
-    wrong = [*_functions(exported), *_sizes(exported), *_memory(exported), *_retriever(exported)]
+    wrong = [
+        *_functions(exported),
+        *_sizes(exported),
+        *_memory(exported),
+        *_load_block(exported),
+        *_retriever(exported),
+    ]
     figure = wrong[0] if wrong else f"{len(exported.program.functions)} functions"
     return Check("interfaces", figure, "as in the manifest", not wrong, {"wrong": wrong})
 
@@ -174,12 +181,16 @@ def _functions(exported: Exported) -> Iterator[str]:
             continue
         for role in ("inputs", "outputs", "states"):
             yield from _tensors(name, anchor[role], getattr(functions[name], role), tokens)
+
+
+def _load_block(exported: Exported) -> Iterator[str]:
+    anchor, functions = exported.anchor, exported.program.functions
     if load := anchor["load_block"]:
         if load not in functions:
             yield f"there is no function {load}"
             return
-        states = anchor["states"]
-        new = {f"new_{name}": states[name] for name in MEMORY if name in states}
+        states, given = anchor["states"], {"shape": _given(exported), "dtype": "float16"}
+        new = {f"new_{name}": given for name in MEMORY if name in states}
         yield from _tensors(load, new, functions[load].inputs)
         yield from _tensors(load, states, functions[load].states)
 
@@ -202,7 +213,7 @@ def _sizes(exported: Exported) -> Iterator[str]:
     if min(widths, default=0) == 0 or sum(widths) < anchor["vocabulary"]:
         yield f"the logits have {widths} values, the vocabulary {anchor['vocabulary']}"
     for name, row in anchor["states"].items():
-        if name not in MEMORY and row["shape"][-2] != anchor["context"]:
+        if name not in MEMORY and row["shape"][-2] not in (anchor["context"], filled(anchor["context"], STEP)):
             yield f"{name} has room for {row['shape'][-2]} tokens, the context is {anchor['context']}"
 
 
@@ -216,11 +227,18 @@ def _memory(exported: Exported) -> Iterator[str]:
     has = {"layers": list(config.layers), "units": config.fetched_size, "hidden": config.hidden}
     if told != has:
         yield f"the memory has {told}, the bank's {has}"
-    shape = [len(memory["layers"]), memory["units"], memory["hidden"]]
-    places = exported.anchor["inputs" if memory["mode"] == "input" else "states"]
+    shape, places = _given(exported), exported.anchor["inputs" if memory["mode"] == "input" else "states"]
+    longer = [shape[0], *(filled(size, STEP) for size in shape[1:])]
     for name in MEMORY:
-        if (found := places.get(name, {}).get("shape")) != shape:
+        found = places.get(name, {}).get("shape")
+        if found != shape and (memory["mode"] == "input" or found != longer):
             yield f"the memory's {name} is {found}, expected is {shape}"
+
+
+def _given(exported: Exported) -> list[int]:
+    """The shape of a memory as an app gives it."""
+    memory = exported.memory or {"layers": (), "units": 0, "hidden": 0}
+    return [len(memory["layers"]), memory["units"], memory["hidden"]]
 
 
 def _retriever(exported: Exported) -> Iterator[str]:

@@ -51,15 +51,16 @@ class Disk:
 
 @dataclass(frozen=True)
 class Device:
-    """Memory in GiB and the share of it that one program may use; storage in MB/s, memory bandwidth in GB/s.
+    """Memory in GiB, storage in MB/s, memory bandwidth in GB/s.
 
-    `access` is the storage's, in milliseconds a file.
+    `program_share` is the part of the memory that one program may use; `access` is the storage's, in milliseconds a
+    file.
     """
 
     name: str
     title: str
     memory: Figure
-    share: Figure
+    program_share: Figure
     storage: Figure
     bandwidth: Figure
     access: Figure = Figure(FILE_MS, "assumed", "opening a file and the first answer of the storage")
@@ -67,7 +68,7 @@ class Device:
     @property
     def usable(self) -> int:
         """Bytes that the model and its program may take."""
-        return int(self.memory.value * self.share.value * GIB)
+        return int(self.memory.value * self.program_share.value * GIB)
 
     def with_disk(self, disk: Disk) -> Device:
         """This device with the bank on an external disk."""
@@ -261,7 +262,8 @@ def _exported(folder: pathlib.Path) -> ModelSize:
     try:
         data = parse_json((folder / EXPORT).read_text(encoding="utf-8"))
         anchor, retriever, bank = data["anchor"], data["retriever"], data["bank"]
-        layers, heads, context, width = anchor["states"]["k_cache"]["shape"]
+        layers, heads, _, width = anchor["states"]["k_cache"]["shape"]
+        context = int(anchor["context"])
         packages = [
             sum(
                 row["bytes"] for name, row in data["files"].items() if one and name.startswith(one["package"] + "/")

@@ -29,16 +29,14 @@ from mlx_hiermem.learn import stages
 from mlx_hiermem.learn.corpus.corpus import Corpus
 from mlx_hiermem.learn.corpus.readers import check_there
 from mlx_hiermem.learn.publish import ANCHOR, BANK, About, Nodes, link, publish, write_bank
-from mlx_hiermem.learn.ranks import Ranks
-from mlx_hiermem.learn.record import RECORD, files_learnt, write_record
+from mlx_hiermem.learn.record import RECORD, files_learnt, learnt_sources, passage_reach, write_record
 from mlx_hiermem.learn.settings import (
     ExampleSettings,
     LearnSettings,
     MemorySettings,
     epochs_for,
 )
-from mlx_hiermem.learn.sources import learnt_sources, passage_reach
-from mlx_hiermem.learn.status import Listener, Silent, forget_status
+from mlx_hiermem.learn.stages import Listener, Silent, forget_status
 from mlx_hiermem.learn.study.stage import Teaching, help_study
 from mlx_hiermem.learn.train.encoding import EXAMPLES, make_examples, open_examples
 from mlx_hiermem.learn.train.jobs import LOG, PLOT, Trainer
@@ -52,6 +50,7 @@ from mlx_hiermem.learn.work import (
     TRAINING,
     TREE,
     WRITTEN,
+    Ranks,
     Work,
     locked_work,
     remove_work,

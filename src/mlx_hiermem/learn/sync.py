@@ -39,7 +39,7 @@ from mlx_hiermem.learn.recall import NONE, Probe, memories_of, probes_of, recall
 from mlx_hiermem.learn.record import RECORD, Changes, Scan, compared, files_read, read_record
 from mlx_hiermem.learn.relearn import AFTER, Gone, Lesson, NewTexts
 from mlx_hiermem.learn.settings import AddSettings, settings_from_dict
-from mlx_hiermem.learn.status import Listener, Silent
+from mlx_hiermem.learn.stages import Listener, Silent
 from mlx_hiermem.learn.work import (
     SYNC,
     WRITTEN,
