@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from test_bank_edit import assert_works, contents, paths
-from tiny import CONFIG, make_anchor, make_bank
+from tiny import CONFIG, make_anchor, make_bank, make_labelled_bank
 
 from mlx_hiermem.bank import edit
 from mlx_hiermem.bank.bank import MANIFEST, TREE, MemoryBank
@@ -33,14 +33,7 @@ def anchor(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def whole(anchor: pathlib.Path) -> pathlib.Path:
     """A bank that no test changes, with labels and sources."""
-    root = make_bank(anchor.parent / "bank", anchor, absent=("2.0",))
-    manifest = MemoryBank.open(root).manifest
-    rows = {
-        path: replace(row, documents=len(path) * 7, tokens=5, sources=(f"doc {path}",))
-        for path, row in manifest.blocks.items()
-    }
-    replace(manifest, blocks=rows).write(root / MANIFEST)
-    return root
+    return make_labelled_bank(anchor.parent / "bank", anchor)
 
 
 @pytest.fixture

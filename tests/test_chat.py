@@ -17,7 +17,7 @@ import pytest
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
-from tiny import Aimed
+from tiny import Aimed, load_aimed
 
 from mlx_hiermem import load
 from mlx_hiermem.apps.cli import chat, keyboard, models, slash
@@ -30,7 +30,6 @@ from mlx_hiermem.errors import AnchorError
 from mlx_hiermem.memory_choice import MemoryChoice
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.printable import printable
-from mlx_hiermem.router import Router
 from mlx_hiermem.selection import Selection
 from mlx_hiermem.session import Session
 from mlx_hiermem.tree import Route
@@ -40,10 +39,7 @@ NAMES = {"neon": Path((0, 1)), "iron": Path((2, 0))}
 
 @pytest.fixture
 def model(folder: pathlib.Path) -> MemoryModel:
-    loaded = load(folder)
-    assert loaded.bank
-    loaded._router = Router(loaded.bank.tree, Aimed(loaded.bank.tree, NAMES, Path((2, 2))))
-    return loaded
+    return load_aimed(folder, NAMES, Path((2, 2)))
 
 
 @pytest.fixture

@@ -11,9 +11,8 @@ from dataclasses import replace
 
 import pytest
 from test_chat import NAMES, command, say, talk
-from tiny import Aimed
+from tiny import load_aimed
 
-from mlx_hiermem import load
 from mlx_hiermem.apps.cli import slash
 from mlx_hiermem.apps.cli.display import console, write
 from mlx_hiermem.apps.cli.shelf import Shelf
@@ -22,16 +21,12 @@ from mlx_hiermem.config import Path
 from mlx_hiermem.errors import HierMemError
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.printable import printable
-from mlx_hiermem.router import Router
 from mlx_hiermem.session import Session
 
 
 @pytest.fixture
 def model(folder: pathlib.Path) -> MemoryModel:
-    loaded = load(folder)
-    assert loaded.bank
-    loaded._router = Router(loaded.bank.tree, Aimed(loaded.bank.tree, NAMES, Path((2, 2))))
-    return loaded
+    return load_aimed(folder, NAMES, Path((2, 2)))
 
 
 @pytest.fixture

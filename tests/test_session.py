@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import Aimed
+from tiny import Aimed, load_aimed
 
-from mlx_hiermem import cache, load
+from mlx_hiermem import cache
 from mlx_hiermem.bank.policy import BankPolicy
 from mlx_hiermem.config import Path
 from mlx_hiermem.embedder import Embedder
@@ -30,10 +30,7 @@ A, B, C = Path((0, 1)), Path((2, 0)), Path((2, 2))  # C is where a text goes tha
 
 @pytest.fixture
 def model(folder: pathlib.Path) -> MemoryModel:
-    loaded = load(folder)
-    assert loaded.bank
-    loaded._router = Router(loaded.bank.tree, Aimed(loaded.bank.tree, {"neon": A, "iron": B}, C))
-    return loaded
+    return load_aimed(folder, {"neon": A, "iron": B}, C)
 
 
 def say(session: Session, text: str) -> str:

@@ -9,23 +9,19 @@ from typing import Any
 
 import pytest
 from test_session import A, B, C, alone, say
-from tiny import Aimed
+from tiny import load_aimed
 
 from mlx_hiermem import load
 from mlx_hiermem.bank import edit
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import BankError, HierMemError
 from mlx_hiermem.model import MemoryModel
-from mlx_hiermem.router import Router
 from mlx_hiermem.session import Session
 
 
 @pytest.fixture
 def model(folder: pathlib.Path) -> MemoryModel:
-    loaded = load(folder)
-    assert loaded.bank
-    loaded._router = Router(loaded.bank.tree, Aimed(loaded.bank.tree, {"neon": A, "iron": B}, C))
-    return loaded
+    return load_aimed(folder, {"neon": A, "iron": B}, C)
 
 
 # the context
@@ -164,10 +160,7 @@ def test_system_messages_that_a_template_refuses(model: MemoryModel) -> None:
 @pytest.fixture
 def own(folder: pathlib.Path, tmp_path: pathlib.Path) -> MemoryModel:
     """A model whose bank the test may edit."""
-    loaded = load(shutil.copytree(folder, tmp_path / "model"))
-    assert loaded.bank
-    loaded._router = Router(loaded.bank.tree, Aimed(loaded.bank.tree, {"neon": A, "iron": B}, C))
-    return loaded
+    return load_aimed(shutil.copytree(folder, tmp_path / "model"), {"neon": A, "iron": B}, C)
 
 
 def test_what_is_blocked_meanwhile_is_left_by_the_next_turn(own: MemoryModel) -> None:

@@ -199,6 +199,15 @@ class AddSettings:
         _check_teacher(self.teacher, self.teacher_url)
 
 
+@dataclass(frozen=True)
+class SyncSettings:
+    """How what has changed in a folder is learnt and forgotten."""
+
+    learning: AddSettings = field(default_factory=AddSettings)
+    above: bool = False  # the blocks above a leaf forget too: they and all leaves below begin afresh
+    probes: int = 6  # questions about each file that is gone or changed
+
+
 def _check_teacher(model: str, url: str) -> None:
     """Raises HierMemError where a teacher is named twice, or its server's address is none."""
     if model and url:
