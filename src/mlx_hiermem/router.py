@@ -97,7 +97,7 @@ class Router:
         """With `sources`, the nearest of their passages says which leaf a text goes to; with `pieces`, which tells
         a text's rare ones, a passage that lacks them is farther."""
         self.tree, self.embedder, self.policy, self.sources = tree, embedder, policy, sources
-        self._pieces = pieces
+        self.pieces = pieces
         self._said = RememberedTexts(embedder)
 
     @classmethod
@@ -132,9 +132,9 @@ class Router:
 
     def _farther(self, text: str) -> Farther:
         """How much farther than its vector says a passage is from a text."""
-        if self._pieces is None or self.sources is None:
+        if self.pieces is None or self.sources is None:
             return as_near
-        pieces, sources, asked = self._pieces, self.sources, self._pieces(text)
+        pieces, sources, asked = self.pieces, self.sources, self.pieces(text)
 
         def farther(leaf: Path, number: int) -> float:
             try:
