@@ -1,0 +1,1 @@
+"""What people use: the command line, the server with its page, the demo, pictures of a bank, Swift."""

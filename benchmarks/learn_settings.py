@@ -35,8 +35,8 @@ from mlx_hiermem import load
 from mlx_hiermem.cache import BlockCache, Fetch
 from mlx_hiermem.evaluate.statistics import share_interval
 from mlx_hiermem.learn import LearnSettings, learn
-from mlx_hiermem.learn.settings import MemorySettings, Prompt, TrainingSettings, TreeSettings
-from mlx_hiermem.learn.status import Silent
+from mlx_hiermem.learn.settings import MemorySettings, PromptPair, TrainingSettings, TreeSettings
+from mlx_hiermem.learn.stages import Silent
 from mlx_hiermem.learn.study.prompts import prompt_of
 from mlx_hiermem.learn.train.monitor import TrainingProgress
 from mlx_hiermem.learn.work import work_folder
@@ -150,7 +150,7 @@ class TimeIsKnownError(Exception):
         self.steps, self.states = steps, states
 
 
-def learn_settings(setting: Setting, prompts: tuple[Prompt, ...]) -> LearnSettings:
+def learn_settings(setting: Setting, prompts: tuple[PromptPair, ...]) -> LearnSettings:
     """The same as `hiermem learn` has them."""
     return LearnSettings(
         tree=TreeSettings(branching=setting.branching, depth=len(setting.sizes), leaves=1, seed=setting.seed),

@@ -26,7 +26,7 @@ from mlx_hiermem.config import DTYPES, GENERIC_LEVEL, GENERIC_NODE, AnchorIdenti
 from mlx_hiermem.convert.checkpoint import TensorSource, open_checkpoint
 from mlx_hiermem.convert.key_map import KeyMap
 from mlx_hiermem.convert.memory_layout import AnchorDims, MemoryLayout, read_layout
-from mlx_hiermem.convert.memory_settings import MemorySettings, read_settings
+from mlx_hiermem.convert.memory_settings import CheckpointSettings, read_settings
 from mlx_hiermem.convert.readers import NUMPY_DTYPES, RawTensor, is_finite, some
 from mlx_hiermem.errors import CheckpointError
 from mlx_hiermem.progress import Progress
@@ -112,7 +112,7 @@ def _jobs(layout: MemoryLayout) -> list[Job]:
     return jobs
 
 
-def _check_paths(settings: MemorySettings, tree: ClusterTree) -> None:
+def _check_paths(settings: CheckpointSettings, tree: ClusterTree) -> None:
     tables = (settings.labels, settings.documents, settings.tokens, settings.sources)
     strange = sorted({str(node) for table in tables for node in table if not tree.has(node)})
     if strange:
@@ -194,7 +194,7 @@ def _recast(raw: RawTensor, shape: tuple[int, int, int], dtype: str, swapped: bo
 
 
 def _block_table(
-    layout: MemoryLayout, settings: MemorySettings, files: Mapping[str, FileEntry]
+    layout: MemoryLayout, settings: CheckpointSettings, files: Mapping[str, FileEntry]
 ) -> dict[Path, BlockEntry]:
     """The manifest's rows, in the order of the files."""
     rows = {}

@@ -16,7 +16,7 @@ import numpy as np
 from mlx_hiermem.config import DTYPES, GENERIC_LEVEL, KINDS, AnchorIdentity, MemoryConfig
 from mlx_hiermem.convert.checkpoint import TensorSource
 from mlx_hiermem.convert.key_map import KeyMap
-from mlx_hiermem.convert.memory_settings import MINILM, MemorySettings
+from mlx_hiermem.convert.memory_settings import MINILM, CheckpointSettings
 from mlx_hiermem.convert.readers import RawTensor, is_finite, some
 from mlx_hiermem.errors import AnchorMismatchError, CheckpointError
 from mlx_hiermem.tree import ClusterTree
@@ -63,7 +63,7 @@ class MemoryLayout:
 
 def read_layout(
     source: TensorSource,
-    settings: MemorySettings,
+    settings: CheckpointSettings,
     key_map: KeyMap,
     anchor: AnchorIdentity,
     dims: AnchorDims,
@@ -107,7 +107,7 @@ def read_layout(
     return MemoryLayout(config, tree, stored, units)
 
 
-def _check_anchor(settings: MemorySettings, anchor: AnchorIdentity) -> None:
+def _check_anchor(settings: CheckpointSettings, anchor: AnchorIdentity) -> None:
     """Compares what the settings tell of the anchor with the one at hand. Names may differ."""
     for key in ("hidden", "layers", "config_digest", "weights_digest"):
         told = settings.anchor.get(key)
@@ -167,7 +167,7 @@ def _infer_kind(source: TensorSource, blocks: Mapping[int, Mapping[str, str]]) -
 
 def _check_complete(
     source: TensorSource,
-    settings: MemorySettings,
+    settings: CheckpointSettings,
     kind: str,
     blocks: Mapping[int, Mapping[str, str]],
     trees: Mapping[tuple[int, str], str],
@@ -191,7 +191,9 @@ def _check_complete(
         )
 
 
-def _read_tree(source: TensorSource, settings: MemorySettings, trees: Mapping[tuple[int, str], str]) -> ClusterTree:
+def _read_tree(
+    source: TensorSource, settings: CheckpointSettings, trees: Mapping[tuple[int, str], str]
+) -> ClusterTree:
     """The tree in memory: float32 centroids (100 MB for the paper's), absent ones zero."""
     first = source.shape(trees[1, "centroids"])
     k, dim = first[1:] if len(first) == 3 else (0, 0)
@@ -226,7 +228,7 @@ def _read(source: TensorSource, name: str, shape: tuple[int, ...]) -> RawTensor:
 
 def _sizes(
     source: TensorSource,
-    settings: MemorySettings,
+    settings: CheckpointSettings,
     kind: str,
     stored: Mapping[int, Mapping[str, Stored]],
     anchor: AnchorIdentity,
@@ -253,7 +255,7 @@ def _sizes(
     return units, _layers(settings, counts[max(counts)], anchor)
 
 
-def _layers(settings: MemorySettings, count: int, anchor: AnchorIdentity) -> tuple[int, ...]:
+def _layers(settings: CheckpointSettings, count: int, anchor: AnchorIdentity) -> tuple[int, ...]:
     """The indices of the `count` layers that carry memory."""
     said = settings.layers
     if isinstance(said, tuple):

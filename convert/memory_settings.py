@@ -22,7 +22,7 @@ TELLING = {"kind", "branching", "block_sizes", "layers"}  # a JSON file with non
 
 
 @dataclass(frozen=True)
-class MemorySettings:
+class CheckpointSettings:
     """None where the settings do not say. `layers` may be a count; `anchor` what they tell of the anchor."""
 
     kind: str | None = None
@@ -40,7 +40,7 @@ class MemorySettings:
     licence: str = ""
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> MemorySettings:
+    def from_json(cls, data: Mapping[str, Any]) -> CheckpointSettings:
         """Raises TypeError, ValueError, KeyError or HierMemError for values that do not fit."""
         known = {key: data[key] for key in cls.__dataclass_fields__ if data.get(key) is not None}
         other = {key: value for key, value in data.items() if key not in cls.__dataclass_fields__}
@@ -65,12 +65,12 @@ class MemorySettings:
         return cls(**values, recipe=dict(recipe) | ({"settings": other} if other else {}))
 
 
-def read_settings(checkpoint: pathlib.Path, source: TensorSource) -> MemorySettings:
+def read_settings(checkpoint: pathlib.Path, source: TensorSource) -> CheckpointSettings:
     """The settings beside the checkpoint, else those inside it, else none. Raises CheckpointError."""
     where, data = _find(checkpoint, source)
     plain = {str(key).strip().lower().replace(" ", "_").replace("-", "_"): value for key, value in data.items()}
     try:
-        return MemorySettings.from_json(plain)
+        return CheckpointSettings.from_json(plain)
     except (*MALFORMED, HierMemError) as error:
         raise CheckpointError(f"the settings in {where} do not fit: {error}", "See docs/convert.md.") from error
 

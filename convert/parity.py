@@ -24,7 +24,7 @@ from mlx_lm.utils import dequantize_model
 
 from mlx_hiermem.cache import BlockCache
 from mlx_hiermem.config import GENERIC_LEVEL, MemoryConfig, Path, Quantization
-from mlx_hiermem.convert import reference_adapter, reference_memory
+from mlx_hiermem.convert import reference_memory
 from mlx_hiermem.convert.anchors import adapters
 from mlx_hiermem.convert.anchors.gguf import GGUF, ROPE_FACTORS
 from mlx_hiermem.convert.anchors.huggingface import one_line
@@ -32,7 +32,7 @@ from mlx_hiermem.convert.checkpoint import TensorSource, open_checkpoint
 from mlx_hiermem.convert.dcp_reader import METADATA
 from mlx_hiermem.convert.memory_layout import MemoryLayout
 from mlx_hiermem.convert.readers import plain_name
-from mlx_hiermem.convert.reference import load_openlm, to_torch
+from mlx_hiermem.convert.reference import load_openlm, merge_adapter, to_torch
 from mlx_hiermem.convert.source import Source
 from mlx_hiermem.errors import CheckpointError
 from mlx_hiermem.memory.attach import Attachment, attach
@@ -267,7 +267,7 @@ def _from_folder(folder: pathlib.Path) -> Any:
             if file.name != adapters.CONFIG:  # PEFT, if it is installed, would load the adapter
                 (pathlib.Path(temporary) / file.name).symlink_to(file.resolve())
         model = kind.from_pretrained(temporary, local_files_only=True, **how)
-    return reference_adapter.merge(model, folder)
+    return merge_adapter(model, folder)
 
 
 def _fill(model: Any, tensors: dict[str, torch.Tensor], where: pathlib.Path) -> None:

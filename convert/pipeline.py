@@ -22,7 +22,7 @@ from mlx_hiermem.convert.memories import AnchorDims, convert_memory
 from mlx_hiermem.convert.source import Source, digests, files_of, find_source, find_tokenizer, tool_versions
 from mlx_hiermem.convert.staging import ANCHOR, BANK, SOURCE, partial_folder
 from mlx_hiermem.errors import AnchorError, CheckpointError, HierMemError, OutputError
-from mlx_hiermem.files import partial_name, read_json, write_json
+from mlx_hiermem.files import partial_name, path_of, read_json, write_json
 from mlx_hiermem.progress import Progress
 
 Warn = Callable[[str], None]
@@ -69,7 +69,7 @@ def convert(
     """
     if quantize not in (None, 4, 8):
         raise HierMemError(f"cannot quantise to {quantize} bits", "Choose 4 or 8.")
-    src, out = str(src), pathlib.Path(out)
+    src, out = str(path_of(src, "checkpoint")), path_of(out, "folder")
     memory, key_map, config = (pathlib.Path(given) if given else None for given in (memory, key_map, config))
     for given in (memory, key_map, config):
         if given and not given.exists():

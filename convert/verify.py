@@ -55,7 +55,7 @@ QUANTISED = {8: 0.2, 4: 1.5}
 
 
 @dataclass(frozen=True)
-class Receipt:
+class VerifyReceipt:
     model: str
     date: str
     versions: dict[str, str]
@@ -88,7 +88,7 @@ def verify(
     config: pathlib.Path | None = None,
     key_map: pathlib.Path | None = None,
     progress: Progress | None = None,
-) -> Receipt:
+) -> VerifyReceipt:
     """Checks a model folder and writes its receipt.json; `passed` says whether every bound was held.
 
     `against` is the source it was converted from, `memory` the memory checkpoint (with `config` and `key_map`
@@ -111,7 +111,7 @@ def verify(
             if progress:
                 progress(min(len(checks), total), total)
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    receipt = Receipt(model.resolve().name, date, tool_versions(), found, tuple(checks))
+    receipt = VerifyReceipt(model.resolve().name, date, tool_versions(), found, tuple(checks))
     write_receipt(model / RECEIPT, receipt.to_json())
     return receipt
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
-from tiny import LLAMA, Aimed, make_anchor, make_bank
+from tiny import LLAMA, load_aimed, make_anchor, make_bank
 from typer.testing import CliRunner
 
 from mlx_hiermem import load
@@ -18,7 +18,6 @@ from mlx_hiermem.apps.cli.main import app
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import AnchorError, ArgumentError
 from mlx_hiermem.model import MemoryModel
-from mlx_hiermem.router import Router
 from mlx_hiermem.sampling import Sampling, check_quantizable
 from mlx_hiermem.session import Session
 
@@ -48,10 +47,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture
 def model(wide: pathlib.Path) -> MemoryModel:
-    loaded = load(wide)
-    assert loaded.bank
-    loaded._router = Router(loaded.bank.tree, Aimed(loaded.bank.tree, {"neon": A, "iron": B}, C))
-    return loaded
+    return load_aimed(wide, {"neon": A, "iron": B}, C)
 
 
 def next_logprobs(model: MemoryModel, text: str, cache: list[Any] | None = None, **options: Any) -> mx.array:

@@ -34,7 +34,7 @@ ORDER = [
     "embedder",
     "cache",
     "router",
-    "sources",
+    "source_search",
     "memory",
 ]
 ORDER += [
@@ -81,13 +81,9 @@ CONVERT_MAY_IMPORT = {
 # An export for phones brings the retriever and a part of a bank, and says what fits a device.
 EXPORT_MAY_IMPORT = CONVERT_MAY_IMPORT | {"embedder", "router", "share", "plan"}
 # The PyTorch definition and its comparison.
-TORCH_MODULES = {
-    f"{PACKAGE}.convert.{name}" for name in ("reference", "reference_adapter", "reference_memory", "parity")
-}
+TORCH_MODULES = {f"{PACKAGE}.convert.{name}" for name in ("reference", "reference_memory", "parity")}
 # Core AI takes its models from PyTorch; apps load the exporter inside functions.
-TORCH_MODULES |= {
-    f"{PACKAGE}.convert.coreai.{name}" for name in ("anchor", "asset", "compress", "export", "retriever")
-}
+TORCH_MODULES |= {f"{PACKAGE}.convert.coreai.{name}" for name in ("anchor", "asset", "compress", "export")}
 # What builds Core ML programs, and so names coremltools' builder on every line; apps load it inside functions.
 COREML_BUILDER = f"{PACKAGE}.convert.coreml.mil"
 HEAVY = ("mlx", "mlx_lm", "transformers", "torch", "numpy", "huggingface_hub", "tokenizers", "safetensors", "gguf")

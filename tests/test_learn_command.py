@@ -25,8 +25,7 @@ from tiny import make_tokenizer
 from mlx_hiermem.apps.cli.main import main
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.errors import OutputError
-from mlx_hiermem.learn.ranks import Ranks
-from mlx_hiermem.learn.work import read_rows
+from mlx_hiermem.learn.work import Ranks, read_rows
 
 pytestmark = pytest.mark.real  # the sentence embedder
 

@@ -14,8 +14,7 @@ from tokenizers import Tokenizer
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import CorpusError, OutputError
 from mlx_hiermem.learn.corpus import formats, readers
-from mlx_hiermem.learn.corpus.corpus import read_corpus
-from mlx_hiermem.learn.corpus.duplicates import Seen
+from mlx_hiermem.learn.corpus.corpus import Seen, read_corpus
 from mlx_hiermem.learn.corpus.windows import Document, Skipped, splintered, split, untruncated
 from mlx_hiermem.learn.settings import CorpusSettings
 from mlx_hiermem.learn.tree import labels

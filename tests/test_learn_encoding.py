@@ -14,8 +14,8 @@ from mlx_hiermem.config import Path
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import CorpusError
 from mlx_hiermem.learn.corpus.corpus import read_corpus
+from mlx_hiermem.learn.record import WindowVectors
 from mlx_hiermem.learn.settings import ExampleSettings, TreeSettings, epochs_for
-from mlx_hiermem.learn.sources import WindowVectors
 from mlx_hiermem.learn.train.dataset import TrainingExample, TrainingSet
 from mlx_hiermem.learn.train.encoding import (
     Encoder,

@@ -16,7 +16,7 @@ from books import COUNT, VILLAGES, fact, text, write_library
 from test_learn_command import digests
 
 from mlx_hiermem.bank.bank import MemoryBank
-from mlx_hiermem.learn.status import read_status
+from mlx_hiermem.learn.stages import read_status
 from mlx_hiermem.learn.train.dataset import TrainingSet
 from mlx_hiermem.learn.work import read_rows
 

@@ -13,7 +13,7 @@ from tiny import make_anchor
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import CorpusError, HierMemError
 from mlx_hiermem.learn.corpus.corpus import Corpus, read_corpus
-from mlx_hiermem.learn.settings import CorpusSettings, Prompt, TreeSettings
+from mlx_hiermem.learn.settings import CorpusSettings, PromptPair, TreeSettings
 from mlx_hiermem.learn.stages import study_line
 from mlx_hiermem.learn.study.prompts import about_windows, give, read_prompts
 from mlx_hiermem.learn.train.encoding import make_examples, open_examples
@@ -43,9 +43,9 @@ def written(folder: pathlib.Path, *lines: Any) -> pathlib.Path:
 
 def test_the_forms(tmp_path: pathlib.Path) -> None:
     assert read_prompts(written(tmp_path, *LINES)) == (
-        Prompt(NAME, f"Known for its {THING} is the village of", f" {NAME}."),
-        Prompt(f"{NAME}.txt", f"What is made in {NAME}?", THING, framed=True),
-        Prompt(NAME, f"How many live in {NAME}?", f"In {NAME} live {PEOPLE}.", chat=True),
+        PromptPair(NAME, f"Known for its {THING} is the village of", f" {NAME}."),
+        PromptPair(f"{NAME}.txt", f"What is made in {NAME}?", THING, framed=True),
+        PromptPair(NAME, f"How many live in {NAME}?", f"In {NAME} live {PEOPLE}.", chat=True),
     )
 
 
@@ -106,7 +106,10 @@ def test_a_document_in_several_windows_has_them_where_their_words_are(
     settings = CorpusSettings(tokens=40)
     corpus = read_corpus(work, [str(tmp_path / "Orley.txt")], minilm.tokenizer, settings)
     assert corpus.count > 1
-    own = [Prompt("Orley", "The bridge has", " nine arches."), Prompt("Orley", "The mill burnt down in", " 1804.")]
+    own = [
+        PromptPair("Orley", "The bridge has", " nine arches."),
+        PromptPair("Orley", "The mill burnt down in", " 1804."),
+    ]
     give(work, about_windows(corpus, own), "")
     windows = {one.id: one.text for one in corpus.windows()}
     for row in read_rows(work.path(PROMPTS)):
@@ -115,7 +118,7 @@ def test_a_document_in_several_windows_has_them_where_their_words_are(
 
 def test_of_a_document_that_is_not_there(corpus: Corpus) -> None:
     with pytest.raises(CorpusError, match="no document is called 'Atlantis', which a prompt is about"):
-        about_windows(corpus, [Prompt("Atlantis", "A", "B")])
+        about_windows(corpus, [PromptPair("Atlantis", "A", "B")])
 
 
 def test_all_of_them_are_learnt_and_shape_the_tree(
@@ -125,7 +128,7 @@ def test_all_of_them_are_learnt_and_shape_the_tree(
     work = corpus.work
     tokenizer = load_tokenizer(make_anchor(tmp_path / "anchor"))
     own = [
-        Prompt(name, f"Wording {n} of what {name} is:", f" a village, says {n}")
+        PromptPair(name, f"Wording {n} of what {name} is:", f" a village, says {n}")
         for n in range(20)
         for name in VILLAGES[:COUNT]
     ]
@@ -163,7 +166,7 @@ def test_the_elements_wordings_are_prompts(tmp_path: pathlib.Path) -> None:
 def test_a_text_is_learnt_as_it_stands(corpus: Corpus, tmp_path: pathlib.Path) -> None:
     work, text = corpus.work, f"In {NAME} they are proud of their {THING}."
     own = read_prompts(written(tmp_path, {"document": NAME, "text": text}))
-    assert own == (Prompt(NAME, "", text),)
+    assert own == (PromptPair(NAME, "", text),)
     give(work, about_windows(corpus, own), "")
     tokenizer = load_tokenizer(make_anchor(tmp_path / "anchor"))
     built = build_tree(work, corpus, Embedder.load(), TreeSettings(branching=2, depth=1))

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from mlx_hiermem.learn.ranks import Ranks, help_make_parts, make_parts
+from mlx_hiermem.learn.work import Ranks, help_make_parts, make_parts
 
 COUNT = 12
 HOLD = "from mlx_hiermem.locks import try_lock; import pathlib, sys, time\n"

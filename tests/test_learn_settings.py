@@ -16,7 +16,7 @@ from mlx_hiermem.learn.settings import (
     CorpusSettings,
     LearnSettings,
     MemorySettings,
-    Prompt,
+    PromptPair,
     TrainingSettings,
     TreeSettings,
     read_settings,
@@ -46,7 +46,9 @@ def test_a_file_gives_back_what_was_written(settings: LearnSettings, tmp_path: p
 
 
 def test_questions_and_prompts_are_not_in_it(tmp_path: pathlib.Path) -> None:
-    settings = LearnSettings(questions=(("What is gold?", "Gold"),), prompts=(Prompt("Gold", "Gold is", " soft."),))
+    settings = LearnSettings(
+        questions=(("What is gold?", "Gold"),), prompts=(PromptPair("Gold", "Gold is", " soft."),)
+    )
     write_settings(tmp_path / "learn.toml", settings)
     assert read_settings(tmp_path / "learn.toml") == LearnSettings()
 

@@ -11,7 +11,7 @@ from browsing import ask, load_aimed, make_paged, opened, replies_cut, watched
 from playwright.sync_api import Browser, expect
 from serving import serving
 
-from mlx_hiermem.learn.status import POINTS, STATUS, Recorder, Silent, read_status
+from mlx_hiermem.learn.stages import POINTS, STATUS, Recorder, Silent, read_status
 from mlx_hiermem.learn.train.monitor import TrainingProgress
 
 

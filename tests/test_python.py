@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 import subprocess
 import sys
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import pytest
@@ -248,6 +248,8 @@ def test_other_wrong_arguments(model: MemoryModel) -> None:
         load(5)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="no model"):
         Session("my-model")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="5 is no folder of a bank"):
+        MemoryBank.open(5)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="5 is no question"):
         next(Session(model).ask(5))  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="max_sequences is 0"):
@@ -284,3 +286,23 @@ def test_what_a_model_a_bank_and_a_session_say_of_themselves(model: MemoryModel,
     plain = load(make_anchor(tmp_path / "plain"))
     plain.config["max_position_embeddings"] = 64
     assert repr(plain) == "<MemoryModel plain: no memory, 64 tokens of context>"
+
+
+def test_what_cannot_be_learnt_or_converted_by_its_type(tmp_path: pathlib.Path) -> None:
+    from mlx_hiermem.convert import convert
+    from mlx_hiermem.learn import learn
+
+    out, wrong = tmp_path / "out", cast(Any, 5)
+    for documents in (5, "docs", [5]):
+        with pytest.raises(ArgumentError, match="is no list of documents"):
+            learn(cast(Any, documents), out, "anchor")
+    with pytest.raises(ArgumentError, match="5 is no folder"):
+        learn(["docs"], wrong, "anchor")
+    with pytest.raises(ArgumentError, match="5 is no model folder"):
+        learn([str(tmp_path)], out, wrong)
+    with pytest.raises(ArgumentError, match="5 are no settings"):
+        learn(["docs"], out, "anchor", wrong)
+    with pytest.raises(ArgumentError, match="5 is no checkpoint"):
+        convert(wrong, out)
+    with pytest.raises(ArgumentError, match="5 is no folder"):
+        convert(tmp_path, wrong)

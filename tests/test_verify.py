@@ -20,17 +20,17 @@ from mlx_hiermem.config import MemoryConfig
 from mlx_hiermem.convert import parity
 from mlx_hiermem.convert.pipeline import convert
 from mlx_hiermem.convert.rewrite import quantize_model
-from mlx_hiermem.convert.verify import EXACT, Receipt, verify
+from mlx_hiermem.convert.verify import EXACT, VerifyReceipt, verify
 from mlx_hiermem.errors import AnchorError, CheckpointError, HierMemError, MissingDependencyError, OutputError
 from mlx_hiermem.files import file_digest
 
 
-def failed(receipt: Receipt) -> list[str]:
+def failed(receipt: VerifyReceipt) -> list[str]:
     """The names of the checks that failed, without their particulars."""
     return sorted({check.name.partition(",")[0] for check in receipt.checks if not check.passed})
 
 
-def worst(receipt: Receipt) -> float:
+def worst(receipt: VerifyReceipt) -> float:
     """The largest relative difference of logits."""
     return max(check.details["logits"] for check in receipt.checks if check.name.startswith("logits"))
 

@@ -137,6 +137,14 @@ def load_tiny(folder: pathlib.Path) -> MemoryModel:
     return model
 
 
+def load_aimed(folder: pathlib.Path, names: dict[str, Path], rest: Path) -> MemoryModel:
+    """The model of a folder, whose texts go to the leaves that they name; those that name none go to `rest`."""
+    model = load(folder)
+    assert model.bank
+    model._router = Router(model.bank.tree, Aimed(model.bank.tree, names, rest))
+    return model
+
+
 def unit(vectors: np.ndarray) -> np.ndarray:
     """The vectors [..., dim], each of length 1."""
     return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
@@ -165,6 +173,18 @@ class Aimed:
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         rows = [sum((v for name, v in self.names.items() if name in text), self.faint) for text in texts]
         return np.stack([row / np.linalg.norm(row) for row in rows]).astype(np.float32)
+
+
+def make_labelled_bank(root: pathlib.Path, anchor: pathlib.Path) -> pathlib.Path:
+    """A bank without its node 2.0, whose rows have numbers of documents and the names of their sources."""
+    make_bank(root, anchor, absent=("2.0",))
+    manifest = MemoryBank.open(root).manifest
+    rows = {
+        path: dataclasses.replace(row, documents=len(path) * 7, tokens=5, sources=(f"doc {path}",))
+        for path, row in manifest.blocks.items()
+    }
+    dataclasses.replace(manifest, blocks=rows).write(root / MANIFEST)
+    return root
 
 
 def give_sources(

@@ -1,0 +1,1 @@
+"""The `hiermem` command: `main` knows the commands, each has a file of its own."""

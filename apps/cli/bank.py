@@ -1,4 +1,4 @@
-"""`hiermem bank`: look at a bank, check it, draw it. Its commands that change a bank are in files of their own."""
+"""`hiermem bank`: look at a bank, check it, mend it, draw it. Commands that change a bank have their own files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mlx_hiermem.apps.cli import ask, bank_add, bank_copy, bank_hub, bank_policy, bank_remove, bank_repair, models
+from mlx_hiermem.apps.cli import ask, bank_add, bank_copy, bank_hub, bank_policy, bank_remove, models
 from mlx_hiermem.apps.cli.display import console, progress_bar, several, size
 from mlx_hiermem.files import new_file
 from mlx_hiermem.printable import printable
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.tree import Tree
 
     from mlx_hiermem.bank.bank import MemoryBank
+    from mlx_hiermem.bank.repair import FolderCopy, HubCopy
     from mlx_hiermem.config import Path
 
 STYLES = {"blocked": "red", "missing": "yellow", "remote": "dim", "on disk": ""}
@@ -193,6 +194,62 @@ def _save(file: pathlib.Path, data: bytes) -> None:
     console.print(f"written  {file}", markup=False, soft_wrap=True)
 
 
+def repair(
+    first_word: str = models.FIRST_WORD,
+    model: str = models.MODEL,
+    source: str = typer.Option(
+        "", "--from", help="Another copy: a model, a bank's folder or a hub id. Default: where it was pulled from."
+    ),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Say what would come, and change nothing."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of text."),
+) -> None:
+    """Mend a bank from another copy: exactly the files that are missing, have changed or cannot be read.
+
+    Only bytes with the digests of this bank's manifest are taken. Exits with 1 where something stays wrong.
+
+    Example: `hiermem bank repair my-model --from /Volumes/backup/my-model`
+    """
+    from mlx_hiermem.bank.repair import repair as run
+    from mlx_hiermem.errors import BankError
+
+    bank = models.open_bank(models.chosen(first_word, model))
+    other = _other_copy(source, bank)
+    with progress_bar("checking", show=not as_json) as progress:
+        repaired = run(bank.root, other, dry_run, progress)
+    if as_json:
+        console.print_json(json.dumps(repaired.to_json() | {"from": str(other), "dry_run": dry_run}))
+    else:
+        for name in repaired.mended:
+            console.print(f"{'would mend' if dry_run else 'mended'}  {name}", markup=False, soft_wrap=True)
+        for line in repaired.left:
+            console.print(printable(line), style="red", markup=False, soft_wrap=True)
+    if repaired.left:
+        changed = "" if repaired.mended and not dry_run else " Nothing was changed."
+        raise BankError(
+            f"{several(len(repaired.left), 'problem')} left in {bank.root}.{changed}",
+            "Name another copy with --from, or pull or convert the bank again.",
+        )
+    if not as_json:
+        count = several(len(repaired.mended), "file")
+        text = f"{count}, {size(repaired.bytes)}, from {other}" if repaired.mended else "nothing is damaged"
+        console.print(text, markup=False, soft_wrap=True)
+
+
+def _other_copy(source: str, bank: MemoryBank) -> FolderCopy | HubCopy:
+    from mlx_hiermem.bank.repair import FolderCopy, HubCopy
+    from mlx_hiermem.share.resolve import hub_id
+
+    origin = bank.remote.origin if bank.remote else None
+    if not source and not origin:
+        raise typer.BadParameter("name another copy of the bank", param_hint="--from")
+    folder = pathlib.Path(source)
+    if source and folder.is_dir():
+        return FolderCopy(models.bank_folder(folder))
+    if origin and source in ("", origin.repo):
+        return HubCopy(origin.repo, origin.revision)
+    return HubCopy(*hub_id(source))
+
+
 app = typer.Typer(
     help="Look at a bank, change it (block, remove, add, merge, quantize), and share it.",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -202,7 +259,7 @@ for command in (
     ls,
     show,
     verify,
-    bank_repair.repair,
+    repair,
     bank_policy.block,
     bank_policy.unblock,
     bank_policy.reach,

@@ -14,7 +14,7 @@ from mlx_hiermem.printable import printable
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from mlx_hiermem.apps.demo.exam import Question
+    from mlx_hiermem.apps.demo.exam import ExamQuestion
     from mlx_hiermem.model import MemoryModel
 
 WIDEST, GAP = 120, 1  # of the four columns together, and between two
@@ -64,7 +64,7 @@ def demo(
         _offer_chat(model)
 
 
-def _asked(model: MemoryModel, question: Question) -> dict[str, Any]:
+def _asked(model: MemoryModel, question: ExamQuestion) -> dict[str, Any]:
     """A question's answers with each memory."""
     from mlx_hiermem.apps.demo.exam import MEMORIES
 
@@ -86,7 +86,7 @@ def _print_beginning(model: MemoryModel) -> None:
     _print_columns([Text(f"  {CALLED[memory]}", style="dim") for memory in MEMORIES])
 
 
-def _print_question(question: Question, answers: dict[str, Any]) -> None:
+def _print_question(question: ExamQuestion, answers: dict[str, Any]) -> None:
     """What was asked, the replies beside each other, and what was fetched for them."""
     from rich.text import Text
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mlx_hiermem.bank.bank import MemoryBank
     from mlx_hiermem.config import Path
     from mlx_hiermem.selection import Selection
-    from mlx_hiermem.sources import Source
+    from mlx_hiermem.source_search import Source
 
 console = Console(highlight=False)
 LINE_EVERY = 30.0  # seconds between two lines of progress where there is no terminal

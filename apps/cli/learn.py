@@ -24,13 +24,15 @@ Settings = TypeVar("Settings", bound="DataclassInstance")
 GO_ON = "What was learnt is kept: the same command goes on from there."
 
 
+# How the help is divided: the common ten, then these.
+FILES, SELDOM = "All settings, in a file", "Seldom needed; in the file too"
 DOCUMENTS = typer.Argument(
     metavar="DOCS... OUT",
     help="DOCS: folders, files (.txt .md .html .pdf .jsonl) hf://owner/name. OUT: the model's folder to make.",
 )
 ANCHOR = typer.Option("--anchor", "-a", help="Model folder or hub id, or what convert takes.")
-FIELD = typer.Option(help="Field of a .jsonl line that holds the text. Default: text.")
-ANY_LANGUAGE = typer.Option("--any-language", help="Learn what is not in English, too.")
+FIELD = typer.Option(help="Field of a .jsonl line that holds the text. Default: text.", rich_help_panel=SELDOM)
+ANY_LANGUAGE = typer.Option("--any-language", help="Learn what is not in English, too.", rich_help_panel=SELDOM)
 KIND = typer.Option(help="Kind of memory: ffn, lora-qk, lora-vo, lora-ffn or kv. Default: ffn.")
 EPOCHS = typer.Option(min=0, help="How often each text is learnt. Default: by the number of documents.")
 SELF_STUDY = typer.Option(
@@ -41,9 +43,13 @@ TEACHER = typer.Option(help="Who writes them: a model that mlx-lm loads. Default
 TEACHER_URL = typer.Option(
     help="Or a server that speaks OpenAI's protocol; its key is in OPENAI_API_KEY, if it needs one."
 )
-TEACHER_MODEL = typer.Option(help="What the model is called there. Default: the first one that the server names.")
+TEACHER_MODEL = typer.Option(
+    help="What the model is called there. Default: the first one that the server names.", rich_help_panel=SELDOM
+)
 STUDY = typer.Option(
-    min=0.1, help="Tokens of study for each token of the documents, of a teacher that can write. Default: 10."
+    min=0.1,
+    help="Tokens of study for each token of the documents, of a teacher that can write. Default: 10.",
+    rich_help_panel=SELDOM,
 )
 PROMPTS = typer.Option(help="Prompts of your own to learn: a JSON line each, with document, prompt and completion.")
 QUESTIONS = typer.Option(help="Questions to measure the routing by: a JSON line each, with question and document.")
@@ -52,13 +58,17 @@ SOURCES = typer.Option(
     help="Keep the texts in the bank, so that an answer can show where it comes from. Default: yes.",
 )
 CACHE = typer.Option(
-    help="Disk for what the anchor computes once and uses often: 500M, 20G. Less is slower. Default: 20G."
+    help="Disk for what the anchor computes once and uses often: 500M, 20G. Less is slower. Default: 20G.",
+    rich_help_panel=SELDOM,
 )
-KEEP = typer.Option("--keep", help="Keep the work folder OUT.learn.")
+KEEP = typer.Option("--keep", help="Keep the work folder OUT.learn.", rich_help_panel=SELDOM)
 CONFIG = typer.Option(
-    help="TOML file with any settings; of several the last comes first, and options on the line before all."
+    help="TOML file with any settings; of several the last comes first, and options on the line before all.",
+    rich_help_panel=FILES,
 )
-WRITE_CONFIG = typer.Option(help="Write all settings that would be used into this TOML file, and learn nothing.")
+WRITE_CONFIG = typer.Option(
+    help="Write all settings that would be used into this TOML file, and learn nothing.", rich_help_panel=FILES
+)
 JSON = typer.Option("--json", help="Print one JSON object in the end instead of text.")
 
 

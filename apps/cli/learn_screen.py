@@ -19,7 +19,7 @@ LINE_SECONDS = 60.0  # between lines about long work where there is no terminal
 
 
 class Screen:
-    """Shows a run (a `learn.status.Listener`)."""
+    """Shows a run (a `learn.stages.Listener`)."""
 
     def __init__(self, bar: Bar | None, lines: bool) -> None:
         self._bar, self._lines, self._stage, self._said = bar, lines, "", time.monotonic()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 FIGURES = {
     "memory": ("memory", "{:g} GB"),
-    "share": ("for one program", "{:.1%}"),
+    "program_share": ("for one program", "{:.1%}"),
     "storage": ("storage", "{:g} MB/s"),
     "access": ("a file", "{:g} ms"),
     "bandwidth": ("bandwidth", "{:g} GB/s"),
@@ -105,7 +105,8 @@ def _compare(results: list[Plan]) -> None:
 def _show(result: Plan) -> None:
     device, model = result.device, result.model
     figures = [
-        f"{device.memory.value:g} GB of memory, {size(device.usable)} for one program ({device.share.basis})",
+        f"{device.memory.value:g} GB of memory, "
+        f"{size(device.usable)} for one program ({device.program_share.basis})",
         f"storage {device.storage.value:g} MB/s ({device.storage.basis})",
         f"bandwidth {device.bandwidth.value:g} GB/s ({device.bandwidth.basis})",
     ]

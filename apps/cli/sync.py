@@ -19,7 +19,8 @@ from mlx_hiermem.apps.cli.learn_screen import screen_for
 from mlx_hiermem.errors import HierMemError
 
 if TYPE_CHECKING:
-    from mlx_hiermem.learn.sync import Receipt, SyncSettings
+    from mlx_hiermem.learn.settings import SyncSettings
+    from mlx_hiermem.learn.sync import SyncReceipt
 
 SHOWN = 6  # names in a line
 
@@ -89,7 +90,8 @@ def sync(
 
 def _settings(model: pathlib.Path, epochs: int | None, any_language: bool, **given: Any) -> SyncSettings:
     """As the model was learnt, but for what was given."""
-    from mlx_hiermem.learn.sync import SyncSettings, settings_of
+    from mlx_hiermem.learn.settings import SyncSettings
+    from mlx_hiermem.learn.sync import settings_of
 
     before = settings_of(model)
     corpus = replace(before.corpus, any_language=before.corpus.any_language or any_language)
@@ -188,7 +190,7 @@ class _Run:
         self.tell()
         self.sync(settings)
 
-    def _show(self, receipt: Receipt) -> None:
+    def _show(self, receipt: SyncReceipt) -> None:
         """The receipt on a screen."""
         from mlx_hiermem.learn.recall import forgotten_lines
         from mlx_hiermem.learn.sync import RECEIPT
@@ -217,7 +219,7 @@ class _Run:
             console.print(f"{what:<10}{line}", markup=False, soft_wrap=True)
 
 
-def _going(receipt: Receipt) -> list[str]:
+def _going(receipt: SyncReceipt) -> list[str]:
     return [*receipt.deleted, *(f"{name} as it was" for name in receipt.changed)]
 
 

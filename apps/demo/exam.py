@@ -29,7 +29,7 @@ TOGETHER = 32  # questions of `measured`
 
 
 @dataclass(frozen=True)
-class Question:
+class ExamQuestion:
     topic: str
     document: str  # the article's title
     text: str
@@ -51,19 +51,19 @@ class Question:
         }
 
 
-def questions() -> list[Question]:
+def questions() -> list[ExamQuestion]:
     """The whole exam, in its order."""
     topics = {row["title"]: row["topic"] for _, row in read_json_lines(HERE / "vital" / "documents.jsonl")}
     lines = gzip.decompress((HERE / "vital" / "exam.jsonl.gz").read_bytes()).decode().splitlines()
     return [
-        Question(topics[row["doc"]], row["doc"], row["question"], (row["answer"], *row["aliases"]))
+        ExamQuestion(topics[row["doc"]], row["doc"], row["question"], (row["answer"], *row["aliases"]))
         for row in map(json.loads, lines)
     ]
 
 
-def sample() -> list[Question]:
+def sample() -> list[ExamQuestion]:
     """One question of each topic: the first in the exam, whatever it asks and however it is answered."""
-    found = dict[str, Question]()
+    found = dict[str, ExamQuestion]()
     for question in questions()[:DEVELOPMENT]:
         found.setdefault(question.topic, question)
     return list(found.values())
@@ -74,7 +74,7 @@ def stored() -> dict[str, Any]:
     return json.loads((HERE / "results.json").read_text(encoding="utf-8"))["memories"]
 
 
-def measured(model: MemoryModel, asked: Sequence[Question], progress: Progress | None) -> dict[str, Any]:
+def measured(model: MemoryModel, asked: Sequence[ExamQuestion], progress: Progress | None) -> dict[str, Any]:
     """The same, as far as the demo shows it, measured now, many questions at a time."""
     found, count, total = dict[str, Any](), len(asked), len(asked) * len(MEMORIES)
     for turn, memory in enumerate(MEMORIES):
@@ -86,9 +86,9 @@ def measured(model: MemoryModel, asked: Sequence[Question], progress: Progress |
                 right.update(question.graded(reply.text))
             if progress:
                 progress(turn * count + start + len(some), total)
-        found[memory] = {"questions": count} | {rule: share(right[rule], count) for rule in ("lenient", "strict")}
+        found[memory] = {"questions": count} | {rule: result(right[rule], count) for rule in ("lenient", "strict")}
     return found
 
 
-def share(right: int, count: int) -> dict[str, Any]:
+def result(right: int, count: int) -> dict[str, Any]:
     return {"right": right, "share": right / count, "interval": share_interval(right, count)}

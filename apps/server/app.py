@@ -27,10 +27,13 @@ from mlx_hiermem.apps.server.generate import Service
 from mlx_hiermem.apps.server.guard import Guard, refused
 from mlx_hiermem.apps.server.items import ResponsesRequest
 from mlx_hiermem.apps.server.metrics import Counting, Metrics
-from mlx_hiermem.apps.server.openapi import ABOUT, REFUSED, STREAMED, TEXT
 from mlx_hiermem.apps.server.refusal import ApiError
 from mlx_hiermem.apps.server.responses import Responses
 from mlx_hiermem.apps.server.schema import (
+    ABOUT,
+    REFUSED,
+    STREAMED,
+    TEXT,
     ChatRequest,
     CompletionRequest,
     EmbeddingRequest,

@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_hiermem.assets import cache_folder
 from mlx_hiermem.bank.bank import MANIFEST
-from mlx_hiermem.learn.status import read_status
+from mlx_hiermem.learn.stages import read_status
 from mlx_hiermem.model import MemoryModel
 
 MARKS = ("anchor", f"bank/{MANIFEST}", MANIFEST)  # one of them is in the folder of a model or a bank

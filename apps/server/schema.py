@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
 
 from mlx_hiermem.apps.server.messages import Message, Tool, ToolChoice
 from mlx_hiermem.apps.server.refusal import ApiError
@@ -54,6 +54,10 @@ TEMPLATES_OWN = {
     *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
     *("return_assistant_tokens_mask", "tokenizer_kwargs"),
 }
+ABOUT = """OpenAI's API for a model with hierarchical memories, and the memory's own routes.
+
+Beside what a schema can say there are rules: `tool_call_id` goes with role `tool` only, for example. Whoever breaks
+one is answered 400, with a message that names the field. Fields of OpenAI's that change nothing are taken too."""
 
 
 def _as_wish(value: Any) -> Any:
@@ -281,3 +285,28 @@ class EmbeddingRequest(StrictModel):
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None
     user: str = ""
+
+
+# What /openapi.json says beside the requests' fields: how answers look
+
+
+class Refusal(BaseModel):
+    """Of OpenAI's shape; `param` names the field that is wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Refused(BaseModel):
+    """What is answered where something cannot be done."""
+
+    error: Refusal
+
+
+REFUSED: dict[int | str, dict[str, Any]] = {"default": {"model": Refused, "description": "It cannot be done"}}
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The whole answer, or its events", "content": {"text/event-stream": {}}}
+}
+TEXT: dict[int | str, dict[str, Any]] = {200: {"description": "Figures", "content": {"text/plain": {}}}}

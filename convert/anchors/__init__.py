@@ -1,0 +1,1 @@
+"""Checkpoints of many forms become one: an mlx-lm model folder."""

@@ -124,7 +124,7 @@ class Anchor(nn.Module):
         written[1].append(v)
         # The queries that share keys become rows of one head; repeating the keys would copy the cache.
         q = q.reshape(1, sizes.kv_heads, group * tokens, width)
-        seen = self._seen(rows, layer.window).repeat(group, 1)
+        seen = self._seen(rows, layer.sliding_window).repeat(group, 1)
         heads = F.scaled_dot_product_attention(q, k.float()[None], v.float()[None], attn_mask=seen, scale=1.0)
         heads = heads.reshape(sizes.heads, tokens, width).transpose(1, 2)
         return self._product(layer.o, heads.reshape(1, sizes.heads * width, 1, tokens))

@@ -109,7 +109,7 @@ def attention(
     q = mb.reshape(x=q, shape=[sizes.kv_heads, group * tokens, width])
     scores = mb.matmul(x=q, y=k, transpose_y=True, name=f"{name}_scores")
     scores = mb.reshape(x=scores, shape=[sizes.kv_heads, group, tokens, at.context])
-    scores = mb.add(x=scores, y=at.mask(layer.window), name=f"{name}_masked")
+    scores = mb.add(x=scores, y=at.mask(layer.sliding_window), name=f"{name}_masked")
     shares = mb.softmax(x=scores, axis=-1, name=f"{name}_shares")
     shares = mb.reshape(x=shares, shape=[sizes.kv_heads, group * tokens, at.context])
     heads = mb.matmul(x=shares, y=v, name=f"{name}_heads")

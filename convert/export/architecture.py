@@ -57,8 +57,8 @@ class Linear:
 class Layer:
     """One transformer block. `frequencies` [head_dim / 2] in radians per token, None for no positions.
 
-    `window`: how many tokens back attention reaches, itself included; 0 for all. q_norm and k_norm are over a
-    head, or over all heads at once.
+    `sliding_window`: how many tokens back attention reaches, itself included; 0 for all. q_norm and k_norm are over
+    a head, or over all heads at once.
     """
 
     q: Linear
@@ -75,7 +75,7 @@ class Layer:
     q_norm: Norm | None
     k_norm: Norm | None
     frequencies: np.ndarray | None
-    window: int
+    sliding_window: int
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def _layer(kind: str, index: int, layer: nn.Module, args: Any, head_dim: int) ->
         q_norm=q_norm,
         k_norm=k_norm,
         frequencies=_frequencies(attention.rope, head_dim),
-        window=_window(layer, args),
+        sliding_window=_sliding_window(layer, args),
     )
 
 
@@ -207,7 +207,7 @@ def _frequencies(rope: nn.Module, head_dim: int) -> np.ndarray | None:
     )
 
 
-def _window(layer: nn.Module, args: Any) -> int:
+def _sliding_window(layer: nn.Module, args: Any) -> int:
     sliding = getattr(layer, "use_sliding", False) or getattr(layer.self_attn, "is_sliding", False)
     return int(args.sliding_window) if sliding else 0
 

@@ -21,7 +21,7 @@ from mlx_hiermem.convert.export.architecture import Architecture, Linear, check_
 from mlx_hiermem.convert.export.bundle import Choice
 from mlx_hiermem.convert.export.distance import Float32Anchor
 from mlx_hiermem.convert.export.limits import BOUNDS, Measured, SavedAnchor, Trial
-from mlx_hiermem.convert.export.mixed_precision import Codec, Plan, find_plan
+from mlx_hiermem.convert.export.mixed_precision import Codec, PrecisionPlan, find_plan
 from mlx_hiermem.convert.export.references import read_memory
 from mlx_hiermem.convert.export.shape import PREFILL_TOKENS, Export
 from mlx_hiermem.convert.source import tool_versions
@@ -247,7 +247,7 @@ class _Exporter:
         found = self.target.save_retriever(embedder, folder / name, folder / tokenizer)
         return {"package": name, "tokenizer": tokenizer} | found
 
-    def _receipt(self, plan: Plan, measured: Measured, devices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _receipt(self, plan: PrecisionPlan, measured: Measured, devices: list[dict[str, Any]]) -> dict[str, Any]:
         """How it was made and what was measured."""
         return {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -33,7 +33,7 @@ class Codec:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PrecisionPlan:
     """Formats by the weights' names, what they were measured to cost, and the dearest weights of the search."""
 
     formats: dict[str, str]
@@ -56,7 +56,7 @@ def find_plan(
     codec: Codec,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda what: None,
-) -> Plan:
+) -> PrecisionPlan:
     """As many weights in `form` as keep the mean KL at most `bound`; the others in 8 bits, or else in 16.
 
     Raises HierMemError where not even float16 keeps the bound.
@@ -82,9 +82,9 @@ def uniform(weights: Sequence[Linear], form: str) -> dict[str, str]:
     return {weight.name: "fp16" if form == "int8" and weight.part is not None else form for weight in weights}
 
 
-def _uniform(reference: Float32Anchor, weights: Sequence[Linear], form: str, codec: Codec) -> Plan:
+def _uniform(reference: Float32Anchor, weights: Sequence[Linear], form: str, codec: Codec) -> PrecisionPlan:
     formats = uniform(weights, form)
-    return Plan(formats, _measure(reference, weights, formats, codec))
+    return PrecisionPlan(formats, _measure(reference, weights, formats, codec))
 
 
 def _measure(
@@ -99,13 +99,13 @@ class _Search:
     """From a plan `fine` that keeps the bound to one with as many matrices in `form` as still do."""
 
     reference: Float32Anchor
-    fine: Plan
+    fine: PrecisionPlan
     form: str
     bound: float
     codec: Codec
     say: Callable[[str], None]
 
-    def run(self, weights: Sequence[Linear], progress: Progress | None) -> Plan:
+    def run(self, weights: Sequence[Linear], progress: Progress | None) -> PrecisionPlan:
         """Coarsens the matrices that cost the least KL per megabyte; how many, by bisection."""
         largest = sorted(weights, key=lambda weight: -weight.weight.size)[:MOST]
         rounds = len(largest).bit_length()
@@ -117,7 +117,7 @@ class _Search:
                 break
             count = (low + high + 1) // 2
             formats = self.fine.formats | {name: self.form for name, _, _ in costs[:count]}
-            tried = Plan(formats, _measure(self.reference, weights, formats, self.codec))
+            tried = PrecisionPlan(formats, _measure(self.reference, weights, formats, self.codec))
             self.say(f"{count} of {len(costs)} matrices in {self.form}: KL {tried.distance.kl:.1e}")
             if tried.distance.kl <= self.bound:
                 best, low = tried, count
@@ -125,7 +125,7 @@ class _Search:
                 high = count - 1
             if progress:
                 progress(len(costs) + number + 1, len(costs) + rounds)
-        return Plan(best.formats, best.distance, tuple(reversed(costs[-SHOWN:])))
+        return PrecisionPlan(best.formats, best.distance, tuple(reversed(costs[-SHOWN:])))
 
     def _costs(
         self, weights: Sequence[Linear], rounds: int, progress: Progress | None

@@ -24,7 +24,7 @@ from mlx_hiermem.convert.export.sample_texts import TEXTS
 from mlx_hiermem.convert.export.shape import STEP, filled
 from mlx_hiermem.convert.export.text_checks import check_choices, check_texts
 from mlx_hiermem.convert.source import tool_versions
-from mlx_hiermem.convert.verify import RECEIPT, Receipt, write_receipt
+from mlx_hiermem.convert.verify import RECEIPT, VerifyReceipt, write_receipt
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import BankError, CoreAIError, CoreMLError
 from mlx_hiermem.files import file_digest, read_json
@@ -46,7 +46,7 @@ class Options:
     format: str = ""  # that the folder must have
 
 
-def verify_export(folder: pathlib.Path, options: Options, progress: Progress | None = None) -> Receipt:
+def verify_export(folder: pathlib.Path, options: Options, progress: Progress | None = None) -> VerifyReceipt:
     """Checks an exported folder, and adds what it found to its receipt.json.
 
     Raises a HierMemError where there is nothing to check or to compare with; what is wrong with the folder's own
@@ -67,7 +67,7 @@ def verify_export(folder: pathlib.Path, options: Options, progress: Progress | N
     except (BankError, CoreAIError, CoreMLError) as error:
         checks.append(Check("files", error.what, "can be used", False))
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    receipt = Receipt(exported.manifest["name"], date, tool_versions(), verification.source, tuple(checks))
+    receipt = VerifyReceipt(exported.manifest["name"], date, tool_versions(), verification.source, tuple(checks))
     file = folder / RECEIPT
     made = read_json(file) if file.is_file() else {}
     write_receipt(file, made | {"verification": receipt.to_json()})

@@ -17,16 +17,20 @@ import shutil
 import sys
 import tomllib
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mlx_hiermem.errors import FileError, HierMemError, OutputError
-
-if TYPE_CHECKING:
-    pass
+from mlx_hiermem.errors import ArgumentError, FileError, HierMemError, OutputError
 
 # What code that takes values out of JSON of another shape raises; int(inf) is an OverflowError
 MALFORMED = (AttributeError, KeyError, OverflowError, TypeError, ValueError)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def path_of(given: Any, what: str) -> pathlib.Path:
+    """The path that a program names. Raises ArgumentError, saying `what` it was to be, where it is none."""
+    if not isinstance(given, str | os.PathLike):
+        raise ArgumentError(f"{given!r} is no {what}", "Give its path, as text or as a pathlib.Path.")
+    return pathlib.Path(given)
 
 
 def file_digest(file: pathlib.Path) -> str:

@@ -28,7 +28,7 @@ from mlx_hiermem.prompt import Asked, Prompt
 from mlx_hiermem.response import GrowingText, Response
 from mlx_hiermem.sampling import Options, Sampling, real_ids
 from mlx_hiermem.selection import Selection
-from mlx_hiermem.sources import Source, SourceSearch, Text, asked
+from mlx_hiermem.source_search import Source, SourceSearch, Text, asked
 from mlx_hiermem.tokenizer import encode_chat, encode_text, framed
 from mlx_hiermem.tree import Route
 
@@ -55,7 +55,7 @@ class MemoryModel:
         identity: AnchorIdentity | None = None,
         attachment: Attachment | None = None,
     ) -> None:
-        """`attachment`: where the anchor has one already, of another bank's (see `beside`)."""
+        """`attachment`: where the anchor has one already, of another bank's (`model_folder.load`)."""
         self.identity = identity or (bank.manifest.anchor if bank else None)
         self.name = name or (bank.manifest.anchor.name if bank else str(config.get("model_type", "")))
         self.anchor, self.tokenizer, self.config, self.bank = anchor, tokenizer, config, bank
@@ -73,29 +73,12 @@ class MemoryModel:
     @property
     def router(self) -> Router:
         """Loads the sentence embedder when a text is first routed."""
-        if self.bank is None:
-            raise BankError("this model has no bank", "Use memory none, or convert or learn a bank for it.")
+        bank = self.bank_for(MemoryChoice.FETCHED)
         if self._router is None:
             from mlx_hiermem.router import Router
 
-            self._router = Router.of_bank(self.bank)
+            self._router = Router.of_bank(bank)
         return self._router
-
-    def beside(self, bank: MemoryBank | None, name: str, cache_bytes: int = 512 << 20) -> MemoryModel | None:
-        """A model of this one's anchor, which stays in memory once, with another bank.
-
-        None where that cannot be: another anchor, or a memory of another kind or for other layers.
-        """
-        if bank is not None:
-            if self.identity is None or not self.identity.is_same(bank.manifest.anchor):
-                return None
-            if self.attachment is not None and not self.attachment.takes(bank.config):
-                return None
-        made = MemoryModel(
-            self.anchor, self.tokenizer, self.config, bank, None, cache_bytes, name, self.identity, self.attachment
-        )
-        self.attachment = self.attachment or made.attachment
-        return made
 
     def refresh(self) -> bool:
         """Takes up the bank again where it was edited since it was opened; whether that was so.
@@ -233,12 +216,7 @@ class MemoryModel:
         return self.selection
 
     def stream(
-        self,
-        prompt: Prompt,
-        *,
-        memory: Wanted | None = None,
-        chat: bool = False,
-        **options: Unpack[Options],
+        self, prompt: Prompt, *, memory: Wanted | None = None, chat: bool = False, **options: Unpack[Options]
     ) -> Iterator[str]:
         """Yields the reply to a text, or to a conversation's messages, piece by piece; `response` then tells of it.
 
@@ -251,12 +229,7 @@ class MemoryModel:
         return self._reply(asked, wanted, sampling)
 
     def generate(
-        self,
-        prompt: Prompt,
-        *,
-        memory: Wanted | None = None,
-        chat: bool = False,
-        **options: Unpack[Options],
+        self, prompt: Prompt, *, memory: Wanted | None = None, chat: bool = False, **options: Unpack[Options]
     ) -> Response:
         """The whole reply; as `stream`."""
         for _ in self.stream(prompt, memory=memory, chat=chat, **options):

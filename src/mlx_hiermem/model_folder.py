@@ -43,7 +43,11 @@ def load(
     if bank:
         bank.manifest.check_anchor(identity)
     for other in beside:
-        if other.identity and other.identity.is_same(identity) and (made := other.beside(bank, name, cache_bytes)):
+        if (
+            other.identity
+            and other.identity.is_same(identity)
+            and (made := _beside(other, bank, name, cache_bytes))
+        ):
             return made
     anchor, tokenizer, config = load_anchor(anchor_folder)
     return MemoryModel(anchor, tokenizer, config, bank, cache_bytes=cache_bytes, name=name, identity=identity)
@@ -51,9 +55,26 @@ def load(
 
 def _bank_alone(bank: MemoryBank, name: str, cache_bytes: int, beside: Iterable[MemoryModel]) -> MemoryModel:
     for other in beside:
-        if made := other.beside(bank, name, cache_bytes):
+        if made := _beside(other, bank, name, cache_bytes):
             return made
     raise AnchorError(
         f"{bank.root} is a bank without its anchor, {bank.manifest.anchor.name}",
         "Give the folder of a model, or load the bank beside a model of that anchor.",
     )
+
+
+def _beside(other: MemoryModel, bank: MemoryBank | None, name: str, cache_bytes: int) -> MemoryModel | None:
+    """A model of another one's anchor, which stays in memory once, with another bank.
+
+    None where that cannot be: another anchor, or a memory of another kind or for other layers.
+    """
+    if bank is not None:
+        if other.identity is None or not other.identity.is_same(bank.manifest.anchor):
+            return None
+        if other.attachment is not None and not other.attachment.takes(bank.config):
+            return None
+    made = MemoryModel(
+        other.anchor, other.tokenizer, other.config, bank, None, cache_bytes, name, other.identity, other.attachment
+    )
+    other.attachment = other.attachment or made.attachment
+    return made

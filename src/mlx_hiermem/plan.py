@@ -51,15 +51,16 @@ class Disk:
 
 @dataclass(frozen=True)
 class Device:
-    """Memory in GiB and the share of it that one program may use; storage in MB/s, memory bandwidth in GB/s.
+    """Memory in GiB, storage in MB/s, memory bandwidth in GB/s.
 
-    `access` is the storage's, in milliseconds a file.
+    `program_share` is the part of the memory that one program may use; `access` is the storage's, in milliseconds a
+    file.
     """
 
     name: str
     title: str
     memory: Figure
-    share: Figure
+    program_share: Figure
     storage: Figure
     bandwidth: Figure
     access: Figure = Figure(FILE_MS, "assumed", "opening a file and the first answer of the storage")
@@ -67,7 +68,7 @@ class Device:
     @property
     def usable(self) -> int:
         """Bytes that the model and its program may take."""
-        return int(self.memory.value * self.share.value * GIB)
+        return int(self.memory.value * self.program_share.value * GIB)
 
     def with_disk(self, disk: Disk) -> Device:
         """This device with the bank on an external disk."""
@@ -260,20 +261,23 @@ def _exported(folder: pathlib.Path) -> ModelSize:
     """The caches are as long as the context that was chosen on exporting, however short a text is."""
     try:
         data = parse_json((folder / EXPORT).read_text(encoding="utf-8"))
-        anchor, retriever, bank = data["anchor"], data["retriever"], data["bank"]
+        name, anchor, retriever, bank = (data[key] for key in ("name", "anchor", "retriever", "bank"))
         layers, heads, _, width = anchor["states"]["k_cache"]["shape"]
-        context = int(anchor["context"])
+        context = anchor["context"]
         packages = [
             sum(
                 row["bytes"] for name, row in data["files"].items() if one and name.startswith(one["package"] + "/")
             )
             for one in (anchor, retriever)
         ]
+        numbers = [layers, heads, context, width, *packages]
+        if not isinstance(name, str) or not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError(f"{numbers} are no sizes of {name!r}")
         manifest = BankManifest.read(folder / bank["folder"] / MANIFEST) if bank else None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise HierMemError(f"{folder} is no exported folder: {error!r}", "See `hiermem export coreml`.") from error
     kv = 2 * layers * heads * width * 2
-    return ModelSize(data["name"], packages[0], kv, context, levels_of(manifest), packages[1], APP_BYTES)
+    return ModelSize(name, packages[0], kv, context, levels_of(manifest), packages[1], APP_BYTES)
 
 
 def kv_bytes(config: Mapping[str, Any]) -> int:

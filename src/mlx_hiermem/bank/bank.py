@@ -20,7 +20,7 @@ from mlx_hiermem.bank.remote import Origin, RemoteTier, node_of
 from mlx_hiermem.bank.sources import INDEX_FILE, WINDOWS_FILE, BankSources, standing
 from mlx_hiermem.config import GENERIC_LEVEL, GENERIC_NODE, MemoryConfig, Path
 from mlx_hiermem.errors import BankError
-from mlx_hiermem.files import file_digest, reason
+from mlx_hiermem.files import file_digest, path_of, reason
 from mlx_hiermem.tree import ClusterTree
 
 MANIFEST, TREE = "bank.json", "tree.safetensors"
@@ -44,7 +44,7 @@ class MemoryBank:
     @classmethod
     def open(cls, root: pathlib.Path | str, verify: bool | None = None) -> MemoryBank:
         """Reads the manifest; no block is touched."""
-        root = pathlib.Path(root)
+        root = path_of(root, "folder of a bank")
         if not root.is_dir():
             raise BankError(f"there is no bank at {root}")
         stamp = _stamp(root)  # first: a change in between is seen later

@@ -36,7 +36,7 @@ that self-study makes of it; texts and vectors stay on disk.
     bank      publish        model/            what becomes OUT
 
 `run` goes through all of it; `add` brings new documents into a bank that is there, by `relearn`, which has some of
-its blocks learn again. `record` keeps which files a bank has learnt, `status` how far a run is. `settings` has
+its blocks learn again. `record` keeps which files a bank has learnt, `stages` how far a run is. `settings` has
 everything that can be chosen.
 """
 

@@ -23,8 +23,8 @@ from mlx_hiermem.learn import stages
 from mlx_hiermem.learn.corpus.corpus import Corpus
 from mlx_hiermem.learn.publish import ANCHOR, BANK, MovedTexts, kept_texts
 from mlx_hiermem.learn.relearn import Lesson, NewTexts, Relearning
-from mlx_hiermem.learn.settings import AddSettings, ExampleSettings, Prompt
-from mlx_hiermem.learn.status import Listener, Silent, forget_status
+from mlx_hiermem.learn.settings import AddSettings, ExampleSettings, PromptPair
+from mlx_hiermem.learn.stages import Listener, Silent, forget_status
 from mlx_hiermem.learn.train.dataset import TrainingSet
 from mlx_hiermem.learn.train.encoding import EXAMPLES, make_examples
 from mlx_hiermem.learn.tree.build import CorpusTree, added_node, place_in_tree, with_new_leaf
@@ -102,7 +102,7 @@ class Adding(Relearning):
         )
 
     def place(
-        self, corpus: Corpus, embedder: Embedder, prompts: tuple[Prompt, ...]
+        self, corpus: Corpus, embedder: Embedder, prompts: tuple[PromptPair, ...]
     ) -> tuple[CorpusTree, Path | None]:
         """Stages `study` to `tree`: the leaves in which windows are learnt, and the one among them that is new."""
         model, tokenizer, _ = self.loaded

@@ -35,10 +35,18 @@ from mlx_hiermem.errors import BankError
 from mlx_hiermem.files import file_digest, new_folder, replace_folder
 from mlx_hiermem.learn import publish, stages
 from mlx_hiermem.learn.publish import ANCHOR, BANK, MovedTexts, kept_texts
-from mlx_hiermem.learn.record import RECORD, LearntFile, files_learnt, files_read, read_record, write_record
+from mlx_hiermem.learn.record import (
+    RECORD,
+    LearntFile,
+    files_learnt,
+    files_read,
+    more_sources,
+    passage_reach,
+    read_record,
+    write_record,
+)
 from mlx_hiermem.learn.settings import AddSettings
-from mlx_hiermem.learn.sources import more_sources, passage_reach
-from mlx_hiermem.learn.status import Listener
+from mlx_hiermem.learn.stages import Listener
 from mlx_hiermem.learn.train.blocks import Tensors, new_block
 from mlx_hiermem.learn.train.dataset import TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.train.jobs import Trainer

@@ -24,21 +24,15 @@ from mlx_hiermem.bank.commit import LEARNING
 from mlx_hiermem.bank.policy import POLICY, BankPolicy
 from mlx_hiermem.config import EmbedderIdentity, MemoryConfig
 from mlx_hiermem.embedder import Embedder
-from mlx_hiermem.errors import AnchorError, HierMemError, OutputError
+from mlx_hiermem.errors import AnchorError, ArgumentError, HierMemError, OutputError
+from mlx_hiermem.files import path_of
 from mlx_hiermem.learn import stages
 from mlx_hiermem.learn.corpus.corpus import Corpus
 from mlx_hiermem.learn.corpus.readers import check_there
 from mlx_hiermem.learn.publish import ANCHOR, BANK, About, Nodes, link, publish, write_bank
-from mlx_hiermem.learn.ranks import Ranks
-from mlx_hiermem.learn.record import RECORD, files_learnt, write_record
-from mlx_hiermem.learn.settings import (
-    ExampleSettings,
-    LearnSettings,
-    MemorySettings,
-    epochs_for,
-)
-from mlx_hiermem.learn.sources import learnt_sources, passage_reach
-from mlx_hiermem.learn.status import Listener, Silent, forget_status
+from mlx_hiermem.learn.record import RECORD, files_learnt, learnt_sources, passage_reach, write_record
+from mlx_hiermem.learn.settings import ExampleSettings, LearnSettings, MemorySettings, epochs_for
+from mlx_hiermem.learn.stages import Listener, Silent, forget_status
 from mlx_hiermem.learn.study.stage import Teaching, help_study
 from mlx_hiermem.learn.train.encoding import EXAMPLES, make_examples, open_examples
 from mlx_hiermem.learn.train.jobs import LOG, PLOT, Trainer
@@ -52,6 +46,7 @@ from mlx_hiermem.learn.work import (
     TRAINING,
     TREE,
     WRITTEN,
+    Ranks,
     Work,
     locked_work,
     remove_work,
@@ -152,7 +147,9 @@ def learn(
     Raises CorpusError, AnchorError and OutputError, each for what is wrong with what was given. What is done stays
     in `work_folder(out)`, and the same call goes on from there.
     """
-    out = pathlib.Path(out)
+    out = path_of(out, "folder")
+    if not isinstance(settings, LearnSettings):
+        raise ArgumentError(f"{settings!r} are no settings", "Give a LearnSettings.")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise OutputError(f"{out} exists already", "Choose another folder, or remove it first.")
     ranks = Ranks(work_folder(out))
@@ -165,7 +162,7 @@ def learn(
         run = _Run(work, settings, listener, ranks)
         with ranks.leading():
             check_there(sources)  # before an anchor is fetched
-            source = anchor() if callable(anchor) else AnchorSource.of(pathlib.Path(anchor))
+            source = anchor() if callable(anchor) else AnchorSource.of(path_of(anchor, "model folder"))
             prepared = run.prepare(sources, source)
         learnt = run.write(source.name, prepared, *run.train())
         with work.writing():

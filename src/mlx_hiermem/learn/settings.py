@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Prompt:
+class PromptPair:
     """A prompt that the user gives, and what is to follow it.
 
     `document` is a title or a source. A `chat` is learnt in the anchor's chat template; a `framed` prompt is put as
@@ -163,7 +163,7 @@ class LearnSettings:
     heldout: float = 0.0  # share of the windows that are not learnt but only measured
     training: TrainingSettings = field(default_factory=TrainingSettings)
     questions: tuple[tuple[str, str], ...] = ()  # (question, document that answers it), to measure the routing by
-    prompts: tuple[Prompt, ...] = ()  # learnt beside self-study's
+    prompts: tuple[PromptPair, ...] = ()  # learnt beside self-study's
     licence: str = ""  # of the documents, for the bank's manifest
     sources: bool = True  # keep the windows in the bank, so that an answer can show where it comes from
     keep: bool = False  # keep the work folder
@@ -192,11 +192,20 @@ class AddSettings:
     teacher_model: str = ""
     study: StudySettings = field(default_factory=StudySettings)
     training: TrainingSettings = field(default_factory=lambda: TrainingSettings(epochs=4))
-    prompts: tuple[Prompt, ...] = ()
+    prompts: tuple[PromptPair, ...] = ()
     keep: bool = False
 
     def __post_init__(self) -> None:
         _check_teacher(self.teacher, self.teacher_url)
+
+
+@dataclass(frozen=True)
+class SyncSettings:
+    """How what has changed in a folder is learnt and forgotten."""
+
+    learning: AddSettings = field(default_factory=AddSettings)
+    above: bool = False  # the blocks above a leaf forget too: they and all leaves below begin afresh
+    probes: int = 6  # questions about each file that is gone or changed
 
 
 def _check_teacher(model: str, url: str) -> None:

@@ -38,8 +38,8 @@ from mlx_hiermem.learn.publish import BANK
 from mlx_hiermem.learn.recall import NONE, Probe, memories_of, probes_of, recall
 from mlx_hiermem.learn.record import RECORD, Changes, Scan, compared, files_read, read_record
 from mlx_hiermem.learn.relearn import AFTER, Gone, Lesson, NewTexts
-from mlx_hiermem.learn.settings import AddSettings, settings_from_dict
-from mlx_hiermem.learn.status import Listener, Silent
+from mlx_hiermem.learn.settings import AddSettings, SyncSettings, settings_from_dict
+from mlx_hiermem.learn.stages import Listener, Silent
 from mlx_hiermem.learn.work import (
     SYNC,
     WRITTEN,
@@ -59,16 +59,7 @@ PLAN, PROBED, DRAFT = "plan.json", "probed.json", "draft.json"
 
 
 @dataclass(frozen=True)
-class SyncSettings:
-    """How it is learnt and forgotten."""
-
-    learning: AddSettings = field(default_factory=AddSettings)
-    above: bool = False  # the blocks above a leaf forget too: they and all leaves below begin afresh
-    probes: int = 6  # questions about each file that is gone or changed
-
-
-@dataclass(frozen=True)
-class Receipt:
+class SyncReceipt:
     """What was done. `may_retain` names what still saw the texts that are gone."""
 
     folder: str
@@ -125,7 +116,7 @@ def look(model: pathlib.Path, folder: pathlib.Path, scan: Scan | None = None) ->
     return compared(root, learnt, (scan or Scan()).digests(root))
 
 
-def sync(model: pathlib.Path, changes: Changes, settings: SyncSettings, listener: Listener = SILENT) -> Receipt:
+def sync(model: pathlib.Path, changes: Changes, settings: SyncSettings, listener: Listener = SILENT) -> SyncReceipt:
     """Learns what is new and forgets what is gone. Interrupted, the same call goes on.
 
     Where an earlier run only has to be completed, that is done, and its receipt is returned. Raises as `add` does.
@@ -142,7 +133,7 @@ def sync(model: pathlib.Path, changes: Changes, settings: SyncSettings, listener
     return receipt
 
 
-def finish(model: pathlib.Path, listener: Listener = SILENT) -> Receipt | None:
+def finish(model: pathlib.Path, listener: Listener = SILENT) -> SyncReceipt | None:
     """Completes a run that was killed after it had changed the bank; None where there is none."""
     folder = work_folder(model, SYNC)
     if not all((folder / name).exists() for name in (PLAN, DRAFT, AFTER)):
@@ -185,7 +176,7 @@ class _Syncing(Adding):
         record, files = read_record(self.model), (*self.changes.changed, *self.changes.deleted)
         return Gone(tuple(record[file] for file in files if file in record), self.how.above)
 
-    def sync(self) -> Receipt:
+    def sync(self) -> SyncReceipt:
         """Everything, from where an earlier run stopped."""
         if self.kept is None:
             raise BankError(
@@ -277,7 +268,7 @@ class _Syncing(Adding):
         learnt = {window.file for window in new.built.corpus.windows()} if new else set()
         unread = [row for row in files_read(self.work).values() if row.file not in learnt]
         others = ["generic"] * bool(self.bank.manifest.generic) + ["anchor"]
-        receipt = Receipt(
+        receipt = SyncReceipt(
             folder=self.changes.folder,
             time="",
             new=self.changes.names(self.changes.new),
@@ -294,13 +285,13 @@ class _Syncing(Adding):
         draft = {"receipt": asdict(receipt), "windows": sorted(self.gone.windows)}
         write_text(self.work.path(DRAFT), json.dumps(draft))
 
-    def complete(self) -> Receipt:
+    def complete(self) -> SyncReceipt:
         """What follows the bank's edit: texts, record, probes, receipt."""
         draft = json.loads(self.work.path(DRAFT).read_text(encoding="utf-8"))
         self.finish()
         self._drop_written(set(draft["windows"]))
         probes, now = self._ask_after(), time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        receipt = Receipt(**draft["receipt"] | {"time": now, "probes": probes})
+        receipt = SyncReceipt(**draft["receipt"] | {"time": now, "probes": probes})
         with self.work.writing():
             write_text(self.model / RECEIPT, json.dumps(asdict(receipt), ensure_ascii=False, indent=1) + "\n")
         return receipt

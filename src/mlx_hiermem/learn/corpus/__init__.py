@@ -1,0 +1,1 @@
+"""Documents become windows: readers of each format, repetitions left out, whole sentences cut to a length."""

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mlx_hiermem.errors import CorpusError, MissingDependencyError
+from mlx_hiermem.errors import ArgumentError, CorpusError, MissingDependencyError
 from mlx_hiermem.learn.corpus import formats
 from mlx_hiermem.learn.corpus.formats import Found, clean
 from mlx_hiermem.learn.corpus.windows import Document, Skipped
@@ -52,7 +52,10 @@ def files_of(sources: Sequence[str], only: Collection[str] | None = None) -> Ite
 
 
 def check_there(sources: Sequence[str]) -> None:
-    """Raises CorpusError for the first file or folder that does not exist."""
+    """Raises CorpusError for the first file or folder that does not exist; ArgumentError for what is no list."""
+    several = isinstance(sources, Sequence) and not isinstance(sources, str)
+    if not several or not all(isinstance(source, str) for source in sources):
+        raise ArgumentError(f"{sources!r} is no list of documents", 'Give the paths as texts: ["docs"].')
     for source in sources:
         if not (source.startswith(HUB) or (path := pathlib.Path(source)).is_dir() or path.is_file()):
             raise CorpusError(f"there is no file or folder {source}", f"A data set of the hub is {HUB}owner/name.")

@@ -1,0 +1,1 @@
+"""What is written about each window before it is learnt: by patterns, or freely by a model that can write."""

@@ -23,9 +23,8 @@ from typing import Any
 
 from mlx_hiermem.files import file_digest
 from mlx_hiermem.learn.corpus.windows import Window
-from mlx_hiermem.learn.settings import Prompt, StudySettings
-from mlx_hiermem.learn.study.checks import Evidence, same_words
-from mlx_hiermem.learn.study.prompts import line_of
+from mlx_hiermem.learn.settings import PromptPair, StudySettings
+from mlx_hiermem.learn.study.prompts import Evidence, line_of, same_words
 from mlx_hiermem.learn.study.teacher import Replies
 from mlx_hiermem.learn.study.writers import Request, Writer
 from mlx_hiermem.learn.work import Row
@@ -50,7 +49,7 @@ class Notes:
             0,
             Evidence(window.title, window.text),
         )
-        self.kept, self.counts = list[Prompt](), Counter[str]()
+        self.kept, self.counts = list[PromptPair](), Counter[str]()
         self._count, self._seen, self._refused = count, set[str](), set[str]()
 
     @property
@@ -62,12 +61,12 @@ class Notes:
         """How much of what is wanted there is."""
         return min(1.0, self.tokens / max(self.wanted, 1.0))
 
-    def read(self, reply: str, form: Form) -> list[Prompt] | None:
+    def read(self, reply: str, form: Form) -> list[PromptPair] | None:
         """A reply's records; None where it is of no use: no JSON, about something else, in another language."""
         found = parse_reply(reply, form.kind, self.window.title or self.window.source)
         return found if found is not None and self.evidence.covers(found) else None
 
-    def take(self, found: Sequence[Prompt]) -> None:
+    def take(self, found: Sequence[PromptPair]) -> None:
         """Keeps what the window supports and was not there before."""
         for one in found:
             said, whole = same_words(one.prompt or one.answer), same_words(f"{one.prompt} {one.answer}")
@@ -226,7 +225,7 @@ def forms() -> Forms:
     return Forms(file_digest(FILE), data["temperature"], **texts, reply=data["reply"], forms=rows)
 
 
-def parse_reply(reply: str, kind: str, document: str) -> list[Prompt] | None:
+def parse_reply(reply: str, kind: str, document: str) -> list[PromptPair] | None:
     """The records in a reply; items that lack a part are passed over. None where it is no list in JSON."""
     for value in _json_in(reply) if len(reply) <= LONGEST else ():
         if (items := _items(value, kind)) is not None:
@@ -262,26 +261,26 @@ def _parts(item: Any, *names: str) -> list[str] | None:
     return texts if len(texts) == len(names) and all(texts) else None
 
 
-def _question(document: str, item: Any) -> Prompt | None:
+def _question(document: str, item: Any) -> PromptPair | None:
     parts = _parts(item, "question", "answer")
-    return Prompt(document, parts[0], parts[1], framed=True) if parts else None
+    return PromptPair(document, parts[0], parts[1], framed=True) if parts else None
 
 
-def _statement(document: str, item: Any) -> Prompt | None:
+def _statement(document: str, item: Any) -> PromptPair | None:
     parts = _parts(item, "beginning", "rest")
-    return Prompt(document, parts[0].rstrip("… "), f" {parts[1].lstrip('… ')}") if parts else None
+    return PromptPair(document, parts[0].rstrip("… "), f" {parts[1].lstrip('… ')}") if parts else None
 
 
-def _chat(document: str, item: Any) -> Prompt | None:
+def _chat(document: str, item: Any) -> PromptPair | None:
     parts = _parts(item, "user", "assistant")
-    return Prompt(document, parts[0], parts[1], chat=True) if parts else None
+    return PromptPair(document, parts[0], parts[1], chat=True) if parts else None
 
 
-def _text(document: str, item: Any) -> Prompt | None:
-    return Prompt(document, "", " ".join(item.split())) if isinstance(item, str) and item.strip() else None
+def _text(document: str, item: Any) -> PromptPair | None:
+    return PromptPair(document, "", " ".join(item.split())) if isinstance(item, str) and item.strip() else None
 
 
-MAKERS: dict[str, Callable[[str, Any], Prompt | None]] = {
+MAKERS: dict[str, Callable[[str, Any], PromptPair | None]] = {
     "questions": _question,
     "statements": _statement,
     "chats": _chat,

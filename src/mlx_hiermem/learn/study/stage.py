@@ -26,13 +26,11 @@ from typing import Any
 from mlx_hiermem.errors import TeacherError
 from mlx_hiermem.learn.corpus.corpus import Corpus
 from mlx_hiermem.learn.corpus.windows import Window
-from mlx_hiermem.learn.ranks import Ranks, help_make_parts, make_parts
 from mlx_hiermem.learn.settings import StudySettings
-from mlx_hiermem.learn.study.checks import same_words
 from mlx_hiermem.learn.study.free_study import TRIED, TURNS, FreeStudy, Trial, forms
 from mlx_hiermem.learn.study.pattern_study import TOGETHER, in_patterns
 from mlx_hiermem.learn.study.patterns import patterns
-from mlx_hiermem.learn.study.prompts import prompt_of, rows_of
+from mlx_hiermem.learn.study.prompts import prompt_of, rows_of, same_words
 from mlx_hiermem.learn.study.teacher import Replies, Teacher
 from mlx_hiermem.learn.study.writers import Writer
 from mlx_hiermem.learn.tree.probes import with_subjects
@@ -40,8 +38,11 @@ from mlx_hiermem.learn.work import (
     STUDIED,
     STUDY,
     WRITTEN,
+    Ranks,
     Row,
     Work,
+    help_make_parts,
+    make_parts,
     read_rows,
     with_rows,
     write_rows,

@@ -1,0 +1,1 @@
+"""Blocks are trained: windows become examples, examples become steps, steps become jobs."""

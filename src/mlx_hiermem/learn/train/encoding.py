@@ -24,8 +24,8 @@ import numpy as np
 from mlx_hiermem.bank.passages import nearest
 from mlx_hiermem.config import Path
 from mlx_hiermem.learn.corpus.windows import Window
+from mlx_hiermem.learn.record import WindowVectors
 from mlx_hiermem.learn.settings import ExampleSettings
-from mlx_hiermem.learn.sources import WindowVectors
 from mlx_hiermem.learn.train.dataset import ALWAYS, FRAMED, IN_CHAT, TrainingExample, TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.tree.build import CorpusTree
 from mlx_hiermem.learn.tree.probes import about, is_held_out, is_learnt, with_subjects

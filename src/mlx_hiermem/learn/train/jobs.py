@@ -17,7 +17,6 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -41,16 +40,8 @@ from mlx_hiermem.learn.train.monitor import (
     plot,
     read_log,
 )
-from mlx_hiermem.learn.train.schedule import (
-    Group,
-    Job,
-    Known,
-    Schedule,
-    jobs_of_rank,
-    list_jobs,
-    nodes_with_block,
-)
-from mlx_hiermem.learn.train.step import MemoryLoss, rate_factor, update
+from mlx_hiermem.learn.train.schedule import Group, Job, Known, Schedule, jobs_of_rank, list_jobs, nodes_with_block
+from mlx_hiermem.learn.train.step import MemoryLoss, StepResult, rate_factor, update
 from mlx_hiermem.progress import Progress
 
 LOG, PLOT = "log.jsonl", "loss.png"
@@ -58,17 +49,6 @@ COMMIT_SECONDS = 60.0  # between commits, at least
 COMMIT_FACTOR = 20.0  # and at least so many times what the last one took
 LOG_STEPS = 10
 STATE_BYTES = 3 * DTYPES["float32"]  # of a parameter in training: weight and two moments
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one step was."""
-
-    loss: float  # summed over the tokens learnt
-    learnt: int
-    tokens: int
-    norm: float  # of the gradient, before it was clipped
-    rate: float
 
 
 class JobTrainer:

@@ -148,6 +148,17 @@ def _softmax_parts(logits: mx.array) -> tuple[mx.array, mx.array, mx.array]:
 # The optimiser
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """What one step was."""
+
+    loss: float  # summed over the tokens learnt
+    learnt: int
+    tokens: int
+    norm: float  # of the gradient, before it was clipped
+    rate: float
+
+
 def rate_factor(done: float, settings: TrainingSettings) -> float:
     """The part of the full rate after a part `done` of the training: linear warm-up, half a cosine (App. A.2)."""
     if done < settings.warm_up:

@@ -23,7 +23,6 @@ import numpy as np
 from mlx_hiermem.config import ROOT, Path
 from mlx_hiermem.errors import BankError
 from mlx_hiermem.learn.corpus.corpus import Corpus, not_there
-from mlx_hiermem.learn.ranks import Ranks
 from mlx_hiermem.learn.settings import TreeSettings
 from mlx_hiermem.learn.tree.kmeans import CHUNK, Separation, Shape, grow, squared
 from mlx_hiermem.learn.tree.probes import EmbeddedProbes, ProbeVectors, embed_probes
@@ -32,6 +31,7 @@ from mlx_hiermem.learn.work import (
     LEAVES_FILE,
     MEANS,
     TREE,
+    Ranks,
     Work,
     read_rows,
     write_rows,

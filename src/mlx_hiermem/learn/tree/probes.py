@@ -28,14 +28,16 @@ import numpy as np
 from mlx_hiermem.files import file_digest, new_file
 from mlx_hiermem.learn.corpus.corpus import Corpus
 from mlx_hiermem.learn.corpus.windows import Window
-from mlx_hiermem.learn.ranks import Ranks, help_make_parts, make_parts
 from mlx_hiermem.learn.work import (
     GO_ON,
     MEANS,
     PROBE_VECTORS,
     PROBES,
+    Ranks,
     Row,
     Work,
+    help_make_parts,
+    make_parts,
     read_rows,
     with_rows,
     write_rows,
