@@ -125,8 +125,8 @@ def _write_on(runner: Runner, prompt: np.ndarray, ends: Collection[int]) -> tupl
 def _parity(form: str, reference: Reference, memory: str, texts: Texts, begun: Sequence[int]) -> Iterator[Check]:
     """Logits on prompts and continuations; a text is the same if its tokens are the reference's choices.
 
-    `begun`: how long the prompts are. In small formats, too, a choice at a tie is none that could be wrong: of the few
-    tokens of a prompt, one would be more than a bound allows.
+    `begun`: how long the prompts are. In every format a choice at a tie is as good as the source's: of one prompt's
+    few tokens, a single one would be more than a bound allows.
     """
     bound, kl = BOUNDS[form], KL[form]
     theirs = [reference.logits(ids, memory)[:, : logits.shape[1]] for ids, logits in texts]
