@@ -16,7 +16,7 @@ from mlx_hiermem.bank.sources import BankSources, LeafSources, SourceWindow, wri
 from mlx_hiermem.config import Path
 from mlx_hiermem.router import Router
 from mlx_hiermem.sentences import PLAIN_WORDS, sentences
-from mlx_hiermem.sources import SourceSearch, messages_with
+from mlx_hiermem.source_search import SourceSearch, messages_with
 from mlx_hiermem.tree import ClusterTree
 
 # By leaf: document, title, place, text. The leaf 1.0 has none.

@@ -7,8 +7,9 @@ Here the interpreter does what Core ML does on a phone: it is how exports are me
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -25,15 +26,43 @@ from mlx_hiermem.tokenizer import encode_text, load_tokenizer
 MANIFEST = "manifest.json"
 COREML, COREAI = "mlx-hiermem-coreml", "mlx-hiermem-coreai"  # formats of folders
 MEMORY = ("gate", "up", "down")
-# What is read of the manifest; its parts but the anchor may be null.
-KEYS = {
-    "anchor": (
-        *("package", "functions", "load_block", "context", "vocabulary"),
-        *("inputs", "outputs", "states", "logits", "compression"),
-    ),
-    "memory": ("mode", "layers", "units", "hidden"),
-    "retriever": ("package", "tokenizer", "inputs", "outputs", "lengths"),
-    "bank": ("folder", "download"),
+
+
+def _are_ints(value: Any) -> bool:
+    return isinstance(value, list) and all(type(number) is int for number in value)
+
+
+def _are_tensors(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(row, dict) and _are_ints(row.get("shape")) for row in value.values()
+    )
+
+
+def _are_functions(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(type(count) is int for count in value.values())
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+# What is read of the manifest, and what it must be; its parts but the anchor may be null.
+TOP = {"name": str, "files": dict, "tokenizer": str}
+KEYS: dict[str, dict[str, type | tuple[type, ...] | Callable[[Any], bool]]] = {
+    "anchor": {
+        **{"package": str, "functions": _are_functions, "load_block": (str, NoneType), "context": int},
+        **{"vocabulary": int, "inputs": _are_tensors, "outputs": _are_tensors, "states": _are_tensors},
+        **{"logits": _are_names, "compression": (dict, NoneType)},
+    },
+    "memory": {"mode": str, "layers": _are_ints, "units": int, "hidden": int},
+    "retriever": {
+        "package": str,
+        "tokenizer": str,
+        "inputs": _are_tensors,
+        "outputs": _are_tensors,
+        "lengths": _are_ints,
+    },
+    "bank": {"folder": str, "download": dict},
 }
 
 
@@ -97,13 +126,25 @@ def _read_manifest(file: pathlib.Path) -> dict[str, Any]:
         raise CoreMLError(f"{file.parent} is no exported folder: {error}", "See `hiermem export`.") from error
     if found not in ((COREML, 1), (COREAI, 1)):
         raise CoreMLError(f"{file} is {found[0]} {found[1]}, known is {COREML} 1 or {COREAI} 1")
-    missing = [key for key in ("name", "files", "tokenizer", *KEYS) if key not in manifest]
-    for part, keys in KEYS.items():
-        if (row := manifest.get(part)) is not None or part == "anchor":
-            missing += [f"{part}.{key}" for key in keys if not isinstance(row, dict) or key not in row]
-    if missing:
-        raise CoreMLError(f"{file} has no {missing[0]}", "Export the model again.")
+    if wrong := _wrong(manifest):
+        raise CoreMLError(f"{file} has no {wrong}", "Export the model again.")
     return manifest
+
+
+def _wrong(manifest: Mapping[str, Any]) -> str:
+    """The first that is missing, or is of another type; empty where all is there."""
+    for key in (*TOP, *KEYS):
+        if key not in manifest or not isinstance(manifest[key], TOP.get(key, (dict, NoneType))):
+            return key
+    for part, keys in KEYS.items():
+        row = manifest[part]
+        if row is None and part != "anchor":
+            continue
+        for key, kind in keys.items():
+            value = (row or {}).get(key, _wrong)
+            if not (isinstance(value, kind) if isinstance(kind, type | tuple) else kind(value)):
+                return f"{part}.{key}"
+    return "bank" if manifest["memory"] and not manifest["bank"] else ""
 
 
 class Runner:

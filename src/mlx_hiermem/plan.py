@@ -261,20 +261,23 @@ def _exported(folder: pathlib.Path) -> ModelSize:
     """The caches are as long as the context that was chosen on exporting, however short a text is."""
     try:
         data = parse_json((folder / EXPORT).read_text(encoding="utf-8"))
-        anchor, retriever, bank = data["anchor"], data["retriever"], data["bank"]
+        name, anchor, retriever, bank = (data[key] for key in ("name", "anchor", "retriever", "bank"))
         layers, heads, _, width = anchor["states"]["k_cache"]["shape"]
-        context = int(anchor["context"])
+        context = anchor["context"]
         packages = [
             sum(
                 row["bytes"] for name, row in data["files"].items() if one and name.startswith(one["package"] + "/")
             )
             for one in (anchor, retriever)
         ]
+        numbers = [layers, heads, context, width, *packages]
+        if not isinstance(name, str) or not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError(f"{numbers} are no sizes of {name!r}")
         manifest = BankManifest.read(folder / bank["folder"] / MANIFEST) if bank else None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise HierMemError(f"{folder} is no exported folder: {error!r}", "See `hiermem export coreml`.") from error
     kv = 2 * layers * heads * width * 2
-    return ModelSize(data["name"], packages[0], kv, context, levels_of(manifest), packages[1], APP_BYTES)
+    return ModelSize(name, packages[0], kv, context, levels_of(manifest), packages[1], APP_BYTES)
 
 
 def kv_bytes(config: Mapping[str, Any]) -> int:

@@ -1,11 +1,13 @@
 """Many clients of one `hiermem serve`, some of whom behave badly, and whether each of the others gets its due.
 
     python tests/torture/clients.py --clients 200 --requests 3 --out benchmarks/results/clients.json
+    python tests/torture/clients.py --beside 24 --out benchmarks/results/waits.json
 
 Each question is asked alone first. Then all clients ask at once: most of them plainly or as a stream; some read
 their stream slowly, hang up in the middle of it, or send what is far too large. Every reply must be the one given
 alone, everything too large be refused, and everybody be answered; what is asked must be nowhere in the log. Who is
-refused because the queue is full (503) asks again.
+refused because the queue is full (503) asks again. The second line measures how long those who behave well wait
+beside each kind of others, in times of what they wait without.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 sys.path[:0] = [str(pathlib.Path(__file__).parents[1])]
@@ -35,6 +38,8 @@ TOKENS = 24
 LONGEST = 600.0  # seconds after which an answer counts as lost
 KINDS = ("plain", "stream", "slow", "hangs up", "too large", "too long")
 WEIGHTS = (40, 30, 10, 10, 5, 5)
+WELL, MANY = 8, 20  # clients who behave well, and others beside them
+LONG = 900  # bytes of a prompt that just fits, each of which is a token
 MEMORIES = ("none", "generic", "0.1", "2.2", "1", "fetched")
 
 
@@ -160,6 +165,59 @@ async def together(port: int, right: list[str], rounds: int) -> float:
     return (time.monotonic() - begun) / rounds
 
 
+async def asking(port: int, right: list[str], requests: int) -> list[float]:
+    """The seconds of each answer of WELL clients who ask one question after another."""
+
+    async def one(number: int) -> list[float]:
+        seconds = list[float]()
+        for place in range(requests):
+            which, begun = (number * requests + place) % len(right), time.monotonic()
+            while (answered := await answer(port, cases()[which]))[0] == 503:
+                await asyncio.sleep(0.1)
+            assert said(answered[1], False) == right[which], "another reply than alone"
+            seconds.append(time.monotonic() - begun)
+        return seconds
+
+    return sorted(chain.from_iterable(await asyncio.gather(*(one(number) for number in range(WELL)))))
+
+
+async def beside(port: int, right: list[str], requests: int) -> dict[str, Any]:
+    """How long those who behave well wait for an answer alone, and with each kind of others beside them.
+
+    The others ask again as soon as they are answered, so that there are always so many of them.
+    """
+    long = {"messages": [{"role": "user", "content": SECRET * (LONG // len(SECRET))}], "max_tokens": 1}
+    large = {"messages": [{"role": "user", "content": SECRET * 200_000}]}
+    others: dict[str, list[tuple[dict[str, Any], bool]]] = {
+        "alone": [],
+        f"beside {MANY} more of them": [(case, False) for case in (cases() * MANY)[:MANY]],
+        f"beside {MANY} who read their stream slowly": [(case | {"stream": True}, True) for case in cases()[:MANY]],
+        f"beside {MANY} with prompts that fill the context": [(long, False)] * MANY,
+        f"beside {MANY} with bodies of 1.8 MB": [(large, False)] * MANY,
+    }
+
+    async def on_and_on(body: dict[str, Any], slowly: bool) -> None:
+        while True:
+            status, _ = await answer(port, body, slowly)
+            await asyncio.sleep(0.1 if status == 503 else 0)
+
+    found = dict[str, Any]()
+    for name, bodies in others.items():
+        tasks = [asyncio.create_task(on_and_on(body, slowly)) for body, slowly in bodies]
+        await asyncio.sleep(1.0 if tasks else 0)
+        waited = await asking(port, right, requests)
+        for task in tasks:
+            task.cancel()
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(end, asyncio.CancelledError) for end in ended), ended
+        row = {"median": statistics.median(waited), "95 %": waited[int(len(waited) * 0.95)], "longest": waited[-1]}
+        quiet = found["alone"]["seconds"] if found else row
+        times = {key: round(row[key] / quiet[key], 1) for key in row}
+        found[name] = {"seconds": {key: round(value, 3) for key, value in row.items()}, "times": times}
+        found[name]["answers"] = len(waited)
+    return found
+
+
 async def campaign(port: int, pid: int, asked: argparse.Namespace) -> dict[str, Any]:
     await alone(port)  # which loads and compiles what the first requests need
     right, seconds = await alone(port)
@@ -190,17 +248,25 @@ async def campaign(port: int, pid: int, asked: argparse.Namespace) -> dict[str, 
     }
 
 
+async def waits(port: int, requests: int) -> dict[str, Any]:
+    await alone(port)
+    right, _ = await alone(port)
+    return {"waits": await beside(port, right, requests), "wrong": []}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--requests", type=int, default=2, help="of each client")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--beside", type=int, default=0, help="only how long good clients wait beside bad ones")
     parser.add_argument("--out", type=pathlib.Path, help="figures as JSON")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="torture-") as name:
         log = pathlib.Path(name) / "log.txt"
         with served(make_served(pathlib.Path(name) / "model"), log) as server:
-            row = asyncio.run(campaign(server.port, server.pid, asked))
+            run = waits(server.port, asked.beside) if asked.beside else campaign(server.port, server.pid, asked)
+            row = asyncio.run(run)
         row["in the log"] = log.read_text(errors="replace").count(SECRET)
         row["log"] = log.read_text(errors="replace")[:1000]
     print(json.dumps(row, indent=1))

@@ -189,8 +189,11 @@ def keep(reader: Reader, number: int, seed: int) -> None:
     """Writes an input into the repository's seeds, and says where."""
     with tempfile.TemporaryDirectory() as folder:
         good = reader.make(pathlib.Path(folder)).read_bytes()
-    data = input_of(reader, good, f"{seed} {reader.name} {number}")
-    file = SEEDS / reader.name / hashlib.sha256(data).hexdigest()[:12]
+    keep_bytes(reader.name, input_of(reader, good, f"{seed} {reader.name} {number}"))
+
+
+def keep_bytes(name: str, data: bytes) -> None:
+    file = SEEDS / name / hashlib.sha256(data).hexdigest()[:12]
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(data)
     print(f"    kept as {file.relative_to(SEEDS.parent)}", flush=True)

@@ -6,7 +6,6 @@ hostile. `read` reads that file as the program does. It may raise a HierMemError
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import pathlib
@@ -25,11 +24,11 @@ from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.block import read_block
 from mlx_hiermem.bank.manifest import BankManifest
 from mlx_hiermem.bank.policy import BankPolicy
+from mlx_hiermem.bank.quantize import design, quantize
 from mlx_hiermem.bank.receipt import Receipt
 from mlx_hiermem.bank.remote import Origin
 from mlx_hiermem.bank.sources import BankSources
 from mlx_hiermem.config import Path
-from mlx_hiermem.errors import HierMemError
 from mlx_hiermem.evaluate.examples import read_documents
 from mlx_hiermem.evaluate.questions import read_questions
 from mlx_hiermem.evaluate.results import read_runs
@@ -107,6 +106,17 @@ def _block(level: int) -> Read:
         return read_block(file, CONFIG, level, lambda data: None)
 
     return read
+
+
+def _quantized(folder: pathlib.Path) -> pathlib.Path:
+    """A bank whose blocks are of four bits."""
+    bank = MemoryBank.open(_model() / "bank")
+    quantize(bank, folder / "bank", design(bank.config, [4]))
+    return folder / "bank/blocks/1/0.safetensors"
+
+
+def _quantized_block(file: pathlib.Path) -> object:
+    return read_block(file, design(CONFIG, [4]), 2, lambda data: None)
 
 
 def _bank(file: pathlib.Path) -> object:
@@ -203,28 +213,39 @@ def _key_map(file: pathlib.Path) -> object:
 
 
 def _exported(file: pathlib.Path) -> object:
+    """What verifies a folder, and what says before how much memory it takes."""
     from mlx_hiermem.convert.export.exported import Exported
     from mlx_hiermem.plan import _exported as size_of_export
 
-    for read in (Exported, size_of_export):
-        with contextlib.suppress(HierMemError):
-            read(file.parent)
-    return None
+    found = size_of_export(file.parent)
+    return found, Exported(file.parent).memories()
 
 
 def _export(folder: pathlib.Path) -> pathlib.Path:
-    state = {"k_cache": {"shape": [2, 1, 64, 8]}, "v_cache": {"shape": [2, 1, 64, 8]}}
-    anchor = {"package": "anchor.mlpackage", "functions": {}, "load_block": None, "context": 64, "vocabulary": 260}
-    anchor |= {"inputs": {}, "outputs": {}, "states": state, "logits": "logits", "compression": None}
+    """An exported folder without its packages and tokenizers. Swift reads the same manifest."""
+    shutil.copytree(_model() / "bank", folder / "bank")
+    state = {name: {"shape": [2, 1, 64, 8]} for name in ("k_cache", "v_cache")}
+    anchor = {"package": "anchor.mlpackage", "functions": {"decode": 1, "prefill": 8}, "load_block": None}
+    anchor |= {"context": 64, "vocabulary": 400, "inputs": {}, "outputs": {}, "states": state, "logits": ["logits"]}
+    memory = {"mode": "input", "layers": [1, 3], "units": 6, "hidden": 32, "block_sizes": [4, 2]}
+    retriever = {"package": "retriever.mlpackage", "tokenizer": "retriever/tokenizer.json", "inputs": {}}
+    marks = {"start>user": "<|user|>", "user>reply": "<|reply|>", "user>assistant": "<|reply|>"}
     whole = {
         "format": "mlx-hiermem-coreml",
         "version": 1,
         "name": "tiny",
-        "files": {"a": {"bytes": 1, "sha256": ""}},
+        "anchor": anchor | {"compression": None},
+        "memory": memory,
+        "retriever": retriever | {"outputs": {}, "lengths": [8, 16, 32], "dim": 16},
+        "tokenizer": "tokenizer",
+        "chat": {"marks": marks, "trim": False, "thoughts": ""},
+        "eos": [2],
+        "sampling": {"temperature": 0.5, "top_p": 0.9, "top_k": 40, "max_tokens": 24},
+        "bank": {"folder": "bank", "remote": {"url": "https://example.org/bank/"}, "download": {}},
+        "files": {"anchor.mlpackage/weight.bin": {"bytes": 1, "sha256": "0" * 64}},
     }
-    whole |= {"tokenizer": "tokenizer", "anchor": anchor, "memory": None, "retriever": None, "bank": None}
-    (folder / "export.json").write_text(json.dumps(whole))
-    return folder / "export.json"
+    (folder / "manifest.json").write_text(json.dumps(whole))
+    return folder / "manifest.json"
 
 
 @functools.cache
@@ -308,6 +329,7 @@ READERS = (
     Reader("bank", "json", _of_model("bank/bank.json"), _bank, 800),
     Reader("tree", "header", _of_model("bank/tree.safetensors"), _tree, 2500),
     Reader("block", "header", _of_model("bank/blocks/1/0.safetensors"), _block(2), 2500),
+    Reader("quantized", "header", _quantized, _quantized_block, 2500),
     Reader("generic", "header", _of_model("bank/generic.safetensors"), _block(0), 2500),
     Reader("sources-index", "header", _of_model("bank/sources/index.safetensors"), _sources, 2500),
     Reader("sources-texts", "lines", _of_model("bank/sources/windows.jsonl"), _sources, 2000),
