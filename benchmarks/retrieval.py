@@ -36,7 +36,7 @@ from mlx_hiermem.learn.tree.kmeans import Shape, grow
 from mlx_hiermem.learn.tree.probes import about
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.sentences import sentences
-from mlx_hiermem.sources import messages_with
+from mlx_hiermem.source_search import messages_with
 from mlx_hiermem.tree import ClusterTree
 
 DEVELOPMENT, TOKENS, QUESTIONS = 240, 48, 5

@@ -24,7 +24,7 @@ import common
 import numpy as np
 from retrieval import DEVELOPMENT, Data
 
-from mlx_hiermem import sources
+from mlx_hiermem import source_search
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.learn.tree.probes import about
 from mlx_hiermem.sentences import sentences
@@ -69,12 +69,14 @@ class Corpus:
 
     def candidates(self, case: Case, claims: np.ndarray) -> list[tuple[int, float, float]]:
         """(passage, nearness, agreement) of the sentences that would be looked at."""
-        best = sorted(case.leaf, key=lambda n: -float((self.windows[n] @ claims.T).max()))[: sources.LOOKED_INTO]
+        best = sorted(case.leaf, key=lambda n: -float((self.windows[n] @ claims.T).max()))[
+            : source_search.LOOKED_INTO
+        ]
         found = []
         for row, (number, text) in enumerate(self.told):
             if number in best:
                 near = float((self.vectors[row] @ claims.T).max())
-                said = sources._agreement(case.question, case.answer, f"{self.titles[number]} {text}")
+                said = source_search._agreement(case.question, case.answer, f"{self.titles[number]} {text}")
                 found.append((number, near, said))
         return found
 
@@ -151,7 +153,8 @@ def main() -> None:
     corpus = Corpus.of(data, embedder, asked.cache)
     found = cases(data, corpus.windows, json.loads(asked.replies.read_text(encoding="utf-8"))["ways"])
     claims = [
-        [f"{case.question} {said}" for said in sentences(case.answer)[: sources.CLAIMS] or [""]] for case in found
+        [f"{case.question} {said}" for said in sentences(case.answer)[: source_search.CLAIMS] or [""]]
+        for case in found
     ]
     texts = list(dict.fromkeys(text for own in claims for text in own))
     vectors = dict(zip(texts, embedder.embed(texts), strict=True))
@@ -159,18 +162,18 @@ def main() -> None:
         corpus.candidates(case, np.stack([vectors[text] for text in own]))
         for case, own in zip(found, claims, strict=True)
     ]
-    in_use = np.array(sources.WEIGHTS)
+    in_use = np.array(source_search.WEIGHTS)
     result = {
         "fitted": [round(float(value), 2) for value in fit(found, candidates)],
-        "weights": list(sources.WEIGHTS),
-        "bound": sources.BOUND,
+        "weights": list(source_search.WEIGHTS),
+        "bound": source_search.BOUND,
         "bounds": {str(bound): rates(found, candidates, in_use, bound) for bound in BOUNDS},
     }
     common.save(__file__, result, asked, before)
-    print(f"fitted {result['fitted']}, in use {result['weights']}, bound {sources.BOUND}")
+    print(f"fitted {result['fitted']}, in use {result['weights']}, bound {source_search.BOUND}")
     table = [
         (kind, str(one["of"]), f"{one['named'] / one['of']:.0%}", f"{one['right'] / one['of']:.0%}")
-        for kind, one in rates(found, candidates, in_use, sources.BOUND).items()
+        for kind, one in rates(found, candidates, in_use, source_search.BOUND).items()
     ]
     common.table(("answer", "cases", "a source is named", "the right one"), table)
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from mlx_hiermem.convert.readers import NUMPY_DTYPES, RawTensor, read_at, size_of
 from mlx_hiermem.convert.torch_reader import STATE_DICTS
-from mlx_hiermem.errors import CheckpointError, MissingDependencyError
+from mlx_hiermem.errors import CheckpointError, MissingDependencyError, first_line
 
 METADATA = ".metadata"
 DCP = "torch.distributed.checkpoint"
@@ -168,9 +168,7 @@ class DCPFile:
             head = os.pread(self._open[chunk.file], 30, chunk.start + record.header_offset)
             skip = 30 + int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
         except Exception as error:  # torch and zipfile raise whatever they stumble over
-            raise self._damaged(
-                chunk, str(error).splitlines()[0] if str(error) else type(error).__name__
-            ) from error
+            raise self._damaged(chunk, first_line(error)) from error
         found = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), tensor.is_contiguous())
         if found != (dtype, chunk.shape, True) or record.compress_type != zipfile.ZIP_STORED:
             raise self._damaged(chunk, f"it holds {found[0]} {found[1]}, not {dtype} {chunk.shape}")

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from mlx_hiermem.convert.readers import NUMPY_DTYPES, RawTensor, read_at, some
-from mlx_hiermem.errors import CheckpointError, MissingDependencyError
+from mlx_hiermem.errors import CheckpointError, MissingDependencyError, first_line
 
 STATE_DICTS = ("av_model_sd", "state_dict", "model")  # the first that is there; OpenLM's averages come first
 
@@ -113,7 +113,7 @@ def _load_torch(file: pathlib.Path) -> Any:
             "Save its state dict alone, best as .safetensors.",
         ) from error
     except Exception as error:  # torch raises whatever its parsers stumble over
-        why = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+        why = first_line(error).split(". ")[0]
         raise CheckpointError(
             f"{file} is truncated or not a PyTorch file: {why}", "Copy or download it again."
         ) from error

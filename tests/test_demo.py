@@ -17,7 +17,7 @@ from mlx_hiermem.apps.cli.main import main
 from mlx_hiermem.apps.demo import exam, tour
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.config import Path
-from mlx_hiermem.sources import Source, SourceSearch
+from mlx_hiermem.source_search import Source, SourceSearch
 
 MOST_BYTES = 25_000_000  # of what is in the repository
 SHARE = {"right": 3, "share": 0.6, "interval": [0.23, 0.88]}

@@ -34,7 +34,7 @@ ORDER = [
     "embedder",
     "cache",
     "router",
-    "sources",
+    "source_search",
     "memory",
 ]
 ORDER += [

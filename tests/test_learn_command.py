@@ -11,18 +11,17 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
 import pytest
 from books import COUNT, VILLAGES, write_library
+from command_line import Result, Run, runner
 from mlx.utils import tree_flatten
 from mlx_lm.models import mamba
 from tiny import make_tokenizer
 
-from mlx_hiermem.apps.cli.main import main
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.errors import OutputError
 from mlx_hiermem.learn.work import Ranks, read_rows
@@ -32,32 +31,10 @@ pytestmark = pytest.mark.real  # the sentence embedder
 QUICK = ("--config", str(pathlib.Path(__file__).with_name("quick.toml")), "--json")
 
 
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
-
-
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     """Runs the command in this process, on a wide terminal."""
-    monkeypatch.setenv("COLUMNS", "300")
-
-    def call(*arguments: str | pathlib.Path) -> Result:
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["hiermem", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return Result(code, *capfd.readouterr())
-
-    return call
+    return runner(monkeypatch, capfd, columns=300)
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import pathlib
+import time
 
 import pytest
 from tiny import make_anchor
 
 from mlx_hiermem.apps.cli import display, learn_screen
-from mlx_hiermem.apps.cli.display import duration, progress_bar
+from mlx_hiermem.apps.cli.display import duration, progress_bar, staged_progress
 from mlx_hiermem.apps.cli.learn import next_step
 from mlx_hiermem.apps.cli.learn_screen import Screen
 
@@ -55,6 +58,20 @@ def test_any_long_command_says_how_far_it_is_in_a_log(
     assert capfd.readouterr().err == "asking, 5 min: 20 of 1,000 questions\n"
     with progress_bar("asking", show=False) as progress:
         assert progress is None
+
+
+def test_a_stage_that_cannot_count_is_not_silent(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Writing an anchor for Core AI takes minutes in one call, in which what is printed goes nowhere."""
+    monkeypatch.setattr(display, "SILENCE", 0.05)
+    with staged_progress("exporting") as (_, say), contextlib.redirect_stderr(io.StringIO()):
+        say("writing the anchor")
+        time.sleep(0.5)
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0] == "exporting, 0 s: writing the anchor"
+    assert len(lines) > 2
+    assert set(lines[1:]) == {"exporting, 0 s: still writing the anchor"}
 
 
 def test_durations() -> None:

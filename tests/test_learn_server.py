@@ -303,3 +303,13 @@ class TestInterrupted:
         first = writer.write(requests, kept)
         again = Replies(tmp_path / "replies")
         assert ServerWriter("http://127.0.0.1:9/v1").write(requests, again) == first
+
+
+def main() -> None:
+    url, folder = sys.argv[1:]
+    corpus = passages(pathlib.Path(folder))
+    study(corpus.work, corpus, taught(url))
+
+
+if __name__ == "__main__":
+    main()

@@ -333,13 +333,3 @@ class Scholar:
 
     def replies(self, asked: Sequence[str], tokens: int, temperature: float, seed: int) -> list[str]:
         return [self.known.reply(text) for text in asked]
-
-
-def main() -> None:
-    url, folder = sys.argv[1:]
-    corpus = passages(pathlib.Path(folder))
-    study(corpus.work, corpus, taught(url))
-
-
-if __name__ == "__main__":
-    main()

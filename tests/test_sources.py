@@ -25,7 +25,7 @@ from mlx_hiermem.memory_choice import MemoryChoice
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.router import Router
 from mlx_hiermem.session import Session
-from mlx_hiermem.sources import SourceSearch, messages_with, text_with
+from mlx_hiermem.source_search import SourceSearch, messages_with, text_with
 from mlx_hiermem.tree import Route
 
 TEXTS_OF = {
@@ -285,7 +285,7 @@ def test_where_there_are_no_sources(model: MemoryModel, tmp_path: pathlib.Path) 
 
 
 def test_a_follow_up_is_looked_for_with_the_question_before_it() -> None:
-    from mlx_hiermem.sources import asked
+    from mlx_hiermem.source_search import asked
 
     talk = ["About cats?", "What of gold?", "And its symbol?"]
     assert asked(talk, Route(Path((1,)), stayed=True)) == "What of gold? And its symbol?"

@@ -20,7 +20,7 @@ from mlx_hiermem.config import Path
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.router import Router
 from mlx_hiermem.session import Session
-from mlx_hiermem.sources import Source, SourceSearch, messages_with, text_with
+from mlx_hiermem.source_search import Source, SourceSearch, messages_with, text_with
 
 NAMES = {"neon": Path((1, 1)), "iron": Path((2, 0))}
 NEON = Source("Neon.txt", "Neon", "line 1", "Neon glows red.", 0.9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,10 +22,11 @@ if TYPE_CHECKING:
     from mlx_hiermem.bank.bank import MemoryBank
     from mlx_hiermem.config import Path
     from mlx_hiermem.selection import Selection
-    from mlx_hiermem.sources import Source
+    from mlx_hiermem.source_search import Source
 
 console = Console(highlight=False)
 LINE_EVERY = 30.0  # seconds between two lines of progress where there is no terminal
+SILENCE = 60.0  # seconds after which a stage that cannot count says that it goes on
 notes = Console(stderr=True, highlight=False)  # beside the output, never in it
 
 
@@ -153,14 +155,15 @@ class Lines:
     """Long work in a log: now and then a line on stderr that says what, how far and how long yet."""
 
     def __init__(self, what: str, unit: str) -> None:
-        self.what, self.unit = what, unit
+        self.what, self.unit, self.stage = what, unit, ""
+        self.out = sys.stderr  # what converters print goes elsewhere; this does not
         self._begun = self._said = time.monotonic()
         self._since: tuple[float, int] | None = None  # when the first of it was done, and how much that was
 
     def say(self, text: str) -> None:
-        self._said = time.monotonic()
-        took = duration(self._said - self._begun)
-        print(printable(f"{self.what}, {took}: {text}"), file=sys.stderr, flush=True)
+        """Begins a stage."""
+        self.stage = text
+        self._print(text)
 
     def advance(self, done: int, total: int) -> None:
         now = time.monotonic()
@@ -169,7 +172,30 @@ class Lines:
             return
         amounts = [size(done), size(total)] if self.unit == "bytes" else [f"{done:,}", f"{total:,} {self.unit}"]
         left = f", {duration((now - since) / (done - before) * (total - done))} left" if done > before else ""
-        self.say(" of ".join(amounts) + left)
+        self._print(" of ".join(amounts) + left)
+
+    @contextmanager
+    def never_silent(self) -> Iterator[None]:
+        """Says every minute that a stage goes on, if nothing else was said."""
+        ended = threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(max(self._said + SILENCE - time.monotonic(), 0.01)):
+                if time.monotonic() - self._said >= SILENCE:
+                    self._print(f"still {self.stage}")
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def _print(self, text: str) -> None:
+        self._said = time.monotonic()
+        took = duration(self._said - self._begun)
+        print(printable(f"{self.what}, {took}: {text}"), file=self.out, flush=True)
 
 
 @contextmanager
@@ -186,7 +212,8 @@ def staged_progress(what: str, show: bool = True) -> Iterator[tuple[Progress | N
             yield progress, lambda stage: notes.print(stage, style="dim", markup=False, soft_wrap=True)
     else:
         lines = Lines(what, "steps")
-        yield lines.advance, lines.say
+        with lines.never_silent():
+            yield lines.advance, lines.say
 
 
 @contextmanager

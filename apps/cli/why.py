@@ -65,7 +65,7 @@ def why(session: Session, argument: str) -> None:
 
 def sources(session: Session, argument: str) -> None:
     """The windows of the last question's leaf. Those that say the answer, or were in its prompt, are marked."""
-    from mlx_hiermem.sources import Source
+    from mlx_hiermem.source_search import Source
 
     search, selection = session.model.search, session.selection
     if search is None:

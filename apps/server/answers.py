@@ -11,7 +11,7 @@ from typing import Any
 from mlx_hiermem.apps.server.follow import Usage
 from mlx_hiermem.apps.server.text import Call, Piece
 from mlx_hiermem.batch import Token
-from mlx_hiermem.sources import Source
+from mlx_hiermem.source_search import Source
 
 LEAST = -9999.0  # stands for a logprob of minus infinity, which JSON does not have
 

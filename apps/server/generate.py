@@ -42,7 +42,7 @@ from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.prompt import begin
 from mlx_hiermem.sampling import Sampling
 from mlx_hiermem.selection import Selection
-from mlx_hiermem.sources import PASSAGE_TOKENS, messages_with, text_with
+from mlx_hiermem.source_search import PASSAGE_TOKENS, messages_with, text_with
 from mlx_hiermem.tokenizer import spells_control
 
 Asked = TypeVar("Asked", ChatRequest, CompletionRequest)

@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_hiermem.batch import Token
 from mlx_hiermem.response import held_back
-from mlx_hiermem.sources import Source
+from mlx_hiermem.source_search import Source
 
 TAIL = 4  # tokens of the prompt that the reply's first ones are decoded behind
 LONGEST = 4  # tokens that one character can take: its UTF-8 bytes

@@ -16,7 +16,7 @@ import numpy as np
 
 from mlx_hiermem.convert.coreml.ops import OPS
 from mlx_hiermem.convert.coreml.program import Constant, FunctionSpec, Operation, TensorSpec, known, read_program
-from mlx_hiermem.errors import CoreMLError
+from mlx_hiermem.errors import CoreMLError, first_line
 
 State = MutableMapping[str, np.ndarray]
 Value = np.ndarray | Constant
@@ -124,7 +124,7 @@ class _Run:
         except CoreMLError as error:
             raise CoreMLError(f"{op}: {error.what}", error.hint) from error
         except (ValueError, IndexError, TypeError, KeyError) as error:
-            raise CoreMLError(f"{op}: {str(error).splitlines()[0]}") from error
+            raise CoreMLError(f"{op}: {first_line(error)}") from error
         for name in op.last_uses:
             del self.values[name]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_hiermem.config import AnchorIdentity
 from mlx_hiermem.cpu import report_slow_blas
-from mlx_hiermem.errors import AnchorError, HierMemError
+from mlx_hiermem.errors import AnchorError, HierMemError, first_line
 from mlx_hiermem.files import read_json, reason
 from mlx_hiermem.printable import printable
 from mlx_hiermem.safetensors_file import read_header
@@ -162,8 +162,7 @@ def load_anchor(folder: pathlib.Path, dtype: mx.Dtype | None = None) -> tuple[nn
     except HierMemError:
         raise
     except Exception as error:  # a config of anything raises anything in mlx-lm's classes
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise AnchorError(f"cannot load the anchor {folder}: {reason}") from error
+        raise AnchorError(f"cannot load the anchor {folder}: {first_line(error)}") from error
     if dtype is None and mx.default_device().type == mx.DeviceType.cpu:
         dtype = mx.float32
     if dtype is not None:

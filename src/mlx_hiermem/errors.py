@@ -93,3 +93,9 @@ class CoreMLError(HierMemError):
 
 class CoreAIError(HierMemError):
     """A Core AI asset cannot be opened or run, or is not what its folder's manifest says."""
+
+
+def first_line(error: object) -> str:
+    """The first line of what somebody else's error says; the name of its type where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

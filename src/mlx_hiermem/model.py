@@ -28,7 +28,7 @@ from mlx_hiermem.prompt import Asked, Prompt
 from mlx_hiermem.response import GrowingText, Response
 from mlx_hiermem.sampling import Options, Sampling, real_ids
 from mlx_hiermem.selection import Selection
-from mlx_hiermem.sources import Source, SourceSearch, Text, asked
+from mlx_hiermem.source_search import Source, SourceSearch, Text, asked
 from mlx_hiermem.tokenizer import encode_chat, encode_text, framed
 from mlx_hiermem.tree import Route
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from mlx_hiermem.bank.sources import SourceWindow
 from mlx_hiermem.errors import ArgumentError
 from mlx_hiermem.selection import Selection
-from mlx_hiermem.sources import messages_with, text_with
+from mlx_hiermem.source_search import messages_with, text_with
 
 Message = Mapping[str, str]  # of a conversation: role and content
 Prompt = str | Sequence[Message]

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from mlx_hiermem.selection import Selection
-from mlx_hiermem.sources import Source
+from mlx_hiermem.source_search import Source
 
 Find = Callable[[], "tuple[Source, ...] | None"]
 

@@ -27,7 +27,7 @@ from mlx_hiermem.response import GrowingText, Response
 from mlx_hiermem.router import Topic, Turn
 from mlx_hiermem.sampling import Options, Sampling
 from mlx_hiermem.selection import Selection
-from mlx_hiermem.sources import messages_with
+from mlx_hiermem.source_search import messages_with
 
 if TYPE_CHECKING:
     from mlx_lm.generate import GenerationResponse

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from mlx_hiermem.errors import AnchorError, ChatTemplateError, HierMemError
+from mlx_hiermem.errors import AnchorError, ChatTemplateError, HierMemError, first_line
 from mlx_hiermem.files import parse_json
 from mlx_hiermem.printable import require_unicode
 from mlx_hiermem.template_time import bounded
@@ -38,8 +38,7 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
     try:
         tokenizer = mlx_lm.utils.load_tokenizer(folder, NO_CODE)
     except Exception as error:  # tokenizers raises plain Exception, and a damaged file anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise AnchorError(f"cannot load the tokenizer of {folder}: {reason}") from error
+        raise AnchorError(f"cannot load the tokenizer of {folder}: {first_line(error)}") from error
     finally:
         logging.set_verbosity(level)
     tokenizer.eos_token_ids = set(tokenizer.eos_token_ids) | end_tokens(folder)

@@ -34,7 +34,7 @@ from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.config import Path
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.router import Router
-from mlx_hiermem.sources import Source, SourceSearch
+from mlx_hiermem.source_search import Source, SourceSearch
 
 
 def held(server: Running) -> str:

@@ -78,10 +78,10 @@ class BlockEntry:
         return counted(cls(**{**row, "path": Path.parse(row["path"]), "label": label, "sources": sources}))
 
 
-Row = TypeVar("Row", FileEntry, BlockEntry)
+Entry = TypeVar("Entry", FileEntry, BlockEntry)
 
 
-def counted(row: Row) -> Row:
+def counted(row: Entry) -> Entry:
     """The row itself; ValueError unless its counts are whole numbers, 0 or more, and its digest a text."""
     counts = (row.bytes, row.documents, row.tokens) if isinstance(row, BlockEntry) else (row.bytes,)
     if any(type(count) is not int or count < 0 for count in counts) or not isinstance(row.sha256, str):

@@ -24,7 +24,7 @@ from mlx_hiermem.evaluate.generation import Asked, replies
 from mlx_hiermem.evaluate.routes import Placed, attach, by_memory, place
 from mlx_hiermem.evaluate.scoring import Pair, Score, Scorer
 from mlx_hiermem.model import MemoryModel
-from mlx_hiermem.sources import text_with
+from mlx_hiermem.source_search import text_with
 
 REPLY = 256  # tokens of a reply where the task does not say: the harness's default
 

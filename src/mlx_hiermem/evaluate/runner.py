@@ -36,7 +36,7 @@ from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.model_folder import load
 from mlx_hiermem.progress import Progress
 from mlx_hiermem.share.resolve import resolve
-from mlx_hiermem.sources import before
+from mlx_hiermem.source_search import before
 
 ORDER_SEED = 0  # of the order in which rows are asked
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mlx_hiermem.errors import ArgumentError, CorpusError, MissingDependencyError
+from mlx_hiermem.errors import ArgumentError, CorpusError, MissingDependencyError, first_line
 from mlx_hiermem.learn.corpus import formats
 from mlx_hiermem.learn.corpus.formats import Found, clean
 from mlx_hiermem.learn.corpus.windows import Document, Skipped
@@ -137,7 +137,7 @@ def _by_suffix(path: pathlib.Path, source: str, field: str, title: str) -> Itera
     except formats.NotTextError as error:
         yield Skipped(source, str(error))
     except Exception as error:
-        yield Skipped(source, f"cannot be read: {str(error).splitlines()[0] if str(error) else error!r}")
+        yield Skipped(source, f"cannot be read: {first_line(error)}")
 
 
 def _read_hub(source: str, field: str, title: str) -> Iterator[Found]:
@@ -157,7 +157,6 @@ def _read_hub(source: str, field: str, title: str) -> Iterator[Found]:
     except CorpusError:
         raise
     except Exception as error:  # every kind of network and file error
-        reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise CorpusError(
-            f"cannot read the data set {source}: {reason}", "Is the hub reachable, and the name right?"
+            f"cannot read the data set {source}: {first_line(error)}", "Is the hub reachable, and the name right?"
         ) from error

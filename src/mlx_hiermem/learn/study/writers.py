@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mlx_hiermem.errors import MissingDependencyError, TeacherError
+from mlx_hiermem.errors import MissingDependencyError, TeacherError, first_line
 from mlx_hiermem.learn.study.teacher import Replies, Teacher, key_of
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ KEY = "OPENAI_API_KEY"  # the environment's name for it; a server on this machin
 TRIES = 5  # more, of a request that failed in a way that may pass; the client waits 0.5 to 8 seconds before each
 LOST = 3  # requests in vain, each tried so often and none answered in between, after which the server is given up
 LONGEST = 1 << 20  # characters of a reply that are kept
+LONGEST_FAULT = 200  # characters of what a server says is wrong
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class ServerWriter:
             raise self._error(error, f"Name a model by --teacher-model, and its key by {KEY}.") from error
         except (openai.OpenAIError, ValueError) as error:  # ValueError: a body that is no JSON
             with self._lock:
-                self.fault = _first_line(error)
+                self.fault = first_line(error)[:LONGEST_FAULT]
                 # What is wrong with one request is not wrong with the server.
                 self._lost = 0 if isinstance(error, openai.BadRequestError) else self._lost + 1
                 lost = self._lost
@@ -148,11 +149,7 @@ class ServerWriter:
             return self._client, self.model
 
     def _error(self, error: Exception, hint: str) -> TeacherError:
-        return TeacherError(f"the teacher at {self.url} does not answer: {_first_line(error)}", hint)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        return TeacherError(f"the teacher at {self.url} does not answer: {first_line(error)[:LONGEST_FAULT]}", hint)
 
 
 @dataclass

@@ -32,9 +32,9 @@ from mlx_hiermem.learn.train.blocks import GO_ON, Tensors, TrainedBlocks, new_bl
 from mlx_hiermem.learn.train.dataset import TrainingSet
 from mlx_hiermem.learn.train.monitor import (
     HeldOut,
-    Listener,
     Log,
     ProgressMeter,
+    TrainingListener,
     merge_logs,
     perplexities,
     plot,
@@ -238,7 +238,7 @@ class Trainer:
             raise HierMemError("there is nothing to learn", "No example is in a leaf whose path has a block.")
         self.mine = jobs_of_rank(self.jobs, self._cost, self.group.rank(), self.group.size())
 
-    def run(self, listener: Listener = lambda progress: None) -> dict[str, float]:
+    def run(self, listener: TrainingListener = lambda progress: None) -> dict[str, float]:
         """Trains this rank's jobs and waits for the others'; returns held-out perplexities by memory.
 
         Rank 0 then joins the logs in `log.jsonl`, and draws `loss.png` if it can. Raises OutputError where the disk

@@ -45,13 +45,13 @@ class TrainingProgress:
         return (self.total - self.tokens) / self.tokens_per_second if self.tokens_per_second else None
 
 
-Listener = Callable[[TrainingProgress], None]
+TrainingListener = Callable[[TrainingProgress], None]
 
 
 class ProgressMeter:
     """Adds up what a rank's jobs report, and tells it as `TrainingProgress`."""
 
-    def __init__(self, listener: Listener, total: int) -> None:
+    def __init__(self, listener: TrainingListener, total: int) -> None:
         """`total`: tokens of all the rank's jobs, over all epochs."""
         self._listener, self._total, self._tokens, self._job, self._loss = listener, total, 0, "", 0.0
         self._learnt, self._seconds, self._last = 0, 0.0, time.perf_counter()

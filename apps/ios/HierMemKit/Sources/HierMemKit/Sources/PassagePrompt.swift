@@ -1,6 +1,6 @@
 import Foundation
 
-/// What a passage puts into a prompt, in the words of mlx_hiermem/sources.py.
+/// What a passage puts into a prompt, in the words of mlx_hiermem/source_search.py.
 extension [ChatMessage] {
   /// A conversation with a passage as the exchange before its last question, which so stays as it was learnt.
   func with(_ passage: SourceWindow?) -> [ChatMessage] {

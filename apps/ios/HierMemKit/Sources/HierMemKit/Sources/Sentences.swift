@@ -1,6 +1,6 @@
 import Foundation
 
-/// A text's sentences and words, as mlx_hiermem/sentences.py and sources.py have them.
+/// A text's sentences and words, as mlx_hiermem/sentences.py and source_search.py have them.
 enum Sentences {
   /// A sentence ends with its mark, closing quotes and brackets included, before something that can begin one: a
   /// small letter can where the mark follows a word too long for an abbreviation. It also ends with a blank line, and

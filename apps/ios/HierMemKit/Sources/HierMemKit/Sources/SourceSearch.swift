@@ -22,7 +22,7 @@ public struct SourceSentence: Equatable, Sendable {
 ///
 /// The path is the index: only the windows of the question's leaf are looked through. Windows are ranked by their
 /// vectors, the sentences of the best by vector and by words. A sentence counts as a source if it says what the
-/// answer says beyond the question. The rule and its settings are mlx_hiermem/sources.py's.
+/// answer says beyond the question. The rule and its settings are mlx_hiermem/source_search.py's.
 public struct SourceSearch: Sendable {
   public let sources: BankSources
   public let embedder: any TextEmbedder
