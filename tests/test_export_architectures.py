@@ -68,7 +68,8 @@ def retriever(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Target], Ta
 
 
 def passes(target: Target, model: pathlib.Path, out: pathlib.Path, memory: str) -> None:
-    export_for(target, model, out, Options(context=64, memory=memory, weights="fp16"))
+    report = export_for(target, model, out, Options(context=64, memory=memory, weights="fp16"))
+    assert report.receipt["measured"]["kl"] < 1e-5
     receipt = verify.verify_export(out, verify.Options(against=str(model), prompts=1))
     assert not [check for check in receipt.checks if not check.passed]
     assert len(receipt.checks) >= 16

@@ -65,6 +65,12 @@ public struct JSONTokenizer: TextTokenizer {
     return frame.before + encode(text, markup: true).prefix(room) + frame.after
   }
 
+  /// The ids of a text that belong to rare words, of a vocabulary that is sorted by how often a piece was seen, as
+  /// BERT's is.
+  func rarePieces(_ text: String, limit: Int) -> Set<Int> {
+    Set(encodeFramed(text, limit: limit).filter { $0 >= 5000 })
+  }
+
   public func decode(_ tokens: [Int]) -> String {
     let shown = tokens.filter { !specialIDs.contains($0) }
     func texts(_ vocabulary: Vocabulary) -> [String] {
