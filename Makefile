@@ -57,7 +57,7 @@ test-fast: setup  ## run the tests that need no real weights, no browser and lit
 
 test-swift: setup  ## build and test the Swift package; on Debian, .ci/swift-root makes a root with Swift
 	$(BIN)/python tests/swift_goldens.py --real build/swift
-	$(BIN)/python tests/torture/swift.py --write --inputs 3600
+	$(BIN)/python tests/torture/swift.py --write --inputs 1200
 	$(SWIFT) swift test -Xswiftc -O
 	$(SWIFT) swiftc -parse $(CHAT)/*.swift
 	$(SWIFT) swiftc -typecheck -swift-version 6 -I .build/debug/Modules $(CHAT)/Assistant.swift
@@ -67,7 +67,7 @@ torture: setup  ## hostile files, deaths, failing disks, many clients (INPUTS, T
 	if [ -e .build/debug ]; then $(BIN)/python tests/torture/swift.py --inputs $(INPUTS); fi
 	$(BIN)/python tests/torture/processes.py --trials $(TRIALS)
 	$(BIN)/python tests/torture/kills.py --kills $(KILLS)
-	$(BIN)/python tests/torture/kills.py --kills $(KILLS) --how full read-only eio short
+	$(BIN)/python tests/torture/kills.py --kills $(KILLS) --how full read-only eio short slow
 	$(BIN)/python tests/torture/memory.py
 	$(BIN)/python tests/torture/clients.py
 

@@ -208,7 +208,11 @@ def rarer_gains_more(replies: Replies, rarity: Mapping[str, float], measure: str
         "atomic numbers, rarest fifth: 17 → 83 % (Fig. 1)",
         f"gain by fifths, rarest first: {ends} points; {told('from commonest to rarest', trend)}",
         verdict(trend),
-        {"fifths": fifths, "trend": trend.to_json()},
+        {
+            "fifths": fifths,
+            "gains by": {name: one["gain"] for name, one in fifths.items()},
+            "trend": trend.to_json(),
+        },
     )
 
 

@@ -21,7 +21,7 @@ import argparse
 import json
 import pathlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,10 @@ class Bank:
     policy: BankPolicy
     homes: dict[str, set[Path]]
     sources: BankSources | None = None
+    pieces: Callable[[str], Set[int]] | None = None  # what `Router` has
+
+    def router(self, texts: TextEmbedder) -> Router:
+        return Router(self.tree, texts, self.policy, self.sources, self.pieces)
 
 
 def together(router: Router, texts: list[str]) -> list[Route]:
@@ -90,7 +94,7 @@ def together(router: Router, texts: list[str]) -> list[Route]:
 
 def always_staying(router: Router, texts: list[str]) -> list[Route]:
     """The same in a bank that has memory for every text: what does not lead elsewhere stays."""
-    return together(Router(router.tree, router.embedder, OPEN, router.sources), texts)
+    return together(Router(router.tree, router.embedder, OPEN, router.sources, router.pieces), texts)
 
 
 def alone(router: Router, texts: list[str]) -> list[Route]:
@@ -100,7 +104,7 @@ def alone(router: Router, texts: list[str]) -> list[Route]:
 RULES: dict[str, Rule] = {"each turn alone": alone, "never without memory": always_staying, "the rule": together}
 
 
-def shelf() -> Bank:
+def shelf(embedder: Embedder) -> Bank:
     """The demo's bank: its sources say in which leaves each document was learnt."""
     bank = MemoryBank.open(DEMO)
     assert bank.sources
@@ -108,7 +112,7 @@ def shelf() -> Bank:
     for leaf in bank.sources.all():
         for window in leaf.windows:
             homes.setdefault(window.title, set()).add(leaf.leaf)
-    return Bank(bank.tree, bank.policy, homes, bank.sources)
+    return Bank(bank.tree, bank.policy, homes, bank.sources, embedder.rare_pieces)
 
 
 def bundled(texts: TextEmbedder, elements: list[dict[str, Any]]) -> Bank:
@@ -185,7 +189,7 @@ def rows(file: pathlib.Path) -> list[dict[str, Any]]:
 
 def play(talk: Talk, bank: Bank, texts: TextEmbedder, rule: Rule) -> Iterator[tuple[str, str, bool]]:
     """(kind, text, whether it went right) of each turn but the first."""
-    routes = rule(Router(bank.tree, texts, bank.policy, bank.sources), [turn["user"] for turn in talk["turns"]])
+    routes = rule(bank.router(texts), [turn["user"] for turn in talk["turns"]])
     for number, (turn, route) in enumerate(zip(talk["turns"], routes, strict=True)):
         subject = turn.get("about")
         right = route.path in bank.homes[subject] if subject else not route.path
@@ -220,7 +224,7 @@ def changes(bank: Bank, texts: TextEmbedder, rule: Rule) -> dict[str, int]:
     asked, found = read_exam(EXAM, "0-240"), Counter[str]()
     for number, row in enumerate(asked):
         before = asked[(number + BEHIND) % len(asked)]["question"]
-        route = rule(Router(bank.tree, texts, bank.policy, bank.sources), [before, row["question"]])[-1]
+        route = rule(bank.router(texts), [before, row["question"]])[-1]
         found["right"] += route.path in bank.homes[row["doc"]]
         found["no memory"] += not route.path
     return {"of": len(asked), **found}
@@ -240,8 +244,9 @@ def main() -> None:
     parser.add_argument("--corpora", type=pathlib.Path, help="a folder with corpora of other subjects")
     options = parser.parse_args()
     talks = [{"bank": "elements"} | talk for file in TALKS for talk in rows(file)]
-    elements, texts = rows(DOCUMENTS), RememberedTexts(Embedder.load(), most=1_000_000)
-    banks = {"vital": shelf(), "elements": bundled(texts, elements)}
+    embedder = Embedder.load()
+    elements, texts = rows(DOCUMENTS), RememberedTexts(embedder, most=1_000_000)
+    banks = {"vital": shelf(embedder), "elements": bundled(texts, elements)}
     if options.corpora:
         banks |= others(texts, options.corpora, talks)
     chosen, reported = ([talk for number, talk in enumerate(talks) if number % 2 == part] for part in (0, 1))

@@ -26,6 +26,7 @@ import mlx.core as mx
 import numpy as np
 from elements import BANK
 from swift_session import Said, with_sources, write_session
+from swift_sources import routed_with_words
 from swift_texts import write_real_tokens, write_tokenizers, write_tokens
 
 from mlx_hiermem.bank.bank import MemoryBank
@@ -105,6 +106,10 @@ def write_routes(folder: pathlib.Path) -> None:
     goldens |= passage_routes(folder)
     text = json.dumps(goldens, separators=(",", ":")).replace("]]", "]]\n")
     (folder / "routes.json").write_text(text + "\n")
+    bank = with_sources(MemoryBank.open(folder / "bank"))
+    assert bank.sources
+    words = json.dumps(routed_with_words(bank.tree, bank.sources, 1.0), ensure_ascii=False)
+    (folder / "words.json").write_text(words + "\n", encoding="utf-8")
 
 
 def passage_routes(folder: pathlib.Path) -> dict[str, Any]:
@@ -123,7 +128,7 @@ def passage_routes(folder: pathlib.Path) -> dict[str, Any]:
         "parent": BankPolicy(some, "parent"),
         "closed": BankPolicy(frozenset(bank.sources.leaves()), "sibling"),
     }.items():
-        routes = Router(bank.tree, Said(bank.tree), policy, bank.sources).route_vectors(vectors)
+        routes = Router(bank.tree, Said(bank.tree), policy, bank.sources).route_vectors([""] * 60, vectors)
         golden = {
             "paths": [str(route.path) for route in routes],
             "avoided": [" ".join(map(str, route.avoided)) for route in routes],

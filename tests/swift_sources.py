@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 
 from mlx_hiermem.bank.manifest import SourcesEntry
+from mlx_hiermem.bank.policy import BankPolicy
 from mlx_hiermem.bank.sources import BankSources, LeafSources, SourceWindow, write_sources
 from mlx_hiermem.config import Path
+from mlx_hiermem.router import Router
 from mlx_hiermem.sentences import PLAIN_WORDS, sentences
 from mlx_hiermem.source_search import SourceSearch, messages_with
+from mlx_hiermem.tree import ClusterTree
 
 # By leaf: document, title, place, text. The leaf 1.0 has none.
 WINDOWS = {
@@ -122,6 +125,31 @@ class Worded:
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         self.vectors |= {text: worded(text, self.dim) for text in texts}
         return np.stack([self.vectors[text] for text in texts])
+
+
+def pieces(text: str) -> frozenset[int]:
+    """A number for each word, in place of a tokenizer's rare pieces."""
+    return frozenset(zlib.crc32(word.encode()) % 30000 for word in re.findall(r"\w+", text.lower()))
+
+
+# Texts of which the nearest passage has all rare words, some, and none.
+ROUTED = [*dict.fromkeys(question for _, question, _ in ASKED), "neon", "Who found the symbol of Zorblax?", "?"]
+
+
+def routed_with_words(tree: ClusterTree, sources: BankSources, reach: float) -> dict[str, Any]:
+    """Where texts go alone if their words count, and what they are routed by."""
+    embedder, policy = Worded(tree.dim), BankPolicy(passage_reach=reach)
+    routes = Router(tree, embedder, policy, sources, pieces).route_batch(ROUTED)
+    windows = [f"{window.title}. {window.text}" for one in sources.all() for window in one.windows]
+    return {
+        "texts": ROUTED,
+        "passage_reach": reach,
+        "vectors": {text: vector.tolist() for text, vector in embedder.vectors.items()},
+        "pieces": {text: sorted(pieces(text)) for text in [*ROUTED, *windows]},
+        "paths": [str(route.path) for route in routes],
+        "passages": [route.passage for route in routes],
+        "far": [route.far for route in routes],
+    }
 
 
 def found_sources(sources: BankSources, embedder: Worded) -> dict[str, Any]:

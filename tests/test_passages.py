@@ -15,9 +15,11 @@ from typer.testing import CliRunner
 from mlx_hiermem.apps.cli.main import app
 from mlx_hiermem.bank import edit, passages
 from mlx_hiermem.bank.bank import MemoryBank
-from mlx_hiermem.bank.passages import passage_distance
+from mlx_hiermem.bank.passages import LACKING, passage_distance
 from mlx_hiermem.bank.policy import OPEN, POLICY, BankPolicy
+from mlx_hiermem.bank.sources import WINDOWS_FILE
 from mlx_hiermem.config import ROOT, Path
+from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import BankError
 from mlx_hiermem.model_folder import load
 from mlx_hiermem.router import BELONGS, Router, Topic
@@ -169,3 +171,41 @@ def test_the_reach_in_force_is_that_of_passages(bank: MemoryBank) -> None:
 def test_a_distance_of_unit_vectors() -> None:
     assert passage_distance(1.0000001) == 0
     assert passage_distance(0.0) == pytest.approx(math.sqrt(2))
+
+
+def test_a_passage_that_lacks_a_texts_rare_words_is_farther(bank: MemoryBank) -> None:
+    """By `LACKING` where it has none of them, by half of it where it has half of what is expected."""
+    known = {"neon": frozenset({1, 2, 3, 4})}
+    plain = router(bank).route("neon").passage
+    for passage, added in (({1, 2, 3, 4}, 0.0), ({1, 2}, 0.0), ({1}, LACKING / 2), (set[int](), LACKING)):
+        told = known | {"Neon. neon": frozenset(passage)}
+        found = Router(bank.tree, Said(), OPEN, bank.sources, told.__getitem__).route("neon")
+        assert (found.path, found.passage) == (NEAR, pytest.approx(plain + added))
+    narrow = BankPolicy(passage_reach=0.07)
+    for pieces in (frozenset({1}), frozenset[int]()):  # all of them shared; and none to share
+        same = dict.fromkeys(("neon", "Neon. neon"), pieces)
+        assert not Router(bank.tree, Said(), narrow, bank.sources, same.__getitem__).route("neon").far
+    assert Router(bank.tree, Said(), narrow, bank.sources, lambda text: {len(text)}).route("neon").far
+
+
+def test_a_passage_that_cannot_be_read_is_as_near_as_its_vector_says(bank: MemoryBank) -> None:
+    worded = Router(bank.tree, Said(), OPEN, bank.sources, lambda text: {len(text)})
+    assert worded.route("neon").passage == pytest.approx(LACKING)
+    (bank.root / WINDOWS_FILE).unlink()
+    assert worded.route("neon").passage == pytest.approx(0)
+
+
+def test_a_window_is_read_by_its_number(bank: MemoryBank) -> None:
+    assert bank.sources is not None
+    assert bank.sources.text(OTHER, 1) == "Iron. iron"
+    for leaf, number in ((OTHER, 2), (OTHER, -1), (Path((2, 2)), 0)):
+        with pytest.raises(BankError, match="no window"):
+            bank.sources.text(leaf, number)
+
+
+def test_rare_pieces_are_those_of_names(minilm: Embedder) -> None:
+    assert minilm.rare_pieces("What is the capital of the country?") == frozenset()
+    names = minilm.rare_pieces("What is the capital of Zimbabwe?")
+    assert names
+    assert names <= minilm.rare_pieces("Zimbabwe's capital is Harare.")
+    assert not names & minilm.rare_pieces("The capital of Chad is N'Djamena.")

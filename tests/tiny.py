@@ -150,7 +150,14 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
 
 
-class HashEmbedder:
+class Wordless:
+    """Says of every text that none of its words is rare: passages are as near as their vectors say."""
+
+    def rare_pieces(self, text: str) -> frozenset[int]:
+        return frozenset()
+
+
+class HashEmbedder(Wordless):
     """Stands in for MiniLM where a test is about what happens after embedding: a unit vector per text."""
 
     def embed(self, texts: list[str], batch_size: int = 32) -> np.ndarray:
@@ -158,7 +165,7 @@ class HashEmbedder:
         return np.stack([row / np.linalg.norm(row) for row in rows]).astype(np.float32)
 
 
-class Aimed:
+class Aimed(Wordless):
     """An embedder of names: a text is the mean of the leaves it names; one that names none is near to nothing, and
     nearest to the leaf `rest`."""
 

@@ -26,6 +26,7 @@ from mlx_hiermem.files import file_digest
 from mlx_hiermem.printable import require_unicode
 
 ASSET, WEIGHTS = "all-minilm-l6-v2", "model.safetensors"
+RARE = 5000  # token ids from here on: the vocabulary is sorted by how often a piece was seen
 # What this encoder implements; a folder that says otherwise is another model.
 EXPECTED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
 
@@ -90,6 +91,11 @@ class Embedder:
             batch = order[start : start + batch_size]
             vectors[batch] = self._embed_batch([encodings[i].ids for i in batch])
         return vectors
+
+    def rare_pieces(self, text: str) -> frozenset[int]:
+        """The token ids of a text that belong to rare words; see `bank.passages.lacking`."""
+        require_unicode(text)
+        return frozenset(one for one in self.tokenizer.encode(text).ids if one >= RARE)
 
     def _embed_batch(self, ids: list[list[int]]) -> np.ndarray:
         lengths = [len(row) for row in ids]

@@ -20,14 +20,14 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 
 from mlx_hiermem.bank.bank import MemoryBank
-from mlx_hiermem.bank.passages import by_passages
+from mlx_hiermem.bank.passages import Farther, as_near, by_passages, lacking
 from mlx_hiermem.bank.policy import OPEN, BankPolicy
 from mlx_hiermem.bank.sources import BankSources
 from mlx_hiermem.config import ROOT, EmbedderIdentity, Path
@@ -92,15 +92,19 @@ class Router:
         embedder: TextEmbedder,
         policy: BankPolicy = OPEN,
         sources: BankSources | None = None,
+        pieces: Callable[[str], Set[int]] | None = None,
     ) -> None:
-        """With `sources`, the nearest of their passages says which leaf a text goes to."""
+        """With `sources`, the nearest of their passages says which leaf a text goes to; with `pieces`, which tells
+        a text's rare ones, a passage that lacks them is farther."""
         self.tree, self.embedder, self.policy, self.sources = tree, embedder, policy, sources
+        self.pieces = pieces
         self._said = RememberedTexts(embedder)
 
     @classmethod
     def of_bank(cls, bank: MemoryBank) -> Router:
         """The bank's tree and policy, with the embedder that the tree was made with; see `load_embedder`."""
-        return cls(bank.tree, load_embedder(bank.manifest.embedder), bank.policy, bank.sources)
+        embedder = load_embedder(bank.manifest.embedder)
+        return cls(bank.tree, embedder, bank.policy, bank.sources, embedder.rare_pieces)
 
     def route(self, text: str, blocked: Collection[Path] = ()) -> Route:
         """Routes one text; `blocked` nodes are closed to it beside those of the policy."""
@@ -109,20 +113,36 @@ class Router:
     def route_batch(self, texts: Sequence[str], blocked: Collection[Path] = ()) -> list[Route]:
         """Routes n texts, embedded together; each gets an equal share of the batch's milliseconds."""
         start = time.perf_counter()
-        routes = self.route_vectors(self.embedder.embed(texts), blocked)
+        routes = self.route_vectors(texts, self.embedder.embed(texts), blocked)
         milliseconds = (time.perf_counter() - start) * 1e3 / max(len(routes), 1)
         return [replace(route, milliseconds=milliseconds) for route in routes]
 
-    def route_vectors(self, vectors: np.ndarray, blocked: Collection[Path] = ()) -> list[Route]:
-        """Routes embedded texts [n, dim]."""
+    def route_vectors(
+        self, texts: Sequence[str], vectors: np.ndarray, blocked: Collection[Path] = ()
+    ) -> list[Route]:
+        """Routes n texts and their embeddings [n, dim]."""
         policy = self.policy.block(blocked)
         routes = policy.route(self.tree, vectors)
         if self.sources is None:
             return routes
         return [
-            by_passages(self.tree, self.sources, policy, vector, route)
-            for vector, route in zip(vectors, routes, strict=True)
+            by_passages(self.tree, self.sources, policy, vector, route, self._farther(text))
+            for text, vector, route in zip(texts, vectors, routes, strict=True)
         ]
+
+    def _farther(self, text: str) -> Farther:
+        """How much farther than its vector says a passage is from a text."""
+        if self.pieces is None or self.sources is None:
+            return as_near
+        pieces, sources, asked = self.pieces, self.sources, self.pieces(text)
+
+        def farther(leaf: Path, number: int) -> float:
+            try:
+                return lacking(asked, pieces(sources.text(leaf, number)))
+            except BankError:  # a drive that is unplugged, say; the vectors are mapped and may still be there
+                return 0.0
+
+        return farther
 
     def turn(self, text: str, topic: Topic | None = None, blocked: Collection[Path] = ()) -> Turn:
         """Routes one turn of a conversation. A topic whose path is blocked, by the policy or here, is left at once.
@@ -133,7 +153,7 @@ class Router:
         start = time.perf_counter()
         policy = self.policy.block(blocked)
         vector = self._said.embed([text])[0]
-        alone = self.route_vectors(vector[None], blocked)[0]
+        alone = self.route_vectors([text], vector[None], blocked)[0]
         decided = decidedness(self.tree, vector, alone.path)
         if topic is None or not topic.path or policy.blocker(topic.path):
             topic = None
@@ -181,7 +201,7 @@ class Router:
     def _follow_ups(self, texts: Sequence[str], vectors: np.ndarray, blocked: Collection[Path]) -> list[str]:
         """The turns that lead nowhere, each behind the question that it may belong to."""
         topic, found, near = Topic(ROOT, 0.0), list[str](), self._near(self.policy)
-        routes = self.route_vectors(vectors, blocked)
+        routes = self.route_vectors(texts, vectors, blocked)
         for text, vector, alone in zip(texts, vectors, routes, strict=True):
             after = follow(topic, alone, decidedness(self.tree, vector, alone.path), text, near)
             if after is None:

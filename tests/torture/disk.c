@@ -1,11 +1,13 @@
-/* A disk that fills up, cannot be written to, or cannot be read.
+/* A disk that fills up, cannot be written to, cannot be read, or is slow.
  *
  * cc -shared -fPIC -o disk.so disk.c -ldl;  LD_PRELOAD=./disk.so python tests/torture/processes.py
  *
  * torture_full(n): no more than n bytes are written to files, and then ENOSPC.
  * torture_locked(folder, n): after n changes below that folder all further ones get EROFS.
  * torture_read(folder, n, how): after n reads below that folder all further ones get EIO (how 1), or one byte fewer
- * than was asked for (how 2). Pipes, sockets, terminals and the standard streams are left alone, as is the cache of
+ * than was asked for (how 2).
+ * torture_slow(folder, us): each read, write and change below that folder takes so many microseconds more; so it does
+ * where TORTURE_SLOW is "us folder" in the environment. Pipes, sockets, terminals and the standard streams are left alone, as is the cache of
  * what is mapped: reading and writing through mmap is not seen.
  */
 #define _GNU_SOURCE
@@ -14,6 +16,7 @@
 #include <fcntl.h>
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/sendfile.h>
 #include <sys/stat.h>
@@ -47,18 +50,54 @@ static ssize_t spent(int fd, ssize_t done) {
 
 #define REAL(name, type) ((type)dlsym(RTLD_NEXT, name))
 
+static char slow[512];
+static long waits = 0; /* microseconds */
+
+void torture_slow(const char *folder, long microseconds) {
+  snprintf(slow, sizeof slow, "%s", folder);
+  waits = microseconds;
+}
+
+__attribute__((constructor)) static void from_environment(void) {
+  const char *said = getenv("TORTURE_SLOW");
+  char *folder;
+  long microseconds = said ? strtol(said, &folder, 10) : 0;
+  if (microseconds > 0 && *folder == ' ') torture_slow(folder + 1, microseconds);
+}
+
+static void waited(const char *path) {
+  if (waits && path && strncmp(slow, path, strlen(slow)) == 0) usleep((useconds_t)waits);
+}
+
+/* The name of an open file; empty where it has none. */
+static const char *name_of(int fd, char *path, size_t size) {
+  char name[64];
+  snprintf(name, sizeof name, "/proc/self/fd/%d", fd);
+  ssize_t length = readlink(name, path, size - 1);
+  path[length < 0 ? 0 : length] = 0;
+  return path;
+}
+
+static void waited_for(int fd) {
+  char path[512];
+  if (waits && fd > 2) waited(name_of(fd, path, sizeof path));
+}
+
 ssize_t write(int fd, const void *data, size_t count) {
+  waited_for(fd);
   ssize_t fits = room(fd, count);
   return fits < 0 ? -1 : spent(fd, REAL("write", ssize_t(*)(int, const void *, size_t))(fd, data, (size_t)fits));
 }
 
 ssize_t pwrite64(int fd, const void *data, size_t count, off64_t at) {
+  waited_for(fd);
   ssize_t fits = room(fd, count);
   if (fits < 0) return -1;
   return spent(fd, REAL("pwrite64", ssize_t(*)(int, const void *, size_t, off64_t))(fd, data, (size_t)fits, at));
 }
 
 ssize_t writev(int fd, const struct iovec *parts, int count) {
+  waited_for(fd);
   size_t whole = 0;
   for (int i = 0; i < count; i++) whole += parts[i].iov_len;
   ssize_t fits = room(fd, whole);
@@ -68,6 +107,7 @@ ssize_t writev(int fd, const struct iovec *parts, int count) {
 }
 
 ssize_t sendfile64(int out, int in, off64_t *at, size_t count) {
+  waited_for(out);
   ssize_t fits = room(out, count);
   if (fits < 0) return -1;
   return spent(out, REAL("sendfile64", ssize_t(*)(int, int, off64_t *, size_t))(out, in, at, (size_t)fits));
@@ -99,9 +139,10 @@ static int below(const char *folder, const char *path) {
 /* Whether a change of this name is refused. */
 static int refused(const char *path) {
   char whole[1024] = "", here[512];
-  if (!locked[0] || !path) return 0;
+  if ((!locked[0] && !waits) || !path) return 0;
   if (path[0] != '/' && getcwd(here, sizeof here)) snprintf(whole, sizeof whole, "%s/", here);
   strncat(whole, path, sizeof whole - strlen(whole) - 1);
+  waited(whole);
   if (!below(locked, whole)) return 0;
   if (changes-- > 0) return 0;
   errno = EROFS;
@@ -148,13 +189,10 @@ int rmdir(const char *path) {
 
 /* How many of `count` bytes may be read; -1 and EIO where none may. */
 static ssize_t readable(int fd, size_t count) {
-  char name[64], path[512];
+  char path[512];
+  waited_for(fd);
   if (!how || count == 0 || fd < 3) return (ssize_t)count;
-  snprintf(name, sizeof name, "/proc/self/fd/%d", fd);
-  ssize_t length = readlink(name, path, sizeof path - 1);
-  if (length < 0) return (ssize_t)count;
-  path[length] = 0;
-  if (!below(broken, path) || reads-- > 0) return (ssize_t)count;
+  if (!below(broken, name_of(fd, path, sizeof path)) || reads-- > 0) return (ssize_t)count;
   if (how == 2) return count > 1 ? (ssize_t)count - 1 : (ssize_t)count;
   errno = EIO;
   return -1;

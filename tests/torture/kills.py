@@ -1,13 +1,14 @@
 """Every command that writes, ended by SIGKILL at random moments or met by a failing disk, and what is found then.
 
     python tests/torture/kills.py --kills 200 --seed 1 --out benchmarks/results/kills.json
-    python tests/torture/kills.py --kills 50 --how full read-only eio short
+    python tests/torture/kills.py --kills 50 --how full read-only eio short slow
 
 A command is killed at a random time, or just before a random change of the file system (of `learn` and `add` in
 each of their stages in turn); or its disk (see disk.py) is full, read-only or unreadable from a random moment on,
-of which it must tell in one line. Then what was there is there, or what was to come, and works; the same command,
-given again, ends with the files of an undisturbed run and no others; `bank verify` finds nothing. Files that differ
-between two undisturbed runs, because they hold times or random names, are compared by name only, and are listed.
+of which it must tell in one line; or its disk is slow, or gives less than was asked for, which must change nothing.
+Then what was there is there, or what was to come, and works; the same command, given again, ends with the files of
+an undisturbed run and no others; `bank verify` finds nothing. Files that differ between two undisturbed runs,
+because they hold times or random names, are compared by name only, and are listed.
 """
 
 from __future__ import annotations
@@ -126,7 +127,9 @@ class Campaign:
         what = {0: "ended first", 1: "told", -signal.SIGKILL: "killed"}.get(status, f"ended with {status}")
         counts = [what, f"killed in {stage}"] if stage and what == "killed" else [what]
         told = [line for line in self.log.read_text(errors="replace").splitlines() if line.startswith("hiermem: ")]
-        if what in ("ended first", "killed") or (how != "kill" and told and "unexpected" not in told[-1]):
+        if how == "slow" and status:
+            wrong = self._said()
+        elif what in ("ended first", "killed") or (how != "kill" and told and "unexpected" not in told[-1]):
             wrong = self._judge(work)
         else:
             wrong = self._said()
@@ -143,7 +146,9 @@ class Campaign:
         return stage or "the beginning or end", rng.choice([at for at, s in enumerate(stages, 1) if s == stage])
 
     def _amount(self, how: str, rng: random.Random) -> int:
-        """Bytes, changes or reads after which the disk fails."""
+        """Bytes, changes or reads after which the disk fails; of a slow one the microseconds that each takes."""
+        if how == "slow":
+            return int(rng.uniform(1000, 20_000))
         written = sum(len(data) for name, data in self.usual.files.items() if not (self.start / name).exists())
         most = {"full": 2 * written + 4096, "read-only": len(self.usual.stages)}.get(how, 200)
         return int(rng.uniform(0, most))

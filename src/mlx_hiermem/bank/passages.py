@@ -7,12 +7,14 @@ probed. Of 240 questions on the demo's 480 articles descent takes 91 % to the le
 (docs/decisions/2026-11-29-routing-by-passages.md).
 
 It also tells better what a bank knows nothing of: a foreign question is as near to the middle of some leaf as the
-bank's own questions are, and to no passage.
+bank's own questions are, and to no passage. A question about one country is near to a passage about another,
+though; then most of its rare words are not in the passage (`lacking`).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Set
 from dataclasses import replace
 from typing import Protocol
 
@@ -23,6 +25,15 @@ from mlx_hiermem.config import Path
 from mlx_hiermem.tree import ClusterTree, Route
 
 PROBED = 8  # leaves that are looked through
+EXPECTED = 0.5  # of a text's rare pieces, how many are in a passage that it is about
+LACKING = 0.075  # what is added to the distance of a passage that has none of them
+
+Farther = Callable[[Path, int], float]  # a leaf and the number of its passage -> what is added to the distance
+
+
+def as_near(leaf: Path, number: int) -> float:
+    """Every passage is as far as its vector says."""
+    return 0.0
 
 
 class Passages(Protocol):
@@ -32,7 +43,12 @@ class Passages(Protocol):
 
 
 def by_passages(
-    tree: ClusterTree, passages: Passages, policy: BankPolicy, vector: np.ndarray, descent: Route
+    tree: ClusterTree,
+    passages: Passages,
+    policy: BankPolicy,
+    vector: np.ndarray,
+    descent: Route,
+    farther: Farther = as_near,
 ) -> Route:
     """Where an embedding [dim] goes; `descent` is where the tree alone takes it, under the same policy.
 
@@ -42,13 +58,15 @@ def by_passages(
     near = nearest(tree, passages, vector)
     if not near:
         return descent
-    smallest = near[0][0]
+    smallest, leaf, number = near[0]
+    smallest += farther(leaf, number)
+    near[0] = (smallest, leaf, number)
     if smallest > policy.passage_reach:
         return Route(avoided=descent.avoided, passage=smallest, far=True)
     if descent.far and policy.passage_reach == math.inf:
         return replace(descent, passage=smallest)
     avoided = dict[Path, None]()
-    for distance, leaf in near:
+    for distance, leaf, _ in near:
         closed = policy.blocker(leaf)
         if closed is None:
             return Route(leaf, tree.distances_on(vector, leaf), tuple(avoided), passage=distance)
@@ -64,11 +82,23 @@ def passage_distance(cosine: float) -> float:
     return math.sqrt(max(0.0, 2 - 2 * cosine))
 
 
-def nearest(tree: ClusterTree, passages: Passages, vector: np.ndarray) -> list[tuple[float, Path]]:
-    """Distance of the nearest passage of each leaf that is looked through, and the leaf; nearest first."""
-    found = list[tuple[float, Path]]()
+def lacking(asked: Set[int], passage: Set[int]) -> float:
+    """What is added to a passage's distance, by the rare pieces of the text that is asked and of the passage.
+
+    Nothing where half of a text's rare pieces are in the passage, or where it has none.
+    """
+    shared = len(asked & passage) / len(asked) if asked else 1.0
+    return LACKING * max(0.0, EXPECTED - shared) / EXPECTED
+
+
+def nearest(tree: ClusterTree, passages: Passages, vector: np.ndarray) -> list[tuple[float, Path, int]]:
+    """Distance of the nearest passage of each leaf that is looked through, the leaf, and which of its passages it
+    is; nearest first."""
+    found = list[tuple[float, Path, int]]()
     for leaf in tree.beam(vector, PROBED):
         vectors = passages.vectors(leaf)
         if vectors is not None:
-            found.append((passage_distance(float((vectors @ vector).max())), leaf))
+            cosines = vectors @ vector  # [n]
+            number = int(cosines.argmax())
+            found.append((passage_distance(float(cosines[number])), leaf, number))
     return sorted(found)

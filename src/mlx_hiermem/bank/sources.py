@@ -100,6 +100,14 @@ class BankSources:
         bounds = self._bounds(leaf)
         return np.asarray(self._vectors[slice(*bounds)], np.float32) if bounds else None
 
+    def text(self, leaf: Path, number: int) -> str:
+        """One of a leaf's windows, its title before it."""
+        begin, end = self._bounds(leaf) or (0, 0)
+        if not 0 <= number < end - begin:
+            raise BankError(f"{leaf} has no window {number}", "Its sources tell how many it has.")
+        (window,) = self._lines(begin + number, begin + number + 1)
+        return f"{window.title}. {window.text}"
+
     def all(self) -> Iterator[LeafSources]:
         """Leaf after leaf."""
         return (found for leaf in self.leaves() if (found := self.read(leaf)))

@@ -48,11 +48,12 @@ def place(model: MemoryModel, examples: Sequence[Example], memory: str) -> list[
         if bank.manifest.generic is None:
             raise BankError("the bank has no generic block", "Leave memory generic out.")
         return [Placed(model.choose(memory, ""), bank.manifest.generic.sha256[:12])] * len(examples)
-    vectors = model.router.embedder.embed([example.route for example in examples])
-    paths = _route(model, vectors)
+    texts = [example.route for example in examples]
+    vectors = model.router.embedder.embed(texts)
+    paths = _route(model, texts, vectors)
     learnt = leaves_by_source(bank)
     if memory == "blocked":
-        paths = _around(model, vectors, paths)
+        paths = _around(model, texts, vectors, paths)
     if memory == "oracle":
         paths = _oracle(bank, examples, vectors, paths, learnt)
     placed = [
@@ -102,16 +103,19 @@ def _chosen(path: Path) -> Selection:
     return Selection(MemoryChoice(path), Route(path)) if path else Selection()
 
 
-def _route(model: MemoryModel, vectors: np.ndarray, closed: frozenset[Path] = frozenset()) -> list[Path]:
-    return [route.path for route in model.router.route_vectors(vectors, closed)]
+def _route(
+    model: MemoryModel, texts: Sequence[str], vectors: np.ndarray, closed: frozenset[Path] = frozenset()
+) -> list[Path]:
+    return [route.path for route in model.router.route_vectors(texts, vectors, closed)]
 
 
-def _around(model: MemoryModel, vectors: np.ndarray, paths: Sequence[Path]) -> list[Path]:
+def _around(model: MemoryModel, texts: Sequence[str], vectors: np.ndarray, paths: Sequence[Path]) -> list[Path]:
     """The paths when each one's branch of level 1 is closed to it."""
     found = list(paths)
     for top in sorted({path[:1] for path in paths if path}):
         rows = [row for row, path in enumerate(paths) if path[:1] == top]
-        for row, path in zip(rows, _route(model, vectors[rows], frozenset([Path(top)])), strict=True):
+        routed = _route(model, [texts[row] for row in rows], vectors[rows], frozenset([Path(top)]))
+        for row, path in zip(rows, routed, strict=True):
             found[row] = path
     return found
 

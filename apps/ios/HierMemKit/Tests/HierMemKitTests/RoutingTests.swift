@@ -89,6 +89,31 @@ struct RoutingTests {
     }
   }
 
+  /// Where a passage lacks a text's rare words, and where it has them.
+  @Test func countsWordsAsPython() async throws {
+    struct Words: Decodable {
+      let texts: [String]
+      let passage_reach: Float
+      let vectors: [String: [Float]]
+      let pieces: [String: Set<Int>]
+      let paths: [String]
+      let passages: [Float]
+      let far: [Bool]
+    }
+    let (bank, golden): (MemoryBank, Words) = (try Fixtures.tinyBank(), try Fixtures.decode("words.json"))
+    let router = MemoryRouter(
+      tree: bank.tree, embedder: KnownEmbedder(vectors: golden.vectors, pieces: golden.pieces),
+      policy: BankPolicy(passageReach: golden.passage_reach),
+      sources: try BankSources(folder: bank.folder, tree: bank.tree))
+    for (index, text) in golden.texts.enumerated() {
+      let route = try await router.turn(text, topic: nil).alone
+      #expect(route.path.description == golden.paths[index])
+      #expect(route.isFar == golden.far[index])
+      #expect(abs((route.passage ?? 0) - golden.passages[index]) < 1e-5)
+    }
+    #expect(Set(golden.far) == [true, false])
+  }
+
   @Test func refusesSourcesOfAnotherBank() async throws {
     let folder = try Fixtures.copy("bank")
     let ragged = try ClusterTree(contentsOf: Fixtures.url("ragged-tree.safetensors"))

@@ -106,7 +106,7 @@ struct Parcel: Codable, Sendable {
   /// `nil` for a task that is none of ours.
   init?(of task: URLSessionTask) {
     let data = Data((task.taskDescription ?? "").utf8)
-    guard let parcel = try? JSONDecoder().decode(Parcel.self, from: data) else { return nil }
+    guard let parcel = try? decodeJSON(Parcel.self, from: data) else { return nil }
     self = parcel
   }
 

@@ -11,6 +11,23 @@ public struct ManifestFile: Decodable, Hashable, Sendable {
   }
 }
 
+extension ManifestFile {
+  enum CodingKeys: CodingKey {
+    case bytes, sha256
+  }
+
+  /// Sizes are added up: no file is negative, or larger than a thousand billion bytes.
+  public init(from decoder: any Decoder) throws {
+    let values = try decoder.container(keyedBy: CodingKeys.self)
+    bytes = try values.decode(Int.self, forKey: .bytes)
+    sha256 = try values.decode(String.self, forKey: .sha256)
+    guard (0...1 << 40).contains(bytes) else {
+      throw DecodingError.dataCorruptedError(
+        forKey: .bytes, in: values, debugDescription: "a file of \(bytes) bytes is not possible")
+    }
+  }
+}
+
 /// One row of the block table.
 public struct BlockEntry: Sendable {
   public let path: NodePath
@@ -78,9 +95,19 @@ extension BankManifest: Decodable {
 
   private struct Row: Decodable {
     let path: String
-    let bytes: Int
-    let sha256: String
+    let file: ManifestFile
     let label: String?
+
+    enum CodingKeys: CodingKey {
+      case path, label
+    }
+
+    init(from decoder: any Decoder) throws {
+      let values = try decoder.container(keyedBy: CodingKeys.self)
+      path = try values.decode(String.self, forKey: .path)
+      label = try values.decodeIfPresent(String.self, forKey: .label)
+      file = try ManifestFile(from: decoder)
+    }
   }
 
   public init(from decoder: any Decoder) throws {
@@ -98,8 +125,10 @@ extension BankManifest: Decodable {
     var blocks: [NodePath: BlockEntry] = [:]
     for row in try values.decode([Row].self, forKey: .blocks) {
       let path = try NodePath(parsing: row.path)
-      let file = ManifestFile(bytes: row.bytes, sha256: row.sha256)
-      blocks[path] = BlockEntry(path: path, file: file, label: row.label ?? "")
+      guard path.level <= memory.depth else {
+        throw HierMemError(.bank, "the block \(path) is below the tree's \(memory.depth) levels")
+      }
+      blocks[path] = BlockEntry(path: path, file: row.file, label: row.label ?? "")
     }
     self.blocks = blocks
     var labels: [NodePath: String] = [:]

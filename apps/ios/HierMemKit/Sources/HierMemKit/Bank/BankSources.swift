@@ -34,7 +34,7 @@ public struct SourceWindow: Decodable, Equatable, Sendable {
 public struct BankSources: Sendable {
   private let texts: URL
   private let index: SafetensorsFile
-  private let branching: Int
+  private let tree: ClusterTree
   private let leaves: Int
   private let windows: Int
   private let dimension: Int
@@ -48,16 +48,16 @@ public struct BankSources: Sendable {
   public init(folder: URL, tree: ClusterTree) throws {
     texts = folder.appendingPathComponent(Self.textsName)
     index = try SafetensorsFile(contentsOf: folder.appendingPathComponent(Self.indexName))
-    branching = tree.branching
+    self.tree = tree
     dimension = tree.dimension
     leaves = index.tensors["leaves"]?.shape.first ?? 0
     windows = index.tensors["vectors"]?.shape.first ?? 0
+    try index.require("vectors", "F16", [windows, dimension])  // so that one more is still a number
     try index.require("branching", "I64", [1])
     try index.require("leaves", "I64", [leaves, 2])
     try index.require("first", "I64", [leaves + 1])
     try index.require("starts", "I64", [windows + 1])
-    try index.require("vectors", "F16", [windows, dimension])
-    guard try index.integer("branching", 0) == branching else {
+    guard try index.integer("branching", 0) == tree.branching else {
       throw damage("it was made for another tree")
     }
   }
@@ -85,9 +85,10 @@ public struct BankSources: Sendable {
       guard 0 <= begin, begin < end else { throw CocoaError(.fileReadCorruptFile) }
       let file = try FileHandle(forReadingFrom: texts)
       defer { try? file.close() }
+      guard try file.seekToEnd() >= end else { throw CocoaError(.fileReadCorruptFile) }
       try file.seek(toOffset: UInt64(begin))
       let lines = (try file.read(upToCount: end - begin) ?? Data()).split(separator: UInt8(ascii: "\n"))
-      let windows = try lines.map { try JSONDecoder().decode(SourceWindow.self, from: $0) }
+      let windows = try lines.map { try decodeJSON(SourceWindow.self, from: $0) }
       guard windows.count == rows.count else { throw CocoaError(.fileReadCorruptFile) }
       return windows
     } catch {
@@ -98,7 +99,8 @@ public struct BankSources: Sendable {
 
   /// Where a leaf's windows are; `nil` where it has none.
   private func rows(of leaf: NodePath) throws -> Range<Int>? {
-    let wanted = (leaf.level, leaf.row(branching: branching))
+    guard tree.has(leaf) else { return nil }
+    let wanted = (leaf.level, leaf.row(branching: tree.branching))
     var (low, high) = (0, leaves)
     while low < high {
       let middle = (low + high) / 2

@@ -13,12 +13,14 @@ func readJSON<Value: Decodable>(_ file: URL, as type: Value.Type, kind: HierMemE
       hint: "Export the model again, or add the whole folder to the app.")
   }
   do {
-    return try JSONDecoder().decode(type, from: data)
+    return try decodeJSON(type, from: data)
   } catch let error as HierMemError {
     throw HierMemError(kind, "\(file.path): \(error.what)", hint: error.hint)
   } catch let error as DecodingError {
     throw HierMemError(
       kind, "\(file.path) is damaged or incomplete: \(error.summary)", hint: "Export it again.")
+  } catch {
+    throw HierMemError(kind, "\(file.path) is damaged: \(error.localizedDescription)", hint: "Export it again.")
   }
 }
 

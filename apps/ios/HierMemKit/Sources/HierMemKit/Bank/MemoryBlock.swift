@@ -13,6 +13,9 @@ public struct MemoryBlock: Sendable {
   /// - Throws: ``HierMemError`` of kind `bank` where the file is missing, damaged, or has other tensors
   ///   than the bank's memory config says.
   public init(contentsOf url: URL, config: MemoryConfig, level: Int) throws {
+    guard level <= config.depth else {
+      throw HierMemError(.bank, "\(url.path) is of level \(level), the memory has \(config.depth)")
+    }
     let file = try SafetensorsFile(contentsOf: url)
     guard let units = level > 0 ? config.blockSizes[level - 1] : file.tensors["gate"]?.shape.dropFirst().first
     else { throw HierMemError(.bank, "\(url.path) has no tensor gate") }

@@ -34,6 +34,9 @@ public struct MemoryConfig: Sendable {
   /// R, the units that a full path adds to a layer.
   public var fetchedSize: Int { blockSizes.reduce(0, +) }
 
+  /// Values of each tensor of a path's blocks, at most: half a gigabyte of them.
+  static let mostValues = 1 << 28
+
   /// The tensors of a block, each [layers, units, hidden]; `down` is stored unit-major.
   static let tensorNames = ["gate", "up", "down"]
 
@@ -94,6 +97,10 @@ extension MemoryConfig: Decodable {
       (1...1 << 20).contains(hidden)
     else {
       throw HierMemError(.bank, "memory of width \(hidden) in layers \(layers) is not possible")
+    }
+    guard layers.count * hidden <= Self.mostValues / max(1, fetchedSize) else {
+      throw HierMemError(
+        .bank, "a memory of [\(layers.count), \(fetchedSize), \(hidden)] values is larger than any phone's")
     }
     guard quantization.isEmpty || quantization.count == depth else {
       throw HierMemError(

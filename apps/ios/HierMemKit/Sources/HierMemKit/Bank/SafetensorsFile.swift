@@ -85,7 +85,7 @@ public struct SafetensorsFile: Sendable {
       throw Damage(what: "its header should be \(size) bytes long")
     }
     let start = 8 + Int(size)
-    guard let header = try? JSONDecoder().decode(Header.self, from: data[8..<start]) else {
+    guard let header = try? decodeJSON(Header.self, from: data[8..<start]) else {
       throw Damage(what: "its header cannot be read")
     }
     return try header.entries.mapValues { entry in

@@ -258,7 +258,7 @@ public actor ChatSession {
   ) async throws {
     var position = start
     var tokens = Array(prompt[position...])
-    for _ in 0..<limit {
+    for _ in 0..<max(0, limit) {
       try Task.checkCancellation()
       let logits = try await model.anchor.logits(after: tokens, at: position)
       cache.append(tokens)

@@ -30,6 +30,10 @@
       self.functions = functions
     }
 
+    public nonisolated func rarePieces(_ text: String) -> Set<Int>? {
+      tokenizer.rarePieces(text, limit: retriever.lengths[retriever.lengths.count - 1])
+    }
+
     /// Embeds a text, of a long one the beginning.
     public func embed(_ text: String) async throws -> [Float] {
       let longest = retriever.lengths[retriever.lengths.count - 1]

@@ -22,6 +22,10 @@
       model = try await loadModel(package, units: units).model
     }
 
+    public nonisolated func rarePieces(_ text: String) -> Set<Int>? {
+      tokenizer.rarePieces(text, limit: retriever.lengths[retriever.lengths.count - 1])
+    }
+
     /// Embeds a text, of a long one the beginning.
     ///
     /// - Throws: ``HierMemError`` of kind `model` where the model is not what the manifest says.

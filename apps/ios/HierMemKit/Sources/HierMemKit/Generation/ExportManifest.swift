@@ -146,16 +146,44 @@ extension ExportManifest: Decodable {
   }
 
   private func check() throws {
-    guard anchor.functions.values.contains(1), anchor.functions.values.allSatisfy({ $0 > 0 }),
-      anchor.context > 0, anchor.vocabulary > 0, !anchor.logits.isEmpty
-    else {
-      throw HierMemError(.model, "the anchor has no function for one token, no context or no logits")
+    try checkAnchor()
+    try checkNames()
+    guard (1...1 << 24).contains(maxTokens) else {
+      throw HierMemError(.model, "replies of at most \(maxTokens) tokens are not possible")
     }
     guard (memory == nil) == (bank == nil), (bank == nil) == (retriever == nil) else {
       throw HierMemError(.model, "memory, bank and retriever go together, and one of them is missing")
     }
     guard retriever.map({ !$0.lengths.isEmpty && $0.lengths == $0.lengths.sorted() }) ?? true else {
       throw HierMemError(.model, "the retriever's lengths are not ascending")
+    }
+    guard retriever.map({ $0.lengths.allSatisfy((1...1 << 16).contains) }) ?? true else {
+      throw HierMemError(.model, "the retriever takes texts of \(retriever?.lengths ?? []) tokens")
+    }
+  }
+
+  /// Arrays are made by these numbers.
+  private func checkAnchor() throws {
+    let numbers = 1...1 << 24
+    guard anchor.functions.values.contains(1), anchor.functions.values.allSatisfy(numbers.contains),
+      numbers.contains(anchor.context), numbers.contains(anchor.vocabulary), !anchor.logits.isEmpty
+    else {
+      throw HierMemError(.model, "the anchor has no function for one token, no context or no logits")
+    }
+    for (name, state) in anchor.states ?? [:] {
+      var left = 1 << 34  // values
+      for size in state.shape where size > 0 { left /= size }
+      guard !state.shape.isEmpty, state.shape.allSatisfy({ $0 > 0 }), left > 0 else {
+        throw HierMemError(.model, "the anchor has a state \(name) of \(state.shape)")
+      }
+    }
+  }
+
+  /// What a manifest names lies in its own folder.
+  private func checkNames() throws {
+    let names = [anchor.package, tokenizer, retriever?.package, retriever?.tokenizer, bank?.folder].compactMap { $0 }
+    for name in names + files.keys where name.hasPrefix("/") || name.split(separator: "/").contains("..") {
+      throw HierMemError(.model, "the manifest names \(name), which is not in its folder", hint: "Export it again.")
     }
   }
 }

@@ -1,10 +1,16 @@
 /// Routing by passages: the tree says where to look, and the nearest passage says which leaf it is.
 ///
 /// Where a bank keeps the vectors of its passages, the leaves that a beam search finds are looked through, and the
-/// leaf of the nearest passage is taken. The rule is mlx_hiermem/bank/passages.py's.
+/// leaf of the nearest passage is taken. A passage that has few of a text's rare words is farther than its vector
+/// says. The rule is mlx_hiermem/bank/passages.py's.
 extension ClusterTree {
   /// Leaves that are looked through.
   private static let probed = 8
+
+  /// Of a text's rare pieces, how many are in a passage that it is about.
+  private static let expected: Float = 0.5
+  /// What is added to the distance of a passage that has none of them.
+  private static let lacking: Float = 0.075
 
   private typealias Near = (distance: Float, node: NodePath)
 
@@ -13,10 +19,13 @@ extension ClusterTree {
   /// That stands where none of the leaves has a passage, or all are blocked. A blocked leaf is passed over for the
   /// nearest passage of an open one, or, where the policy says `parent`, the text stops above what is blocked.
   func route(
-    _ embedding: [Float], byPassagesOf sources: BankSources, policy: BankPolicy, descent: MemoryRoute
+    _ embedding: [Float], byPassagesOf sources: BankSources, policy: BankPolicy, descent: MemoryRoute,
+    asking text: String, with embedder: any TextEmbedder
   ) throws -> MemoryRoute {
-    let near = try nearestPassages(to: embedding, in: sources)
-    guard let nearest = near.first?.distance else { return descent }
+    var near = try nearestPassages(to: embedding, in: sources)
+    guard let (distance, leaf) = near.first else { return descent }
+    let nearest = distance + lacking(text, in: sources, leaf, nearestTo: embedding, embedder)
+    near[0].distance = nearest
     if nearest > policy.passageReach || (descent.isFar && policy.passageReach == .infinity) {
       return MemoryRoute(path: .root, distances: [], avoided: descent.avoided, isFar: true, passage: nearest)
     }
@@ -62,6 +71,21 @@ extension ClusterTree {
       try sources.cosines(of: embedding, in: leaf)?.max().map { (distance: passageDistance($0), node: leaf) }
     }
     return nearest(found, found.count)
+  }
+
+  /// What is added to the distance of a leaf's nearest passage, for the rare words that it lacks; nothing where it
+  /// cannot be read.
+  private func lacking(
+    _ text: String, in sources: BankSources, _ leaf: NodePath, nearestTo embedding: [Float],
+    _ embedder: any TextEmbedder
+  ) -> Float {
+    guard let asked = embedder.rarePieces(text), !asked.isEmpty,
+      let cosines = try? sources.cosines(of: embedding, in: leaf), let most = cosines.max(),
+      let window = try? sources.windows(of: leaf)?[cosines.firstIndex(of: most)!],
+      let passage = embedder.rarePieces("\(window.title). \(window.text)")
+    else { return 0 }
+    let shared = Float(asked.intersection(passage).count) / Float(asked.count)
+    return Self.lacking * max(0, Self.expected - shared) / Self.expected
   }
 
   /// By distance, and where that is equal by path.

@@ -96,6 +96,12 @@ public struct ChatTurn: Equatable, Sendable {
 public protocol TextEmbedder: Sendable {
   /// A text as a vector of length 1.
   func embed(_ text: String) async throws -> [Float]
+  /// The token ids of a text that belong to rare words; `nil` where that is not known.
+  func rarePieces(_ text: String) -> Set<Int>?
+}
+
+extension TextEmbedder {
+  public func rarePieces(_ text: String) -> Set<Int>? { nil }
 }
 
 /// Text → path. Keeps to `policy`: nodes that it blocks are never entered. With `sources`, the nearest of their
@@ -123,7 +129,7 @@ public struct MemoryRouter: Sendable {
   public func turn(_ text: String, topic: ChatTopic?, blocked: Set<NodePath> = []) async throws -> ChatTurn {
     let policy = policy.blocking(blocked)
     let said = EmbeddedText(text, try await embedder.embed(text))
-    let alone = try route(said.vector, under: policy)
+    let alone = try route(said, under: policy)
     let topic = topic.flatMap { $0.path != .root && policy.blocker(of: $0.path) == nil ? $0 : nil }
     let decided = tree.decidedness(of: said.vector, on: alone.path)
     let needed = ChatTopic.hysteresis * (topic?.decided ?? 0)
@@ -155,11 +161,12 @@ public struct MemoryRouter: Sendable {
     sources.map { SourceSearch(sources: $0, embedder: embedder) }
   }
 
-  /// Where an embedding goes if no conversation holds it.
-  private func route(_ embedding: [Float], under policy: BankPolicy) throws -> MemoryRoute {
-    let descent = try tree.route(embedding, policy: policy)
+  /// Where a text goes if no conversation holds it.
+  private func route(_ said: EmbeddedText, under policy: BankPolicy) throws -> MemoryRoute {
+    let descent = try tree.route(said.vector, policy: policy)
     guard let sources else { return descent }
-    return try tree.route(embedding, byPassagesOf: sources, policy: policy, descent: descent)
+    return try tree.route(
+      said.vector, byPassagesOf: sources, policy: policy, descent: descent, asking: said.text, with: embedder)
   }
 
   /// How much a turn belongs to a conversation: near to the question that chose the path, nearer than to an aside

@@ -43,6 +43,10 @@ public struct JSONTokenizer: TextTokenizer {
     controlTokens = Dictionary(special.map { ($0.content, $0.id) }) { first, _ in first }
     addedTexts = Dictionary(file.addedTokens.map { ($0.id, $0.content) }) { first, _ in first }
     frame = try Self.frame(file.postProcessor?.flat ?? [])
+    let ids = [file.addedTokens.map(\.id), Array(file.model.vocab.values), frame.before, frame.after].joined()
+    if let odd = ids.first(where: { !(0...Int(Int32.max)).contains($0) }) {
+      throw unsupported("a token of the id \(odd)")
+    }
   }
 
   public func encode(_ text: String, markup: Bool) -> [Int] {
@@ -62,7 +66,13 @@ public struct JSONTokenizer: TextTokenizer {
   /// - Parameter limit: the most tokens, those around included; the end of a longer text is left out.
   public func encodeFramed(_ text: String, limit: Int = .max) -> [Int] {
     let room = max(0, limit - frame.before.count - frame.after.count)
-    return frame.before + encode(text, markup: true).prefix(room) + frame.after
+    return Array((frame.before + encode(text, markup: true).prefix(room) + frame.after).prefix(max(0, limit)))
+  }
+
+  /// The ids of a text that belong to rare words, of a vocabulary that is sorted by how often a piece was seen, as
+  /// BERT's is.
+  func rarePieces(_ text: String, limit: Int) -> Set<Int> {
+    Set(encodeFramed(text, limit: limit).filter { $0 >= 5000 })
   }
 
   public func decode(_ tokens: [Int]) -> String {

@@ -101,6 +101,9 @@ actor TinyAnchor: LanguageAnchor {
 /// An embedder of texts whose vectors are known.
 struct KnownEmbedder: TextEmbedder {
   let vectors: [String: [Float]]
+  var pieces: [String: Set<Int>] = [:]
+
+  func rarePieces(_ text: String) -> Set<Int>? { pieces[text] }
 
   func embed(_ text: String) throws -> [Float] {
     guard let vector = vectors[text] else { throw HierMemError(.usage, "no vector for '\(text)'") }
