@@ -192,7 +192,8 @@ class Asker:
 
         none = asked("none", rows)
         having = {one: row for (_, one), row in none.items()}  # what gets no memory is answered as before
-        having |= {one: row for (_, one), row in asked("fetched", reached).items()}
+        fetched = asked("fetched", reached)  # it may have kept others, of another reach
+        having |= {row["id"]: fetched["fetched", row["id"]] for row in reached}
         ids = [row["id"] for row in rows]
         right = [none["none", one]["lenient"] for one in ids], [having[one]["lenient"] for one in ids]
         return compared(name, *right, reached=len(reached))

@@ -20,7 +20,7 @@ from mlx_hiermem.bank.bank import MANIFEST, MemoryBank
 from mlx_hiermem.bank.block import block_name
 from mlx_hiermem.bank.check import check
 from mlx_hiermem.bank.receipt import RECEIPT, Receipt
-from mlx_hiermem.bank.without import export
+from mlx_hiermem.bank.subset import export
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import BankError
 from mlx_hiermem.share.pull import pull

@@ -115,6 +115,12 @@ def test_a_format_is_what_is_stored(form: str, tmp_path: pathlib.Path) -> None:
     assert np.abs(found - expected).max() < 1e-3 * np.abs(expected).max()
 
 
+def test_long_contexts_are_warned_of(model: pathlib.Path) -> None:
+    sizes = Architecture.read(model / "anchor")
+    assert "(apple/coreai-models #124)" in export.CoreAI().warnings(sizes, Export(2048), {})[0]
+    assert not export.CoreAI().warnings(sizes, Export(1024), {})
+
+
 def test_unknown_formats() -> None:
     with pytest.raises(HierMemError, match="unknown weight format 'int2'"):
         compress.rounded(np.ones((2, 2), np.float32), "int2")

@@ -27,10 +27,12 @@ from mlx_hiermem.bank.sources import INDEX_FILE
 from mlx_hiermem.cache import BlockCache
 from mlx_hiermem.config import Path
 from mlx_hiermem.convert.anchors.huggingface import convert_huggingface
-from mlx_hiermem.convert.coreml.export import Options, export
+from mlx_hiermem.convert.coreml.export import CoreML, Options, export
 from mlx_hiermem.convert.export import bundle, sizes
+from mlx_hiermem.convert.export.architecture import Architecture
 from mlx_hiermem.convert.export.exported import Exported
 from mlx_hiermem.convert.export.references import read_memory
+from mlx_hiermem.convert.export.shape import Export
 from mlx_hiermem.convert.export.verify import check_files
 from mlx_hiermem.errors import AnchorMismatchError, BankError, HierMemError
 from mlx_hiermem.memory.attach import attach
@@ -305,6 +307,12 @@ def test_an_output_that_exists_is_left_alone(model: pathlib.Path, tmp_path: path
     with pytest.raises(HierMemError, match="out exists already"):
         export(model, tmp_path / "out", QUICK)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_tables_of_four_bits_are_warned_of(model: pathlib.Path) -> None:
+    sizes, shape = Architecture.read(model / "anchor"), Export(CONTEXT)
+    assert "crash after 100 to 200 calls (coremltools #2716)" in CoreML().warnings(sizes, shape, {"a": "lut4"})[0]
+    assert not CoreML().warnings(sizes, shape, {"a": "int4"})
 
 
 def test_options_that_do_not_exist() -> None:

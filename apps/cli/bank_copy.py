@@ -100,7 +100,7 @@ def export(
 
     Example: `hiermem bank export my-model to-share --without 3.1`
     """
-    from mlx_hiermem.bank.without import export as write
+    from mlx_hiermem.bank.subset import export as write
     from mlx_hiermem.convert.rewrite import rewrite
     from mlx_hiermem.share.pull import find
 

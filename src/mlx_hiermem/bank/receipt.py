@@ -1,4 +1,4 @@
-"""without.json: what was left out of a bank before it was shared (see `without`), and whether it is not there.
+"""without.json: what was left out of a bank before it was shared (see `subset`), and whether it is not there.
 
 It names what was left out by path and digest, and the bank that it was left out of by the digest of its manifest:
 whoever has that bank can make the same folder and receipt again, and whoever has the folder can see that none of
