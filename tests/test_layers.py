@@ -39,7 +39,7 @@ ORDER = [
 ]
 ORDER += [
     "openlm",
-    "template_time",
+    "template_bounds",
     "tokenizer",
     "anchor",
     "partial",
@@ -73,7 +73,7 @@ CONVERT_MAY_IMPORT = {
     "cache",
     "memory",
     "openlm",
-    "template_time",
+    "template_bounds",
     "tokenizer",
     "anchor",
     "convert",

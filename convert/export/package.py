@@ -44,7 +44,7 @@ from mlx_hiermem.convert.export.chat import Framed, chat_format
 from mlx_hiermem.convert.export.shape import CACHES, LOAD, MEMORY, Export, matrices, parts
 from mlx_hiermem.errors import AnchorError
 from mlx_hiermem.files import file_digest
-from mlx_hiermem.template_time import bounded
+from mlx_hiermem.template_bounds import bounded
 
 FORMAT, VERSION = "mlx-hiermem-coreml", 1
 MANIFEST, RECEIPT = "manifest.json", "receipt.json"

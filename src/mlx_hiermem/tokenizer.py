@@ -15,7 +15,7 @@ from typing import Any
 from mlx_hiermem.errors import AnchorError, ChatTemplateError, HierMemError, first_line
 from mlx_hiermem.files import parse_json
 from mlx_hiermem.printable import require_unicode
-from mlx_hiermem.template_time import bounded
+from mlx_hiermem.template_bounds import bounded
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PLACE = "\ue000{}\ue001"  # stands for a message in a rendered template; private characters that nobody types

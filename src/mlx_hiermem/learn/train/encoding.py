@@ -31,7 +31,7 @@ from mlx_hiermem.learn.tree.build import CorpusTree
 from mlx_hiermem.learn.tree.probes import about, is_held_out, is_learnt, with_subjects
 from mlx_hiermem.learn.work import Work, with_rows
 from mlx_hiermem.router import TextEmbedder
-from mlx_hiermem.template_time import bounded
+from mlx_hiermem.template_bounds import bounded
 from mlx_hiermem.tokenizer import FRAME, encode_chat, encode_text, spells_control
 
 EXAMPLES, HELDOUT = "examples", "heldout"

@@ -107,7 +107,9 @@ private struct HostileReader {
     if let sources = bank.sources {
       try attempt {
         if let descent {
-          path = try bank.tree.route(vector, byPassagesOf: sources, policy: bank.policy, descent: descent).path
+          path = try bank.tree.route(
+            vector, byPassagesOf: sources, policy: bank.policy, descent: descent, asking: "What is gold?",
+            with: AllAreRare(vector: vector)).path
         }
       }
       for leaf in [path] + leaves(bank.tree, below: .root) {
@@ -136,6 +138,14 @@ private struct HostileReader {
       for markup in [true, false] { _ = tokenizer.decode(try tokenizer.encode(text, markup: markup)) }
     }
   }
+}
+
+/// To which each word is a rare one.
+private struct AllAreRare: TextEmbedder {
+  let vector: [Float]
+
+  func embed(_ text: String) -> [Float] { vector }
+  func rarePieces(_ text: String) -> Set<Int>? { Set(Sentences.words(text).map(\.hashValue)) }
 }
 
 /// Inputs one after another, each behind its length in four bytes.

@@ -80,8 +80,9 @@ extension ClusterTree {
     _ embedder: any TextEmbedder
   ) -> Float {
     guard let asked = embedder.rarePieces(text), !asked.isEmpty,
-      let cosines = try? sources.cosines(of: embedding, in: leaf), let most = cosines.max(),
-      let window = try? sources.windows(of: leaf)?[cosines.firstIndex(of: most)!],
+      let cosines = try? sources.cosines(of: embedding, in: leaf),
+      let nearest = cosines.indices.max(by: { cosines[$0] < cosines[$1] }),  // an index, whatever the numbers are
+      let window = try? sources.windows(of: leaf)?[nearest],
       let passage = embedder.rarePieces("\(window.title). \(window.text)")
     else { return 0 }
     let shared = Float(asked.intersection(passage).count) / Float(asked.count)
