@@ -23,21 +23,25 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.mark.slow
-def test_a_sigterm_leaves_nothing(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize(("kind", "written"), [("coreml", "bank"), ("coreai", "anchor.aimodel")])
+def test_a_sigterm_leaves_nothing(kind: str, written: str, model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    if kind == "coreai":
+        pytest.importorskip("coreai_torch", reason="needs the extra coreai")
     target, scratch = tmp_path / "apps", tmp_path / "scratch"
     target.mkdir()
     scratch.mkdir()
     partial = target / "Model.partial"
-    command = [sys.executable, "-c", MAIN, "export", "coreml", str(model), str(target / "Model"), "--context", "32"]
+    command = [sys.executable, "-c", MAIN, "export", kind, str(model), str(target / "Model"), "--context", "32"]
     environment = os.environ | {"TMPDIR": str(scratch)}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        wait_for_files(partial, process)
+        wait_for_files(partial / written, process)
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=SOON)
     assert process.returncode == 128 + signal.SIGTERM, said
     assert "Traceback" not in said
     assert not list(target.iterdir())
-    assert {file.name for file in scratch.iterdir()} <= {"mlx"}  # where MLX keeps the kernels that it has compiled
+    left = {file.name.partition("_")[0] for file in scratch.iterdir()}
+    assert left <= {"mlx", "torchinductor"}  # where MLX and PyTorch keep the kernels that they have compiled
 
 
 def wait_for_files(folder: pathlib.Path, process: subprocess.Popen[str]) -> None:
