@@ -90,6 +90,24 @@ def test_pushed_and_pulled_is_the_same_model(hub: HubServer, model: pathlib.Path
     assert answer == load(model).generate("abc", memory="1.2", max_tokens=5).text
 
 
+def test_what_is_blocked_stays_blocked_and_what_is_removed_is_not_pushed(
+    hub: HubServer, model: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    source = copy(model, tmp_path / "source")
+    gone = (source / "bank/blocks/2/2.safetensors").read_bytes()
+    edit.block(source / "bank", [Path((1,))])
+    edit.remove(source / "bank", [Path((2, 2))])
+    push(source, REPO)
+    assert not [name for name, data in hub.repo(REPO).head.items() if data == gone or "blocks/2/2" in name]
+    for lazy in (False, True):
+        pull(REPO, tmp_path / f"out-{lazy}", lazy=lazy)
+        pulled = load(tmp_path / f"out-{lazy}")
+        with pytest.raises(BankError, match="is blocked"):
+            pulled.generate("abc", memory="1.2", max_tokens=1)
+        with pytest.raises(BankError, match="no node"):
+            pulled.generate("abc", memory="2.2", max_tokens=1)
+
+
 def test_card_says_what_it_is_and_leaves_a_persons_text_alone(
     hub: HubServer, model: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
