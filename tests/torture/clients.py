@@ -1,7 +1,7 @@
 """Many clients of one `hiermem serve`, some of whom behave badly, and whether each of the others gets its due.
 
     python tests/torture/clients.py --clients 200 --requests 3 --out benchmarks/results/clients.json
-    python tests/torture/clients.py --beside 24 --out benchmarks/results/waits.json
+    python tests/torture/clients.py --beside 12 --out benchmarks/results/waits.json
 
 Each question is asked alone first. Then all clients ask at once: most of them plainly or as a stream; some read
 their stream slowly, hang up in the middle of it, or send what is far too large. Every reply must be the one given
