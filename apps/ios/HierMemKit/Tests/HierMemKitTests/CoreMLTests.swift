@@ -87,6 +87,8 @@
       #expect(MLModel.units(at: program.anchor) == [.cpuAndGPU, .cpuOnly, .cpuOnly])
       _ = try await ChatModel.load(try export.open(), compiled: program.compiled)
       #expect(MLModel.units(at: program.anchor).suffix(2) == [.cpuOnly, .cpuOnly])
+      _ = try await ChatModel.load(try export.open(), compiled: program.compiled, units: .all)  // of the caller
+      #expect(MLModel.units(at: program.anchor).suffix(2) == [.all, .all])
       let broken = try TinyProgram(export, memory: .input, refuses: [.cpuAndGPU, .cpuOnly])
       let error = await hierMemError {
         _ = try await ChatModel.load(try export.open(), compiled: broken.compiled, units: .all)

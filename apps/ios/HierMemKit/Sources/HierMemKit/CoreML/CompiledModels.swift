@@ -61,33 +61,38 @@
   }
 
   extension CompiledModels {
-    /// The units that worked on this device for a package, if it was tried.
-    func units(for digest: String) -> MLComputeUnits? {
-      guard let text = try? String(contentsOf: note(digest), encoding: .utf8), let raw = Int(text) else { return nil }
+    /// The units that worked on this device for a package when these were asked for, if it was tried.
+    func units(for digest: String, asked: MLComputeUnits) -> MLComputeUnits? {
+      guard let text = try? String(contentsOf: note(digest, asked), encoding: .utf8), let raw = Int(text) else {
+        return nil
+      }
       return MLComputeUnits(rawValue: raw)
     }
 
-    func keep(_ units: MLComputeUnits, for digest: String) {
-      try? "\(units.rawValue)".write(to: note(digest), atomically: true, encoding: .utf8)
+    func keep(_ units: MLComputeUnits, for digest: String, asked: MLComputeUnits) {
+      try? FileManager.default.createDirectory(at: cache, withIntermediateDirectories: true)
+      try? "\(units.rawValue)".write(to: note(digest, asked), atomically: true, encoding: .utf8)
     }
 
-    private func note(_ digest: String) -> URL { cache.appendingPathComponent("units-\(digest.prefix(16))") }
+    private func note(_ digest: String, _ asked: MLComputeUnits) -> URL {
+      cache.appendingPathComponent("units-\(digest.prefix(16))-\(asked.rawValue)")
+    }
   }
 
   extension CoreMLAnchor {
     /// Loads the anchor with the first of `units` with which it loads and computes a token; the CPU is
-    /// always tried last. What worked is kept, and is what the next start begins with.
+    /// always tried last. What worked is kept, and is what the next start with the same `units` begins with.
     static func load(
       _ manifest: ExportManifest, package: URL, units: MLComputeUnits, compiled: CompiledModels
     ) async throws -> CoreMLAnchor {
       let digest = manifest.digest(ofPackage: manifest.anchor.package)
-      var choices = [compiled.units(for: digest) ?? units]
+      var choices = [compiled.units(for: digest, asked: units) ?? units]
       if choices[0] != .cpuOnly { choices.append(.cpuOnly) }
       for (index, choice) in choices.enumerated() {
         do {
           let anchor = try await CoreMLAnchor(manifest, package: package, units: choice)
           _ = try await anchor.logits(after: [0], at: 0)
-          compiled.keep(choice, for: digest)
+          compiled.keep(choice, for: digest, asked: units)
           return anchor
         } catch where index + 1 < choices.count {
           continue
