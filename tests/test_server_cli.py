@@ -75,6 +75,35 @@ def test_it_serves_until_ctrl_c(model: pathlib.Path, tmp_path: pathlib.Path) -> 
     assert (process.returncode, out, error) == (0, "", "")
 
 
+# An engine whose step never ends, as on a disk that is gone, is stopped; then the command ends.
+NEVER_ENDS = """
+import sys, time
+import mlx.core as mx
+from mlx_hiermem.apps.cli.main import main
+from mlx_hiermem.apps.server.engine import Engine
+engine = Engine(dict)
+engine.start()
+begun = []
+def step():
+    while True:
+        mx.eval(mx.ones((64, 64)) @ mx.ones((64, 64)))
+        begun.append(True)
+engine._inbox.put(step)
+while not begun:
+    time.sleep(0.01)
+engine.stop(0)
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arguments", "status"), [(["--version"], 0), (["bank", "ls", "nowhere"], 1)])
+def test_a_step_that_does_not_end_is_left_behind(arguments: list[str], status: int) -> None:
+    command = [sys.executable, "-c", NEVER_ENDS, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == status, result.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("logged", [False, True])
 def test_what_is_asked_is_in_no_log(model: pathlib.Path, logged: bool) -> None:

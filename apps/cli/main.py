@@ -94,6 +94,18 @@ def options(
 
 def main() -> None:
     """Entry point of the console script."""
+    try:
+        _run()
+    except SystemExit as end:
+        engine = sys.modules.get("mlx_hiermem.apps.server.engine")  # only some commands have one
+        if engine and engine.any_left():
+            sys.stdout.flush()
+            os._exit(int(end.code or 0))
+        raise
+
+
+def _run() -> NoReturn:
+    """The command, to its exit."""
     debug = "--debug" in sys.argv
     for stream in (sys.stdout, sys.stderr):  # a file name that is no Unicode must not end a command
         if isinstance(stream, io.TextIOWrapper):

@@ -34,6 +34,15 @@ SMOOTHING = 0.2  # of the measured tokens/s: the weight of the newest step
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+_left: list[threading.Thread] = []  # stopped, but still inside MLX when `stop` had waited long enough
+
+
+def any_left() -> bool:
+    """Whether the thread of a stopped engine still runs. Such a process must end by `os._exit`.
+
+    Otherwise Python unwinds the thread by force, and C++ aborts over that (SIGABRT).
+    """
+    return any(thread.is_alive() for thread in _left)
 
 
 class Engine:
@@ -62,15 +71,21 @@ class Engine:
     # Of the thread that starts the server, and of the event loop.
 
     def start(self) -> None:
-        """Returns once the model is loaded; raises what loading it raised."""
+        """Returns once the model is loaded; raises what loading it raised, and KeyboardInterrupt meanwhile."""
         self._thread.start()
-        self._loaded.result()
+        try:
+            self._loaded.result()
+        except KeyboardInterrupt:
+            self.stop(0)
+            raise
 
     def stop(self, timeout: float = 10.0) -> None:
-        """Ends the thread after the step that it is at."""
+        """Ends the thread after the step that it is at. One that takes longer is left behind: see `any_left`."""
         self._inbox.put(None)
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._thread.join(timeout)
+        if self._thread.is_alive():
+            _left.append(self._thread)
 
     @property
     def alive(self) -> bool:
