@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
+import shutil
 import sys
 import tempfile
 from collections import Counter
@@ -16,13 +18,16 @@ from mlx_hiermem import cpu
 
 if TYPE_CHECKING:
     import openai
-    from hub_server import HubServer
+    from command_line import Run
+    from hub_server import HubServer, Repository
     from playwright.sync_api import Browser, Page
     from serving import Running
 
     from mlx_hiermem.embedder import Embedder
     from mlx_hiermem.learn.corpus.corpus import Corpus
     from mlx_hiermem.learn.study.teacher import Teacher
+    from mlx_hiermem.model import MemoryModel
+    from mlx_hiermem.session import Session
 
 cpu.enable()
 
@@ -150,6 +155,59 @@ def anchor(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def whole(anchor: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A bank for that anchor, with labels and sources. Do not write into it."""
+    from tiny import make_labelled_bank
+
+    return make_labelled_bank(tmp_path_factory.mktemp("labelled") / "bank", anchor / "anchor")
+
+
+@pytest.fixture
+def root(whole: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    """A copy of it."""
+    return pathlib.Path(shutil.copytree(whole, tmp_path / "bank"))
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The folder of a tiny random model whose bank lacks the node 2.0. Do not write into it."""
+    from tiny import make_model
+
+    return make_model(tmp_path_factory.mktemp("original") / "model", absent=("2.0",))
+
+
+@pytest.fixture
+def copied(original: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    """A copy of it."""
+    return pathlib.Path(shutil.copytree(original, tmp_path / "model"))
+
+
+@pytest.fixture
+def bank_command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Runs `hiermem bank` in this process, on a wide terminal that nobody types into."""
+    from command_line import runner
+
+    monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
+    return runner(monkeypatch, capfd, "bank")
+
+
+@pytest.fixture
+def aimed(folder: pathlib.Path) -> MemoryModel:
+    """The tiny model, whose texts go where the names in them say."""
+    from tiny import NAMES, REST, load_aimed
+
+    return load_aimed(folder, NAMES, REST)
+
+
+@pytest.fixture
+def session(aimed: MemoryModel) -> Session:
+    """A chat with it, in short replies."""
+    from mlx_hiermem.session import Session
+
+    return Session(aimed, max_tokens=4)
+
+
+@pytest.fixture(scope="session")
 def hf(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A tiny random model as Hugging Face saves one. Do not write into it."""
     from sources import make_hf
@@ -169,6 +227,33 @@ def corpus(tmp_path: pathlib.Path, minilm: Embedder) -> Corpus:
 
 
 @pytest.fixture
+def passages(tmp_path: pathlib.Path) -> Corpus:
+    """The passages of written_study.py as windows."""
+    from written_study import make_passages
+
+    return make_passages(tmp_path / "work")
+
+
+@pytest.fixture
+def lines(tmp_path: pathlib.Path) -> pathlib.Path:
+    """What a teacher wrote about them: a study file to be played back."""
+    from written_study import LINES
+
+    file = tmp_path / "study.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    return file
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenAI's client waits half a second and more before it tries again."""
+    import openai
+
+    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.001)
+    monkeypatch.setattr(openai._base_client, "MAX_RETRY_DELAY", 0.001)
+
+
+@pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Iterator[HubServer]:
     """A model hub of our own, which this process takes for the real one."""
     from hub_server import serving, use_in_this_process
@@ -176,6 +261,16 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Iterator[Hub
     with serving() as server:
         use_in_this_process(monkeypatch, server.url, tmp_path)
         yield server
+
+
+@pytest.fixture
+def shared(hub: HubServer, folder: pathlib.Path) -> Repository:
+    """The repository of the model in `folder`, on that hub."""
+    from hub_server import REPO, files_of
+
+    repo = hub.repo(REPO)
+    repo.commit({name: file.read_bytes() for name, file in files_of(folder).items()})
+    return repo
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pytest
 
 TOKEN = "hf_test"
+REPO = "me/tiny"  # where the fixture `shared` puts a tiny model
 LARGE = (".safetensors", ".bin")  # kept outside git, and known by their sha256
 
 
@@ -302,3 +303,7 @@ def use_in_this_process(monkeypatch: pytest.MonkeyPatch, url: str, home: pathlib
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hf" / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "hf" / "token"))
+
+
+def files_of(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    return {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}

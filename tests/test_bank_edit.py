@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from tiny import CONFIG, make_anchor, make_bank, make_labelled_bank
+from tiny import CONFIG, make_anchor, make_bank
 
 from mlx_hiermem.bank import edit
 from mlx_hiermem.bank.bank import EDIT, MANIFEST, TREE, MemoryBank
@@ -35,22 +35,6 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
     """Every file below a folder, without what an edit that died has only begun to write."""
     files = (file for file in sorted(folder.rglob("*")) if file.is_file() and STAGING not in file.parts)
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
-
-
-@pytest.fixture(scope="module")
-def anchor(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return make_anchor(tmp_path_factory.mktemp("anchor") / "anchor")
-
-
-@pytest.fixture(scope="module")
-def whole(anchor: pathlib.Path) -> pathlib.Path:
-    """A bank that no test changes, with labels and sources."""
-    return make_labelled_bank(anchor.parent / "bank", anchor)
-
-
-@pytest.fixture
-def root(whole: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
-    return pathlib.Path(shutil.copytree(whole, tmp_path / "bank"))
 
 
 def assert_works(root: pathlib.Path) -> MemoryBank:

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from test_bank_edit import assert_works, contents, paths
-from tiny import CONFIG, make_anchor, make_bank, make_labelled_bank
+from tiny import CONFIG, make_anchor, make_bank
 
 from mlx_hiermem.bank import edit
 from mlx_hiermem.bank.bank import MANIFEST, TREE, MemoryBank
@@ -23,22 +23,6 @@ from mlx_hiermem.bank.writer import BankWriter
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import BankError, OutputError
 from mlx_hiermem.files import file_digest
-
-
-@pytest.fixture(scope="module")
-def anchor(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return make_anchor(tmp_path_factory.mktemp("anchor") / "anchor")
-
-
-@pytest.fixture(scope="module")
-def whole(anchor: pathlib.Path) -> pathlib.Path:
-    """A bank that no test changes, with labels and sources."""
-    return make_labelled_bank(anchor.parent / "bank", anchor)
-
-
-@pytest.fixture
-def root(whole: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
-    return pathlib.Path(shutil.copytree(whole, tmp_path / "bank"))
 
 
 def halves(whole: pathlib.Path, folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
@@ -113,7 +97,7 @@ def test_conflicts_are_listed_and_need_a_word(
     assert preferred[Path((2, 1))] == MemoryBank.open(whole).manifest.blocks[Path((2, 1))]
     for name in ("out 1", "out 2"):
         assert list(check(assert_works(tmp_path / name))) == []
-    other = make_bank(tmp_path / "other", anchor, seed=0)
+    other = make_bank(tmp_path / "other", anchor / "anchor", seed=0)
     (other / GENERIC_FILE).write_bytes((whole / GENERIC_FILE).read_bytes()[:-1] + b"\0")
     manifest = MemoryBank.open(other).manifest
     assert manifest.generic is not None
@@ -145,10 +129,13 @@ def test_only_banks_that_belong_together_merge(
     whole: pathlib.Path, anchor: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     one = MemoryBank.open(whole)
+    larger = replace(CONFIG, block_sizes=(4, 3))
     cases = {
         "was made for the anchor": make_bank(tmp_path / "a", make_anchor(tmp_path / "anchor", seed=1)),
-        "different centroids at 0": make_bank(tmp_path / "b", anchor, seed=1),
-        "different memory settings": make_bank(tmp_path / "c", anchor, replace(CONFIG, block_sizes=(4, 3))),
+        "different centroids at 0": make_bank(tmp_path / "b", anchor / "anchor", seed=1),
+        "different memory settings": make_bank(
+            tmp_path / "c", anchor / "anchor", replace(CONFIG, block_sizes=(4, 3))
+        ),
     }
     for message, other in cases.items():
         with pytest.raises(BankError, match=message):

@@ -17,7 +17,7 @@ import pytest
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
-from tiny import Aimed, load_aimed
+from tiny import Aimed
 
 from mlx_hiermem import load
 from mlx_hiermem.apps.cli import chat, keyboard, models, slash
@@ -33,18 +33,6 @@ from mlx_hiermem.printable import printable
 from mlx_hiermem.selection import Selection
 from mlx_hiermem.session import Session
 from mlx_hiermem.tree import Route
-
-NAMES = {"neon": Path((0, 1)), "iron": Path((2, 0))}
-
-
-@pytest.fixture
-def model(folder: pathlib.Path) -> MemoryModel:
-    return load_aimed(folder, NAMES, Path((2, 2)))
-
-
-@pytest.fixture
-def session(model: MemoryModel) -> Session:
-    return Session(model, max_tokens=4)
 
 
 def say(session: Session, text: str) -> str:
@@ -428,14 +416,14 @@ def test_which_model_is_meant(tmp_path: pathlib.Path, monkeypatch: pytest.Monkey
 
 
 def test_a_model_is_introduced_on_one_line(
-    model: MemoryModel, folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    aimed: MemoryModel, folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert model.bank
-    name = model.bank.manifest.anchor.name
+    assert aimed.bank
+    name = aimed.bank.manifest.anchor.name
     monkeypatch.setattr(notes, "_width", 500)
-    assert models.introduce(str(folder), model) == f"{name}, 12 blocks · {folder}"
+    assert models.introduce(str(folder), aimed) == f"{name}, 12 blocks · {folder}"
     monkeypatch.setenv("HOME", str(folder.parent))
-    assert models.introduce(str(folder), model) == f"{name}, 12 blocks · ~/model"
+    assert models.introduce(str(folder), aimed) == f"{name}, 12 blocks · ~/model"
     monkeypatch.setenv("HOME", "/nowhere")
     monkeypatch.setattr(notes, "_width", 30)
-    assert models.introduce(str(folder), model) == f"{name}, 12 blocks · …/model"
+    assert models.introduce(str(folder), aimed) == f"{name}, 12 blocks · …/model"

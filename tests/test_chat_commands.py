@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
-from test_chat import NAMES, command, say, talk
-from tiny import load_aimed
+from test_chat import command, say, talk
 
 from mlx_hiermem.apps.cli import slash
 from mlx_hiermem.apps.cli.display import console, write
@@ -22,17 +21,6 @@ from mlx_hiermem.errors import HierMemError
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.printable import printable
 from mlx_hiermem.session import Session
-
-
-@pytest.fixture
-def model(folder: pathlib.Path) -> MemoryModel:
-    return load_aimed(folder, NAMES, Path((2, 2)))
-
-
-@pytest.fixture
-def session(model: MemoryModel) -> Session:
-    return Session(model, max_tokens=4)
-
 
 # the commands
 
@@ -243,13 +231,13 @@ def test_stats_and_system(session: Session, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_save_and_load(
-    session: Session, model: MemoryModel, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    session: Session, aimed: MemoryModel, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     say(session, "about neon")
     file = tmp_path / "my chat.json"
     for _ in range(2):  # a saved conversation may be written over
         assert "2 messages saved" in command(session, f"/save {file}", capsys)
-    other = Session(model, max_tokens=4)
+    other = Session(aimed, max_tokens=4)
     assert command(other, f"/load {file}", capsys) == "2 messages loaded, on 0.1"
     assert other.messages == session.messages
     letter = tmp_path / "letter"

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import pathlib
-import shutil
 
 import numpy as np
 import pytest
-from command_line import Run, runner
+from command_line import Run
 from test_cli_bank import files
-from tiny import make_model
 
 from mlx_hiermem.bank import commit, edit
 from mlx_hiermem.bank.block import block_name
@@ -20,41 +18,24 @@ from mlx_hiermem.learn.train.dataset import TrainingExample, TrainingSet, Traini
 from mlx_hiermem.locks import locked
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command in this process, on a wide terminal that nobody types into."""
-    monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
-    return runner(monkeypatch, capfd, "bank")
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return make_model(tmp_path_factory.mktemp("cli-bank") / "model", absent=("2.0",))
-
-
-@pytest.fixture
-def model(original: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
-    return pathlib.Path(shutil.copytree(original, tmp_path / "model"))
-
-
 def kept_leaves(model: pathlib.Path) -> list[list[str]]:
     """The leaves of each text that the model has kept."""
     return [list(map(str, leaves)) for leaves in TrainingSet.open(model / "learning" / "examples").leaves_of()]
 
 
 @pytest.fixture
-def learnt(model: pathlib.Path) -> pathlib.Path:
-    """The model with three kept texts: of 1.1, of 1.1 and 0.1, and of 0.1."""
-    with TrainingSetWriter(model / "learning" / "examples") as out:
+def learnt(copied: pathlib.Path) -> pathlib.Path:
+    """A model with three kept texts: of 1.1, of 1.1 and 0.1, and of 0.1."""
+    with TrainingSetWriter(copied / "learning" / "examples") as out:
         for number, leaves in enumerate((["1.1"], ["1.1", "0.1"], ["0.1"])):
             tokens = np.arange(number, number + 3, dtype=np.int32)
             out.add(TrainingExample(tokens, np.array([False, True, True])), map(Path.parse, leaves))
-    return model
+    return copied
 
 
 @pytest.mark.parametrize("named", ["", "bank"])
-def test_the_texts_of_what_is_removed_go_too(run: Run, learnt: pathlib.Path, named: str) -> None:
-    result = run("remove", learnt / named, "1.1", "--yes")
+def test_the_texts_of_what_is_removed_go_too(bank_command: Run, learnt: pathlib.Path, named: str) -> None:
+    result = bank_command("remove", learnt / named, "1.1", "--yes")
     assert result.code == 0
     assert f"dropped  1 text from {learnt / 'learning'}" in result.out
     assert kept_leaves(learnt) == [["0.1"], ["0.1"]]
@@ -62,24 +43,24 @@ def test_the_texts_of_what_is_removed_go_too(run: Run, learnt: pathlib.Path, nam
 
 
 def test_a_removal_that_died_before_the_texts_went_is_finished_at_the_next_command(
-    run: Run, learnt: pathlib.Path
+    bank_command: Run, learnt: pathlib.Path
 ) -> None:
     edit.remove(learnt / "bank", [Path((1, 1))])
     assert len(kept_leaves(learnt)) == 3
-    result = run("verify", learnt)
+    result = bank_command("verify", learnt)
     assert (result.code, "1 text dropped" in result.err) == (0, True)
     assert kept_leaves(learnt) == [["0.1"], ["0.1"]]
-    assert run("verify", learnt).err == ""
+    assert bank_command("verify", learnt).err == ""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(commit, "finish", lambda _: frozenset())  # the process dies where it would carry it out
         edit.remove(learnt / "bank", [Path((0, 1))])
-    assert "dropped" not in run("ls", learnt).err
-    assert "dropped  2 texts" in run("remove", learnt, "0.1", "--yes").out
+    assert "dropped" not in bank_command("ls", learnt).err
+    assert "dropped  2 texts" in bank_command("remove", learnt, "0.1", "--yes").out
     assert kept_leaves(learnt) == []
 
 
 def test_a_removal_that_died_before_the_blocks_went_is_finished_too(
-    run: Run, learnt: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    bank_command: Run, learnt: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its note was in the bank already, so that the nodes counted as removed, and the edit stayed half."""
 
@@ -93,21 +74,23 @@ def test_a_removal_that_died_before_the_blocks_went_is_finished_too(
     block = learnt / "bank" / block_name(Path((1, 1)))
     assert block.exists()
     assert (learnt / "bank" / "forget.json").exists()
-    assert run("remove", learnt, "1.1", "--yes").code == 0
+    assert bank_command("remove", learnt, "1.1", "--yes").code == 0
     assert not block.exists()
     assert interrupted(learnt / "bank") is None
     assert kept_leaves(learnt) == [["0.1"], ["0.1"]]
 
 
-def test_texts_that_cannot_be_dropped_are_told_of(run: Run, learnt: pathlib.Path) -> None:
+def test_texts_that_cannot_be_dropped_are_told_of(bank_command: Run, learnt: pathlib.Path) -> None:
     edit.remove(learnt / "bank", [Path((1, 1))])
     with locked(learnt / "learning", "reading"):
-        result = run("ls", learnt)
+        result = bank_command("ls", learnt)
     assert (result.code, "texts of removed nodes are still kept: another process" in result.err) == (0, True)
     assert (learnt / "bank" / "forget.json").exists()
 
 
-def test_remove_asks_in_a_terminal(run: Run, model: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remove_asks_in_a_terminal(
+    bank_command: Run, copied: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = []
 
     def confirm(text: str, abort: bool) -> None:
@@ -116,13 +99,13 @@ def test_remove_asks_in_a_terminal(run: Run, model: pathlib.Path, monkeypatch: p
 
     monkeypatch.setattr("typer.confirm", confirm)
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
-    before = files(model)
-    assert run("remove", model, "1").code == 1
-    assert asked == [f"Delete 4 blocks, 8.5 kB, from {model / 'bank'}?"]
-    assert files(model) == before
-    result = run("remove", model, "1.1", "0.1", "0.2", "--yes")
+    before = files(copied)
+    assert bank_command("remove", copied, "1").code == 1
+    assert asked == [f"Delete 4 blocks, 8.5 kB, from {copied / 'bank'}?"]
+    assert files(copied) == before
+    result = bank_command("remove", copied, "1.1", "0.1", "0.2", "--yes")
     assert "The blocks above (0, 1), the generic block and the anchor may still hold" in " ".join(
         result.out.split()
     )
     assert len(asked) == 1
-    assert run("remove", model, "0.0", "--yes").out.startswith("removed  1 block, 1.7 kB")
+    assert bank_command("remove", copied, "0.0", "--yes").out.startswith("removed  1 block, 1.7 kB")

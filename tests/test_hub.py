@@ -13,8 +13,8 @@ import sys
 import time
 
 import pytest
-from hub_server import HubServer, Repository, environment, use_in_this_process
-from tiny import HashEmbedder, give_sources, make_anchor, make_bank, make_model
+from hub_server import REPO, HubServer, Repository, environment, files_of, use_in_this_process
+from tiny import HashEmbedder, give_sources, make_anchor, make_bank
 from typer.testing import CliRunner
 
 from mlx_hiermem import load
@@ -30,27 +30,8 @@ from mlx_hiermem.errors import AnchorError, AnchorMismatchError, BankError, Hier
 from mlx_hiermem.share.pull import pull
 from mlx_hiermem.share.push import model_card, push
 
-REPO = "me/tiny"
 CLOSED = "http://127.0.0.1:9"  # nobody listens on the discard port
 BLOCKS = {"0", "1", "2"} | {f"{a}.{b}" for a in range(3) for b in range(3)}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Labels are `topic 0` to `topic 2.2`."""
-    return make_model(tmp_path_factory.mktemp("hub") / "model")
-
-
-@pytest.fixture
-def shared(hub: HubServer, model: pathlib.Path) -> Repository:
-    """The model's repository on the hub."""
-    repo = hub.repo(REPO)
-    repo.commit({name: file.read_bytes() for name, file in files_of(model).items()})
-    return repo
-
-
-def files_of(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    return {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
 
 
 def blocks_in(folder: pathlib.Path) -> set[str]:
@@ -71,9 +52,9 @@ def remote_name(node: str) -> str:
 
 
 @pytest.mark.slow
-def test_pushed_and_pulled_is_the_same_model(hub: HubServer, model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_pushed_and_pulled_is_the_same_model(hub: HubServer, folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     steps: list[tuple[int, int]] = []
-    source = copy(model, tmp_path / "source")
+    source = copy(folder, tmp_path / "source")
     pushed = push(source, REPO, private=True, message="first", progress=lambda *step: steps.append(step))
     assert hub.repo(REPO).private
     assert pushed.commit == hub.repo(REPO).branches["main"]
@@ -87,13 +68,13 @@ def test_pushed_and_pulled_is_the_same_model(hub: HubServer, model: pathlib.Path
     assert all(ours[name].read_bytes() == theirs[name].read_bytes() for name in theirs)
     assert not list(tmp_path.glob("out.*"))
     answer = load(tmp_path / "out").generate("abc", memory="1.2", max_tokens=5).text
-    assert answer == load(model).generate("abc", memory="1.2", max_tokens=5).text
+    assert answer == load(folder).generate("abc", memory="1.2", max_tokens=5).text
 
 
 def test_what_is_blocked_stays_blocked_and_what_is_removed_is_not_pushed(
-    hub: HubServer, model: pathlib.Path, tmp_path: pathlib.Path
+    hub: HubServer, folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    source = copy(model, tmp_path / "source")
+    source = copy(folder, tmp_path / "source")
     gone = (source / "bank/blocks/2/2.safetensors").read_bytes()
     edit.block(source / "bank", [Path((1,))])
     edit.remove(source / "bank", [Path((2, 2))])
@@ -109,9 +90,9 @@ def test_what_is_blocked_stays_blocked_and_what_is_removed_is_not_pushed(
 
 
 def test_card_says_what_it_is_and_leaves_a_persons_text_alone(
-    hub: HubServer, model: pathlib.Path, tmp_path: pathlib.Path
+    hub: HubServer, folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    source = copy(model, tmp_path / "source")
+    source = copy(folder, tmp_path / "source")
     push(source, REPO)
     text = hub.repo(REPO).head["README.md"].decode()
     head = dict(line.split(": ", 1) for line in text.split("---\n")[1].splitlines())
@@ -127,9 +108,9 @@ def test_card_says_what_it_is_and_leaves_a_persons_text_alone(
 
 
 def test_sources_are_shared_only_where_that_was_said(
-    hub: HubServer, model: pathlib.Path, tmp_path: pathlib.Path
+    hub: HubServer, folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    source = copy(model, tmp_path / "source")
+    source = copy(folder, tmp_path / "source")
     give_sources(source / "bank", {"1.2": [("Gold", "Gold does not rust.")]}, HashEmbedder().embed)
     manifest = (source / "bank" / MANIFEST).read_bytes()
     with pytest.raises(BankError, match="keeps the texts that it has learnt"):
@@ -159,9 +140,9 @@ def test_sources_are_shared_only_where_that_was_said(
 
 
 def test_push_asks_whether_sources_go_too(
-    hub: HubServer, model: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    hub: HubServer, folder: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = copy(model, tmp_path / "source")
+    source = copy(folder, tmp_path / "source")
     give_sources(source / "bank", {"1.2": [("Gold", "Gold does not rust.")]}, HashEmbedder().embed)
     refused = CliRunner().invoke(app, ["bank", "push", str(source), REPO])
     assert isinstance(refused.exception, BankError)
@@ -174,8 +155,8 @@ def test_push_asks_whether_sources_go_too(
     assert f"bank/{WINDOWS_FILE}" in hub.repo(REPO).head
 
 
-def test_card_names_sources_and_unusual_licences(model: pathlib.Path) -> None:
-    manifest = MemoryBank.open(model / "bank").manifest
+def test_card_names_sources_and_unusual_licences(folder: pathlib.Path) -> None:
+    manifest = MemoryBank.open(folder / "bank").manifest
     rows = {
         node: dataclasses.replace(entry, documents=10, tokens=100, sources=(f"book {node}", "encyclopaedia"))
         for node, entry in manifest.blocks.items()
@@ -186,8 +167,8 @@ def test_card_names_sources_and_unusual_licences(model: pathlib.Path) -> None:
     assert 'license: "other"\nlicense_name: "our-own-licence"' in text
 
 
-def test_pushing_again_replaces_what_is_gone(hub: HubServer, model: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    source = copy(model, tmp_path / "source")
+def test_pushing_again_replaces_what_is_gone(hub: HubServer, folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    source = copy(folder, tmp_path / "source")
     first = push(source, REPO)
     hub.repo(REPO).head["bank/blocks/7.safetensors"] = b"left over"
     second = push(source, REPO, branch="next")
@@ -197,19 +178,19 @@ def test_pushing_again_replaces_what_is_gone(hub: HubServer, model: pathlib.Path
 
 
 def test_push_refuses(
-    hub: HubServer, model: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    hub: HubServer, folder: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(match: str, folder: pathlib.Path = model, repo: str = REPO, private: bool = False) -> None:
+    def refused(match: str, model: pathlib.Path = folder, repo: str = REPO, private: bool = False) -> None:
         with pytest.raises(HierMemError, match=match) as caught:
-            push(folder, repo, private=private)
+            push(model, repo, private=private)
         assert len(str(caught.value)) < 300
 
-    damaged = copy(model, tmp_path / "damaged")
+    damaged = copy(folder, tmp_path / "damaged")
     (damaged / "bank" / "generic.safetensors").write_bytes(b"?")
     refused("damaged: generic.safetensors has 1 bytes", damaged)
-    refused("there is no anchor/", model / "bank")
+    refused("there is no anchor/", folder / "bank")
     other = make_anchor(tmp_path / "other" / "anchor", seed=1).parent
-    make_bank(other / "bank", model / "anchor")
+    make_bank(other / "bank", folder / "anchor")
     refused("was made for the anchor", other)
     assert hub.repos == {}
     refused("may not write to foreign/x", repo="foreign/x")
@@ -227,12 +208,12 @@ def test_push_refuses(
 
 
 def test_push_to_a_hub_out_of_reach(
-    model: pathlib.Path, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+    folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
     use_in_this_process(monkeypatch, CLOSED, tmp_path)
     start = time.perf_counter()
     with pytest.raises(HubError, match=f"cannot reach the hub at {CLOSED}"):
-        push(model, REPO)
+        push(folder, REPO)
     assert time.perf_counter() - start < 10
 
 

@@ -11,9 +11,8 @@ import sys
 import time
 
 import pytest
-from hub_server import TOKEN, HubServer, Repository, environment, use_in_this_process
-from test_hub import BLOCKS, CLOSED, REPO, blocks_in, copy, files_of, remote_name
-from tiny import make_model
+from hub_server import REPO, TOKEN, HubServer, Repository, environment, use_in_this_process
+from test_hub import BLOCKS, CLOSED, blocks_in, copy, remote_name
 
 from mlx_hiermem import load
 from mlx_hiermem.apps.cli.main import main
@@ -28,21 +27,6 @@ from mlx_hiermem.share.pull import pull
 from mlx_hiermem.share.push import push
 from mlx_hiermem.share.resolve import peek, resolve
 
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Labels are `topic 0` to `topic 2.2`."""
-    return make_model(tmp_path_factory.mktemp("hub") / "model")
-
-
-@pytest.fixture
-def shared(hub: HubServer, model: pathlib.Path) -> Repository:
-    """The model's repository on the hub."""
-    repo = hub.repo(REPO)
-    repo.commit({name: file.read_bytes() for name, file in files_of(model).items()})
-    return repo
-
-
 # --- the third tier
 
 
@@ -53,11 +37,11 @@ def lazy(shared: Repository, hub: HubServer, tmp_path: pathlib.Path) -> pathlib.
     return tmp_path / "lazy"
 
 
-def test_blocks_come_when_they_are_needed(lazy: pathlib.Path, hub: HubServer, model: pathlib.Path) -> None:
+def test_blocks_come_when_they_are_needed(lazy: pathlib.Path, hub: HubServer, folder: pathlib.Path) -> None:
     opened = load(lazy)
     assert hub.requests == []
     answer = opened.generate("abc", memory="1.2", max_tokens=5).text
-    assert answer == load(model).generate("abc", memory="1.2", max_tokens=5).text
+    assert answer == load(folder).generate("abc", memory="1.2", max_tokens=5).text
     assert hub.downloads() == [remote_name("1.2")]
     assert opened.bank is not None
     assert opened.cache is not None
@@ -175,22 +159,22 @@ def test_damaged_remote_json(lazy: pathlib.Path) -> None:
 # --- hub ids
 
 
-def test_load_by_hub_id(shared: Repository, hub: HubServer, tmp_path: pathlib.Path, model: pathlib.Path) -> None:
+def test_load_by_hub_id(shared: Repository, hub: HubServer, tmp_path: pathlib.Path, folder: pathlib.Path) -> None:
     opened = load(REPO)
     assert opened.bank is not None
     assert opened.bank.root == tmp_path / "cache/models/me/tiny/bank"
     assert blocks_in(tmp_path / "cache/models/me/tiny") == {"0", "1", "2"}
     assert (
         opened.generate("abc", memory="1.2", max_tokens=5).text
-        == load(model).generate("abc", memory="1.2", max_tokens=5).text
+        == load(folder).generate("abc", memory="1.2", max_tokens=5).text
     )
     hub.requests.clear()
     load(REPO).select("1.2", "")
-    sizes = [dataclasses.replace(measure(name), name="") for name in (REPO, model)]
+    sizes = [dataclasses.replace(measure(name), name="") for name in (REPO, folder)]
     assert sizes[0] == sizes[1]
     assert hub.requests == []
     assert resolve(f"{REPO}@{shared.branches['main']}") != resolve(REPO)
-    assert resolve(model) == model
+    assert resolve(folder) == folder
 
 
 def test_hub_id_in_huggingface_hubs_cache(shared: Repository, hub: HubServer, tmp_path: pathlib.Path) -> None:
@@ -256,11 +240,11 @@ def test_what_is_neither_a_folder_nor_on_the_hub(
         load("me/none")
 
 
-def test_peek_downloads_no_weights(shared: Repository, hub: HubServer, model: pathlib.Path) -> None:
+def test_peek_downloads_no_weights(shared: Repository, hub: HubServer, folder: pathlib.Path) -> None:
     config, manifest, size = peek(REPO)
     assert config["hidden_size"] == 32
-    assert manifest == MemoryBank.open(model / "bank").manifest
-    assert size == (model / "anchor/model.safetensors").stat().st_size
+    assert manifest == MemoryBank.open(folder / "bank").manifest
+    assert size == (folder / "anchor/model.safetensors").stat().st_size
     assert sorted(hub.downloads()) == ["anchor/config.json", "bank/bank.json"]
 
 
@@ -280,9 +264,9 @@ def hiermem(capsys: pytest.CaptureFixture[str], *arguments: str | pathlib.Path) 
 
 @pytest.mark.slow
 def test_commands(
-    hub: HubServer, model: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    hub: HubServer, folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source, out = copy(model, tmp_path / "source"), tmp_path / "out"
+    source, out = copy(folder, tmp_path / "source"), tmp_path / "out"
     code, text, errors = hiermem(capsys, "bank", "push", source, REPO, "--private", "--message", "first")
     assert (code, errors) == (0, "")
     commit = hub.repo(REPO).branches["main"]

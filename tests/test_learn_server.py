@@ -13,10 +13,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-import openai
 import pytest
 import replay
-from test_learn_written import LINES, PASSAGES, SETTINGS, in_any_order, passages, question, taught, written
+from written_study import LINES, PASSAGES, SETTINGS, in_any_order, make_passages, question, taught, written
 
 from mlx_hiermem.errors import TeacherError
 from mlx_hiermem.learn.corpus.corpus import Corpus
@@ -29,21 +28,8 @@ from mlx_hiermem.learn.study.teacher import Replies
 from mlx_hiermem.learn.study.writers import Request, ServerWriter
 from mlx_hiermem.learn.work import STUDIED, STUDY, WRITTEN, read_rows
 
+pytestmark = pytest.mark.usefixtures("no_waiting")
 RECORDS = len(LINES)
-
-
-@pytest.fixture
-def lines(tmp_path: pathlib.Path) -> pathlib.Path:
-    """The study file that is played back."""
-    file = tmp_path / "study.jsonl"
-    file.write_text("".join(json.dumps(line) + "\n" for line in LINES))
-    return file
-
-
-@pytest.fixture
-def corpus(tmp_path: pathlib.Path) -> Corpus:
-    """The passages as windows."""
-    return passages(tmp_path / "work")
 
 
 def misbehaving(do: Callable[[replay.Handler, str, int], bool]) -> type[replay.Handler]:
@@ -75,13 +61,6 @@ def serve(lines: pathlib.Path) -> Iterator[Callable[..., str]]:
         server.__exit__(None, None, None)
 
 
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """OpenAI's client waits half a second and more before it tries again."""
-    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.001)
-    monkeypatch.setattr(openai._base_client, "MAX_RETRY_DELAY", 0.001)
-
-
 def counts(corpus: Corpus) -> dict[str, int]:
     return json.loads(corpus.work.path(STUDIED).read_text())
 
@@ -89,13 +68,15 @@ def counts(corpus: Corpus) -> dict[str, int]:
 @pytest.mark.slow
 class TestServer:
     def test_what_it_writes_is_learnt(
-        self, corpus: Corpus, serve: Callable[..., str], tmp_path: pathlib.Path
+        self, passages: Corpus, serve: Callable[..., str], tmp_path: pathlib.Path
     ) -> None:
         said = list[str]()
-        study(corpus.work, corpus, taught(serve()), say=said.append)
-        assert in_any_order(written(corpus)) == in_any_order(LINES)
-        assert len(read_prompts(corpus.work.path(WRITTEN))) == RECORDS  # as a file of prompts it can be given again
-        rows = list(read_rows(corpus.work.path(STUDY)))
+        study(passages.work, passages, taught(serve()), say=said.append)
+        assert in_any_order(written(passages)) == in_any_order(LINES)
+        assert (
+            len(read_prompts(passages.work.path(WRITTEN))) == RECORDS
+        )  # as a file of prompts it can be given again
+        rows = list(read_rows(passages.work.path(STUDY)))
         assert [row["window"] for row in rows] == sorted(row["window"] for row in rows)
         asked = [row for row in rows if row.get("question") == "who discovered propane"]
         assert [row["chat"] for row in asked] == [False]
@@ -108,32 +89,32 @@ class TestServer:
         } in rows
         turned = [row for row in rows if row.get("reversed")]
         assert {row["answer"] for row in turned} == {"propane"}
-        assert counts(corpus)["no use"] == counts(corpus)["unsupported"] == 0
+        assert counts(passages)["no use"] == counts(passages)["unsupported"] == 0
         assert re.match(r"about [\d,]+ tokens to write for \d+ tokens in 3 windows, [\d,]+ to read, about", said[0])
-        assert not corpus.work.path("study.parts").exists()
+        assert not passages.work.path("study.parts").exists()
 
-    def test_none_of_its_questions_need_be_held_out(self, corpus: Corpus, serve: Callable[..., str]) -> None:
-        study(corpus.work, corpus, taught(serve(), replace(SETTINGS, measured=False)))
-        assert all(row["learnt"] for row in read_rows(corpus.work.path(STUDY)))
+    def test_none_of_its_questions_need_be_held_out(self, passages: Corpus, serve: Callable[..., str]) -> None:
+        study(passages.work, passages, taught(serve(), replace(SETTINGS, measured=False)))
+        assert all(row["learnt"] for row in read_rows(passages.work.path(STUDY)))
 
-    def test_no_more_is_asked_for_than_is_wanted(self, corpus: Corpus, serve: Callable[..., str]) -> None:
-        study(corpus.work, corpus, taught(serve(), StudySettings(amount=0.1)))
-        assert all("question" in row for row in written(corpus))  # the first form was enough
+    def test_no_more_is_asked_for_than_is_wanted(self, passages: Corpus, serve: Callable[..., str]) -> None:
+        study(passages.work, passages, taught(serve(), StudySettings(amount=0.1)))
+        assert all("question" in row for row in written(passages))  # the first form was enough
 
-    def test_lies_are_dropped(self, corpus: Corpus, serve: Callable[..., str]) -> None:
+    def test_lies_are_dropped(self, passages: Corpus, serve: Callable[..., str]) -> None:
         def lie(handler: replay.Handler, asked: str, number: int) -> bool:
             reply = handler.study.reply(asked)
             wrong = re.sub(r"\b(1857|19th)\b", lambda found: f"2{found[0]}", reply)
             handler.complete(wrong.replace("New Zealand", "Old Prussia"))
             return True
 
-        study(corpus.work, corpus, taught(serve(lie)))
-        kept = written(corpus)
+        study(passages.work, passages, taught(serve(lie)))
+        kept = written(passages)
         assert not re.search("21857|219th|Prussia", json.dumps(kept))
-        assert len(kept) == RECORDS - 4 == RECORDS - counts(corpus)["unsupported"]
+        assert len(kept) == RECORDS - 4 == RECORDS - counts(passages)["unsupported"]
 
     @pytest.mark.parametrize("way", ["error 500", "late", "cut"])
-    def test_what_fails_once_is_tried_again(self, corpus: Corpus, serve: Callable[..., str], way: str) -> None:
+    def test_what_fails_once_is_tried_again(self, passages: Corpus, serve: Callable[..., str], way: str) -> None:
         def fail(handler: replay.Handler, asked: str, number: int) -> bool:
             if number not in (1, 4, 20):
                 return False
@@ -144,9 +125,9 @@ class TestServer:
             handler.close_connection = True
             return True
 
-        study(corpus.work, corpus, taught(serve(fail)))
-        assert in_any_order(written(corpus)) == in_any_order(LINES)
-        assert counts(corpus)["unanswered"] == 0
+        study(passages.work, passages, taught(serve(fail)))
+        assert in_any_order(written(passages)) == in_any_order(LINES)
+        assert counts(passages)["unanswered"] == 0
 
     @pytest.mark.parametrize(
         "nonsense",
@@ -158,7 +139,7 @@ class TestServer:
         ids=["prose", "French", "11 MB"],
     )
     def test_what_is_of_no_use_is_asked_for_once_more_then_counted(
-        self, corpus: Corpus, serve: Callable[..., str], nonsense: str
+        self, passages: Corpus, serve: Callable[..., str], nonsense: str
     ) -> None:
         seen = list[bool]()
 
@@ -169,27 +150,29 @@ class TestServer:
             handler.complete(nonsense)
             return True
 
-        study(corpus.work, corpus, taught(serve(answer)))
+        study(passages.work, passages, taught(serve(answer)))
         expected = [line for line in LINES if not (line["document"] == "Propane" and "text" in line)]
-        assert in_any_order(written(corpus)) == in_any_order(expected)
-        assert seen.count(True) == seen.count(False) == counts(corpus)["no use"] > 0
+        assert in_any_order(written(passages)) == in_any_order(expected)
+        assert seen.count(True) == seen.count(False) == counts(passages)["no use"] > 0
 
-    def test_markdown_is_read(self, corpus: Corpus, serve: Callable[..., str]) -> None:
+    def test_markdown_is_read(self, passages: Corpus, serve: Callable[..., str]) -> None:
         def fenced(handler: replay.Handler, asked: str, number: int) -> bool:
             handler.complete(f"Here is the *JSON*:\n\n```json\n{handler.study.reply(asked)}\n```\n\nEnjoy!")
             return True
 
-        study(corpus.work, corpus, taught(serve(fenced)))
-        assert in_any_order(written(corpus)) == in_any_order(LINES)
+        study(passages.work, passages, taught(serve(fenced)))
+        assert in_any_order(written(passages)) == in_any_order(LINES)
 
-    def test_repetitions_are_dropped(self, corpus: Corpus, serve: Callable[..., str], lines: pathlib.Path) -> None:
+    def test_repetitions_are_dropped(
+        self, passages: Corpus, serve: Callable[..., str], lines: pathlib.Path
+    ) -> None:
         again = question("Propane", "Who discovered Propane?!", "the chemist Marcellin Berthelot")
         lines.write_text(lines.read_text() + json.dumps(again) + "\n")
-        study(corpus.work, corpus, taught(serve()))
-        assert in_any_order(written(corpus)) == in_any_order(LINES)
+        study(passages.work, passages, taught(serve()))
+        assert in_any_order(written(passages)) == in_any_order(LINES)
 
     def test_a_server_that_refuses_an_option_gets_it_no_more(
-        self, corpus: Corpus, serve: Callable[..., str]
+        self, passages: Corpus, serve: Callable[..., str]
     ) -> None:
         def picky(handler: replay.Handler, asked: str, number: int) -> bool:
             for name in ("max_tokens", "temperature", "seed"):
@@ -199,23 +182,23 @@ class TestServer:
                     return True
             return handler.body["max_completion_tokens"] < 100
 
-        study(corpus.work, corpus, taught(serve(picky)))
-        assert in_any_order(written(corpus)) == in_any_order(LINES)
+        study(passages.work, passages, taught(serve(picky)))
+        assert in_any_order(written(passages)) == in_any_order(LINES)
 
-    def test_a_server_that_is_not_there(self, corpus: Corpus) -> None:
+    def test_a_server_that_is_not_there(self, passages: Corpus) -> None:
         with pytest.raises(TeacherError, match=r"the teacher at http://127.0.0.1:9/v1 does not answer"):
-            study(corpus.work, corpus, taught("http://127.0.0.1:9/v1"))
+            study(passages.work, passages, taught("http://127.0.0.1:9/v1"))
 
-    def test_a_server_that_never_answers(self, corpus: Corpus, serve: Callable[..., str]) -> None:
+    def test_a_server_that_never_answers(self, passages: Corpus, serve: Callable[..., str]) -> None:
         def fail(handler: replay.Handler, asked: str, number: int) -> bool:
             handler.send(500, {"error": {"message": "out of memory"}})
             return True
 
         with pytest.raises(TeacherError, match=r"does not answer: .*out of memory") as error:
-            study(corpus.work, corpus, taught(serve(fail)))
+            study(passages.work, passages, taught(serve(fail)))
         assert "the same command again" in str(error.value)
 
-    def test_a_key_that_is_refused_is_not_tried_again(self, corpus: Corpus, serve: Callable[..., str]) -> None:
+    def test_a_key_that_is_refused_is_not_tried_again(self, passages: Corpus, serve: Callable[..., str]) -> None:
         asked = list[str]()
 
         def refuse(handler: replay.Handler, text: str, number: int) -> bool:
@@ -224,11 +207,11 @@ class TestServer:
             return True
 
         with pytest.raises(TeacherError, match="wrong key"):
-            study(corpus.work, corpus, taught(serve(refuse)))
+            study(passages.work, passages, taught(serve(refuse)))
         assert len(asked) <= SETTINGS.at_once
 
     def test_the_key_is_the_environments(
-        self, corpus: Corpus, serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+        self, passages: Corpus, serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         seen = set[str]()
 
@@ -237,14 +220,14 @@ class TestServer:
             return False
 
         monkeypatch.setenv("OPENAI_API_KEY", "a secret")
-        study(corpus.work, corpus, taught(serve(look)))
+        study(passages.work, passages, taught(serve(look)))
         assert seen == {"Bearer a secret"}
-        files = [file for file in corpus.work.folder.rglob("*") if file.is_file()]
+        files = [file for file in passages.work.folder.rglob("*") if file.is_file()]
         assert files
         assert not any(b"a secret" in file.read_bytes() for file in files)
 
     def test_a_teacher_that_cannot_write_is_told_of_at_once(
-        self, corpus: Corpus, serve: Callable[..., str]
+        self, passages: Corpus, serve: Callable[..., str]
     ) -> None:
         asked = list[str]()
 
@@ -254,7 +237,7 @@ class TestServer:
             return True
 
         with pytest.raises(TeacherError, match="cannot write what is asked for: 0% of 3 replies were of use"):
-            study(corpus.work, corpus, taught(serve(babble)))
+            study(passages.work, passages, taught(serve(babble)))
         assert len(asked) == 6  # one form for three windows, and once more
 
 
@@ -266,10 +249,10 @@ def run(url: str, folder: pathlib.Path) -> list[str]:
 class TestInterrupted:
     @pytest.mark.slow
     def test_a_killed_study_asks_for_nothing_twice(
-        self, corpus: Corpus, serve: Callable[..., str], tmp_path: pathlib.Path
+        self, passages: Corpus, serve: Callable[..., str], tmp_path: pathlib.Path
     ) -> None:
-        study(corpus.work, corpus, taught(serve()))
-        whole = [corpus.work.path(name).read_bytes() for name in (STUDY, WRITTEN, STUDIED)]
+        study(passages.work, passages, taught(serve()))
+        whole = [passages.work.path(name).read_bytes() for name in (STUDY, WRITTEN, STUDIED)]
         asked, enough = list[str](), threading.Event()
 
         def note(handler: replay.Handler, text: str, number: int) -> bool:
@@ -307,7 +290,7 @@ class TestInterrupted:
 
 def main() -> None:
     url, folder = sys.argv[1:]
-    corpus = passages(pathlib.Path(folder))
+    corpus = make_passages(pathlib.Path(folder))
     study(corpus.work, corpus, taught(url))
 
 

@@ -137,6 +137,10 @@ def load_tiny(folder: pathlib.Path) -> MemoryModel:
     return model
 
 
+NAMES = {"neon": Path((0, 1)), "iron": Path((2, 0))}
+REST = Path((2, 2))
+
+
 def load_aimed(folder: pathlib.Path, names: dict[str, Path], rest: Path) -> MemoryModel:
     """The model of a folder, whose texts go to the leaves that they name; those that name none go to `rest`."""
     model = load(folder)
