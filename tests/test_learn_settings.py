@@ -42,7 +42,7 @@ def test_a_file_gives_back_what_was_written(settings: LearnSettings, tmp_path: p
     write_settings(tmp_path / "learn.toml", settings)
     assert read_settings(tmp_path / "learn.toml") == settings
     assert settings_from_dict(settings_to_dict(settings)) == settings
-    assert tomllib.loads((tmp_path / "learn.toml").read_text())["tree"]["leaves"] == 2
+    assert tomllib.loads((tmp_path / "learn.toml").read_text())["tree"]["leaves"] == 1
 
 
 def test_questions_and_prompts_are_not_in_it(tmp_path: pathlib.Path) -> None:
@@ -111,10 +111,10 @@ def test_the_command_writes_the_settings_in_force(tmp_path: pathlib.Path) -> Non
 
 
 def test_of_several_files_the_last_comes_first(tmp_path: pathlib.Path) -> None:
-    (tmp_path / "first.toml").write_text("keep = true\n[memory]\nkind = 'kv'\nsizes = [8]\n[tree]\nleaves = 1\n")
+    (tmp_path / "first.toml").write_text("keep = true\n[memory]\nkind = 'kv'\nsizes = [8]\n[tree]\nleaves = 2\n")
     (tmp_path / "second.toml").write_text("[memory]\nsizes = [4]\n")
     found = read_settings(tmp_path / "first.toml", tmp_path / "second.toml")
-    assert found == LearnSettings(keep=True, memory=MemorySettings("kv", (4,)), tree=TreeSettings(leaves=1))
+    assert found == LearnSettings(keep=True, memory=MemorySettings("kv", (4,)), tree=TreeSettings(leaves=2))
     (tmp_path / "second.toml").write_text("keep = 2\n")
     with pytest.raises(SettingsError, match=r"second\.toml: keep is 2"):
         read_settings(tmp_path / "first.toml", tmp_path / "second.toml")

@@ -34,10 +34,11 @@ from mlx_hiermem.learn.settings import TrainingSettings
 from mlx_hiermem.learn.train import activations, jobs
 from mlx_hiermem.learn.train import blocks as blocks_module
 from mlx_hiermem.learn.train.activations import TeacherStates
-from mlx_hiermem.learn.train.blocks import Tensors, new_block
+from mlx_hiermem.learn.train.blocks import Tensors
 from mlx_hiermem.learn.train.dataset import TrainingExample, TrainingSet, TrainingSetWriter, collate
 from mlx_hiermem.learn.train.jobs import JobTrainer, Trainer
 from mlx_hiermem.learn.train.monitor import HeldOut, TrainingProgress, read_log
+from mlx_hiermem.learn.train.start import new_block
 from mlx_hiermem.learn.train.step import Inputs, MemoryLoss
 from mlx_hiermem.partial import PartialAnchor, prefill
 from mlx_hiermem.progress import unheard

@@ -7,6 +7,7 @@ import itertools
 import pathlib
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 import torch
@@ -21,7 +22,7 @@ from mlx_hiermem.errors import HierMemError, OutputError
 from mlx_hiermem.learn.settings import TrainingSettings
 from mlx_hiermem.learn.train import dataset as dataset_module
 from mlx_hiermem.learn.train.activations import HiddenStates
-from mlx_hiermem.learn.train.blocks import TrainedBlock, TrainedBlocks, new_block
+from mlx_hiermem.learn.train.blocks import TrainedBlock, TrainedBlocks
 from mlx_hiermem.learn.train.dataset import (
     TrainingExample,
     TrainingSet,
@@ -33,8 +34,10 @@ from mlx_hiermem.learn.train.dataset import (
     row_length,
 )
 from mlx_hiermem.learn.train.schedule import Job, Schedule, jobs_of_rank, list_jobs, nodes_with_block
+from mlx_hiermem.learn.train.start import new_block
 from mlx_hiermem.learn.train.step import divergence, next_token, rate_factor, update
-from mlx_hiermem.memory.design import memory_layers
+from mlx_hiermem.memory.design import memory_config, memory_layers
+from mlx_hiermem.memory.ffn import feed_forward, projections
 from mlx_hiermem.partial import PartialAnchor
 
 CONFIG = MemoryConfig("ffn", 2, (4, 2), (2, 3), 32, dtype="float32", ffn_width=64, q_width=32, kv_width=16)
@@ -341,6 +344,35 @@ def test_new_blocks_are_the_references(kind: str) -> None:
         assert mx.array_equal(tensor, new_block(config, Path((1, 0)), 3)[name])
     changing = next(name for name, tensor in ours.items() if mx.any(tensor != 0))
     assert not mx.array_equal(ours[changing], new_block(config, Path((1, 1)), 3)[changing])
+
+
+@pytest.mark.parametrize("bits", [0, 4])
+def test_new_units_read_what_the_anchors_do(anchor: pathlib.Path, bits: int) -> None:
+    """Each of another unit, as that layer has it; and none writes anything yet."""
+    model = load_anchor(anchor / "anchor", mx.float32)[0]
+    if bits:
+        nn.quantize(model, group_size=32, bits=bits)
+    config = memory_config(model, "ffn", 3, (6, 4), [1, 3])
+    block = new_block(config, Path((1,)), 0, model.layers)
+    other = new_block(config, Path((2,)), 0, model.layers)
+    for at, layer in enumerate(config.layers):
+        gate, up, _ = projections(feed_forward(model.layers[layer]))
+        eye = mx.eye(config.hidden)
+        gates, ups = np.array(gate(eye).T), np.array(up(eye).T)  # [ffn_width, d] each
+        found = [int(np.abs(gates - np.array(row)).max(-1).argmin()) for row in block["gate"][at]]
+        assert len(set(found)) == 6
+        np.testing.assert_allclose(block["gate"][at], gates[found], atol=1e-6)
+        np.testing.assert_allclose(block["up"][at], ups[found], atol=1e-6)
+    assert not block["down"].any()
+    assert not mx.array_equal(block["gate"], other["gate"])
+
+
+def test_more_units_than_the_anchor_has(anchor: pathlib.Path) -> None:
+    model = load_anchor(anchor / "anchor", mx.float32)[0]
+    config = memory_config(model, "ffn", 3, (200,), [1])
+    assert config.ffn_width < 200
+    gates = np.array(new_block(config, Path((1,)), 0, model.layers)["gate"][0])
+    assert len(np.unique(gates, axis=0)) == 200
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])

@@ -47,10 +47,11 @@ from mlx_hiermem.learn.record import (
 )
 from mlx_hiermem.learn.settings import AddSettings
 from mlx_hiermem.learn.stages import Listener
-from mlx_hiermem.learn.train.blocks import Tensors, new_block
+from mlx_hiermem.learn.train.blocks import Tensors
 from mlx_hiermem.learn.train.dataset import TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.train.jobs import Trainer
 from mlx_hiermem.learn.train.schedule import nodes_with_block
+from mlx_hiermem.learn.train.start import new_block
 from mlx_hiermem.learn.tree.build import CorpusTree
 from mlx_hiermem.learn.tree.labels import SOURCES
 from mlx_hiermem.learn.work import FILES, GO_ON, TRAINING, Work, write_text

@@ -83,7 +83,7 @@ class TreeSettings:
 
     branching: int = 0  # children of a node; 0: chosen by the corpus' size
     depth: int = 0  # levels; 0: chosen by the corpus' size
-    leaves: int = 2  # in which one window is learnt, at most; see benchmarks/results/routing_agreement.md
+    leaves: int = 1  # in which one window is learnt, at most; 2 suit a bank without sources
     balance: float = 1.0  # windows of a child, at most, as a multiple of its even share; blocks are of one size too
     seed: int = 0  # of k-means
 
@@ -184,7 +184,7 @@ class AddSettings:
     """All of adding documents to a bank."""
 
     corpus: CorpusSettings = field(default_factory=CorpusSettings)
-    leaves: int = 2  # in which one window is learnt, at most
+    leaves: int = 1  # in which one window is learnt, at most
     new_leaf: bool = False  # give the documents a leaf of their own, where the tree has room for one near them
     self_study: bool = True  # as for `LearnSettings`
     teacher: str = ""

@@ -116,3 +116,14 @@ def sizes(linear: nn.Module | Half) -> tuple[int, int]:
         return inputs, outputs // 2
     outputs, inputs = linear.weight.shape
     return (inputs * 32 // linear.bits if "scales" in linear else inputs), outputs
+
+
+def rows(linear: nn.Module | Half, numbers: mx.array) -> mx.array:
+    """Rows [n] of a linear layer's weight, quantised or not, in float32: [n, inputs]."""
+    if isinstance(linear, Half):
+        return rows(linear.fused, numbers + sizes(linear)[1] * linear.second)
+    if "scales" not in linear:
+        return linear.weight[numbers].astype(mx.float32)
+    offsets = linear.biases[numbers] if linear.get("biases") is not None else None
+    packed = (linear.weight[numbers], linear.scales[numbers], offsets, linear.group_size, linear.bits, linear.mode)
+    return mx.dequantize(*packed).astype(mx.float32)

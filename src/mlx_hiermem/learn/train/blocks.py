@@ -7,7 +7,6 @@ count. So a killed process leaves the state of its last commit, to the bit, and 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pathlib
 from collections import OrderedDict
@@ -17,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_hiermem.config import GENERIC_NODE, MemoryConfig, Path
+from mlx_hiermem.config import GENERIC_NODE, Path
 from mlx_hiermem.errors import HierMemError, OutputError
 from mlx_hiermem.files import reason, write_json
 
@@ -159,29 +158,6 @@ class TrainedBlocks:
         for file in self.folder.glob("*.safetensors"):
             if file.name not in known:
                 file.unlink()
-
-
-def new_block(config: MemoryConfig, node: Path, seed: int) -> Tensors:
-    """A block without effect on the anchor (arXiv:2510.02375, §2.2), the same whenever it is made.
-
-    One factor is zero; the others are truncated normal at 3 standard deviations of 1 / sqrt(width), LoRA's A is
-    Kaiming uniform (a = sqrt 5). The empty path is the generic block, of the fetched size.
-    """
-    units = config.block_sizes[len(node) - 1] if node else config.fetched_size
-    zero = {"ffn": ("down",), "kv": ("v",)}.get(config.kind, ())
-    key = mx.random.key(int.from_bytes(hashlib.sha256(f"{seed} {node}".encode()).digest()[:8], "little"))
-    block = {}
-    for name, shape in config.shapes(units).items():
-        key, now = mx.random.split(key)
-        std = shape[-1] ** -0.5
-        if name in zero or name.endswith(".b"):
-            block[name] = mx.zeros(shape)
-        elif name.endswith(".a"):
-            block[name] = mx.random.uniform(-std, std, shape, key=now)
-        else:
-            block[name] = mx.random.truncated_normal(-3.0, 3.0, shape, key=now) * std
-    mx.eval(block)
-    return block
 
 
 def _name(node: Path) -> str:

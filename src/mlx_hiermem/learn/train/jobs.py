@@ -28,7 +28,7 @@ from mlx_hiermem.errors import HierMemError, MissingDependencyError, OutputError
 from mlx_hiermem.files import write_text
 from mlx_hiermem.learn.settings import TrainingSettings
 from mlx_hiermem.learn.train.activations import JobStates
-from mlx_hiermem.learn.train.blocks import GO_ON, Tensors, TrainedBlocks, new_block
+from mlx_hiermem.learn.train.blocks import GO_ON, Tensors, TrainedBlocks
 from mlx_hiermem.learn.train.dataset import TrainingSet
 from mlx_hiermem.learn.train.monitor import (
     HeldOut,
@@ -41,6 +41,7 @@ from mlx_hiermem.learn.train.monitor import (
     read_log,
 )
 from mlx_hiermem.learn.train.schedule import Group, Job, Known, Schedule, jobs_of_rank, list_jobs, nodes_with_block
+from mlx_hiermem.learn.train.start import new_block
 from mlx_hiermem.learn.train.step import MemoryLoss, StepResult, rate_factor, update
 from mlx_hiermem.progress import Progress
 
@@ -303,7 +304,7 @@ class Trainer:
         """The weights that a block begins with, in float32."""
         given = self._start(node)
         if given is None:
-            return new_block(self.config, node, self.settings.seed)
+            return new_block(self.config, node, self.settings.seed, self.loss.anchor.layers)
         return {name: value.astype(mx.float32) for name, value in given.items()}
 
     def _tokens(self, job: Job) -> int:
