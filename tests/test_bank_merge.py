@@ -133,9 +133,7 @@ def test_only_banks_that_belong_together_merge(
     cases = {
         "was made for the anchor": make_bank(tmp_path / "a", make_anchor(tmp_path / "anchor", seed=1)),
         "different centroids at 0": make_bank(tmp_path / "b", anchor / "anchor", seed=1),
-        "different memory settings": make_bank(
-            tmp_path / "c", anchor / "anchor", replace(CONFIG, block_sizes=(4, 3))
-        ),
+        "different memory settings": make_bank(tmp_path / "c", anchor / "anchor", larger),
     }
     for message, other in cases.items():
         with pytest.raises(BankError, match=message):
