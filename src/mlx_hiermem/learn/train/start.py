@@ -18,8 +18,8 @@ def new_block(config: MemoryConfig, node: Path, seed: int, layers: Sequence[nn.M
     """A block [L, r, width] without effect on the anchor (arXiv:2510.02375, §2.2), the same whenever it is made.
 
     One factor is zero; the others are truncated normal at 3 standard deviations of 1 / sqrt(width), LoRA's A is
-    Kaiming uniform (a = sqrt 5). With the anchor's `layers`, an FFN memory's units read what units of the anchor do,
-    and learn faster (docs/decisions/2026-11-30-blocks-begin-with-the-anchors-units.md). The empty path is the
+    Kaiming uniform (a = sqrt 5). With the anchor's `layers`, an FFN memory's units read what units of the anchor
+    read, and learn faster (docs/decisions/2026-11-30-blocks-begin-with-the-anchors-units.md). The empty path is the
     generic block, of the fetched size.
     """
     units = config.block_sizes[len(node) - 1] if node else config.fetched_size
