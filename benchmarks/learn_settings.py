@@ -82,6 +82,7 @@ PLANS: dict[str, dict[str, Setting]] = {
         "2": replace(BASE, study=2.0, epochs=10),
         "5": BASE,
         "all": replace(BASE, study=100.0, epochs=3),
+        "two writers": replace(BASE, study=100.0, writers=2, epochs=2),
     },
     "bank": {
         "27 passages": replace(BASE, passages=27, branching=2),

@@ -33,6 +33,7 @@ class Setting:
 
     passages: int = 60
     study: float = 5.0  # characters of study for each of a passage, at most
+    writers: int = 1  # of the study: 2 add what was written a second time, which asks and tells otherwise
     kind: str = "ffn"
     sizes: tuple[int, ...] = (32, 32)
     layers: str = "late"
@@ -58,16 +59,15 @@ class Material:
     passages: list[Row]
     study: dict[str, list[Row]]  # by title
     exam: list[Row]
+    second: dict[str, list[Row]] = field(default_factory=dict)  # study again, by another writer
     data: pathlib.Path | None = None
 
     @classmethod
     def read(cls, folder: pathlib.Path, data: pathlib.Path | None = None) -> Material:
-        study = defaultdict[str, list[Row]](list)
-        for line in gzip.decompress((folder / "study.jsonl.gz").read_bytes()).decode().splitlines():
-            row = json.loads(line)
-            study[row["document"]].append(row)
+        study, second = read_study(folder / "study.jsonl.gz"), read_study(folder / "study2.jsonl.gz")
         passages = [json.loads(line) for line in (folder / "documents.jsonl").read_text("utf-8").splitlines()]
-        return cls(passages, dict(study), read_exam(folder / "exam.jsonl.gz", f"0-{DEVELOPMENT}"), data)
+        exam = read_exam(folder / "exam.jsonl.gz", f"0-{DEVELOPMENT}")
+        return cls(passages, study, exam, second, data)
 
     def titles(self, setting: Setting) -> list[str]:
         return [row["title"] for row in self.passages[: setting.passages]]
@@ -88,7 +88,7 @@ class Material:
     def chosen(self, title: str, setting: Setting) -> list[Row]:
         """A passage's lines of study, drawn from all forms alike, until there are enough."""
         text = next(row["text"] for row in self.passages if row["title"] == title)
-        rows = list(self.study[title])
+        rows = self.study[title] + (self.second[title] if setting.writers == 2 else [])
         random.Random(f"{setting.seed} {title}").shuffle(rows)
         found, length = list[Row](), 0
         for row in rows:
@@ -120,6 +120,15 @@ class Material:
         if self.data is None:
             raise SystemExit("this plan needs --data: a folder with evals/, qa/ and corpus/")
         return self.data
+
+
+def read_study(file: pathlib.Path) -> dict[str, list[Row]]:
+    """Lines of study by the passage that they are about."""
+    study = defaultdict[str, list[Row]](list)
+    for line in gzip.decompress(file.read_bytes()).decode().splitlines():
+        row = json.loads(line)
+        study[row["document"]].append(row)
+    return dict(study)
 
 
 def characters(row: Row) -> int:

@@ -67,7 +67,7 @@ class Trend:
 
 PASSAGES = {"27 passages": 27, "60 passages": 60, "107 passages": 107}
 UNITS = {f"{n} and {n}": n for n in (8, 32, 128)}
-STUDY = {"2": 2, "5": 5, "all": 6.8}
+STUDY = {"2": 2, "5": 5, "all": 6.8, "two writers": 11.6}
 TRENDS = [
     Trend("3c", "bank", "a larger bank answers as well as a small one", "larger wins (Fig. 3d)", PASSAGES),
     Trend("9", "sizes", "the larger the fetched memory, the more is right", "in part, Fig. 4b", UNITS),
