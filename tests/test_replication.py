@@ -250,7 +250,7 @@ def lessons(tmp_path: pathlib.Path) -> material.Material:
         {"id": f"x{n}", "doc": title, "question": f"{title}?", "answer": "tree", "aliases": []}
         for n, title in enumerate(titles)
     ]
-    return material.Material(passages, study, exam, other_data(tmp_path / "other"))
+    return material.Material(passages, study, exam, data=other_data(tmp_path / "other"))
 
 
 def test_study_is_drawn_up_to_its_amount_and_more_adds_to_less(lessons: material.Material) -> None:

@@ -81,7 +81,7 @@ def test_harm_is_counted_over_blocked_and_foreign_questions(
     for memory, ids in (("fetched", "x"), ("blocked", "x"), ("fetched", "f")):
         keep(tmp_path, "harm", memory, ids, settings)
     assert verdicts(tmp_path, lessons) == {}  # the foreign questions need data
-    told = Material(lessons.passages, lessons.study, lessons.exam, tmp_path)
+    told = Material(lessons.passages, lessons.study, lessons.exam, data=tmp_path)
     (found,) = settings_replication.findings(tmp_path, told)
     assert (found.number, found.verdict) == ("11c", "yes")
     assert found.figures["harm"]["n"] == 60 + COUNT  # 60 passages
