@@ -1,7 +1,8 @@
 """Which findings of the paper (arXiv:2510.02375) hold for settings of learning, by what `learn_settings.py` asked.
 
     python benchmarks/learn_settings.py kinds --anchor MODEL     # and the other plans, in any order
-    python benchmarks/settings_replication.py                    # of the replies that were kept
+    python benchmarks/knowledge.py MODEL EXAM --rows 0-240 --memory fetched                      # for the row 3c
+    python benchmarks/settings_replication.py --whole MODEL.exam.jsonl                           # of kept replies
 
 Settings are compared on the questions that all of them were asked; otherwise as in `replication.py`. A plan of
 which a setting is missing gives no row. Writes results/settings_replication.json, and prints the rows of
@@ -18,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import common
-from knowledge import Row, read_kept
+from knowledge import Kept, Row, read_kept
 from learn_settings import FOREIGN, PLANS, VITAL, kept_of
 from material import Material, Setting
 from replication import Finding, Replies, told, told_shares, verdict
@@ -65,9 +66,10 @@ class Trend:
     amounts: Mapping[str, float]
 
 
-PASSAGES = {"27 passages": 27, "60 passages": 60, "107 passages": 107}
+WHOLE = "480 passages"  # the bank of `make vital`, which learns 6.8 characters of study for each, not 5
+PASSAGES = {"27 passages": 27, "60 passages": 60, WHOLE: 480}
 UNITS = {f"{n} and {n}": n for n in (8, 32, 128)}
-STUDY = {"2": 2, "5": 5, "all": 6.8, "two writers": 11.6}
+STUDY = {"2": 2, "5": 5, "two writers": 11.6}
 TRENDS = [
     Trend("3c", "bank", "a larger bank answers as well as a small one", "larger wins (Fig. 3d)", PASSAGES),
     Trend("9", "sizes", "the larger the fetched memory, the more is right", "in part, Fig. 4b", UNITS),
@@ -78,18 +80,26 @@ TRENDS = [
 class Asked:
     """What the settings of a plan were asked and answered."""
 
-    def __init__(self, work: pathlib.Path, material: Material, plan: str) -> None:
-        self.work, self.material, self.settings = work, material, PLANS[plan]
+    def __init__(
+        self, work: pathlib.Path, material: Material, plan: str, whole: pathlib.Path | None = None
+    ) -> None:
+        """`whole`: the replies of the bank of all passages, as `knowledge.py` keeps them."""
+        self.work, self.material, self.settings, self.whole = work, material, PLANS[plan], whole
 
     def replies(self, asked: str, names: Sequence[str]) -> Replies:
         """Of some settings, by their names, and of the anchor alone (`none`)."""
         kept = {("none", one): row for (_, one), row in read_kept(self.work / "none.jsonl").items()}
         for name in names:
             memory = "blocked" if asked == "blocked" else "fetched"
-            own = read_kept(kept_of(self.work, self.settings[name]))
+            own = read_kept(kept_of(self.work, self.settings[name])) if name in self.settings else self._of_whole()
             kept |= {(name, one): row for (how, one), row in own.items() if how == memory}
-        rows = {row["id"]: row for name in names for row in self._rows(asked, self.settings[name])}
+        rows = {
+            row["id"]: row for one in names if one in self.settings for row in self._rows(asked, self.settings[one])
+        }
         return Replies(list(rows.values()), kept)
+
+    def _of_whole(self) -> Kept:
+        return read_kept(self.whole) if self.whole else {}
 
     def _rows(self, asked: str, setting: Setting) -> list[Row]:
         if asked == "learnt":
@@ -169,10 +179,10 @@ def doubling(replies: Replies, amounts: Mapping[str, float], ids: Sequence[str])
     return replace(found, gained=None, lost=None, p=None)
 
 
-def findings(work: pathlib.Path, material: Material) -> Iterator[Finding]:
-    """All that the replies are enough for."""
+def findings(work: pathlib.Path, material: Material, whole: pathlib.Path | None = None) -> Iterator[Finding]:
+    """All that the replies are enough for. `whole`: as `Asked` takes it."""
     found = [compared(claim, Asked(work, material, claim.plan)) for claim in CLAIMS]
-    found += [grown(trend, Asked(work, material, trend.plan)) for trend in TRENDS]
+    found += [grown(trend, Asked(work, material, trend.plan, whole)) for trend in TRENDS]
     if material.data:
         harm = Asked(work, material, "harm")
         found += [gentler(number, name, harm) for number, name in GENTLER.items()]
@@ -183,8 +193,9 @@ def main() -> None:
     parser = common.options(__doc__, runs=1)
     parser.add_argument("--data", type=pathlib.Path, help="for the rows 11: a folder with evals/, qa/, corpus/")
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("build/learn_settings"))
+    parser.add_argument("--whole", type=pathlib.Path, help="for the row 3c: MODEL.exam.jsonl of the demo's bank")
     asked, before = common.parsed(parser), os.getloadavg()[0]
-    found = list(findings(asked.work, Material.read(VITAL, asked.data)))
+    found = list(findings(asked.work, Material.read(VITAL, asked.data), asked.whole))
     plain = argparse.Namespace(runs=asked.runs, quick=asked.quick)
     common.save(__file__, {"findings": [asdict(one) for one in found]}, plain, before)
     common.table(

@@ -33,9 +33,13 @@ def lessons() -> Material:
 def keep(work: pathlib.Path, plan: str, memory: str, ids: str, right: Right) -> None:
     """Writes replies as `learn_settings.py` keeps them."""
     for name, own in right.items():
-        with learn_settings.kept_of(work, learn_settings.PLANS[plan][name]).open("a", encoding="utf-8") as out:
-            for n, one in enumerate(own):
-                out.write(json.dumps({"id": f"{ids}{n}", "memory": memory, "lenient": bool(one)}) + "\n")
+        write(learn_settings.kept_of(work, learn_settings.PLANS[plan][name]), memory, ids, own)
+
+
+def write(file: pathlib.Path, memory: str, ids: str, right: list[int]) -> None:
+    with file.open("a", encoding="utf-8") as out:
+        for n, one in enumerate(right):
+            out.write(json.dumps({"id": f"{ids}{n}", "memory": memory, "lenient": bool(one)}) + "\n")
 
 
 def verdicts(work: pathlib.Path, lessons: Material) -> dict[str, str]:
@@ -66,9 +70,12 @@ def test_growth_is_told_for_each_doubling(lessons: Material, tmp_path: pathlib.P
 
 def test_a_bank_is_compared_on_the_questions_of_the_smallest(lessons: Material, tmp_path: pathlib.Path) -> None:
     small, middle, large = settings_replication.PASSAGES
-    right = {small: [0, *ALWAYS[1:27]], middle: ALWAYS[:27] + NEVER[27:], large: [1, 0, *ALWAYS[2:27], *NEVER[27:]]}
-    keep(tmp_path, "bank", "fetched", "x", right)
-    (found,) = settings_replication.findings(tmp_path, lessons)
+    keep(tmp_path, "bank", "fetched", "x", {small: [0, *ALWAYS[1:27]], middle: ALWAYS[:27] + NEVER[27:]})
+    assert verdicts(tmp_path, lessons) == {}
+    whole = tmp_path / "model.exam.jsonl"
+    write(whole, "fetched", "x", [1, 0, *ALWAYS[2:27], *NEVER[27:]])
+    (found,) = settings_replication.findings(tmp_path, lessons, whole)
+    assert set(found.figures["shares"]) == {small, middle, large}
     assert {one["of"] for one in found.figures["shares"].values()} == {27}
     assert found.verdict == "unclear"
 
