@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import common
-from knowledge import Kept, Row, read_kept
+from knowledge import Row, read_kept
 from learn_settings import FOREIGN, PLANS, VITAL, kept_of
 from material import Material, Setting
 from replication import Finding, Replies, told, told_shares, verdict
@@ -91,15 +91,17 @@ class Asked:
         kept = {("none", one): row for (_, one), row in read_kept(self.work / "none.jsonl").items()}
         for name in names:
             memory = "blocked" if asked == "blocked" else "fetched"
-            own = read_kept(kept_of(self.work, self.settings[name])) if name in self.settings else self._of_whole()
+            own = read_kept(self._file(name))
             kept |= {(name, one): row for (how, one), row in own.items() if how == memory}
-        rows = {
-            row["id"]: row for one in names if one in self.settings for row in self._rows(asked, self.settings[one])
-        }
+        learnt = [self.settings[name] for name in names if name in self.settings]
+        rows = {row["id"]: row for setting in learnt for row in self._rows(asked, setting)}
         return Replies(list(rows.values()), kept)
 
-    def _of_whole(self) -> Kept:
-        return read_kept(self.whole) if self.whole else {}
+    def _file(self, name: str) -> pathlib.Path:
+        """The replies of one bank; a file that is not there has none."""
+        if name in self.settings:
+            return kept_of(self.work, self.settings[name])
+        return self.whole or self.work / "not asked"
 
     def _rows(self, asked: str, setting: Setting) -> list[Row]:
         if asked == "learnt":
