@@ -24,7 +24,7 @@ from mlx_hiermem.files import parse_toml, read_text, write_text
 
 OBJECTIVES = ("next-token", "distillation")
 ENOUGH_TOKENS = 100_000  # learnt by a subtree over all epochs, where the epochs are not set
-FEWEST_EPOCHS, MOST_EPOCHS = 3, 16  # of those
+FEWEST_EPOCHS, MOST_EPOCHS = 4, 16  # of those
 T = TypeVar("T")
 
 
@@ -93,7 +93,7 @@ class MemorySettings:
     """The memory's design."""
 
     kind: str = "ffn"  # or lora-qk, lora-vo, lora-ffn, kv
-    sizes: tuple[int, ...] = ()  # units of a block at each level; empty: 8 at the finest, threefold upwards
+    sizes: tuple[int, ...] = ()  # units of a block at each level; empty: 32 at each
     placement: str | tuple[int, ...] = "late"  # layers with memory: uniform, early, middle, late, or their indices
     dtype: str = "float16"  # of the blocks on disk
 
@@ -119,7 +119,7 @@ class TrainingSettings:
     groups: int = 1  # in a step; small steps learn faster: with 4, elements needed half as many epochs more
     group_tokens: int = 256  # of a group, about
     rest: bool = True  # let texts that are known rest for an epoch, or more if they stay known
-    rate: float = 6e-3  # learning rate at its highest
+    rate: float = 1.2e-2  # learning rate at its highest
     final_rate: float = 0.05  # where it ends, as a share of `rate`
     warm_up: float = 0.04  # share of a subtree's training in which it rises
     weight_decay: float = 1e-3  # of the blocks
@@ -191,7 +191,7 @@ class AddSettings:
     teacher_url: str = ""
     teacher_model: str = ""
     study: StudySettings = field(default_factory=StudySettings)
-    training: TrainingSettings = field(default_factory=lambda: TrainingSettings(epochs=4))
+    training: TrainingSettings = field(default_factory=lambda: TrainingSettings(epochs=4, rate=6e-3))
     prompts: tuple[PromptPair, ...] = ()
     keep: bool = False
 

@@ -13,7 +13,7 @@ from mlx_hiermem.memory.lora import projection
 from mlx_hiermem.memory.slot import sizes
 
 PLACEMENTS = ("uniform", "early", "middle", "late")
-FINEST, COARSER = 8, 3  # units of a block at the finest level; each level above has this many times more
+UNITS = 32  # of a block, where none are asked for
 
 
 def memory_layers(placement: str | Sequence[int], layers: int) -> tuple[int, ...]:
@@ -30,11 +30,6 @@ def memory_layers(placement: str | Sequence[int], layers: int) -> tuple[int, ...
             f"placement '{placement}' is not known", f"Use {', '.join(PLACEMENTS)}, or layer indices."
         )
     return tuple(range(first[placement], layers if placement == "uniform" else first[placement] + third))
-
-
-def usual_sizes(depth: int) -> tuple[int, ...]:
-    """Units of a block at each level of a tree, where none are asked for: 8 at the finest, threefold upwards."""
-    return tuple(FINEST * COARSER ** (depth - level) for level in range(1, depth + 1))
 
 
 def memory_config(
