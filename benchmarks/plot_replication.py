@@ -72,7 +72,7 @@ def panel(axes: Axes, finding: Finding) -> None:
     axes.set_yticks(range(len(shown)), [name for name, *_ in shown])
     axes.set(xlim=(min(0, *(110 * low for *_, low, _ in shown)), 100), ylim=(len(shown) - 0.5, -0.5))
     title = f"{finding['number']}  {finding['claim']}: {finding['verdict']}"
-    axes.set_title(textwrap.fill(title, 42), fontsize=9, loc="left")
+    axes.set_title(textwrap.fill(title, 32), fontsize=9, loc="left")
     axes.tick_params(labelsize=8)
     axes.grid(axis="x", lw=0.3)
 
