@@ -18,6 +18,7 @@ import typer
 
 from mlx_hiermem import cpu
 from mlx_hiermem.apps.cli import ask, bank, chat, convert, demo, evaluate, export, learn, mcp, plan, serve, sync
+from mlx_hiermem.apps.server.left_behind import end_if_any
 from mlx_hiermem.errors import HierMemError
 from mlx_hiermem.files import reason
 from mlx_hiermem.printable import printable
@@ -97,10 +98,7 @@ def main() -> None:
     try:
         _run()
     except SystemExit as end:
-        engine = sys.modules.get("mlx_hiermem.apps.server.engine")  # only some commands have one
-        if engine and engine.any_left():
-            sys.stdout.flush()
-            os._exit(int(end.code or 0))
+        end_if_any(int(end.code or 0))
         raise
 
 

@@ -22,6 +22,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from mlx_hiermem.apps.server.job import Event, Job, Started
+from mlx_hiermem.apps.server.left_behind import leave_behind
 from mlx_hiermem.apps.server.refusal import ApiError
 from mlx_hiermem.apps.server.text import Piece
 from mlx_hiermem.batch import MemoryBatch, Token
@@ -34,15 +35,6 @@ SMOOTHING = 0.2  # of the measured tokens/s: the weight of the newest step
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-_left: list[threading.Thread] = []  # stopped, but still inside MLX when `stop` had waited long enough
-
-
-def any_left() -> bool:
-    """Whether the thread of a stopped engine still runs. Such a process must end by `os._exit`.
-
-    Otherwise Python unwinds the thread by force, and C++ aborts over that (SIGABRT).
-    """
-    return any(thread.is_alive() for thread in _left)
 
 
 class Engine:
@@ -80,12 +72,12 @@ class Engine:
             raise
 
     def stop(self, timeout: float = 10.0) -> None:
-        """Ends the thread after the step that it is at. One that takes longer is left behind: see `any_left`."""
+        """Ends the thread after the step that it is at. One that takes longer is left behind."""
         self._inbox.put(None)
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._thread.join(timeout)
         if self._thread.is_alive():
-            _left.append(self._thread)
+            leave_behind(self._thread)
 
     @property
     def alive(self) -> bool:
