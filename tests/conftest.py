@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     import openai
     from command_line import Run
     from hub_server import HubServer, Repository
+    from lessons import Bank
     from playwright.sync_api import Browser, Page
     from serving import Running
 
     from mlx_hiermem.embedder import Embedder
     from mlx_hiermem.learn.corpus.corpus import Corpus
     from mlx_hiermem.learn.study.teacher import Teacher
+    from mlx_hiermem.learn.train.dataset import TrainingSet
     from mlx_hiermem.model import MemoryModel
     from mlx_hiermem.session import Session
 
@@ -303,6 +305,34 @@ def page(browser: Browser, server: Running) -> Iterator[Page]:
 
     with watched(browser) as context:
         yield opened(context, server)
+
+
+@pytest.fixture(scope="session")
+def bare_anchor(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The anchor folder of a tiny random model, for training. Opening a tokenizer would take most of the time."""
+    from tiny import make_anchor
+
+    folder = make_anchor(tmp_path_factory.mktemp("bare") / "anchor")
+    (folder / "tokenizer.json").unlink()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lesson_set(tmp_path_factory: pytest.TempPathFactory) -> TrainingSet:
+    """Random texts with teachers, for it."""
+    from lessons import make_set
+
+    return make_set(tmp_path_factory.mktemp("examples") / "set", teachers=True)
+
+
+@pytest.fixture(scope="session")
+def lesson_bank(
+    bare_anchor: pathlib.Path, lesson_set: TrainingSet, tmp_path_factory: pytest.TempPathFactory
+) -> Bank:
+    """What an unbroken run learns of them."""
+    from lessons import unbroken
+
+    return unbroken(tmp_path_factory.mktemp("unbroken") / "work", bare_anchor, lesson_set)
 
 
 @pytest.fixture(scope="session")

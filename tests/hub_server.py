@@ -12,6 +12,7 @@ import hashlib
 import http.server
 import json
 import pathlib
+import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -22,8 +23,14 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
+from mlx_hiermem.bank.block import block_name
+from mlx_hiermem.bank.remote import node_of
+from mlx_hiermem.config import Path
+
 TOKEN = "hf_test"
+CLOSED = "http://127.0.0.1:9"  # nobody listens on the discard port
 REPO = "me/tiny"  # where the fixture `shared` puts a tiny model
+BLOCKS = {"0", "1", "2"} | {f"{a}.{b}" for a in range(3) for b in range(3)}  # its nodes
 LARGE = (".safetensors", ".bin")  # kept outside git, and known by their sha256
 
 
@@ -307,3 +314,17 @@ def use_in_this_process(monkeypatch: pytest.MonkeyPatch, url: str, home: pathlib
 
 def files_of(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     return {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+
+
+def blocks_in(folder: pathlib.Path) -> set[str]:
+    return {
+        str(node_of(name.removeprefix("bank/"))) for name in files_of(folder) if name.startswith("bank/blocks/")
+    }
+
+
+def copy(model: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+    return pathlib.Path(shutil.copytree(model, folder))
+
+
+def remote_name(node: str) -> str:
+    return "bank/" + block_name(Path.parse(node))

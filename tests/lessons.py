@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import resource
+import subprocess
 import sys
 from collections.abc import Iterator
 
@@ -22,6 +23,7 @@ from mlx_hiermem.learn.train.dataset import TrainingExample, TrainingSet, Traini
 from mlx_hiermem.learn.train.jobs import Trainer
 from mlx_hiermem.memory.design import memory_config
 
+Bank = dict[Path, dict[str, np.ndarray]]
 SIZES, BRANCHING = (4, 2), 2
 LEAVES = [Path((0, 0)), Path((0, 1)), Path((1, 0)), Path((1, 1))]
 QUICK = TrainingSettings(epochs=2, groups=2, group_tokens=64, rate=1e-2)
@@ -66,12 +68,31 @@ def trained(
     kind: str = "ffn",
     placement: str = "late",
     heldout: TrainingSet | None = None,
-) -> dict[Path, dict[str, np.ndarray]]:
+) -> Bank:
     """Trains it all; the blocks as numpy has them."""
     model, _, _ = load_anchor(anchor, mx.float32)
     trainer = Trainer(work, model, tiny_config(model, kind, placement), examples, settings, heldout)
     trainer.run()
     return {node: {n: np.array(w) for n, w in block.items()} for node, block in trainer.blocks()}
+
+
+def command(work: pathlib.Path, anchor: pathlib.Path, examples: TrainingSet) -> list[str]:
+    """This script, in a process of its own: PyTorch in a test's brings another BLAS along."""
+    return [sys.executable, __file__, str(work), str(anchor), str(examples.folder)]
+
+
+def blocks_in(work: pathlib.Path, anchor: pathlib.Path, examples: TrainingSet) -> Bank:
+    """What it has learnt."""
+    model = load_anchor(anchor, mx.float32)[0]
+    trainer = Trainer(work, model, tiny_config(model), examples, QUICK)
+    return {node: {n: np.array(w) for n, w in block.items()} for node, block in trainer.blocks()}
+
+
+def unbroken(work: pathlib.Path, anchor: pathlib.Path, examples: TrainingSet) -> Bank:
+    """What that process learns when nothing stops it."""
+    done = subprocess.run(command(work, anchor, examples), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return blocks_in(work, anchor, examples)
 
 
 def main() -> None:

@@ -7,8 +7,8 @@ import pathlib
 import shutil
 
 import pytest
+from chatting import talk
 from serving import serving, tiny_model
-from test_chat import talk
 from tiny import HashEmbedder, give_sources, load_tiny, make_model
 
 from mlx_hiermem.bank.remote import Origin

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
-from test_chat import command, say, talk
+from chatting import command, say, talk
 
 from mlx_hiermem.apps.cli import slash
 from mlx_hiermem.apps.cli.display import console, write

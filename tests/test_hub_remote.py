@@ -11,8 +11,19 @@ import sys
 import time
 
 import pytest
-from hub_server import REPO, TOKEN, HubServer, Repository, environment, use_in_this_process
-from test_hub import BLOCKS, CLOSED, blocks_in, copy, remote_name
+from hub_server import (
+    BLOCKS,
+    CLOSED,
+    REPO,
+    TOKEN,
+    HubServer,
+    Repository,
+    blocks_in,
+    copy,
+    environment,
+    remote_name,
+    use_in_this_process,
+)
 
 from mlx_hiermem import load
 from mlx_hiermem.apps.cli.main import main

@@ -1,27 +1,20 @@
-"""Training a bank: gradients against PyTorch, kept states against the whole model, kills, ranks, what is learnt."""
+"""Training a bank: gradients against PyTorch, kept states against the whole model, what is learnt."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
 import pathlib
-import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 
-import lessons
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lessons import LEAVES, QUICK, full_disk, make_set, tiny_config, trained
+from lessons import LEAVES, QUICK, Bank, make_set, tiny_config, trained
 from mlx_lm.models.cache import KVCache
 from sources import make_hf
-from tiny import make_anchor
 
 from mlx_hiermem.anchor import load_anchor
 from mlx_hiermem.bank.block import FetchedMemory, MemoryBlock
@@ -29,49 +22,26 @@ from mlx_hiermem.config import KINDS, Path
 from mlx_hiermem.convert import parity, reference_memory
 from mlx_hiermem.convert.anchors.huggingface import convert_huggingface
 from mlx_hiermem.convert.source import find_source
-from mlx_hiermem.errors import HierMemError, OutputError
+from mlx_hiermem.errors import HierMemError
 from mlx_hiermem.learn.settings import TrainingSettings
-from mlx_hiermem.learn.train import activations, jobs
+from mlx_hiermem.learn.train import activations
 from mlx_hiermem.learn.train import blocks as blocks_module
 from mlx_hiermem.learn.train.activations import TeacherStates
 from mlx_hiermem.learn.train.blocks import Tensors
 from mlx_hiermem.learn.train.dataset import TrainingExample, TrainingSet, TrainingSetWriter, collate
 from mlx_hiermem.learn.train.jobs import JobTrainer, Trainer
-from mlx_hiermem.learn.train.monitor import HeldOut, TrainingProgress, read_log
+from mlx_hiermem.learn.train.monitor import HeldOut, read_log
 from mlx_hiermem.learn.train.start import new_block
 from mlx_hiermem.learn.train.step import Inputs, MemoryLoss
 from mlx_hiermem.partial import PartialAnchor, prefill
 from mlx_hiermem.progress import unheard
 
-SCRIPT = pathlib.Path(lessons.__file__)
-Bank = dict[Path, dict[str, np.ndarray]]
 PATH = [Path((0,)), Path((0, 1))]
-
-
-@pytest.fixture(scope="module")
-def anchor(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    folder = make_anchor(tmp_path_factory.mktemp("tiny") / "anchor")
-    (folder / "tokenizer.json").unlink()  # opening it takes most of a short run's time
-    return folder
-
-
-@pytest.fixture(scope="module")
-def training_set(tmp_path_factory: pytest.TempPathFactory) -> TrainingSet:
-    return make_set(tmp_path_factory.mktemp("examples") / "set", teachers=True)
 
 
 @pytest.fixture(scope="module")
 def heldout(tmp_path_factory: pytest.TempPathFactory) -> TrainingSet:
     return make_set(tmp_path_factory.mktemp("heldout") / "set", 12)
-
-
-@pytest.fixture(scope="module")
-def whole(anchor: pathlib.Path, training_set: TrainingSet, tmp_path_factory: pytest.TempPathFactory) -> Bank:
-    """The bank of an unbroken run, in a process of its own: PyTorch in this one brings another BLAS along."""
-    work = tmp_path_factory.mktemp("whole") / "work"
-    done = subprocess.run(command(work, anchor, training_set), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return blocks_in(work, anchor, training_set)
 
 
 def random_blocks(loss: MemoryLoss, nodes: Sequence[Path] = PATH) -> list[Tensors]:
@@ -91,14 +61,6 @@ def texts(count: int, seed: int = 0, longest: int = 20) -> list[TrainingExample]
         TrainingExample(rng.integers(0, 256, n).astype(np.int32), np.arange(n) >= max(1, n // 2))
         for n in map(int, lengths)
     ]
-
-
-def assert_same(a: Bank, b: Bank) -> None:
-    """Block for block, bit for bit."""
-    assert a.keys() == b.keys()
-    for node in a:
-        for name, weights in a[node].items():
-            assert np.array_equal(weights, b[node][name]), f"{name} of block {node} differs"
 
 
 def assert_close(a: Sequence[Tensors], b: Sequence[Tensors], tolerance: float = 1e-5) -> None:
@@ -152,14 +114,14 @@ def group_inputs(job_trainer: JobTrainer, numbers: np.ndarray) -> Inputs:
 
 @pytest.mark.parametrize("kind", ["ffn", "kv", "lora-qk"])
 def test_kept_states_equal_the_whole_model(
-    kind: str, anchor: pathlib.Path, training_set: TrainingSet, tmp_path: pathlib.Path
+    kind: str, bare_anchor: pathlib.Path, lesson_set: TrainingSet, tmp_path: pathlib.Path
 ) -> None:
     """Loss and gradients from the states on disk, against the whole model, text by text and packed."""
-    model = load_anchor(anchor, mx.float32)[0]
-    trainer = Trainer(tmp_path / "work", model, tiny_config(model, kind), training_set, QUICK)
+    model = load_anchor(bare_anchor, mx.float32)[0]
+    trainer = Trainer(tmp_path / "work", model, tiny_config(model, kind), lesson_set, QUICK)
     job_trainer = trainer.job_trainer(trainer.jobs[0])
     job_trainer.prepare(unheard)
-    numbers = training_set.ids(LEAVES[0])[:6]
+    numbers = lesson_set.ids(LEAVES[0])[:6]
     inputs = group_inputs(job_trainer, numbers)
     assert inputs.states is not None
     assert inputs.batch.packed
@@ -168,48 +130,11 @@ def test_kept_states_equal_the_whole_model(
     expected, _, plain = trainer.loss.gradients(blocks, Inputs(inputs.batch), 0.1)
     assert values.sum() == pytest.approx(expected.sum(), rel=1e-6)
     assert_close(found, plain)
-    alone = [trainer.loss.gradients(blocks, Inputs(collate([training_set.read(int(n))])), 0.1) for n in numbers]
+    alone = [trainer.loss.gradients(blocks, Inputs(collate([lesson_set.read(int(n))])), 0.1) for n in numbers]
     assert values.sum() == pytest.approx(sum(one[0].sum() for one in alone), rel=1e-5)
     for i, block in enumerate(found):
         summed = {name: sum((one[2][i][name] for one in alone), mx.array(0.0)) for name in block}
         assert_close([block], [summed], 1e-4)
-
-
-@pytest.mark.slow
-def test_states_that_exceed_the_budget_are_computed_each_time(
-    anchor: pathlib.Path, training_set: TrainingSet, whole: Bank, tmp_path: pathlib.Path
-) -> None:
-    none = trained(tmp_path / "a", anchor, training_set, dataclasses.replace(QUICK, states_bytes=0))
-    some = trained(tmp_path / "b", anchor, training_set, dataclasses.replace(QUICK, states_bytes=10_000))
-    for found in (none, some):
-        for node in whole:
-            for name, weights in whole[node].items():
-                assert np.abs(found[node][name] - weights).max() < 1e-3 * np.abs(weights).max()
-    assert list(tmp_path.rglob("*.states")) == []  # a job that is done needs none
-
-
-@pytest.mark.slow
-def test_a_run_goes_on_with_less_disk_for_states(
-    anchor: pathlib.Path, training_set: TrainingSet, whole: Bank, tmp_path: pathlib.Path
-) -> None:
-    class StoppedError(Exception):
-        pass
-
-    def stop(progress: TrainingProgress) -> None:
-        if progress.doing == "learning" and progress.tokens > 0.3 * progress.total:
-            raise StoppedError
-
-    model = load_anchor(anchor, mx.float32)[0]
-    with pytest.raises(StoppedError):
-        Trainer(tmp_path, model, tiny_config(model), training_set, QUICK).run(stop)
-    less = dataclasses.replace(QUICK, states_bytes=10_000)
-    assert max(file.stat().st_size for file in tmp_path.rglob("*.states")) > less.states_bytes
-    found = trained(tmp_path, anchor, training_set, less)
-    for node in whole:
-        for name, weights in whole[node].items():
-            assert np.abs(found[node][name] - weights).max() < 1e-3 * np.abs(weights).max()
-    with pytest.raises(HierMemError, match="other settings"):
-        Trainer(tmp_path, model, tiny_config(model), training_set, dataclasses.replace(less, epochs=9))
 
 
 # What is learnt
@@ -218,12 +143,12 @@ def test_a_run_goes_on_with_less_disk_for_states(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_learns_its_texts(
-    kind: str, anchor: pathlib.Path, training_set: TrainingSet, tmp_path: pathlib.Path
+    kind: str, bare_anchor: pathlib.Path, lesson_set: TrainingSet, tmp_path: pathlib.Path
 ) -> None:
     """Measured on the training texts themselves: what is learnt by heart."""
     settings = dataclasses.replace(QUICK, epochs=6, rate=2e-2)
-    model = load_anchor(anchor, mx.float32)[0]
-    trainer = Trainer(tmp_path / "work", model, tiny_config(model, kind), training_set, settings, training_set)
+    model = load_anchor(bare_anchor, mx.float32)[0]
+    trainer = Trainer(tmp_path / "work", model, tiny_config(model, kind), lesson_set, settings, lesson_set)
     seen: list[str] = []
     perplexity = trainer.run(lambda progress: seen.append(f"{progress.doing} {progress.job}"))
     assert perplexity["fetched"] < (0.9 if kind in ("ffn", "lora-ffn") else 0.97) * perplexity["none"]
@@ -239,23 +164,23 @@ def test_every_kind_learns_its_texts(
 
 @pytest.mark.parametrize("placement", ["uniform", "early", "middle"])
 def test_every_placement_trains(
-    placement: str, anchor: pathlib.Path, training_set: TrainingSet, tmp_path: pathlib.Path
+    placement: str, bare_anchor: pathlib.Path, lesson_set: TrainingSet, tmp_path: pathlib.Path
 ) -> None:
-    bank = trained(tmp_path / "work", anchor, training_set, placement=placement)
+    bank = trained(tmp_path / "work", bare_anchor, lesson_set, placement=placement)
     for node, block in bank.items():
         assert all(np.abs(part).max() > 0 for part in block["down"]), f"a layer of {node} learnt nothing"
 
 
 def test_held_out_texts_are_measured_as_the_blocks_are_now(
-    anchor: pathlib.Path,
-    training_set: TrainingSet,
+    bare_anchor: pathlib.Path,
+    lesson_set: TrainingSet,
     heldout: TrainingSet,
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What was computed the first time is not stale: a fresh measurement finds the same."""
-    model = load_anchor(anchor, mx.float32)[0]
-    trainer = Trainer(tmp_path / "work", model, tiny_config(model), training_set, QUICK)
+    model = load_anchor(bare_anchor, mx.float32)[0]
+    trainer = Trainer(tmp_path / "work", model, tiny_config(model), lesson_set, QUICK)
     job_trainer = trainer.job_trainer(trainer.jobs[0])
     alone: list[int] = []
     per_token = trainer.loss.per_token
@@ -264,7 +189,7 @@ def test_held_out_texts_are_measured_as_the_blocks_are_now(
     )
 
     def held_out() -> HeldOut:
-        return HeldOut(heldout, job_trainer.job, job_trainer.blocks, trainer.loss, training_set.leaves)
+        return HeldOut(heldout, job_trainer.job, job_trainer.blocks, trainer.loss, lesson_set.leaves)
 
     texts = held_out()
     before, without = texts.measure(), sum(alone)
@@ -278,10 +203,12 @@ def test_held_out_texts_are_measured_as_the_blocks_are_now(
         assert after[name] == (pytest.approx(loss), tokens)
 
 
-def test_only_fetched_blocks_move(anchor: pathlib.Path, training_set: TrainingSet, tmp_path: pathlib.Path) -> None:
+def test_only_fetched_blocks_move(
+    bare_anchor: pathlib.Path, lesson_set: TrainingSet, tmp_path: pathlib.Path
+) -> None:
     """One step on one leaf: its path's blocks count one update, and no other block comes into being."""
-    model = load_anchor(anchor, mx.float32)[0]
-    trainer = Trainer(tmp_path / "work", model, tiny_config(model), training_set, QUICK)
+    model = load_anchor(bare_anchor, mx.float32)[0]
+    trainer = Trainer(tmp_path / "work", model, tiny_config(model), lesson_set, QUICK)
     job_trainer = trainer.job_trainer(trainer.jobs[0])
     group = next(g for step in job_trainer.schedule.steps(0) for g in step if g.leaf == LEAVES[1])
     job_trainer.take([group])
@@ -290,13 +217,15 @@ def test_only_fetched_blocks_move(anchor: pathlib.Path, training_set: TrainingSe
     assert [job_trainer.blocks.read(node).updates for node in job_trainer.blocks.nodes] == [1, 1]
 
 
-def test_a_bank_larger_than_memory(anchor: pathlib.Path, training_set: TrainingSet, tmp_path: pathlib.Path) -> None:
+def test_a_bank_larger_than_memory(
+    bare_anchor: pathlib.Path, lesson_set: TrainingSet, tmp_path: pathlib.Path
+) -> None:
     """With room for one path, what is held never exceeds it, and each epoch reads a leaf's block once."""
-    model = load_anchor(anchor, mx.float32)[0]
+    model = load_anchor(bare_anchor, mx.float32)[0]
     config = tiny_config(model)
     room = (config.parameters(4) + config.parameters(2)) * 12
     settings = dataclasses.replace(QUICK, blocks_bytes=room, groups=1)
-    trainer = Trainer(tmp_path / "work", model, config, training_set, settings)
+    trainer = Trainer(tmp_path / "work", model, config, lesson_set, settings)
     held: list[int] = []
     trainer.run(lambda progress: held.extend(map(_held_bytes, _alive)))
     assert 0 < max(held) <= room
@@ -324,7 +253,7 @@ def _held_bytes(blocks: blocks_module.TrainedBlocks) -> int:
 
 @pytest.mark.parametrize("budget", [1 << 30, 0])
 def test_what_teachers_have_in_common_is_read_once(
-    budget: int, anchor: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    budget: int, bare_anchor: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three windows of 30 tokens, each with five prompts, two of which begin otherwise."""
     rng = np.random.default_rng(0)
@@ -345,7 +274,7 @@ def test_what_teachers_have_in_common_is_read_once(
         return prefill(model, tokens)
 
     monkeypatch.setattr(activations, "prefill", noted)
-    part, numbers = PartialAnchor(load_anchor(anchor, mx.float32)[0]), np.arange(15)
+    part, numbers = PartialAnchor(load_anchor(bare_anchor, mx.float32)[0]), np.arange(15)
     last = len(part.layers)
     states = TeacherStates(tmp_path / "states", part, examples, numbers, budget, last)
     states.complete()
@@ -361,20 +290,20 @@ def test_what_teachers_have_in_common_is_read_once(
 
 @pytest.mark.slow
 def test_distillation_brings_the_student_to_the_teacher(
-    anchor: pathlib.Path, training_set: TrainingSet, tmp_path: pathlib.Path
+    bare_anchor: pathlib.Path, lesson_set: TrainingSet, tmp_path: pathlib.Path
 ) -> None:
     """Where there is a teacher the loss is a divergence, elsewhere of the next token."""
     settings = dataclasses.replace(QUICK, objective="distillation", epochs=8, rate=2e-2)
-    model = load_anchor(anchor, mx.float32)[0]
-    trainer = Trainer(tmp_path / "work", model, tiny_config(model), training_set, settings)
+    model = load_anchor(bare_anchor, mx.float32)[0]
+    trainer = Trainer(tmp_path / "work", model, tiny_config(model), lesson_set, settings)
     job_trainer = trainer.job_trainer(trainer.jobs[0])
     job_trainer.prepare(unheard)
-    numbers = training_set.ids(LEAVES[0])[:6]
+    numbers = lesson_set.ids(LEAVES[0])[:6]
     inputs = group_inputs(job_trainer, numbers)
     losses = trainer.loss.per_token([], inputs)
     start = 0
     for number in numbers:
-        example = training_set.read(int(number))
+        example = lesson_set.read(int(number))
         logits = model(mx.array(example.tokens[None]))[0][mx.array(np.flatnonzero(example.learn) - 1)]
         expected = torch.tensor(np.array(logits)).log_softmax(-1)
         if example.teacher is None:
@@ -393,19 +322,19 @@ def test_distillation_brings_the_student_to_the_teacher(
 
 @pytest.mark.slow
 def test_old_blocks_stay_as_they_are(
-    anchor: pathlib.Path, training_set: TrainingSet, whole: Bank, tmp_path: pathlib.Path
+    bare_anchor: pathlib.Path, lesson_set: TrainingSet, lesson_bank: Bank, tmp_path: pathlib.Path
 ) -> None:
     """New documents in an old bank: leaves go on from their weights, level 1 helps and does not move."""
-    model = load_anchor(anchor, mx.float32)[0]
+    model = load_anchor(bare_anchor, mx.float32)[0]
 
     def start(node: Path) -> Tensors | None:
-        return {name: mx.array(values) for name, values in whole[node].items()}
+        return {name: mx.array(values) for name, values in lesson_bank[node].items()}
 
     trainer = Trainer(
         tmp_path / "work",
         model,
         tiny_config(model),
-        training_set,
+        lesson_set,
         dataclasses.replace(QUICK, generic=False, epochs=1),
         start=start,
         learns=lambda node: len(node) == 2,
@@ -414,96 +343,8 @@ def test_old_blocks_stay_as_they_are(
     found = dict(trainer.blocks())
     assert sorted(found) == LEAVES
     for node, weights in found.items():
-        difference = np.abs(np.array(weights["down"]) - whole[node]["down"]).max()
+        difference = np.abs(np.array(weights["down"]) - lesson_bank[node]["down"]).max()
         assert 0 < difference < 0.5
-
-
-# Kills, full disks, other settings
-
-
-def command(work: pathlib.Path, anchor: pathlib.Path, examples: TrainingSet) -> list[str]:
-    return [sys.executable, str(SCRIPT), str(work), str(anchor), str(examples.folder)]
-
-
-def blocks_in(work: pathlib.Path, anchor: pathlib.Path, examples: TrainingSet) -> Bank:
-    model = load_anchor(anchor, mx.float32)[0]
-    trainer = Trainer(work, model, tiny_config(model), examples, QUICK)
-    return {node: {n: np.array(w) for n, w in block.items()} for node, block in trainer.blocks()}
-
-
-@pytest.mark.slow
-def test_a_killed_run_ends_with_the_same_bank(
-    anchor: pathlib.Path, training_set: TrainingSet, whole: Bank, tmp_path: pathlib.Path
-) -> None:
-    """Killed again and again, each time some steps further on; commits are after every step."""
-    work, kills = tmp_path / "work", 0
-    for lines in (3, 12):
-        run = subprocess.Popen(
-            command(work, anchor, training_set), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        assert run.stdout
-        for _ in range(lines):
-            if not run.stdout.readline():
-                break
-        kills += run.poll() is None
-        run.send_signal(signal.SIGKILL)
-        run.wait()
-        run.stdout.close()
-    assert kills == 2
-    assert list(work.glob("*/blocks/blocks.json")), "nothing to go on from"
-    assert not (work / "log.jsonl").exists()
-    done = subprocess.run(command(work, anchor, training_set), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert_same(blocks_in(work, anchor, training_set), whole)
-    rows = list(read_log(work / "log.jsonl"))
-    steps = [(row["job"], row["epoch"], row["step"]) for row in rows]
-    assert len(set(steps)) == len(steps), "a step is in the log twice"
-
-
-def test_two_ranks_make_the_bank_of_one(
-    anchor: pathlib.Path, training_set: TrainingSet, whole: Bank, tmp_path: pathlib.Path, two_ranks: list[str]
-) -> None:
-    done = subprocess.run(
-        [*two_ranks, *command(tmp_path / "work", anchor, training_set)[1:]],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert_same(blocks_in(tmp_path / "work", anchor, training_set), whole)
-
-
-def test_a_full_disk_loses_nothing(
-    anchor: pathlib.Path, training_set: TrainingSet, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    unbroken = trained(tmp_path / "unbroken", anchor, training_set)
-    for name in ("COMMIT_SECONDS", "COMMIT_FACTOR"):
-        monkeypatch.setattr(jobs, name, 0.0)
-    model, steps = load_anchor(anchor, mx.float32)[0], list[str]()
-    trainer = Trainer(tmp_path / "work", model, tiny_config(model), training_set, QUICK)
-    stack = contextlib.ExitStack()
-
-    def fill_up(progress: TrainingProgress) -> None:
-        steps.append(progress.job)
-        if len(steps) == 8:
-            stack.enter_context(full_disk())
-
-    with stack, pytest.raises(OutputError, match="cannot write"):
-        trainer.run(fill_up)
-    assert len(steps) == 8
-    assert_same(trained(tmp_path / "work", anchor, training_set), unbroken)
-
-
-def test_other_settings_do_not_go_on(
-    anchor: pathlib.Path, training_set: TrainingSet, heldout: TrainingSet, tmp_path: pathlib.Path
-) -> None:
-    model = load_anchor(anchor, mx.float32)[0]
-    Trainer(tmp_path / "work", model, tiny_config(model), training_set, QUICK)
-    for settings, examples in ((dataclasses.replace(QUICK, rate=1e-3), training_set), (QUICK, heldout)):
-        model = load_anchor(anchor, mx.float32)[0]
-        with pytest.raises(HierMemError, match="another corpus"):
-            Trainer(tmp_path / "work", model, tiny_config(model), examples, settings)
 
 
 def test_bad_settings() -> None:
@@ -512,9 +353,9 @@ def test_bad_settings() -> None:
             TrainingSettings(**wrong)
 
 
-def test_a_block_at_the_start_is_the_one_that_is_trained(anchor: pathlib.Path) -> None:
+def test_a_block_at_the_start_is_the_one_that_is_trained(bare_anchor: pathlib.Path) -> None:
     """A fresh memory changes nothing: the loss under it is the loss without."""
-    model = load_anchor(anchor, mx.float32)[0]
+    model = load_anchor(bare_anchor, mx.float32)[0]
     loss = MemoryLoss(model, tiny_config(model))
     inputs = Inputs(collate(texts(4)))
     fresh = [new_block(loss.config, node, 0) for node in PATH]
