@@ -75,6 +75,11 @@ PLANS: dict[str, dict[str, Setting]] = {
         "middle": replace(SHORT, layers="middle"),
         "early": replace(SHORT, layers="early"),
     },
+    # 4b: at about equal time, of all that two writers have written
+    "time": {
+        "late, four times": replace(BASE, study=100.0, writers=2),
+        "uniform, twice": replace(BASE, study=100.0, writers=2, epochs=2, layers="uniform", sizes=(11, 11)),
+    },
     # 9, in part: the fetched size under one anchor
     "sizes": {f"{n} and {n}": replace(BASE, sizes=(n, n)) for n in (8, 32, 128)},
     # 10: study at about the same number of learnt tokens; passages at the same number a leaf. The 480 passages of

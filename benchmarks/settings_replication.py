@@ -50,6 +50,8 @@ CLAIMS = [
     Claim("3a", "levels", "the leaf alone > level 1 alone, at equal fetch size", "Fig. 3c", [LEAF], [LEVEL1]),
     Claim("3b", "levels", "two levels > one, at equal fetch size", "Fig. 3c", BOTH, [LEAF]),
     Claim("4", "layers", "late and uniform > early and middle", "Table 9", LATE, EARLY),
+    Claim("4a", "layers", "late > uniform", "Table 9", ["late"], ["uniform"]),
+    Claim("4b", "time", "uniform > late at about equal time", "ours", ["uniform, twice"], ["late, four times"]),
 ]
 PLAIN = "as it is"
 GENTLER = {"11": "amplitude 0.75", "11a": "amplitude 0.5", "11b": "5 % replay", "11c": "4 distractors"}
