@@ -74,7 +74,7 @@ def test_the_model_is_whole(whole: pathlib.Path, run: Run) -> None:
     checked = run("bank", "verify", whole)
     assert checked.code == 0, checked.out
     bank = MemoryBank.open(whole / "bank")
-    assert (bank.config.branching, bank.config.block_sizes, bank.config.layers) == (2, (32, 32), (3,))
+    assert (bank.config.branching, bank.config.block_sizes, bank.config.layers) == (2, (82, 82), (0, 1, 2, 3))
     assert sum(bank.manifest.blocks[node].documents for node in bank.tree.nodes(1)) == COUNT
     leaves = [bank.manifest.blocks[node] for node in bank.tree.nodes(2)]
     assert all(leaf.label and leaf.tokens and leaf.sources for leaf in leaves)

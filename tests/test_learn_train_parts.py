@@ -34,7 +34,7 @@ from mlx_hiermem.learn.train.dataset import (
 from mlx_hiermem.learn.train.schedule import Job, Schedule, jobs_of_rank, list_jobs, nodes_with_block
 from mlx_hiermem.learn.train.start import new_block
 from mlx_hiermem.learn.train.step import divergence, next_token, rate_factor, update
-from mlx_hiermem.memory.design import memory_layers
+from mlx_hiermem.memory.design import default_size, memory_layers
 from mlx_hiermem.partial import PartialAnchor
 
 CONFIG = MemoryConfig("ffn", 2, (4, 2), (2, 3), 32, dtype="float32", ffn_width=64, q_width=32, kv_width=16)
@@ -288,6 +288,12 @@ def test_placements() -> None:
     assert memory_layers([3, 5], 30) == (3, 5)
     with pytest.raises(HierMemError, match="placement"):
         memory_layers("top", 30)
+
+
+def test_a_memory_is_equally_large_wherever_it_lies() -> None:
+    assert default_size("uniform", 30) * 30 == default_size("late", 30) * 10 == 330
+    assert default_size([3, 5], 30) * 2 == 330
+    assert default_size("uniform", 1000) == 1
 
 
 # Stored blocks

@@ -54,7 +54,7 @@ from mlx_hiermem.learn.work import (
     write_text,
 )
 from mlx_hiermem.memory.attach import attach
-from mlx_hiermem.memory.design import UNITS, memory_config
+from mlx_hiermem.memory.design import default_size, memory_config
 from mlx_hiermem.partial import PartialAnchor
 from mlx_hiermem.tree import ClusterTree
 
@@ -341,6 +341,6 @@ class _Run(stages.StagedRun):
 
 def _memory_for(settings: MemorySettings, model: nn.Module, branching: int, depth: int) -> MemoryConfig:
     """The memory for a tree of this shape. A small corpus may have grown fewer levels than there are sizes."""
-    sizes = settings.sizes[:depth] or (UNITS,) * depth
+    sizes = settings.sizes[:depth] or (default_size(settings.placement, len(model.layers)),) * depth
     sizes += (0,) * (depth - len(sizes))
     return memory_config(model, settings.kind, branching, sizes, settings.placement, settings.dtype)

@@ -93,8 +93,8 @@ class MemorySettings:
     """The memory's design."""
 
     kind: str = "ffn"  # or lora-qk, lora-vo, lora-ffn, kv
-    sizes: tuple[int, ...] = ()  # units of a block at each level; empty: 32 at each
-    placement: str | tuple[int, ...] = "late"  # layers with memory: uniform, early, middle, late, or their indices
+    sizes: tuple[int, ...] = ()  # units of a block in a layer, by level; empty: 330 in all layers together
+    placement: str | tuple[int, ...] = "uniform"  # all layers; or early, middle, late (a third), or indices
     dtype: str = "float16"  # of the blocks on disk
 
 
