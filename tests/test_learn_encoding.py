@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections import defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -24,8 +25,8 @@ from mlx_hiermem.learn.train.encoding import (
     window_is_held_out,
 )
 from mlx_hiermem.learn.tree.build import CorpusTree, build_tree
-from mlx_hiermem.learn.tree.probes import is_held_out
-from mlx_hiermem.learn.work import STUDY, Work, write_rows
+from mlx_hiermem.learn.tree.probes import KnownProbes, is_held_out
+from mlx_hiermem.learn.work import PROBES, STUDY, Work, read_rows, write_rows
 from mlx_hiermem.tokenizer import load_tokenizer
 
 
@@ -100,6 +101,22 @@ def test_an_answer_is_learnt_where_its_question_goes(
             assert reached in leaves
             assert set(leaves) <= {reached, *own[example.window]}
             assert examples is learnt or leaves == [reached]
+
+
+def test_probes_are_not_embedded_again(studied: CorpusTree, minilm: Embedder) -> None:
+    class Counting:
+        def __init__(self) -> None:
+            self.seen: list[str] = []
+
+        def embed(self, texts: Sequence[str]) -> np.ndarray:
+            self.seen.extend(texts)
+            return minilm.embed(texts)
+
+    work, counting = studied.corpus.work, Counting()
+    asked = [row["text"] for row in read_rows(work.path(PROBES))][::7]
+    known, texts = KnownProbes(work, counting), [*asked, "Who has seen this?", *reversed(asked)]
+    np.testing.assert_allclose(known.embed(texts), minilm.embed(texts), atol=1e-5)
+    assert counting.seen == ["Who has seen this?"]
 
 
 @pytest.mark.slow

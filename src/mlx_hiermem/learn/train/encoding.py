@@ -28,7 +28,7 @@ from mlx_hiermem.learn.record import WindowVectors
 from mlx_hiermem.learn.settings import ExampleSettings
 from mlx_hiermem.learn.train.dataset import ALWAYS, FRAMED, IN_CHAT, TrainingExample, TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.tree.build import CorpusTree
-from mlx_hiermem.learn.tree.probes import about, is_held_out, is_learnt, with_subjects
+from mlx_hiermem.learn.tree.probes import KnownProbes, about, is_held_out, is_learnt, with_subjects
 from mlx_hiermem.learn.work import Work, with_rows
 from mlx_hiermem.router import TextEmbedder
 from mlx_hiermem.template_bounds import bounded
@@ -120,13 +120,14 @@ def make_examples(
 
     def make() -> None:
         leaf_of, count = _leaf_of(built, settings.by_passages), built.corpus.count
+        known = KnownProbes(work, embedder)
         with (
             TrainingSetWriter(work.path(EXAMPLES)) as learnt,
             TrainingSetWriter(work.path(HELDOUT)) as held,
         ):
             drafts = _drafts(built, Encoder(tokenizer), settings)
             while some := list(itertools.islice(drafts, TOGETHER)):
-                for draft, leaf in zip(some, _reached(some, leaf_of, embedder), strict=True):
+                for draft, leaf in zip(some, _reached(some, leaf_of, known), strict=True):
                     own = [leaf] if leaf else []
                     if draft.measured:
                         held.add(draft.example, own or draft.leaves[:1])

@@ -12,6 +12,7 @@ One generated question in ten is held out: it shapes nothing, and measures where
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import itertools
 import json
@@ -118,6 +119,33 @@ def embed_probes(
         shutil.rmtree(batches.folder)
 
     return work.stage("vectors", None, [asked], embed)
+
+
+class KnownProbes:
+    """An embedder that has the probes' vectors already, and embeds what is none. After `embed_probes`."""
+
+    def __init__(self, work: Work, embedder: TextEmbedder) -> None:
+        self.embedder, self._vectors = embedder, np.load(work.path(PROBE_VECTORS), mmap_mode="r")  # [p, dim]
+        keys = np.fromiter((_key(row["text"]) for row in read_rows(work.path(PROBES))), np.uint64)  # [p]
+        self._order = np.argsort(keys, kind="stable")
+        self._keys = keys[self._order]
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """n texts -> [n, dim]."""
+        keys = np.array([_key(text) for text in texts], np.uint64)
+        at = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+        known = self._keys[at] == keys  # bool [n]
+        found = np.array(self._vectors[self._order[at]])  # [n, dim]
+        if not known.all():
+            found[~known] = self.embedder.embed(
+                [text for text, is_known in zip(texts, known, strict=True) if not is_known]
+            )
+        return found
+
+
+def _key(text: str) -> int:
+    """64 bits that stand for a text: of ten million, two have the same by a chance of 1 in 400 000."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def help_embed(work: Work, embedder: TextEmbedder, wanted: Callable[[], bool]) -> None:
