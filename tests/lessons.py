@@ -29,6 +29,11 @@ LEAVES = [Path((0, 0)), Path((0, 1)), Path((1, 0)), Path((1, 1))]
 QUICK = TrainingSettings(epochs=2, groups=2, group_tokens=64, rate=1e-2)
 
 
+def example(length: int, learnt: int = 1, window: int = 0) -> TrainingExample:
+    """Tokens that count upwards, of which the last `learnt` are learnt."""
+    return TrainingExample(np.arange(length, dtype=np.int32), np.arange(length) >= length - learnt, window)
+
+
 def make_set(folder: pathlib.Path, count: int = 40, seed: int = 0, teachers: bool = False) -> TrainingSet:
     """Texts that each begin with a sign of their leaf, half prompt, half answer; some are learnt in two leaves."""
     rng = np.random.default_rng(seed)

@@ -27,8 +27,9 @@ from mlx_hiermem.learn.settings import TrainingSettings
 from mlx_hiermem.learn.train import activations
 from mlx_hiermem.learn.train import blocks as blocks_module
 from mlx_hiermem.learn.train.activations import TeacherStates
+from mlx_hiermem.learn.train.batches import collate
 from mlx_hiermem.learn.train.blocks import Tensors
-from mlx_hiermem.learn.train.dataset import TrainingExample, TrainingSet, TrainingSetWriter, collate
+from mlx_hiermem.learn.train.dataset import TrainingExample, TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.train.jobs import JobTrainer, Trainer
 from mlx_hiermem.learn.train.monitor import HeldOut, read_log
 from mlx_hiermem.learn.train.start import new_block
@@ -106,6 +107,42 @@ def test_gradients_are_pytorchs(kind: str, twins: tuple[pathlib.Path, torch.nn.M
         {name: mx.array(t.grad.numpy()) for name, t in block.items() if t.grad is not None} for block in leaves
     ]
     assert_close(found, expected, 1e-4)
+
+
+def chats(count: int) -> list[TrainingExample]:
+    """Texts that begin alike, by more than is worth sharing."""
+    head = np.random.default_rng(7).integers(0, 256, 19)
+    return [
+        TrainingExample(np.concatenate([head, one.tokens]).astype(np.int32), np.concatenate([head < 0, one.learn]))
+        for one in texts(count)
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_shared_beginning_changes_nothing(
+    kind: str, kept: bool, bare_anchor: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Loss and gradients of texts that begin alike, against each text by itself; with the states on disk too."""
+    with TrainingSetWriter(tmp_path / "set") as out:
+        for example in chats(5):
+            out.add(example, LEAVES[:1])
+    examples, model = TrainingSet.open(tmp_path / "set"), load_anchor(bare_anchor, mx.float32)[0]
+    trainer = Trainer(tmp_path / "work", model, tiny_config(model, kind), examples, QUICK)
+    job_trainer = trainer.job_trainer(trainer.jobs[0])
+    if kept:
+        job_trainer.prepare(unheard)
+    numbers, blocks = examples.ids(LEAVES[0]), random_blocks(trainer.loss)
+    inputs = group_inputs(job_trainer, numbers)
+    assert len(inputs.batch.beginning) == 19
+    assert (inputs.beginning is not None) == kept
+    values, said, found = trainer.loss.gradients(blocks, inputs, 0.1)
+    plain = Inputs(collate([examples.read(int(n)) for n in numbers], share=False))
+    assert plain.batch.packed
+    expected, likeliest, whole = trainer.loss.gradients(blocks, plain, 0.1)
+    np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-5)
+    assert np.array_equal(said, likeliest)
+    assert_close(found, whole, 1e-4)
 
 
 def group_inputs(job_trainer: JobTrainer, numbers: np.ndarray) -> Inputs:

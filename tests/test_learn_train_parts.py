@@ -1,4 +1,4 @@
-"""The trainer's parts, each against its definition: sets, packing, losses, AdamW, schedules, stored blocks."""
+"""The trainer's parts, each against its definition: sets, losses, AdamW, schedules, stored blocks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lessons import LEAVES, QUICK, full_disk, make_set
+from lessons import LEAVES, QUICK, example, full_disk, make_set
 from tiny import make_anchor
 
 from mlx_hiermem.anchor import load_anchor
@@ -21,16 +21,7 @@ from mlx_hiermem.learn.settings import TrainingSettings
 from mlx_hiermem.learn.train import dataset as dataset_module
 from mlx_hiermem.learn.train.activations import HiddenStates
 from mlx_hiermem.learn.train.blocks import TrainedBlock, TrainedBlocks
-from mlx_hiermem.learn.train.dataset import (
-    TrainingExample,
-    TrainingSet,
-    TrainingSetWriter,
-    collate,
-    first_fit_decreasing,
-    group_by_length,
-    pack,
-    row_length,
-)
+from mlx_hiermem.learn.train.dataset import TrainingExample, TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.train.schedule import Job, Schedule, jobs_of_rank, list_jobs, nodes_with_block
 from mlx_hiermem.learn.train.start import new_block
 from mlx_hiermem.learn.train.step import divergence, next_token, rate_factor, update
@@ -38,10 +29,6 @@ from mlx_hiermem.memory.design import default_size, memory_layers
 from mlx_hiermem.partial import PartialAnchor
 
 CONFIG = MemoryConfig("ffn", 2, (4, 2), (2, 3), 32, dtype="float32", ffn_width=64, q_width=32, kv_width=16)
-
-
-def example(length: int, learnt: int = 1, window: int = 0) -> TrainingExample:
-    return TrainingExample(np.arange(length, dtype=np.int32), np.arange(length) >= length - learnt, window)
 
 
 # Sets of examples
@@ -96,53 +83,15 @@ def test_bad_examples_are_refused() -> None:
         TrainingExample(tokens, np.array([0, 0, 1, 1], bool), teacher=np.array([0, 1, 3, 2], np.int32))
 
 
-# Batches
-
-
-def test_groups_hold_every_example_once() -> None:
-    rng = np.random.default_rng(0)
-    numbers, lengths = np.arange(100, 400), rng.integers(2, 60, 300)
-    groups = group_by_length(numbers, lengths, 128, rng)
-    assert sorted(np.concatenate(groups).tolist()) == numbers.tolist()
-    assert max(lengths[group - 100].sum() for group in groups) <= 128
-    assert group_by_length(numbers[:0], lengths[:0], 128, rng) == []
-    assert [len(group) for group in group_by_length(numbers[:2], np.array([500, 600]), 128, rng)] == [1, 1]
-
-
-def test_rows_do_not_overlap_and_are_well_filled() -> None:
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(5, 64, 200).tolist()
-    row = row_length(max(lengths))
-    assert row == 64
-    used = np.zeros((200, row), int)
-    for (r, start), length in zip(first_fit_decreasing(lengths, row), lengths, strict=True):
-        assert start + length <= row
-        used[r, start : start + length] += 1
-    assert used.max() == 1
-    rows = used.any(1).sum()
-    assert used[:rows].mean() > 0.9
-    assert all(longest <= row_length(longest) <= longest * 1.25 + 15 for longest in range(1, 4000))
-
-
-def test_rows_are_as_long_as_fills_them_best() -> None:
-    row, places = pack([18] * 14)  # in rows of 32 nearly half would be empty
-    assert row * len({r for r, _ in places}) == 256
-    assert pack([200])[0] == row_length(200)
-
-
-def test_a_batch_predicts_the_learnt_tokens() -> None:
-    texts = [example(9, 3), example(4, 1), example(20, 7), example(5, 4)]
-    made = collate(texts)
-    assert made.tokens.shape == (1, 48)
-    assert made.packed
-    read = made.tokens.reshape(-1)[made.positions]
-    real = made.weights > 0
-    assert real.sum() == 3 + 1 + 7 + 4
-    assert len(real) == 32
-    assert np.array_equal(read[real] + 1, made.targets[real])  # the texts count upwards
-    assert sorted(made.targets[real].tolist()) == sorted(
-        t for text in texts for t in text.tokens[text.learn].tolist()
-    )
+def test_beginnings_are_told_apart(tmp_path: pathlib.Path) -> None:
+    rows = [[*range(20), 5, 6], [*range(20), 7], [*range(1, 21), 7], list(range(12)), list(range(20))]
+    with TrainingSetWriter(tmp_path / "set") as out:
+        for number, row in enumerate(rows):
+            learn = np.arange(len(row)) >= (len(row) - 1 if number < 4 else 3)
+            out.add(TrainingExample(np.array(row, np.int32), learn), [Path((0,))])
+    first, second, other, short, learnt = TrainingSet.open(tmp_path / "set").beginnings.tolist()
+    assert first == second != other
+    assert (short, learnt) == (0, 0)
 
 
 # Losses

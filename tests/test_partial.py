@@ -36,6 +36,11 @@ def check_parts(model: object) -> None:
     assert float(mx.abs(anchor.head(top) - whole).max()) < 1e-5
     some = anchor.logits(tokens, mx.array([3, 20]))
     assert float(mx.abs(some - whole[mx.array([3, 20])]).max()) < 1e-5
+    for layer in (0, len(anchor.layers) - 1):
+        states = anchor.states(tokens[:1], layer)
+        begun = anchor.begin(tokens[:1, :8], 2, layer, states[:, :8])
+        rest = anchor.logits(tokens[:1, 8:][[0, 0]], ALL[:12], None, layer, states[:, 8:][[0, 0]], begun)
+        assert float(mx.abs(rest - whole[mx.array([*range(8, 14)] * 2)]).max()) < 1e-4
     joined, documents = tokens.reshape(1, 28), mx.array([[0] * 14 + [1] * 14])
     assert float(mx.abs(anchor.logits(joined, ALL, documents) - whole).max()) < 1e-4
     assert float(mx.abs(anchor.logits(joined, ALL) - whole).max()) > 1e-2  # without the mask they see each other

@@ -19,7 +19,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.models.cache import ConcatenateKVCache, KVCache, make_prompt_cache
 
 from mlx_hiermem.errors import AnchorError
 
@@ -89,15 +89,15 @@ class PartialAnchor:
         documents: mx.array | None = None,
         layer: int = 0,
         states: mx.array | None = None,
+        cache: Sequence[Any] | None = None,
     ) -> mx.array:
         """Logits [M, V] at `positions` [M] of tokens [B, T], read as one row, by the layers from `layer` on.
 
-        `states` [B, T, d] is what enters that layer; without them the whole model runs.
+        `states` [B, T, d] is what enters that layer; without them the whole model runs. `cache` is what `begin`
+        gave for the tokens before these.
         """
         last = len(self.layers) - 1
-        calls: dict[int, Replacement] = {}
-        if states is not None:
-            calls = dict.fromkeys(range(layer), _pass) | {layer: lambda own, x, *a, **k: own(states, *a, **k)}
+        calls = _entering(layer, states)
         below = calls.get(last, lambda own, *a, **k: own(*a, **k))
 
         def choose(own: Call, *args: Any, **kwargs: Any) -> mx.array:
@@ -105,7 +105,23 @@ class PartialAnchor:
             return x.reshape(1, -1, x.shape[-1])[:, positions]
 
         with _calling(calls | {last: choose}, self.layers):
-            return self._run(tokens, documents)[0]
+            return self._run(tokens, documents, cache)[0]
+
+    def begin(
+        self, tokens: mx.array, rows: int, layer: int = 0, states: mx.array | None = None
+    ) -> list[ConcatenateKVCache]:
+        """The layers' KV caches after tokens [1, P], for so many rows that go on there; gradients pass through.
+
+        `layer` and `states` [1, P, d] as for `logits`, which must be given the same layer.
+        """
+        cache = [ConcatenateKVCache() for _ in self.layers]
+        with _calling(_entering(layer, states), self.layers):
+            self.model(tokens, cache=cache)  # nothing asks for the logits, so they are not computed
+        for one in cache:
+            one.offset = tokens.shape[1]  # of the layers below too, by which masks are made
+            if one.keys is not None:
+                one.keys, one.values = (mx.broadcast_to(x, (rows, *x.shape[1:])) for x in one.state)
+        return cache
 
     def head(self, states: mx.array) -> mx.array:
         """Logits [M, V] of what the last layer put out [M, d]."""
@@ -130,6 +146,10 @@ class PartialAnchor:
         layer = len(self.layers) // 2
         states = self.states(tokens, layer, documents)
         found = self.logits(tokens, mx.arange(12), documents, layer, states)
+        split = mx.array(texts[1][None])
+        after = self.logits(split[:, 3:], mx.arange(4), cache=self.begin(split[:, :3], 1))
+        found = mx.concatenate([found, after])
+        expected = mx.concatenate([expected, expected[-4:]])
         scale = float(mx.abs(expected).max())
         tolerance = 1e-3 if expected.dtype == mx.float32 else 0.1
         if not float(mx.abs(found - expected).max()) <= tolerance * scale:
@@ -137,6 +157,13 @@ class PartialAnchor:
                 f"{type(self.model).__module__} does not give by parts what it gives whole",
                 "This architecture cannot learn memories yet; dense llama-like models can.",
             )
+
+
+def _entering(layer: int, states: mx.array | None) -> dict[int, Replacement]:
+    """The calls of layers where `states`, if given, enter one: those below it compute nothing."""
+    if states is None:
+        return {}
+    return dict.fromkeys(range(layer), _pass) | {layer: lambda own, x, *a, **k: own(states, *a, **k)}
 
 
 def prefill(model: nn.Module, tokens: Sequence[int]) -> list[KVCache] | None:

@@ -18,7 +18,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_hiermem.config import GENERIC_NODE
-from mlx_hiermem.learn.train.dataset import Batch, TrainingExample, TrainingSet, collate
+from mlx_hiermem.learn.train.batches import Batch, collate
+from mlx_hiermem.learn.train.dataset import TrainingExample, TrainingSet
 from mlx_hiermem.learn.train.schedule import Job
 from mlx_hiermem.learn.train.step import Inputs, MemoryLoss
 from mlx_hiermem.partial import PartialAnchor, prefill, repeat_cache
@@ -216,9 +217,9 @@ class JobStates:
     def inputs(self, examples: Sequence[TrainingExample], numbers: np.ndarray) -> Inputs:
         """A group's batch, with the states that are kept for it; `numbers` [n] are the examples'."""
         batch = collate(examples)
-        states = self._states(batch, numbers)
+        states, beginning = self._states(batch, numbers) or (None, None)
         if not self.distil or all(example.teacher is None for example in examples):
-            return Inputs(batch, states)
+            return Inputs(batch, states, beginning)
         assert self._teachers
         parts = self._teachers.of(numbers, examples)
         taught = [
@@ -226,18 +227,22 @@ class JobStates:
         ]
         spare = len(batch.positions) - sum(map(len, parts))
         teacher = mx.pad(mx.concatenate(parts), [(0, spare), (0, 0)])  # [M, d]
-        return Inputs(batch, states, teacher, mx.array(np.concatenate([*taught, np.zeros(spare, bool)])))
+        return Inputs(batch, states, beginning, teacher, mx.array(np.concatenate([*taught, np.zeros(spare, bool)])))
 
-    def _states(self, batch: Batch, numbers: np.ndarray) -> mx.array | None:
-        """[B, T, d] that enter the first memory layer; None unless those of all examples are kept."""
+    def _states(self, batch: Batch, numbers: np.ndarray) -> tuple[mx.array, mx.array | None] | None:
+        """What enters the first memory layer: the rows' [B, T, d], and the beginning's [1, P, d] if there is one.
+
+        None unless those of all examples are kept.
+        """
         kept = [self._first.find(int(n)) for n in numbers] if self._first else [None]
         if not self._first or None in kept:
             return None
         found = [self._first.read(place) for place in kept if place is not None]
         joined = np.zeros((*batch.tokens.shape, self._first.width), found[0].dtype)
+        P = len(batch.beginning)
         for (row, start), values in zip(batch.places, found, strict=True):
-            joined[row, start : start + len(values)] = values
-        return self._first.array(joined)
+            joined[row, start : start + len(values) - P] = values[P:]
+        return self._first.array(joined), self._first.array(found[0][None, :P]) if P else None
 
     def remove(self) -> None:
         """Deletes the states from the disk: only this job needed them."""

@@ -16,8 +16,9 @@ import numpy as np
 from mlx_hiermem.config import GENERIC_NODE, MemoryConfig, Path
 from mlx_hiermem.errors import MissingDependencyError
 from mlx_hiermem.files import write_json_lines
+from mlx_hiermem.learn.train.batches import collate, group_by_length
 from mlx_hiermem.learn.train.blocks import TrainedBlocks
-from mlx_hiermem.learn.train.dataset import TrainingExample, TrainingSet, collate, group_by_length
+from mlx_hiermem.learn.train.dataset import TrainingExample, TrainingSet
 from mlx_hiermem.learn.train.schedule import Job, nodes_with_block
 from mlx_hiermem.learn.train.step import Inputs, MemoryLoss
 
@@ -228,7 +229,7 @@ class HeldOut:
 
 def _inputs(loss: MemoryLoss, texts: Sequence[TrainingExample]) -> Inputs:
     """Texts as a batch, with the states that enter the first memory layer."""
-    batch, layer = collate(texts), loss.first_layer
+    batch, layer = collate(texts, share=False), loss.first_layer
     if not layer:
         return Inputs(batch)
     documents = mx.array(batch.documents) if batch.packed else None

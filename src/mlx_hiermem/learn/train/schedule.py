@@ -24,7 +24,8 @@ import numpy as np
 
 from mlx_hiermem.config import GENERIC_NODE, MemoryConfig, Path
 from mlx_hiermem.learn.settings import TrainingSettings
-from mlx_hiermem.learn.train.dataset import TrainingSet, group_by_length
+from mlx_hiermem.learn.train.batches import group_by_length
+from mlx_hiermem.learn.train.dataset import TrainingSet
 
 FEW = 1 << 15  # ways to divide jobs among ranks that are all tried
 KNOWN = 0.1  # nats a token: a text of less is known; greedy decoding then says it as it was learnt
@@ -150,7 +151,8 @@ class Schedule:
         numbers = numbers[self.examples.turns(epoch)[numbers]]
         if due is not None:
             numbers = numbers[due[self.examples.places(leaf, numbers)]]
-        for part in group_by_length(numbers, self._lengths[numbers], self.settings.group_tokens, rng):
+        lengths, beginnings = self._lengths[numbers], self.examples.beginnings[numbers]
+        for part in group_by_length(numbers, lengths, self.settings.group_tokens, rng, beginnings):
             yield Group(leaf, part)
 
     def _resident_sets(self, rng: np.random.Generator) -> Iterator[list[Path]]:

@@ -19,8 +19,8 @@ from mlx.optimizers import AdamW, clip_grad_norm
 from mlx_hiermem.bank.block import FetchedMemory, MemoryBlock
 from mlx_hiermem.config import MemoryConfig
 from mlx_hiermem.learn.settings import TrainingSettings
+from mlx_hiermem.learn.train.batches import Batch
 from mlx_hiermem.learn.train.blocks import Tensors, TrainedBlock
-from mlx_hiermem.learn.train.dataset import Batch
 from mlx_hiermem.memory.attach import attach
 from mlx_hiermem.partial import PartialAnchor
 
@@ -33,16 +33,20 @@ class Inputs:
 
     batch: Batch
     states: mx.array | None = None  # [B, T, d]: what enters the first memory layer
+    beginning: mx.array | None = None  # [1, P, d]: the same of the batch's beginning
     teacher: mx.array | None = None  # [M, d]: what leaves the teacher's last layer where something is learnt
     taught: mx.array | None = None  # bool [M]: where there is a teacher; elsewhere the next token is learnt
 
     @property
     def arrays(self) -> Tensors:
         """All of it by name, as compiled functions take it."""
-        batch, found = self.batch, {"states": self.states, "teacher": self.teacher, "taught": self.taught}
+        batch = self.batch
+        found = {"states": self.states, "begun": self.beginning, "teacher": self.teacher, "taught": self.taught}
         found |= {name: mx.array(getattr(batch, name)) for name in ("tokens", "positions", "targets", "weights")}
         if batch.packed:
             found["documents"] = mx.array(batch.documents)
+        if len(batch.beginning):
+            found["beginning"] = mx.array(batch.beginning[None])
         return {name: value for name, value in found.items() if value is not None}
 
 
@@ -94,7 +98,13 @@ class MemoryLoss:
             self.attachment.clear()
         states = arrays.get("states")
         layer = self.first_layer if states is not None else 0
-        logits = self.anchor.logits(arrays["tokens"], arrays["positions"], arrays.get("documents"), layer, states)
+        cache = None
+        if "beginning" in arrays:
+            rows = len(arrays["tokens"])
+            cache = self.anchor.begin(arrays["beginning"], rows, layer, arrays.get("begun"))
+        logits = self.anchor.logits(
+            arrays["tokens"], arrays["positions"], arrays.get("documents"), layer, states, cache
+        )
         values = next_token(logits, arrays["targets"])
         if "teacher" in arrays:
             taught = divergence(logits, self.anchor.head(arrays["teacher"]))
