@@ -5,13 +5,16 @@
 Three sides take turns in one run, each with its whole step, optimiser included: mlx-lm's own training loop for LoRA
 in all layers (`mlx_lm.tuner.trainer.train`, rank 8, its default), a memory in all layers, and a memory in the last
 third with kept states, whose making is timed apart. All see rows of one length. In `text` every token is learnt, in
-`answers` the second half. A side's speed is that of its median step, by the wall clock and by CPU time.
+`answers` the second half. A side's speed is that of its median step, by the wall clock and by CPU time. In `chats`
+our trainer alone learns questions of the demo's stored study in chat, and a group reads the template's beginning
+once, or once for each text.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import gzip
 import io
 import itertools
 import json
@@ -32,15 +35,19 @@ from mlx_hiermem.anchor import load_anchor
 from mlx_hiermem.apps.demo.tour import model_folder
 from mlx_hiermem.config import Path
 from mlx_hiermem.learn.settings import TrainingSettings
+from mlx_hiermem.learn.train import batches
 from mlx_hiermem.learn.train.dataset import TrainingExample, TrainingSet, TrainingSetWriter
+from mlx_hiermem.learn.train.encoding import Encoder
 from mlx_hiermem.learn.train.jobs import Trainer
 from mlx_hiermem.learn.train.schedule import Group
 from mlx_hiermem.memory.design import memory_config, memory_layers
 from mlx_hiermem.progress import unheard
 
+STUDY = pathlib.Path(__file__).parents[1] / "apps" / "demo" / "vital" / "study.jsonl.gz"
 RESULTS = pathlib.Path(__file__).parent / "results" / "train_speed.json"
 LEAF = Path((0, 0))
 RANK = 8
+CHATS = 400  # questions of the study
 
 
 @dataclass
@@ -182,6 +189,56 @@ def compare(folder: pathlib.Path, options: argparse.Namespace, kind: str, work: 
     return found
 
 
+class Chats:
+    """This project's trainer on questions in chat; without `once` each text brings the template's beginning."""
+
+    def __init__(self, folder: pathlib.Path, work: pathlib.Path, examples: TrainingSet, once: bool) -> None:
+        model, _, _ = load_anchor(folder)
+        trainer = Trainer(
+            work,
+            model,
+            memory_config(model, "ffn", 4, (11, 11)),
+            examples,
+            TrainingSettings(generic=False, epochs=2),
+        )
+        self.trainer = trainer.job_trainer(trainer.jobs[0])
+        self.groups, self.shared = iter(self.trainer.steps()), batches.SHARED if once else 1 << 30
+        self.times, self.tokens = Times(), list[int]()
+
+    def steps(self, count: int) -> None:
+        own, batches.SHARED = batches.SHARED, self.shared
+        for groups in itertools.islice(self.groups, count):
+            self.times.of(lambda groups=groups: self.tokens.append(self.trainer.take(groups).tokens))
+        batches.SHARED = own
+
+    def result(self) -> dict[str, float]:
+        """Tokens a second and a CPU second over all steps but the first; both sides take the same steps."""
+        tokens = sum(self.tokens[1:])
+        wall, cpu = sum(self.times.wall[1:]), sum(self.times.cpu[1:])
+        return {"tokens_per_second": tokens / wall, "tokens_per_cpu_second": tokens / cpu}
+
+
+def compare_chats(folder: pathlib.Path, options: argparse.Namespace, work: pathlib.Path) -> dict[str, Any]:
+    """A beginning read once for a group, against once for each text."""
+    encoder = Encoder(load_anchor(folder)[1])
+    rows = map(json.loads, gzip.decompress(STUDY.read_bytes()).splitlines())
+    with TrainingSetWriter(work / "chats") as out:
+        for row in itertools.islice((row for row in rows if "question" in row), CHATS):
+            asked = encoder.prompt(row["question"], True)
+            tokens = np.array(asked + encoder.answer(row["question"], row["answer"], True, True), np.int32)
+            out.add(TrainingExample(tokens, np.arange(len(tokens)) >= len(asked)), [LEAF])
+    examples = TrainingSet.open(work / "chats")
+    sides = {name: Chats(folder, work / name, examples, name == "once") for name in ("once", "for each text")}
+    for _ in range(options.rounds):
+        for side in sides.values():
+            side.steps(2 * options.steps)
+    found: dict[str, Any] = {name: side.result() for name, side in sides.items()}
+    for speed in ("tokens_per_second", "tokens_per_cpu_second"):
+        found["once"][speed.replace("tokens", "ratio")] = found["once"][speed] / found["for each text"][speed]
+    print("chats", json.dumps(found), flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=pathlib.Path, help="anchor folder; default: the demo's")
@@ -200,6 +257,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         for kind in ("text", "answers"):
             result[kind] = compare(folder, options, kind, pathlib.Path(work))
+        result["chats"] = compare_chats(folder, options, pathlib.Path(work))
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(result | {"load_after": os.getloadavg()[0]}, indent=1) + "\n")
 
