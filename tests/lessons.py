@@ -20,7 +20,8 @@ from mlx_hiermem.anchor import load_anchor
 from mlx_hiermem.config import MemoryConfig, Path
 from mlx_hiermem.learn.settings import TrainingSettings
 from mlx_hiermem.learn.train.dataset import TrainingExample, TrainingSet, TrainingSetWriter
-from mlx_hiermem.learn.train.jobs import Trainer
+from mlx_hiermem.learn.train.jobs import JobTrainer, Trainer
+from mlx_hiermem.learn.train.step import Inputs
 from mlx_hiermem.memory.design import memory_config
 
 Bank = dict[Path, dict[str, np.ndarray]]
@@ -48,6 +49,11 @@ def make_set(folder: pathlib.Path, count: int = 40, seed: int = 0, teachers: boo
             teacher = np.concatenate([context, tokens]) if teachers and number % 3 else None
             out.add(TrainingExample(tokens, learn, number, teacher), leaves)
     return TrainingSet.open(folder)
+
+
+def group_inputs(job_trainer: JobTrainer, numbers: np.ndarray) -> Inputs:
+    """What the anchor takes for these examples, with the states that are kept."""
+    return job_trainer.states.inputs([job_trainer.examples.read(int(n)) for n in numbers], numbers)
 
 
 @contextlib.contextmanager
