@@ -32,6 +32,7 @@ from mlx_hiermem.tokenizer import FRAME
 
 SYNONYMS = 3  # tries besides the likeliest
 LINE = 18  # tokens of a wording
+ROUNDING = 1e-3  # nats by which a likelihood may differ because of what it is computed beside
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,7 @@ class PairJudge:
             prompts = [(as_asked(wording, value), fact.answer) for wording in wordings for value in values]
             found = self.teacher.finds(f"{patterns().example}{text}\n\n", prompts, [])
             for wording, right, wrong in zip(wordings, found[::2], found[1::2], strict=True):
-                yield fact, wording, right if right > wrong else -math.inf
+                yield fact, wording, right if right > wrong + ROUNDING else -math.inf
             self.tell(done / len(by_fact))
 
 
