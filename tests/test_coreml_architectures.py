@@ -36,6 +36,7 @@ from mlx_hiermem.errors import AnchorError
 
 TOKENS = np.random.default_rng(0).integers(0, 256, 45)  # two calls of prefill; longer than gemma's window of 6
 LAYERS, UNITS, CONTEXT = (0, 2), 5, 60
+ROUNDING = 1e-3  # of the largest logit: half a unit in the last place of float16, and what follows from it
 EXACT, HALF = 8e-3, 3e-2  # of the largest logit; sines and cosines are float16 in either case
 
 
@@ -159,7 +160,7 @@ def test_openlm(norm: str, position: str, tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 def test_memory_as_an_input(tmp_path: pathlib.Path) -> None:
-    """The same values by the other way in."""
+    """The same values by the other way in, to a rounding of float16: sums have another order there."""
     convert_huggingface(save_hf(hf_model("qwen3"), tmp_path / "source"), tmp_path / "anchor")
     runners = []
     for mode in ("state", "input"):
@@ -169,7 +170,7 @@ def test_memory_as_an_input(tmp_path: pathlib.Path) -> None:
     for tensors in (None, memory_of(64, 1), memory_of(64, 2), None):
         for runner in runners:
             runner.set_memory(tensors)
-        np.testing.assert_array_equal(*(runner.feed(TOKENS) for runner in runners))
+        close(runners[0].feed(TOKENS), runners[1].feed(TOKENS), ROUNDING)
 
 
 @pytest.mark.slow
