@@ -117,7 +117,7 @@ def test_a_shared_beginning_changes_nothing(
     numbers, blocks = examples.ids(LEAVES[0]), random_blocks(trainer.loss)
     inputs = group_inputs(job_trainer, numbers)
     assert len(inputs.batch.beginning) == 19
-    assert (inputs.beginning is not None) == kept
+    assert (inputs.begun is not None) == kept
     values, said, found = trainer.loss.gradients(blocks, inputs, 0.1)
     plain = Inputs(collate([examples.read(int(n)) for n in numbers], share=False))
     assert plain.batch.packed

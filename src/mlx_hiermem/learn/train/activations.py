@@ -18,8 +18,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_hiermem.config import GENERIC_NODE
-from mlx_hiermem.learn.train.batches import Batch, collate
-from mlx_hiermem.learn.train.dataset import TrainingExample, TrainingSet
+from mlx_hiermem.learn.train.batches import Batch, collate, common_tokens
+from mlx_hiermem.learn.train.dataset import SHARED, TrainingExample, TrainingSet
 from mlx_hiermem.learn.train.schedule import Job
 from mlx_hiermem.learn.train.step import Inputs, MemoryLoss
 from mlx_hiermem.partial import PartialAnchor, prefill, repeat_cache
@@ -27,7 +27,7 @@ from mlx_hiermem.progress import Progress, unheard
 
 BATCH_TOKENS = 1024
 WORTH_KEEPING = 1.5  # uses of an example's states from which on they are kept
-BATCH_PROMPTS, ALIKE = 32, 16  # of one window; tokens by which it is told that prompts have a beginning in common
+BATCH_PROMPTS = 32  # of one window
 
 
 class HiddenStates:
@@ -161,7 +161,7 @@ class TeacherStates(HiddenStates):
         alike = defaultdict[bytes, list[int]](list)
         for at, example in enumerate(examples):
             assert example.teacher is not None
-            alike[example.teacher[:ALIKE].tobytes()].append(at)
+            alike[example.teacher[:SHARED].tobytes()].append(at)
         found = dict[int, mx.array]()
         for rows in alike.values():
             found |= dict(zip(rows, self._together([examples[at] for at in rows]), strict=True))
@@ -174,7 +174,7 @@ class TeacherStates(HiddenStates):
             np.flatnonzero(example.learn) + len(teacher) - len(example.tokens)
             for example, teacher in zip(examples, teachers, strict=True)
         ]
-        shared = _shared(teachers, min(int(positions[0]) for positions in wanted)) if len(teachers) > 1 else 0
+        shared = common_tokens(teachers, min(int(positions[0]) for positions in wanted)) if len(teachers) > 1 else 0
         cache = prefill(self.anchor.model, teachers[0][:shared].tolist()) if shared else None
         shared = shared if cache else 0
         tokens, _ = _in_rows([teacher[shared:] for teacher in teachers])
@@ -217,9 +217,9 @@ class JobStates:
     def inputs(self, examples: Sequence[TrainingExample], numbers: np.ndarray) -> Inputs:
         """A group's batch, with the states that are kept for it; `numbers` [n] are the examples'."""
         batch = collate(examples)
-        states, beginning = self._states(batch, numbers) or (None, None)
+        states, begun = self._states(batch, numbers) or (None, None)
         if not self.distil or all(example.teacher is None for example in examples):
-            return Inputs(batch, states, beginning)
+            return Inputs(batch, states, begun)
         assert self._teachers
         parts = self._teachers.of(numbers, examples)
         taught = [
@@ -227,7 +227,7 @@ class JobStates:
         ]
         spare = len(batch.positions) - sum(map(len, parts))
         teacher = mx.pad(mx.concatenate(parts), [(0, spare), (0, 0)])  # [M, d]
-        return Inputs(batch, states, beginning, teacher, mx.array(np.concatenate([*taught, np.zeros(spare, bool)])))
+        return Inputs(batch, states, begun, teacher, mx.array(np.concatenate([*taught, np.zeros(spare, bool)])))
 
     def _states(self, batch: Batch, numbers: np.ndarray) -> tuple[mx.array, mx.array | None] | None:
         """What enters the first memory layer: the rows' [B, T, d], and the beginning's [1, P, d] if there is one.
@@ -248,13 +248,6 @@ class JobStates:
         """Deletes the states from the disk: only this job needed them."""
         for file in self.folder.glob("*.states"):
             file.unlink()
-
-
-def _shared(texts: Sequence[np.ndarray], most: int) -> int:
-    """With how many tokens all of these begin, at most."""
-    most = min(most, *map(len, texts))
-    differs = np.any([text[:most] != texts[0][:most] for text in texts], axis=0)
-    return int(differs.argmax()) if differs.any() else most
 
 
 def _in_rows(texts: list[np.ndarray]) -> tuple[mx.array, list[int]]:

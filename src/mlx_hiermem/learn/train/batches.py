@@ -144,9 +144,12 @@ def shared_beginning(examples: Sequence[TrainingExample]) -> int:
     if len(examples) < 2:
         return 0
     most = min(int(example.learn.argmax()) - 1 for example in examples)  # a row has what predicts the first one
-    if most < SHARED:
-        return 0
-    firsts = np.stack([example.tokens[:most] for example in examples])  # [n, most]
-    differs = (firsts != firsts[0]).any(0)
-    shared = int(differs.argmax()) if differs.any() else most
+    shared = common_tokens([example.tokens for example in examples], most)
     return shared if shared >= SHARED else 0
+
+
+def common_tokens(texts: Sequence[np.ndarray], most: int) -> int:
+    """With how many tokens all of these texts [n] begin, at most `most`."""
+    most = min(most, *map(len, texts))
+    differs = np.any([text[:most] != texts[0][:most] for text in texts], axis=0)
+    return int(differs.argmax()) if differs.any() else most

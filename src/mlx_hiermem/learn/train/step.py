@@ -33,7 +33,7 @@ class Inputs:
 
     batch: Batch
     states: mx.array | None = None  # [B, T, d]: what enters the first memory layer
-    beginning: mx.array | None = None  # [1, P, d]: the same of the batch's beginning
+    begun: mx.array | None = None  # [1, P, d]: the same of the batch's beginning
     teacher: mx.array | None = None  # [M, d]: what leaves the teacher's last layer where something is learnt
     taught: mx.array | None = None  # bool [M]: where there is a teacher; elsewhere the next token is learnt
 
@@ -41,7 +41,7 @@ class Inputs:
     def arrays(self) -> Tensors:
         """All of it by name, as compiled functions take it."""
         batch = self.batch
-        found = {"states": self.states, "begun": self.beginning, "teacher": self.teacher, "taught": self.taught}
+        found = {"states": self.states, "begun": self.begun, "teacher": self.teacher, "taught": self.taught}
         found |= {name: mx.array(getattr(batch, name)) for name in ("tokens", "positions", "targets", "weights")}
         if batch.packed:
             found["documents"] = mx.array(batch.documents)
