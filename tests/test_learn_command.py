@@ -48,7 +48,7 @@ def command(library: pathlib.Path, out: pathlib.Path, anchor: pathlib.Path) -> l
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_blas_thread() -> Iterator[None]:
-    """In every process: the last bits of a product depend on how many threads share it."""
+    """In every process that is started: the last bits of a product depend on how many threads share it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OPENBLAS_NUM_THREADS", "1")
         yield
@@ -244,29 +244,34 @@ def test_bad_questions_get_one_line(tmp_path: pathlib.Path, anchor: pathlib.Path
     one_line(result, "asked.jsonl: line 1 has no 'document'")
 
 
+def bounded(call: list[str], limit: int) -> subprocess.CompletedProcess[str]:
+    """Runs a command whose files cannot grow beyond so many bytes."""
+
+    def bound() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+    return subprocess.run(call, capture_output=True, text=True, timeout=300, preexec_fn=bound)
+
+
 @pytest.mark.real
 def test_a_full_disk_gets_one_line_and_loses_nothing(
     whole: pathlib.Path, library: pathlib.Path, anchor: pathlib.Path, tmp_path: pathlib.Path, run: Run
 ) -> None:
     """Files cannot grow beyond some size: first the anchor's, then those of later stages."""
     out = tmp_path / "model"
-    call = command(library, out, anchor)[1:]
+    call = command(library, out, anchor)
     (tmp_path / "empty").mkdir()
     for limit in (2_000, 100_000):
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-        try:
-            failed = run(*call)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert "cannot write" in failed.err.splitlines()[-1]
-        assert failed.code == 1
+        failed = bounded(call, limit)
+        assert "cannot write" in failed.stderr.splitlines()[-1]
+        assert failed.returncode == 1
         assert not out.exists()
         run("learn", tmp_path / "empty", out, "--anchor", anchor)  # which does no more than copy the anchor
     asked = tmp_path / "asked.jsonl"
     rows = ({"question": f"What does {name} make?", "document": name} for name in VILLAGES[:COUNT])
     asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = run(*call, "--json", "--questions", asked)
-    assert done.code == 0, done.err
-    assert json.loads(done.out)["given_agreement"] > 0.8
+    again = [*call, "--json", "--questions", str(asked)]
+    done = subprocess.run(again, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["given_agreement"] > 0.8
     assert digests(out) == digests(whole)
