@@ -122,7 +122,7 @@ def test_of_several_files_the_last_comes_first(tmp_path: pathlib.Path) -> None:
 
 def test_the_large_articles_differ_in_size_alone() -> None:
     usual, large = read_settings(VITAL / "learn.toml"), read_settings(VITAL / "learn.toml", VITAL / "large.toml")
-    assert large.memory.sizes == (192, 192) != usual.memory.sizes
+    assert large.memory.sizes == (64, 64) != usual.memory.sizes
     assert replace(large, memory=usual.memory) == usual
 
 
