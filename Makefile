@@ -88,7 +88,7 @@ vital: setup  ## learn the 480 articles of apps/demo/vital from their stored stu
 	$(LEARN_VITAL) build/vital
 	$(BIN)/hiermem bank quantize build/vital build/vital-4bit --bits 4
 
-vital-large: setup  ## the same with larger blocks, 400 MB: more is known
+vital-large: setup  ## the same with larger blocks, 480 MB
 	$(LEARN_VITAL) build/vital-large --config $(VITAL)/large.toml
 
 bench: .venv/bench.stamp  ## measure everything (hours; results in benchmarks/results/)

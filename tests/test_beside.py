@@ -8,6 +8,7 @@ import pathlib
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -121,16 +122,17 @@ def test_a_server_while_another_process_replaces_a_block_and_a_third_blocks_it(
             for writer in writers:
                 assert writer.stdout
                 assert writer.stdout.readline() == "ready\n"
+            said, end = set[tuple[str, ...]](), time.monotonic() + 60
             with ThreadPoolExecutor(2) as clients:
-                said = list(clients.map(lambda _: ask(server.port), range(REPLIES)))
+                while len(said) < 2 and time.monotonic() < end:  # a quick server may be ahead of the writers
+                    said.update(clients.map(lambda _: ask(server.port), range(REPLIES)))
             assert [writer.poll() for writer in writers] == [None, None]
         finally:
             for writer in writers:
                 writer.kill()
                 writer.communicate()
-    assert set(said) <= known
-    assert len(set(said)) > 1, "nothing was changed meanwhile"
-    edit.unblock(folder / "bank", [Path((0, 1))])
+    assert said <= known
+    assert len(said) > 1, "nothing was changed meanwhile"
     assert list(check(MemoryBank.open(folder / "bank"))) == []
 
 

@@ -107,8 +107,7 @@ def test_the_search_leaves_the_dearest_alone(reference: Float32Anchor) -> None:
     assert said[2] == "comparing 29 matrices in int4, then at most 5 mixtures"
     assert 4 <= len(said) <= 8
     assert json.loads(json.dumps(plan.to_json()))["formats"]["int4"] >= 10
-    # what was tried is undone
-    assert reference.with_weights([]) == Distance.between(reference.logits, reference.logits)
+    assert reference.with_weights([]).kl < 1e-9  # what was tried is undone; sums may be rounded in another order
 
 
 def test_bounds(reference: Float32Anchor) -> None:

@@ -27,6 +27,8 @@ def mcp(
 
     Example: `hiermem mcp my-model`
     """
+    from mlx_hiermem.apps.server.left_behind import has_served
+
     check_installed("mcp")
     name, cache_bytes = models.chosen(first_word, model), parse_size(cache, "--cache")
     with contextlib.ExitStack() as stack:
@@ -52,3 +54,4 @@ def mcp(
             serve_http(server, listening, api_key, max_request_bytes=1_000_000)
         else:
             server.run("stdio")
+    has_served()

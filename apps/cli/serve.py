@@ -67,6 +67,7 @@ def serve(
     How tokens are drawn, and how many, is for requests that do not say it themselves.
     """
     from mlx_hiermem.apps.server.address import address, bind
+    from mlx_hiermem.apps.server.left_behind import has_served
 
     check_installed()
     defaults = sampling.changed(locals()) | ({"max_tokens": max_tokens} if max_tokens else {})
@@ -97,6 +98,7 @@ def serve(
             watch,
         )
         listen.serve(engine, settings, listening, lambda: announce(", ".join(engine.models), address(listening)))
+    has_served()
 
 
 def check_installed(*more: str) -> None:
