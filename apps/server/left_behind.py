@@ -1,7 +1,7 @@
 """How a process ends in which an engine has run: at once, without taking the interpreter apart.
 
 A thread may still be inside MLX then: the engine's, if it was stopped in the middle of a step, or one of MLX's own.
-Python unwinds such a thread by force when the interpreter ends, and C++ aborts over that (SIGABRT; one in twenty
+Python unwinds such a thread by force when the interpreter ends, and C++ aborts over that (SIGABRT; some
 servers on a slow disk ended so when they were stopped).
 """
 
