@@ -6,9 +6,9 @@
 
 Start it once for each core: a setting that another process is at is passed over. A stopped run goes on, and the
 last one prints the table when it is started again. What is learnt are lines of the stored study in apps/demo/vital,
-by `mlx_hiermem.learn`. What is asked, in chat, are the exam's questions about the same passages, which are among
-those that settings may be chosen by, and a learnt question of each. Settings that differ only in how they are asked
-are learnt once. Writes results/learn_settings.json.
+by `mlx_hiermem.learn`. What is asked, in chat, are the exam's questions about the same passages and a learnt
+question of each. They are among those that settings may be chosen by, except in the plan `whole`. Settings that
+differ only in how they are asked are learnt once. Writes results/learn_settings.json.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import common
 import mlx.core as mx
 from harm import without_reach
 from knowledge import Exam, Kept, Row
-from material import Material, Setting, distractors
+from material import REPORT, Material, Setting, distractors
 
 from mlx_hiermem import load
 from mlx_hiermem.cache import BlockCache, Fetch
@@ -52,6 +52,7 @@ PARTS["lora-ffn"] = ("gate.b", "up.b", "down.b")  # what a kind's output is prop
 
 BASE = Setting()
 SHORT = replace(BASE, study=3.0)  # where steps take twice as long
+DEMO = Setting(480, 0, 100.0, 2, "ffn", (11, 11), "uniform", branching=8, epochs=2, rows=REPORT)  # `make vital`
 PLANS: dict[str, dict[str, Setting]] = {
     # 2: five kinds at equal size: 1 728 weights a layer and unit of ffn, 1 920 of lora-qk and -vo, 6 336, 1 152
     "kinds": {
@@ -82,16 +83,19 @@ PLANS: dict[str, dict[str, Setting]] = {
     },
     # 9, in part: the fetched size under one anchor
     "sizes": {f"{n} and {n}": replace(BASE, sizes=(n, n)) for n in (8, 32, 128)},
-    # 10: study at about the same number of learnt tokens; passages at the same number a leaf. The 480 passages of
-    # `make vital` belong to the second row too
+    # 10: study at about the same number of learnt tokens
     "study": {
         "2": replace(BASE, study=2.0, epochs=10),
         "5": BASE,
         "two writers": replace(BASE, study=100.0, writers=2, epochs=2),
     },
-    "bank": {
-        "27 passages": replace(BASE, passages=27, branching=2),
-        "60 passages": BASE,
+    # 3c, 3d, 10a: the demo's bank with fewer passages, seven a leaf, or with less study. They are asked the
+    # questions of the report, and compared with the bank of `make vital`
+    "whole": {
+        "60 passages": replace(DEMO, passages=60, first=420, branching=3),
+        "240 passages": replace(DEMO, passages=240, first=240, branching=6),
+        "2 characters": replace(DEMO, study=2.0),
+        "5 characters": replace(DEMO, study=5.0),
     },
     # 11: what each does to harm and to misrouted questions
     "harm": {
@@ -205,9 +209,9 @@ class Runner:
 
     def _corpus(self, setting: Setting) -> pathlib.Path:
         """The file of the passages. It is written once: learning knows it again by its time."""
-        file = self.work / f"vital{setting.passages}.jsonl"
+        file = self.work / f"vital{setting.first}-{setting.first + setting.passages}.jsonl"
         part = file.with_suffix(f".{os.getpid()}")
-        rows = self.material.passages[: setting.passages]
+        rows = self.material.of(setting)
         part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         with contextlib.suppress(FileExistsError):
             os.link(part, file)

@@ -22,7 +22,7 @@ from knowledge import Row, read_exam
 
 from mlx_hiermem.model import MemoryModel
 
-DEVELOPMENT = 240  # rows of the exam that settings may be chosen by
+DEVELOPMENT, REPORT = (0, 240), (240, 960)  # rows of the exam: to choose settings by, and to report
 REPLY = 96  # tokens of the anchor's own reply to a distractor; one that does not end in them is not learnt
 MARKS = {" @-@ ": "-", " @,@ ": ",", " @.@ ": ".", " ,": ",", " .": ".", " 's": "'s"}  # of WikiText's tokens
 
@@ -32,6 +32,7 @@ class Setting:
     """One way to learn, and to ask."""
 
     passages: int = 60
+    first: int = 0  # of the passages
     study: float = 5.0  # characters of study for each of a passage, at most
     writers: int = 1  # of the study: 2 add what was written a second time, which asks and tells otherwise
     kind: str = "ffn"
@@ -44,6 +45,7 @@ class Setting:
     distractors: int = 0  # foreign questions for each passage, learnt as the anchor answers them
     seed: int = 0
     amplitude: float = field(default=1.0, metadata={"asked": True})  # of a block, when it is asked
+    rows: tuple[int, int] = field(default=DEVELOPMENT, metadata={"asked": True})  # of the exam
 
     @property
     def name(self) -> str:
@@ -66,16 +68,20 @@ class Material:
     def read(cls, folder: pathlib.Path, data: pathlib.Path | None = None) -> Material:
         study, second = read_study(folder / "study.jsonl.gz"), read_study(folder / "study2.jsonl.gz")
         passages = [json.loads(line) for line in (folder / "documents.jsonl").read_text("utf-8").splitlines()]
-        exam = read_exam(folder / "exam.jsonl.gz", f"0-{DEVELOPMENT}")
+        exam = read_exam(folder / "exam.jsonl.gz", f"0-{REPORT[1]}")
         return cls(passages, study, exam, second, data)
 
     def titles(self, setting: Setting) -> list[str]:
-        return [row["title"] for row in self.passages[: setting.passages]]
+        return [row["title"] for row in self.of(setting)]
+
+    def of(self, setting: Setting) -> list[Row]:
+        """The passages that are learnt."""
+        return self.passages[setting.first : setting.first + setting.passages]
 
     def asked(self, setting: Setting) -> list[Row]:
         """The exam's questions about the passages."""
-        titles = set(self.titles(setting))
-        return [row for row in self.exam if row["doc"] in titles]
+        titles, (start, end) = set(self.titles(setting)), setting.rows
+        return [row for row in self.exam[start:end] if row["doc"] in titles]
 
     def learnt(self, setting: Setting) -> list[Row]:
         """A question of each passage as it was learnt, in the exam's form."""

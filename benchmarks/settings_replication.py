@@ -1,8 +1,8 @@
 """Which findings of the paper (arXiv:2510.02375) hold for settings of learning, by what `learn_settings.py` asked.
 
     python benchmarks/learn_settings.py kinds --anchor MODEL     # and the other plans, in any order
-    python benchmarks/knowledge.py MODEL EXAM --rows 0-240 --memory fetched                      # for the row 3c
-    python benchmarks/settings_replication.py --whole MODEL.exam.jsonl                           # of kept replies
+    python benchmarks/knowledge.py MODEL EXAM --rows 240-960 --memory fetched         # for the rows 3c, 3d and 10a
+    python benchmarks/settings_replication.py --whole MODEL.exam.jsonl                # of kept replies
 
 Settings are compared on the questions that all of them were asked; otherwise as in `replication.py`. A plan of
 which a setting is missing gives no row. Writes results/settings_replication.json, and prints the rows of
@@ -68,14 +68,18 @@ class Trend:
     amounts: Mapping[str, float]
 
 
-WHOLE = "480 passages"  # the bank of `make vital`, which learns 6.8 characters of study for each, not 5
-PASSAGES = {"27 passages": 27, "60 passages": 60, WHOLE: 480}
+# The last of each is the bank of `make vital`.
+PASSAGES = {"60 passages": 60, "240 passages": 240, "480 passages": 480}
+LARGER = {name: count for name, count in PASSAGES.items() if count > 60}
+CHARACTERS = {"2 characters": 2, "5 characters": 5, "11.6 characters": 11.6}
 UNITS = {f"{n} and {n}": n for n in (8, 32, 128)}
 STUDY = {"2": 2, "5": 5, "two writers": 11.6}
 TRENDS = [
-    Trend("3c", "bank", "a larger bank answers as well as a small one", "larger wins (Fig. 3d)", PASSAGES),
+    Trend("3c", "whole", "a larger bank answers as well as a small one", "larger wins (Fig. 3d)", PASSAGES),
+    Trend("3d", "whole", "the same, asked more questions", "larger wins (Fig. 3d)", LARGER),
     Trend("9", "sizes", "the larger the fetched memory, the more is right", "in part, Fig. 4b", UNITS),
     Trend("10", "study", "accuracy grows with the logarithm of study", "ours", STUDY),
+    Trend("10a", "whole", "the same, each line learnt twice", "ours", CHARACTERS),
 ]
 
 
@@ -197,7 +201,7 @@ def main() -> None:
     parser = common.options(__doc__, runs=1)
     parser.add_argument("--data", type=pathlib.Path, help="for the rows 11: a folder with evals/, qa/, corpus/")
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("build/learn_settings"))
-    parser.add_argument("--whole", type=pathlib.Path, help="for the row 3c: MODEL.exam.jsonl of the demo's bank")
+    parser.add_argument("--whole", type=pathlib.Path, help="for 3c, 3d, 10a: MODEL.exam.jsonl of the demo's bank")
     asked, before = common.parsed(parser), os.getloadavg()[0]
     found = list(findings(asked.work, Material.read(VITAL, asked.data), asked.whole))
     plain = argparse.Namespace(runs=asked.runs, quick=asked.quick)

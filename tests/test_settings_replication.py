@@ -23,22 +23,22 @@ Right = Mapping[str, list[int]]  # setting -> whether each question was answered
 
 @pytest.fixture
 def lessons() -> Material:
-    """120 passages with a question each, of which the first 80 are asked, and no other data."""
-    titles = [f"d{number}" for number in range(120)]
-    exam = [{"id": f"x{n}", "doc": title, "question": "?", "answer": "a"} for n, title in enumerate(titles[:COUNT])]
+    """480 passages with two questions each, and no other data."""
+    titles = [f"d{number}" for number in range(480)]
+    exam = [{"id": f"x{n}", "doc": titles[n // 2], "question": "?", "answer": "a"} for n in range(960)]
     study = {title: [{"question": "?", "answer": "a"}] for title in titles}
     return Material([{"title": title, "text": "a" * 60} for title in titles], study, exam)
 
 
-def keep(work: pathlib.Path, plan: str, memory: str, ids: str, right: Right) -> None:
-    """Writes replies as `learn_settings.py` keeps them."""
+def keep(work: pathlib.Path, plan: str, memory: str, ids: str, right: Right, first: int = 0) -> None:
+    """Writes replies as `learn_settings.py` keeps them, to the questions from `first` on."""
     for name, own in right.items():
-        write(learn_settings.kept_of(work, learn_settings.PLANS[plan][name]), memory, ids, own)
+        write(learn_settings.kept_of(work, learn_settings.PLANS[plan][name]), memory, ids, own, first)
 
 
-def write(file: pathlib.Path, memory: str, ids: str, right: list[int]) -> None:
+def write(file: pathlib.Path, memory: str, ids: str, right: list[int], first: int = 0) -> None:
     with file.open("a", encoding="utf-8") as out:
-        for n, one in enumerate(right):
+        for n, one in enumerate(right, first):
             out.write(json.dumps({"id": f"{ids}{n}", "memory": memory, "lenient": bool(one)}) + "\n")
 
 
@@ -70,14 +70,19 @@ def test_growth_is_told_for_each_doubling(lessons: Material, tmp_path: pathlib.P
 
 def test_a_bank_is_compared_on_the_questions_of_the_smallest(lessons: Material, tmp_path: pathlib.Path) -> None:
     small, middle, large = settings_replication.PASSAGES
-    keep(tmp_path, "bank", "fetched", "x", {small: [0, *ALWAYS[1:27]], middle: ALWAYS[:27] + NEVER[27:]})
+    always, never = [1] * 720, [0] * 720
+    keep(tmp_path, "whole", "fetched", "x", {small: always[:120]}, first=840)
+    keep(tmp_path, "whole", "fetched", "x", {middle: never[:360] + always[:120]}, first=480)
     assert verdicts(tmp_path, lessons) == {}
     whole = tmp_path / "model.exam.jsonl"
-    write(whole, "fetched", "x", [1, 0, *ALWAYS[2:27], *NEVER[27:]])
-    (found,) = settings_replication.findings(tmp_path, lessons, whole)
+    write(whole, "fetched", "x", always[:715] + never[:5], first=240)
+    found, more = settings_replication.findings(tmp_path, lessons, whole)
+    assert (found.number, more.number) == ("3c", "3d")
     assert set(found.figures["shares"]) == {small, middle, large}
-    assert {one["of"] for one in found.figures["shares"].values()} == {27}
-    assert found.verdict == "unclear"
+    assert set(more.figures["shares"]) == {middle, large}
+    assert {one["of"] for one in found.figures["shares"].values()} == {120}
+    assert {one["of"] for one in more.figures["shares"].values()} == {480}
+    assert (found.verdict, more.verdict) == ("unclear", "yes")
 
 
 def test_harm_is_counted_over_blocked_and_foreign_questions(
@@ -91,4 +96,4 @@ def test_harm_is_counted_over_blocked_and_foreign_questions(
     told = Material(lessons.passages, lessons.study, lessons.exam, data=tmp_path)
     (found,) = settings_replication.findings(tmp_path, told)
     assert (found.number, found.verdict) == ("11c", "yes")
-    assert found.figures["harm"]["n"] == 60 + COUNT  # 60 passages
+    assert found.figures["harm"]["n"] == 2 * COUNT
