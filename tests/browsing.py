@@ -142,3 +142,18 @@ def lit(page: Page) -> list[str | None]:
 
 def caption(page: Page) -> str:
     return page.locator("footer").last.inner_text()
+
+
+def choose(page: Page, path: str, item: str) -> None:
+    """Clicks a block, and an item of its menu."""
+    page.locator(f".block[data-path='{path}']").click(position={"x": 8, "y": 8})
+    page.get_by_role("menuitem", name=item).click()
+
+
+def state(page: Page, path: str) -> str:
+    """The class of a block that its state has given to it."""
+    return (page.locator(f".block[data-path='{path}']").get_attribute("class") or "").split()[1]
+
+
+def drawn(page: Page) -> list[str]:
+    return [block.get_attribute("data-path") or "" for block in page.locator(".blocks .block").all()]

@@ -141,7 +141,7 @@ class Tags(HTMLParser):
 
 
 def test_the_page_needs_nothing_else(picture: Picture) -> None:
-    """What it looks like in a browser is in page/test_page.py."""
+    """What it looks like in a browser is in page/test_page_picture.py."""
     text = page(picture)
     tags = Tags(text).found
     assert not {tag for tag, _ in tags} & {"link", "img", "iframe", "object", "embed"}

@@ -2,7 +2,7 @@
 //
 // Siblings share their parent's width in proportion to the bytes of their subtrees, and a block is as tall as its own
 // bytes then ask for: areas are bytes, and every branch reaches the lower edge. apps/picture/icicle.py does the same
-// for the PNG; tests/page/test_page.py compares the two.
+// for the PNG; tests/page/test_page_picture.py compares the two.
 
 const THIN = 6; // px: children that are narrower, on average, are not drawn one by one
 
