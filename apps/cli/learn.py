@@ -28,13 +28,14 @@ GO_ON = "What was learnt is kept: the same command goes on from there."
 FILES, SELDOM = "All settings, in a file", "Seldom needed; in the file too"
 DOCUMENTS = typer.Argument(
     metavar="DOCS... OUT",
-    help="DOCS: folders, files (.txt .md .html .pdf .jsonl) hf://owner/name. OUT: the model's folder to make.",
+    help="DOCS: folders, files (.txt .md .html .pdf .docx .pptx .epub .csv .jsonl), hf://owner/name. "
+    "OUT: the model's folder to make.",
 )
 ANCHOR = typer.Option("--anchor", "-a", help="Model folder or hub id, or what convert takes.")
 FIELD = typer.Option(help="Field of a .jsonl line that holds the text. Default: text.", rich_help_panel=SELDOM)
 ANY_LANGUAGE = typer.Option("--any-language", help="Learn what is not in English, too.", rich_help_panel=SELDOM)
 KIND = typer.Option(help="Kind of memory: ffn, lora-qk, lora-vo, lora-ffn or kv. Default: ffn.")
-EPOCHS = typer.Option(min=0, help="How often each text is learnt. Default: by the number of documents.")
+EPOCHS = typer.Option(min=0, help="How often each text is learnt. Default: 4 to 16, fewer for more text.")
 SELF_STUDY = typer.Option(
     "--self-study/--no-self-study",
     help="Have questions and answers written about the documents, and learn them too. Default: yes.",

@@ -54,8 +54,8 @@ def serve(
     log_requests: bool = typer.Option(
         False, "--log-requests", help="Print a line for each request; what was asked is never in it."
     ),
-    watch: list[pathlib.Path] = typer.Option(
-        [], metavar="OUT", help="Show on the page how far `hiermem learn DOCS OUT` is. Can be given again."
+    watch: list[pathlib.Path] | None = typer.Option(
+        None, metavar="OUT", help="Show on the page how far `hiermem learn DOCS OUT` is. May be repeated."
     ),
 ) -> None:
     """Serve a model to OpenAI's clients, and a page to chat and see its memory.
@@ -95,7 +95,7 @@ def serve(
             cache_bytes,
             defaults,
             log_requests,
-            watch,
+            watch or (),
         )
         listen.serve(engine, settings, listening, lambda: announce(", ".join(engine.models), address(listening)))
     has_served()
