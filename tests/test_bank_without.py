@@ -130,3 +130,18 @@ def test_it_travels_over_the_hub(hub: HubServer, original: pathlib.Path, tmp_pat
     push(tmp_path / "out", "me/part", with_sources=False)
     pull("me/part", tmp_path / "pulled")
     assert Receipt.read(tmp_path / "pulled/bank") == Receipt.read(tmp_path / "out/bank")
+
+
+def test_a_document_that_a_leaf_higher_up_has_learnt_keeps_its_name(
+    original: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Topic 2 has no finer ones, as in a small corpus: it is a leaf."""
+    model = shutil.copytree(original, tmp_path / "model")
+    manifest = MemoryBank.open(model / "bank").manifest
+    rows = {path: row for path, row in manifest.blocks.items() if path[0] != 2 or len(path) == 1}
+    rows[Path((2,))] = replace(rows[Path((2,))], sources=("secret.txt",))
+    replace(manifest, blocks=rows).write(model / "bank" / MANIFEST)
+    command("export", model, tmp_path / "out", "--without", "1.2")
+    left = MemoryBank.open(tmp_path / "out" / "bank").manifest.blocks
+    assert left[Path((2,))].sources == ("secret.txt",)
+    assert left[Path((1,))].sources == ("gold.txt", "secret.txt")

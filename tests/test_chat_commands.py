@@ -246,5 +246,9 @@ def test_save_and_load(
         slash.run(session, f"/save {letter}")
     with pytest.raises(HierMemError, match="is not a saved conversation"):
         slash.run(session, f"/load {letter}")
+    for name in ("~nobody-has-this-name.json", 300 * "x"):
+        for line in (f"/save {name}", f"/load {name}"):
+            with pytest.raises(HierMemError, match=r"cannot use .* Take another name\."):
+                slash.run(session, line)
     assert letter.read_text() == "Dear all"
     assert {child.name for child in tmp_path.iterdir()} == {file.name, letter.name}

@@ -16,6 +16,8 @@ from mlx_hiermem.apps.cli import models
 from mlx_hiermem.apps.cli.display import notes
 from mlx_hiermem.apps.cli.main import main
 from mlx_hiermem.apps.cli.shelf import Shelf
+from mlx_hiermem.bank import edit
+from mlx_hiermem.config import Path
 from mlx_hiermem.errors import AnchorError
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.session import Session
@@ -62,6 +64,23 @@ def test_the_last_conversation_is_resumed(
     assert run(capsys, *call, stdin="and more\n")[0] == 0
     (kept,) = Shelf(str(folder.resolve())).kept()
     assert [m["content"] for m in kept.data["messages"] if m["role"] == "user"] == ["hello", "and more"]
+
+
+def test_a_conversation_whose_memory_is_gone_is_resumed(
+    folder: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: pathlib.Path,
+) -> None:
+    monkeypatch.setenv("HIERMEM_CACHE", str(tmp_path))
+    own = shutil.copytree(folder, tmp_path / "own")
+    session = Session(load(own), "0.1", max_tokens=4)
+    say(session, "hello")
+    Shelf(str(own.resolve())).keep(session)
+    edit.block(own / "bank", [Path((0, 1))])
+    code, out, err = run(capsys, "chat", own, "-n", "4", "--resume", stdin="and more\n")
+    assert (code, bool(out)) == (0, True)
+    assert "memory 0.1 is blocked or gone; now fetched" in err
 
 
 def test_what_cannot_be_is_said_before_the_first_question(

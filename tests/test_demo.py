@@ -15,8 +15,9 @@ from mlx_hiermem import load
 from mlx_hiermem.apps.cli import demo
 from mlx_hiermem.apps.cli.main import main
 from mlx_hiermem.apps.demo import exam, tour
-from mlx_hiermem.bank.bank import MemoryBank
+from mlx_hiermem.bank.bank import MANIFEST, MemoryBank
 from mlx_hiermem.config import Path
+from mlx_hiermem.files import file_digest
 from mlx_hiermem.source_search import Source, SourceSearch
 
 MOST_BYTES = 25_000_000  # of what is in the repository
@@ -130,6 +131,28 @@ def test_the_stored_result_is_of_the_exam() -> None:
             low, high = row[rule]["interval"]
             assert low <= row[rule]["share"] <= high
     assert stored["fetched"]["lenient"]["share"] > stored["generic"]["lenient"]["share"]
+
+
+def test_what_somebody_has_changed_is_put_aside(
+    folder: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the anchor is tiny, and the bundled bank is one that belongs to it."""
+    monkeypatch.setenv("HIERMEM_CACHE", str(tmp_path))
+    monkeypatch.setattr(tour.assets, "fetch", lambda name, say: tmp_path)
+    converted = lambda source, out, overwrite: shutil.copytree(folder / "anchor", out / "anchor")  # noqa: E731
+    monkeypatch.setattr("mlx_hiermem.convert.pipeline.convert", converted)
+    said: list[str] = []
+    made = tour.prepare(said.append, bank=folder / "bank")
+    manifest = made / "bank" / MANIFEST
+    manifest.write_text(manifest.read_text() + " ")
+    assert tour.prepare(said.append, bank=folder / "bank") == made
+    aside = made.with_name(f"{made.name}.changed-1")
+    assert said[-1] == f"you have changed the demo's model: yours is now {aside}"
+    assert (aside / "bank" / MANIFEST).read_text().endswith(" ")
+    manifest.write_text("{}")
+    (made / tour.INSTALLED).write_text(file_digest(manifest))  # of an earlier version, as it was put there
+    tour.prepare(said.append, bank=folder / "bank")
+    assert sorted(path.name for path in made.parent.iterdir()) == [made.name, aside.name]
 
 
 def test_the_bank_answers_what_the_anchor_cannot(

@@ -24,7 +24,7 @@ from mlx_hiermem.evaluate.examples import Example
 from mlx_hiermem.evaluate.results import MEMORIES, ResultFile, read_runs
 from mlx_hiermem.evaluate.routes import Placed, place
 from mlx_hiermem.evaluate.runner import Evaluation, Prepared
-from mlx_hiermem.evaluate.tasks import Task, read_tasks
+from mlx_hiermem.evaluate.tasks import Task, find_tasks, read_tasks
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.sampling import Sampling
 from mlx_hiermem.selection import Selection
@@ -229,6 +229,14 @@ def test_a_model_without_a_bank_has_no_memory(model: pathlib.Path, tasks: Tasks,
     plain.prepare(tasks["choice"], ("none",))
     with pytest.raises(BankError, match="no bank"):
         plain.prepare(tasks["choice"], ("fetched",))
+
+
+def test_a_task_of_which_nothing_is_left(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"prompt": 3}\n')
+    (task,) = find_tasks([str(file)], None)
+    with pytest.raises(TaskError, match=r"no row of .*questions\.jsonl is left"):
+        evaluation(model, tmp_path / "out").prepare(task, ("none",), skip_bad=True)
 
 
 def test_a_run_that_was_broken_off_goes_on(model: pathlib.Path, tasks: Tasks, tmp_path: pathlib.Path) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import os
 import pathlib
 import shutil
+import tempfile
 from typing import Any
 
 import pytest
@@ -147,6 +148,14 @@ def test_a_folder_takes_anothers_place(tmp_path: pathlib.Path) -> None:
     with pytest.raises(FileNotFoundError):
         replace_folder(tmp_path / "nowhere", out)
     assert ((out / "a").read_text(), names(tmp_path)) == ("2", ["model"])
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="no other disk is known")
+def test_a_folder_from_another_disk_is_copied(tmp_path: pathlib.Path) -> None:
+    out = folder(tmp_path / "model", "0")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        replace_folder(folder(pathlib.Path(other) / "new", "1"), out)
+    assert ((out / "a").read_text(), names(tmp_path)) == ("1", ["model"])
 
 
 def test_a_folder_that_was_put_aside_comes_back(tmp_path: pathlib.Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import signal
 import subprocess
@@ -11,7 +12,10 @@ import time
 
 import pytest
 
-from mlx_hiermem.learn.work import Ranks, help_make_parts, make_parts
+from mlx_hiermem.errors import OutputError
+from mlx_hiermem.learn import work
+from mlx_hiermem.learn.work import BEGUN, FAILED, READY, Ranks, help_make_parts, make_parts
+from mlx_hiermem.locks import try_lock
 
 COUNT = 12
 HOLD = "from mlx_hiermem.locks import try_lock; import pathlib, sys, time\n"
@@ -65,12 +69,17 @@ def test_help_that_is_not_wanted_any_more_ends(tmp_path: pathlib.Path) -> None:
     assert [part for _, part in parts.made] == [0, 1, 2, 3]
 
 
-def test_what_a_killed_process_had_taken_is_made_here(tmp_path: pathlib.Path) -> None:
-    parts = Parts(tmp_path)
-    lock = str(parts.name(2)) + ".lock"
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, lock], stdout=subprocess.PIPE, text=True)
+def hold(lock: pathlib.Path) -> subprocess.Popen[str]:
+    """Another process that has a lock."""
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(lock)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "True\n"
+    return holder
+
+
+def test_what_a_killed_process_had_taken_is_made_here(tmp_path: pathlib.Path) -> None:
+    parts = Parts(tmp_path)
+    holder = hold(tmp_path / "2.txt.lock")
     helped = Parts(tmp_path)
     help_make_parts(helped.name, lambda: range(COUNT), helped.make, lambda: True)
     assert 2 not in [part for _, part in helped.made]
@@ -105,3 +114,44 @@ def test_a_rank_helps_while_it_is_wanted(tmp_path: pathlib.Path) -> None:
     assert not helper.is_alive()
     assert seen == [True, True]
     assert len(parts.made) == COUNT
+
+
+def test_a_rank_does_not_wait_for_a_first_one_that_was_killed(tmp_path: pathlib.Path) -> None:
+    ranks, said = Ranks(tmp_path), list[str]()
+    holder = hold(ranks._lock)  # as the first rank does
+    ranks._file.write_text(BEGUN)
+
+    def follow() -> None:
+        with pytest.raises(OutputError, match=r"the first rank was killed .*start all ranks again") as error:
+            ranks.follow({})
+        said.append(str(error.value))
+
+    follower = threading.Thread(target=follow, daemon=True)
+    follower.start()
+    follower.join(2 * work.NAP)
+    assert follower.is_alive()
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    follower.join(10)
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("last", [READY, FAILED])
+def test_the_first_rank_says_everything_under_its_lock(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    ranks, seen, own = Ranks(tmp_path), list[tuple[str, bool]](), work.write_text
+    ranks.count = 2
+
+    def noted(file: pathlib.Path, text: str) -> None:
+        with try_lock(ranks._lock) as free:
+            seen.append((text, free))
+        own(file, text)
+
+    monkeypatch.setattr(work, "write_text", noted)
+    with contextlib.suppress(KeyError), ranks.leading():
+        if last == FAILED:
+            raise KeyError
+    assert seen == [(BEGUN, False), (last, False)]
+    with try_lock(ranks._lock) as free:
+        assert free

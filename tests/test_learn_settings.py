@@ -11,8 +11,9 @@ from elements import SETTINGS
 from typer.testing import CliRunner
 
 from mlx_hiermem.apps.cli.main import app
-from mlx_hiermem.errors import OutputError, SettingsError
+from mlx_hiermem.errors import HierMemError, OutputError, SettingsError
 from mlx_hiermem.learn.settings import (
+    AddSettings,
     CorpusSettings,
     LearnSettings,
     MemorySettings,
@@ -73,6 +74,20 @@ def test_a_file_may_say_little(tmp_path: pathlib.Path) -> None:
         ("[memory]\nplacement = 3", r"memory\.placement is 3. It must be a text or a list of numbers"),
         ('[training]\nobjective = "guess"', "objective 'guess' is not known"),
         ("[study]\namount = 0", "amount must be more than 0"),
+        ("[study]\ninvented = 0", "invented must be 1 or more, not 0"),
+        ("[study]\ntried = 0", "tried must be 1 or more"),
+        ("[study]\nfirst_tried = -1", "first_tried must be 0 or more"),
+        ("[study]\nright = 0", "right must be more than 0, and 1 at most"),
+        ("[study]\nright = 50", "right must be .* such as 0.5"),
+        ("[corpus]\ntokens = 0", "tokens must be 1 or more"),
+        ("[tree]\nbalance = 0.5", r"balance must be 1 or more, not 0\.5"),
+        ("[tree]\nbalance = nan", "balance must be 1 or more"),
+        ("[tree]\nbranching = -2", "branching must be 0 or more"),
+        ("[tree]\ndepth = -1", "depth must be 0 or more"),
+        ("[tree]\nleaves = 0", "leaves must be 1 or more"),
+        ("heldout = 5", r"heldout must be 0 or more, and less than 1, not 5\.0\. It is a share: 0\.05"),
+        ("heldout = 1", "heldout must be"),
+        ("heldout = -0.1", "heldout must be"),
         ('teacher = "a"\nteacher_url = "http://127.0.0.1/v1"', "a model or a server, not both"),
         ('teacher_url = "127.0.0.1:1234"', "'127.0.0.1:1234' is no address"),
         ("keep = ", "is not TOML"),
@@ -82,6 +97,11 @@ def test_what_is_wrong_is_named(text: str, says: str, tmp_path: pathlib.Path) ->
     (tmp_path / "learn.toml").write_text(text)
     with pytest.raises(SettingsError, match=f"learn.toml.*{says}"):
         read_settings(tmp_path / "learn.toml")
+
+
+def test_documents_are_added_to_a_leaf_at_least() -> None:
+    with pytest.raises(HierMemError, match="leaves must be 1 or more"):
+        AddSettings(leaves=0)
 
 
 def test_a_missing_file_is_named(tmp_path: pathlib.Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 
 import pytest
 from books import COUNT, VILLAGES, fact
@@ -14,7 +15,9 @@ from mlx_hiermem.learn.settings import StudySettings
 from mlx_hiermem.learn.study import pattern_study
 from mlx_hiermem.learn.study import stage as stage_module
 from mlx_hiermem.learn.study.facts import BLANK, OTHER, SUBJECT, Fact, facts, worth_asking
+from mlx_hiermem.learn.study.free_study import parse_reply
 from mlx_hiermem.learn.study.patterns import patterns
+from mlx_hiermem.learn.study.prompts import line_of, parse
 from mlx_hiermem.learn.study.stage import Teaching, study
 from mlx_hiermem.learn.study.teacher import Teacher
 from mlx_hiermem.learn.study.wordings import (
@@ -294,6 +297,47 @@ class TestStudy:
         rows = list(read_rows(corpus.work.path(STUDY)))
         asked = {row["question"].rsplit(" ", 2)[1:] == ["makes", "what?"] for row in rows if row.get("question")}
         assert asked == {True}  # what plain sentences ask by themselves
+
+
+class TestWritten:
+    """What a teacher that writes freely says."""
+
+    @pytest.mark.parametrize(
+        ("kind", "item"),
+        [
+            ("statements", {"beginning": "…", "rest": "…"}),
+            ("statements", {"beginning": "The symbol of gold is", "rest": "…"}),
+            ("statements", {"beginning": "The symbol of gold is", "rest": "... "}),
+            ("questions", {"question": "…", "answer": "Au"}),
+            ("texts", "…"),
+        ],
+    )
+    def test_the_dots_of_the_form_are_no_record(self, kind: str, item: object) -> None:
+        assert parse_reply(json.dumps({kind: [item]}), kind, "Gold") is None
+
+    def test_kept_parts_may_have_statements_without_a_rest(self) -> None:
+        whole = {"window": 0, "document": "Gold", "prompt": "The symbol of gold is", "completion": " Au."}
+        rows = [{"counts": {"records": 2}}, whole | {"prompt": "Gold is", "completion": " "}, whole]
+        counts = Counter[str]()
+        assert list(stage_module._said_once(rows, [window("The symbol of gold is Au.", "Gold")], counts)) == [whole]
+        assert counts["records"] == 1
+
+    @pytest.mark.parametrize(
+        ("kind", "item"),
+        [
+            ("questions", r'{"question": "Is it gold \ud83d?", "answer": "\ud83d\ude00"}'),
+            ("texts", r'"Gold \ud83d."'),
+        ],
+    )
+    def test_halves_of_characters_are_replaced(self, kind: str, item: str) -> None:
+        (found,) = parse_reply(f"[{item}]", kind, "Gold") or ()
+        assert "\N{REPLACEMENT CHARACTER}" in f"{found.prompt}{found.answer}"
+        assert found.answer == "\N{GRINNING FACE}" or not found.prompt
+        json.dumps(line_of(found), ensure_ascii=False).encode()
+
+    def test_halves_of_characters_in_prompts_too(self) -> None:
+        found = parse(r'{"document": "Gold \ud83d", "question": "Is it \ud83d?", "answer": "Au \ud83d"}')
+        assert (found.document, found.prompt, found.answer) == ("Gold \ufffd", "Is it \ufffd?", "Au \ufffd")
 
 
 def _must_not_run(*_: object) -> None:

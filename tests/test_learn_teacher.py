@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 import pathlib
+import signal
+import threading
 
 import mlx.core as mx
 import numpy as np
 import pytest
+import replay
 from mlx_lm.generate import generate
 from mlx_lm.models.cache import RotatingKVCache
 
 from mlx_hiermem.errors import AnchorError
 from mlx_hiermem.learn.study.patterns import patterns
-from mlx_hiermem.learn.study.teacher import CachedTeacher, Teacher, load_teacher
+from mlx_hiermem.learn.study.teacher import CachedTeacher, Replies, Teacher, load_teacher
 from mlx_hiermem.learn.study.wordings import named
+from mlx_hiermem.learn.study.writers import Request, ServerWriter
 
 
 def test_lines_are_what_the_model_writes_alone(smollm2_teacher: Teacher) -> None:
@@ -87,3 +91,26 @@ def test_replies_are_kept(tiny_teacher: Teacher, tmp_path: pathlib.Path) -> None
 def test_a_teacher_that_is_none(tmp_path: pathlib.Path) -> None:
     with pytest.raises(AnchorError, match="cannot load the teacher"):
         load_teacher(str(tmp_path))
+
+
+def test_ctrl_c_does_not_wait_for_the_teachers_server(
+    lines: pathlib.Path, tmp_path: pathlib.Path, request: pytest.FixtureRequest
+) -> None:
+    before, stopped, in_time = set(threading.enumerate()), threading.Event(), list[bool]()
+    own = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, own))
+
+    class Slow(replay.Handler):
+        def answer(self, asked: str) -> None:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            in_time.append(stopped.wait(10))
+            super().answer(asked)
+
+    with replay.replaying(replay.Study(lines), Slow) as url:
+        with pytest.raises(KeyboardInterrupt):
+            ServerWriter(url).write([Request("Hello", 5, 0.0, 0)], Replies(tmp_path / "replies"))
+        assert in_time == []  # the request is still under way
+        assert all(
+            thread.daemon for thread in set(threading.enumerate()) - before
+        )  # nor is it waited for at the end
+        stopped.set()

@@ -132,7 +132,9 @@ def test_a_bank_that_was_edited_is_routed_by_its_passages_again(bank: MemoryBank
     model = load(bank.root.parent)
     model._router = router(bank)
     BankPolicy(frozenset([NEAR])).write(bank.root / POLICY)
+    model.router.pieces = HashEmbedder().rare_pieces
     assert model.refresh()
+    assert model.router.pieces is not None  # a question's rare words count as before
     route = model.router.route("neon 0.7 argon")
     assert (route.path, route.avoided) == (NEXT, (NEAR,))
     assert route.passage is not None

@@ -108,6 +108,19 @@ def test_a_csv_of_texts_and_one_of_facts(tmp_path: pathlib.Path) -> None:
     ]
 
 
+def test_a_csv_whose_quotes_come_late(tmp_path: pathlib.Path) -> None:
+    plain = "".join(f"row {n},a plain text that says nothing at all of note\n" for n in range(400))
+    late = 'Anna,"She said ""hello, world"" and left, quickly."\n'
+    (tmp_path / "a.csv").write_text(f"name,text\n{plain}{late}")
+    assert texts(tmp_path)[-1] == 'She said "hello, world" and left, quickly.'
+
+
+def test_half_of_a_pair_in_a_pdf(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.pdf").write_bytes(pdf("Copper conducts heat."))
+    monkeypatch.setattr(pypdf.PageObject, "extract_text", lambda page: "half \ud835 a pair")
+    assert texts(tmp_path) == ["half \ufffd a pair"]
+
+
 OPEN = "http://schemas.openxmlformats.org"
 PACKAGE = f"{OPEN}/package/2006"
 OFFICE = "application/vnd.openxmlformats-officedocument.wordprocessingml.document.main+xml"

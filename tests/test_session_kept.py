@@ -13,10 +13,13 @@ from tiny import load_aimed
 
 from mlx_hiermem import load
 from mlx_hiermem.bank import edit
-from mlx_hiermem.config import Path
+from mlx_hiermem.config import ROOT, Path
 from mlx_hiermem.errors import BankError, HierMemError
 from mlx_hiermem.model import MemoryModel
+from mlx_hiermem.router import Topic
 from mlx_hiermem.session import Session
+
+MESSAGES = [{"role": "user", "content": "first"}, {"role": "assistant", "content": "yes"}]
 
 
 @pytest.fixture
@@ -90,6 +93,18 @@ def test_a_saved_conversation_goes_on_as_if_nothing_had_happened(model: MemoryMo
     assert other.selection.path == B
 
 
+def test_a_conversation_that_began_beyond_the_reach_is_taken_up(model: MemoryModel) -> None:
+    session = Session(model, max_tokens=3)
+    say(session, "hello")
+    session.topic = Topic(ROOT, 0.0, "hello")
+    data = session.to_json()
+    assert data["topic"] is None
+    for topic in (None, {"path": "", "decided": 0.0}):  # the second as earlier versions wrote it
+        other = Session(model, max_tokens=3)
+        other.restore(data | {"topic": topic})
+        assert (other.messages, other.topic) == (session.messages, None)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -100,7 +115,6 @@ def test_a_saved_conversation_goes_on_as_if_nothing_had_happened(model: MemoryMo
         {"messages": 3},
         {"messages": [{"role": "user"}]},
         {"memory": "lots"},
-        {"memory": "7.7"},
         {"topic": {"path": "x", "decided": 1}},
         {"topic": {"path": "0.1", "decided": "much"}},
     ],
@@ -121,6 +135,16 @@ def test_a_topic_that_the_bank_lacks_is_forgotten(model: MemoryModel) -> None:
     session = Session(model)
     session.restore(data)
     assert session.topic is None
+
+
+def test_a_pin_that_is_blocked_or_gone_is_forgotten(own: MemoryModel) -> None:
+    data = Session(own, memory="0.1", max_tokens=3).to_json()
+    assert own.bank
+    edit.block(own.bank.root, [Path((0, 1))])
+    for memory in ("0.1", "7.7"):
+        session = Session(own, max_tokens=3)
+        session.restore(data | {"memory": memory, "messages": MESSAGES})
+        assert (session.memory, session.messages) == (own.default_memory, MESSAGES)
 
 
 def test_changing_the_memory(model: MemoryModel, folder: pathlib.Path) -> None:

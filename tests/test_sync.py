@@ -23,6 +23,7 @@ from mlx_hiermem.apps.cli.main import app
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.check import check
 from mlx_hiermem.errors import BankError, CorpusError, HierMemError
+from mlx_hiermem.learn.corpus.readers import UNREADABLE, files_in
 from mlx_hiermem.learn.recall import Probe, recall
 from mlx_hiermem.learn.record import LearntFile, Scan, compared, read_record
 from mlx_hiermem.learn.relearn import Relearning
@@ -109,6 +110,17 @@ def documents(model: pathlib.Path) -> set[str]:
     sources = MemoryBank.open(model / "bank").sources
     assert sources is not None
     return {window.document for one in sources.all() for window in one.windows}
+
+
+def texts_of(model: pathlib.Path) -> list[str]:
+    """The windows that the bank keeps as its sources."""
+    sources = MemoryBank.open(model / "bank").sources
+    assert sources is not None
+    return [window.text for one in sources.all() for window in one.windows]
+
+
+def twins_of(model: pathlib.Path, file: pathlib.Path) -> list[str]:
+    return list(read_record(model)[str(file)].twins)
 
 
 def known(model: pathlib.Path, name: str) -> float:
@@ -284,16 +296,60 @@ def test_a_folder_that_is_emptied_on_purpose(model: pathlib.Path, docs: pathlib.
 
 
 def test_a_repetition_is_learnt_when_the_first_is_gone(tmp_path: pathlib.Path) -> None:
-    def row(name: str, windows: tuple[int, ...] = (), why: str = "") -> LearntFile:
-        return LearntFile(str(tmp_path / name), name, name, windows, why=why)
+    def row(name: str, windows: tuple[int, ...] = (), *twins: str) -> LearntFile:
+        return LearntFile(str(tmp_path / name), name, name, windows, twins=twins)
 
-    rows = [row("a", (1,)), row("b", why="the same as a"), row("c", why="97% the same as d"), row("d", (2,))]
+    # `e` has a text of its own, and a line of `a`
+    rows = [row("a", (1,)), row("b", (), "a"), row("c", (), "d"), row("d", (2,)), row("e", (3,), "d:1", "a:2")]
     learnt = {one.file: one for one in rows}
     now = {file: one.sha256 for file, one in learnt.items()}
     assert not compared(str(tmp_path), learnt, now)
     del now[rows[0].file]
     found = compared(str(tmp_path), learnt, now)
     assert (found.names(found.new), found.names(found.deleted), found.same) == (["b"], ["a"], 1)
+    assert found.names(found.changed) == ["e"]
+
+
+def test_a_section_stays_while_one_file_has_it(model: pathlib.Path, docs: pathlib.Path) -> None:
+    section = "## Hours\n\nThe mill is open on Mondays from nine to five, and its bakery sells bread until noon.\n"
+    for name, own in (("a", "Ashford has ten houses by a river."), ("b", "Birchley makes wool in the hills.")):
+        (docs / f"{name}.md").write_text(f"# Guide\n\n{own}\n\n{section}")
+    call("sync", model, docs, "--yes")
+    assert twins_of(model, docs / "b.md") == ["a.md"]
+    (docs / "a.md").unlink()
+    call("sync", model, docs, "--yes")
+    assert [text for text in texts_of(model) if "bakery" in text]
+    assert not [text for text in texts_of(model) if "ten houses" in text]
+
+
+def test_a_folder_that_cannot_be_read_is_not_gone(
+    model: pathlib.Path, docs: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (docs / "below").mkdir()
+    shutil.move(docs / "Ashford.txt", docs / "below")
+    shut, scandir = str(docs / "below"), os.scandir
+
+    def refuse(folder: Any) -> Any:
+        if str(folder) == shut:
+            raise PermissionError(13, "Permission denied", shut)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(CorpusError, match="below is a folder that cannot be read"):
+        call("sync", model, docs, "--yes")
+    assert ("below", UNREADABLE) in [(path.name, why) for path, why in files_in(docs)]
+    shut = str(docs)
+    with pytest.raises(CorpusError, match=r"cannot read the folder .*docs: Permission denied"):
+        call("sync", model, docs, "--yes")
+
+
+def test_what_another_command_left_is_not_gone_on_with(model: pathlib.Path, docs: pathlib.Path) -> None:
+    write(docs, NEW)
+    left = model.with_name("model.sync") / "training"
+    left.mkdir(parents=True)
+    (left / "training.json").write_text("{}")  # of a bank that has changed since
+    call("sync", model, docs, "--yes")
+    assert f"{NEW}.txt" in documents(model)
 
 
 def test_a_file_that_cannot_be_read_is_not_gone(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,7 @@ def chat(
     cache_bytes = parse_size(cache, "--cache")
     name = models.chosen(first_word, model)
     with keyboard.unechoed():
+        from mlx_hiermem.apps.cli.slash import take_up
         from mlx_hiermem.session import Session
 
         loaded = models.open_model(name, cache_bytes)
@@ -80,7 +81,7 @@ def chat(
         known = str(folder.resolve()) if folder.is_dir() else name  # from wherever it is named
         shelf = Shelf(known) if resume or sys.stdin.isatty() else None
         if resume and shelf:
-            shelf.take_up(session)
+            take_up(session, shelf)
         if memory:
             session.use(memory)
         if system:

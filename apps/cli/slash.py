@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-from mlx_hiermem.apps.cli.display import console, faint, size, written
+from mlx_hiermem.apps.cli.display import console, faint, notes, size, written
 from mlx_hiermem.apps.cli.why import route, sources, why
 from mlx_hiermem.errors import FileError, HierMemError, OutputError
 from mlx_hiermem.files import parse_json, read_json, read_text, write_json
@@ -80,8 +80,15 @@ def _chats(session: Session, argument: str, shelf: Shelf | None, plain: bool) ->
         return
     if not argument.isdecimal():
         raise HierMemError(f"'{argument}' is no number", "/chats lists the conversations.")
-    shelf.take_up(session, int(argument))
+    take_up(session, shelf, int(argument))
     show_last(session, plain)
+
+
+def take_up(session: Session, shelf: Shelf, number: int = 1) -> None:
+    """Goes on with an earlier conversation; says so where its memory is not to be had any more."""
+    before = shelf.take_up(session, number).data["memory"]
+    if before != session.memory:
+        notes.print(f"memory {before} is blocked or gone; now {session.memory}", style="yellow", markup=False)
 
 
 def show_last(session: Session, plain: bool) -> None:
@@ -193,7 +200,12 @@ def _load(session: Session, argument: str) -> None:
 def _file(argument: str, command: str) -> pathlib.Path:
     if not argument:
         raise HierMemError("no file is named", f"Write {command} FILE.")
-    return pathlib.Path(argument).expanduser()
+    try:
+        file = pathlib.Path(argument).expanduser()
+        file.exists()  # raises where the name is too long, or lies in a folder that is shut
+    except (OSError, RuntimeError, ValueError) as error:
+        raise HierMemError(f"cannot use {argument}: {error}", "Take another name.") from error
+    return file
 
 
 def _is_saved_chat(file: pathlib.Path) -> bool:

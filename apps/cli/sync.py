@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import pathlib
 import sys
 import time
@@ -178,8 +177,10 @@ class _Run:
             seen = self.changes
             if not _slept(every):
                 return
-            with contextlib.suppress(HierMemError):  # a folder that is away for a moment
+            try:
                 self._look()
+            except HierMemError:  # a folder that is away for a moment
+                seen = None
 
     def _take_up(self, settings: SyncSettings) -> None:
         if self.changes.all_gone:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -10,9 +11,10 @@ from mlx_hiermem import assets
 from mlx_hiermem.anchor import identify
 from mlx_hiermem.bank.bank import MANIFEST, MemoryBank
 from mlx_hiermem.errors import HierMemError
-from mlx_hiermem.files import replace_folder
+from mlx_hiermem.files import file_digest, replace_folder
 
 NAME = "smollm2-135m-vital"
+INSTALLED = "installed.sha256"  # in the model's folder: of the manifest as it was put there
 BANK = pathlib.Path(__file__).parent / "bank"
 WEIGHTS = "smollm2-135m-instruct-gguf"
 
@@ -50,5 +52,19 @@ def prepare(say: Callable[[str], None], name: str = NAME, bank: pathlib.Path = B
             "the bundled bank does not fit the converted anchor",
             "This is a bug, or the weights are not the ones the bank was made for; please report it.",
         )
+    (staging / INSTALLED).write_text(file_digest(bank / MANIFEST), encoding="utf-8")
+    if _is_changed(folder):
+        names = (folder.with_name(f"{name}.changed-{n}") for n in itertools.count(1))
+        aside = next(one for one in names if not one.exists())
+        folder.rename(aside)
+        say(f"you have changed the demo's model: yours is now {aside}")
     replace_folder(staging, folder)
     return folder
+
+
+def _is_changed(folder: pathlib.Path) -> bool:
+    """Whether somebody has edited its bank, or taught it something, since it was put there."""
+    try:
+        return file_digest(folder / "bank" / MANIFEST) != (folder / INSTALLED).read_text(encoding="utf-8")
+    except OSError:
+        return (folder / "learning").is_dir()

@@ -107,8 +107,13 @@ def new_folder(out: pathlib.Path, hint: str = "") -> Iterator[pathlib.Path]:
 def replace_folder(new: pathlib.Path, out: pathlib.Path) -> None:
     """Gives a complete folder the name `out`. An older `out` goes only once the new one is there.
 
-    A process that is killed between the two renames leaves `<out>.old`: see `restore_folder`.
+    A process that is killed between the two renames leaves `<out>.old`: see `restore_folder`. From another disk the
+    folder is copied.
     """
+    if new.stat().st_dev != out.parent.stat().st_dev:
+        beside = out.with_name(out.name + ".new")
+        shutil.rmtree(beside, ignore_errors=True)
+        new = pathlib.Path(shutil.copytree(new, beside))
     old = _old_name(out)
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():

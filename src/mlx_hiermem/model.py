@@ -99,7 +99,8 @@ class MemoryModel:
         if self._router is not None:
             if bank.manifest.embedder != self.bank.manifest.embedder:
                 raise BankError(f"the bank {bank.root} has another embedder now", "Load the model again.")
-            self._router = type(self._router)(bank.tree, self._router.embedder, bank.policy, bank.sources)
+            old = self._router
+            self._router = type(old)(bank.tree, old.embedder, bank.policy, bank.sources, old.pieces)
         cache = BlockCache(bank, self.cache.budget, stats=self.cache.stats)
         cache.take_over(self.cache)
         self.bank, self.cache = bank, cache

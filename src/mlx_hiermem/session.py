@@ -18,7 +18,7 @@ from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, make_prom
 
 from mlx_hiermem.bank.sources import SourceWindow
 from mlx_hiermem.config import Path
-from mlx_hiermem.errors import ArgumentError, ChatTemplateError, HierMemError
+from mlx_hiermem.errors import ArgumentError, BankError, ChatTemplateError, HierMemError
 from mlx_hiermem.files import MALFORMED
 from mlx_hiermem.memory_choice import MemoryChoice
 from mlx_hiermem.model import MemoryModel, Wanted
@@ -305,7 +305,8 @@ class Session:
 
     def to_json(self) -> dict[str, Any]:
         """What `restore` needs."""
-        topic = asdict(self.topic) | {"path": str(self.topic.path)} if self.topic else None
+        there = self.topic if self.topic and self.topic.path else None  # beyond the reach there is no path
+        topic = asdict(there) | {"path": str(there.path)} if there else None
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -318,7 +319,8 @@ class Session:
     def restore(self, data: Any) -> None:
         """Takes up a saved conversation. Raises HierMemError where it is not one, and changes nothing.
 
-        A topic that this model's bank does not have is forgotten: the next turn is routed alone.
+        A topic that this model's bank does not have is forgotten: the next turn is routed alone. So is a pinned
+        path that is blocked or gone: the memory is then the model's default.
         """
         try:
             if (data["format"], data["version"]) != (FORMAT, VERSION):
@@ -327,10 +329,13 @@ class Session:
             if [m["role"] for m in messages] != ["user", "assistant"] * (len(messages) // 2):
                 raise ValueError("the user and the assistant do not take turns")
             system, memory, saved = str(data["system"]), str(data["memory"]), data["topic"]
-            topic = _topic(saved) if saved else None
+            topic = _topic(saved) if saved and saved["path"] else None
         except MALFORMED as error:
             raise HierMemError(f"this is not a saved conversation: {error}") from error
-        self.use(memory)
+        try:
+            self.use(memory)
+        except BankError:
+            self.use(self.model.default_memory)
         self.reset()
         self.messages, self.system = messages, system
         bank = self.model.bank

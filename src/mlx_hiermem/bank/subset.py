@@ -72,9 +72,9 @@ def export(
 def _without(manifest: BankManifest, goes: Callable[[Path], bool]) -> BankManifest:
     """The manifest without the rows and labels of what goes, and without documents that nothing else has learnt."""
     gone = {name for path, row in manifest.blocks.items() if goes(path) for name in row.sources}
-    finest = max(map(len, manifest.blocks), default=0)
+    above = {up for path in manifest.blocks for up in path.prefixes()[:-1]}  # learn what a leaf below learns
     stays = [row for path, row in manifest.blocks.items() if not goes(path)]
-    gone -= {name for row in stays if len(row.path) == finest for name in row.sources}
+    gone -= {name for row in stays if row.path not in above for name in row.sources}
 
     def told(row: BlockEntry) -> BlockEntry:
         return replace(row, sources=tuple(name for name in row.sources if name not in gone))

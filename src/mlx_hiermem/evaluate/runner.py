@@ -116,6 +116,8 @@ class Evaluation:
             ]
             refuse(task.file, found, skip_bad, "Cut them with --truncate, or leave them out with --skip-bad.")
             prompts, bad = {n: prompt for n, prompt in prompts.items() if n not in long}, bad + found
+        if not prompts:
+            raise TaskError(f"no row of {task.file} is left to be asked", *bad[:1])
         return Prepared(task, file_digest(task.file), examples, prompts, bad, len(long) if truncate else 0)
 
     def run(self, prepared: Prepared, memory: str, progress: Progress | None = None) -> Run:

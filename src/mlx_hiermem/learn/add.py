@@ -9,6 +9,7 @@ the rest.
 from __future__ import annotations
 
 import pathlib
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -22,7 +23,7 @@ from mlx_hiermem.errors import BankError
 from mlx_hiermem.learn import stages
 from mlx_hiermem.learn.corpus.corpus import Corpus
 from mlx_hiermem.learn.publish import ANCHOR, BANK, MovedTexts, kept_texts
-from mlx_hiermem.learn.relearn import Lesson, NewTexts, Relearning
+from mlx_hiermem.learn.relearn import BEFORE, Lesson, NewTexts, Relearning
 from mlx_hiermem.learn.settings import AddSettings, ExampleSettings, PromptPair
 from mlx_hiermem.learn.stages import Listener, Silent, forget_status
 from mlx_hiermem.learn.train.dataset import TrainingSet
@@ -66,6 +67,7 @@ def add(
     with locked_work(work_folder(model)) as work:
         added = Adding(work, model, settings, listener).run(sources)
         forget_status(work.folder)
+        shutil.rmtree(work.path(BEFORE))  # what is added next is added to the bank as it is now
     if not settings.keep:
         remove_work(work.folder)
     return added
@@ -130,7 +132,8 @@ class Adding(Relearning):
         tokenizer = self.loaded[1]
         distil = self.settings.training.objective == "distillation"
         settings = ExampleSettings(0.0, distil, self.bank.sources is not None)
-        digest = make_examples(self.work, built, embedder, tokenizer, settings, self.progress("windows"))
+        anchor = self.bank.manifest.anchor.weights_digest
+        digest = make_examples(self.work, built, embedder, tokenizer, settings, self.progress("windows"), anchor)
         new = TrainingSet.open(self.work.path(EXAMPLES))
         nodes = describe_nodes(self.work, built, self.count, new)
         moves = MovedTexts(built.tree, new_leaf, embedder, tokenizer) if new_leaf else None

@@ -4,10 +4,11 @@
 `texts` digests of the windows; `homes` says how many documents and tokens are counted in which leaf:
 
     {"file": "/home/me/docs/gold.txt", "name": "gold.txt", "sha256": "…", "windows": [12, 13], "texts": ["…", "…"],
-     "homes": {"0.1": [1, 310]}, "why": ""}
+     "homes": {"0.1": [1, 310]}, "why": "", "twins": []}
 
-A file of which nothing could be learnt is there too, with the reason, so that it is not new for ever. Data sets of
-the hub are not files, and are not there.
+A file of which nothing could be learnt is there too, with the reason, so that it is not new for ever. `twins` are
+the documents of which it repeats one: those texts are learnt as theirs. Data sets of the hub are not files, and are
+not there.
 
 The sources are windows: each in the leaves that have learnt it, with its vector.
 """
@@ -28,7 +29,7 @@ from mlx_hiermem.bank.commit import LEARNING
 from mlx_hiermem.bank.manifest import order
 from mlx_hiermem.bank.sources import BankSources, LeafSources, SourceWindow
 from mlx_hiermem.config import Path
-from mlx_hiermem.errors import BankError
+from mlx_hiermem.errors import BankError, CorpusError
 from mlx_hiermem.files import MALFORMED, file_digest, read_json_lines
 from mlx_hiermem.learn.corpus import readers
 from mlx_hiermem.learn.corpus.windows import Window
@@ -53,12 +54,14 @@ class LearntFile:
     texts: tuple[str, ...] = ()
     homes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     why: str = ""  # nothing was learnt of it
+    twins: tuple[str, ...] = ()  # sources whose text it has too
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> LearntFile:
         homes = {leaf: (int(documents), int(tokens)) for leaf, (documents, tokens) in row["homes"].items()}
         parts = {name: tuple(row[name]) for name in ("windows", "texts")}
-        return cls(row["file"], row["name"], row["sha256"], **parts, homes=homes, why=row["why"])
+        twins = tuple(row.get("twins", ()))
+        return cls(row["file"], row["name"], row["sha256"], **parts, homes=homes, why=row["why"], twins=twins)
 
     def and_again(self, later: LearntFile) -> LearntFile:
         """What the bank has of a file that it learnt twice."""
@@ -96,11 +99,17 @@ def files_read(work: Work) -> dict[str, LearntFile]:
     """What a run has read, as far as the stage `corpus` knows it: by whole paths, with reasons for what was not."""
     if not work.path(FILES).exists():
         return {}
-    why = dict[str, str]()
+    why, twins = dict[str, str](), defaultdict[str, list[str]](list)
     for row in read_rows(work.path(SKIPPED)):
         why.setdefault(row["what"], row["why"])
+        if REPEATS in row["why"]:
+            for name in (row["what"], row["what"].rpartition(":")[0]):  # a file, or a line of one
+                twins[name].append(row["why"].rpartition(REPEATS)[2])
     rows = (LearntFile(**row) for row in read_rows(work.path(FILES)))
-    return {row.file: replace(row, why=why.get(row.name, "")) for row in rows}
+    return {
+        row.file: replace(row, why=why.get(row.name, ""), twins=tuple(dict.fromkeys(twins[row.name])))
+        for row in rows
+    }
 
 
 def files_learnt(built: CorpusTree, tokens: Callable[[str], int], first: int = 0) -> Iterator[LearntFile]:
@@ -164,9 +173,16 @@ class Scan:
         self._known: dict[str, tuple[tuple[int, int], str]] = {}
 
     def digests(self, folder: str) -> dict[str, str]:
-        """Whole path -> digest; empty for a file that is there and cannot be read."""
+        """Whole path -> digest; empty for a file that is there and cannot be read.
+
+        Raises CorpusError where a folder cannot be read: its files would seem to be gone.
+        """
         found = {}
-        for path, _ in readers.files_of([folder]):
+        for path, why in readers.files_in(pathlib.Path(folder)):
+            if why == readers.UNREADABLE:
+                raise CorpusError(f"{path} is {why}", "Make it readable, or move it out of the folder.")
+            if why:
+                continue
             file = readers.clean(str(path))
             try:
                 status = path.stat()
@@ -186,12 +202,12 @@ def compared(root: str, learnt: Mapping[str, LearntFile], now: Mapping[str, str]
     deleted = {file: row.sha256 for file, row in learnt.items() if file not in now and row.windows}
     changed = {file: now[file] for file, row in learnt.items() if now.get(file) and now[file] != row.sha256}
     new = {file: digest for file, digest in now.items() if digest and file not in learnt}
-    # One whose text another file had is to be learnt now that the other is gone.
+    # One that repeats a text of another file is to be learnt now that the other is gone, and all of it.
     going = {learnt[file].name for file in (*deleted, *changed)}
     for file, row in learnt.items():
-        twin = row.why.rpartition(REPEATS)[2] if REPEATS in row.why else ""
-        if file in now and file not in changed and {twin, twin.rpartition(":")[0]} & going:
-            new[file] = now[file]
+        theirs = {name for twin in row.twins for name in (twin, twin.rpartition(":")[0])}
+        if now.get(file) and file not in changed and theirs & going:
+            (changed if row.windows else new)[file] = now[file]
     same = sum(bool(row.windows) and file not in changed for file, row in learnt.items() if file in now)
     return Changes(root, new, changed, deleted, same)
 

@@ -139,6 +139,8 @@ class Relearning(stages.StagedRun):
         if before.is_dir() and not self._is_ours():
             shutil.rmtree(before)  # of a command that was given up: the bank is another by now
         if not before.is_dir():
+            shutil.rmtree(work.path(TRAINING), ignore_errors=True)  # of another command: that is not to go on
+            work.path(AFTER).unlink(missing_ok=True)
             with new_folder(before, GO_ON) as beside:
                 for name in (MANIFEST, TREE):
                     shutil.copyfile(self.root / name, beside / name)

@@ -237,7 +237,8 @@ class _Run(stages.StagedRun):
             chosen = ExampleSettings(
                 self.settings.heldout, self.settings.training.objective == "distillation", self.settings.sources
             )
-            make_examples(self.work, built, embedder, tokenizer, chosen, self.progress("windows"))
+            digest = identify(self.folder).weights_digest
+            make_examples(self.work, built, embedder, tokenizer, chosen, self.progress("windows"), digest)
             learnt, _ = open_examples(self.work)
             nodes = describe_nodes(self.work, built, self._count, learnt)
             self.listener.end(f"{len(learnt):,} texts, {int(learnt.lengths.sum()):,} tokens")

@@ -52,6 +52,9 @@ class CorpusSettings:
     tokens: int = 192  # of a window, at most, as the sentence embedder counts them: it reads 256, title included
     any_language: bool = False  # learn a corpus in a language that the embedder does not know, too
 
+    def __post_init__(self) -> None:
+        _check_least(self, 1, "tokens")
+
 
 @dataclass(frozen=True)
 class StudySettings:
@@ -75,6 +78,13 @@ class StudySettings:
     def __post_init__(self) -> None:
         if wrong := [name for name in ("amount", "at_once", "timeout") if getattr(self, name) <= 0]:
             raise HierMemError(f"{wrong[0]} must be more than 0")
+        _check_least(self, 1, "invented", "tried")
+        _check_least(self, 0, "questions", "statements", "chats", "first_tried")
+        _check_least(self, 0, "reversed_questions", "reversed_statements")
+        if not 0 < self.right <= 1:
+            raise HierMemError(
+                f"right must be more than 0, and 1 at most, not {self.right}", "It is a share, such as 0.5."
+            )
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,10 @@ class TreeSettings:
     leaves: int = 1  # in which one window is learnt, at most; 2 suit a bank without sources
     balance: float = 1.0  # windows of a child, at most, as a multiple of its even share; blocks are of one size too
     seed: int = 0  # of k-means
+
+    def __post_init__(self) -> None:
+        _check_least(self, 0, "branching", "depth")
+        _check_least(self, 1, "leaves", "balance")
 
 
 @dataclass(frozen=True)
@@ -170,6 +184,11 @@ class LearnSettings:
 
     def __post_init__(self) -> None:
         _check_teacher(self.teacher, self.teacher_url)
+        if not 0 <= self.heldout < 1:
+            raise HierMemError(
+                f"heldout must be 0 or more, and less than 1, not {self.heldout}",
+                "It is a share: 0.05 is one window in twenty.",
+            )
 
     def to_json(self) -> dict[str, Any]:
         """What a bank's manifest says of them."""
@@ -197,6 +216,7 @@ class AddSettings:
 
     def __post_init__(self) -> None:
         _check_teacher(self.teacher, self.teacher_url)
+        _check_least(self, 1, "leaves")
 
 
 @dataclass(frozen=True)
@@ -206,6 +226,13 @@ class SyncSettings:
     learning: AddSettings = field(default_factory=AddSettings)
     above: bool = False  # the blocks above a leaf forget too: they and all leaves below begin afresh
     probes: int = 6  # questions about each file that is gone or changed
+
+
+def _check_least(settings: Any, least: int, *names: str) -> None:
+    """Raises HierMemError for the first of these settings that is less than that."""
+    for name in names:
+        if not (value := getattr(settings, name)) >= least:  # so that it is raised for no number (nan) too
+            raise HierMemError(f"{name} must be {least} or more, not {value}")
 
 
 def _check_teacher(model: str, url: str) -> None:

@@ -186,6 +186,7 @@ class Ranks:
         mine = random.randrange(1 << 20) if self.rank == 0 else 0
         run = int(mx.distributed.all_sum(mx.array(mine))) if self.count > 1 else mine
         self._file = folder / f"{FIRST_RANK}-{run}"
+        self._lock = self._file.with_suffix(".lock")  # held by the first rank as long as it leads
 
     @contextlib.contextmanager
     def leading(self) -> Iterator[None]:
@@ -195,14 +196,15 @@ class Ranks:
             return
         for old in self._file.parent.glob(f"{FIRST_RANK}-*"):
             old.unlink()
-        write_text(self._file, BEGUN)
-        try:
-            yield
-        except BaseException:
-            with contextlib.suppress(OSError, OutputError):
-                write_text(self._file, FAILED)
-            raise
-        write_text(self._file, READY)
+        with try_lock(self._lock):  # before the file is there: who reads that tries this lock
+            write_text(self._file, BEGUN)
+            try:
+                yield
+            except BaseException:
+                with contextlib.suppress(OSError, OutputError):
+                    write_text(self._file, FAILED)
+                raise
+            write_text(self._file, READY)
 
     @contextlib.contextmanager
     def sharing(self, stage: str) -> Iterator[None]:
@@ -217,7 +219,7 @@ class Ranks:
         """Waits for the first rank, and helps with the stages that it shares, each once; `help_with` says how.
 
         A helper is given a function that says whether its help is still wanted. Raises OutputError where the first
-        rank failed, or has another folder.
+        rank failed, was killed, or has another folder.
         """
         start, left = time.monotonic(), dict(help_with)
         while (said := self._said()) not in (READY, FAILED):
@@ -225,11 +227,21 @@ class Ranks:
                 raise OutputError(
                     f"the first rank has not begun in {self._file.parent}", "The ranks must share that folder."
                 )
+            if said and self._leader_is_dead():
+                raise OutputError(
+                    f"the first rank was killed at work in {self._file.parent}",
+                    "What was done is kept: start all ranks again.",
+                )
             if helping := left.pop(said, None):
                 helping(lambda stage=said: self._said() == stage)  # type: ignore[misc]
             time.sleep(NAP)
         if said == FAILED:
             raise OutputError("the first rank stopped", "Its own line says why.")
+
+    def _leader_is_dead(self) -> bool:
+        """Whether the first rank, which has begun, ended without a last word. It may have said that just before."""
+        with try_lock(self._lock) as free:
+            return free and self._said() not in (READY, FAILED)
 
     def _said(self) -> str:
         try:

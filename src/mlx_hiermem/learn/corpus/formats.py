@@ -10,6 +10,7 @@ than one document, and a long text file comes as several: a corpus may be larger
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import io
 import itertools
@@ -214,10 +215,10 @@ def read_csv(path: pathlib.Path, source: str, field: str, title: str) -> Iterato
     with path.open(encoding=encoding_of(path), errors="replace", newline="") as stream:
         sample = stream.read(1 << 14)
         stream.seek(0)
-        try:
-            dialect: Any = csv.Sniffer().sniff(sample, ",;\t")
-        except csv.Error:
-            dialect = csv.excel
+        dialect = csv.excel()
+        with contextlib.suppress(csv.Error):
+            found = csv.Sniffer().sniff(sample, ",;\t")  # not how it takes quotes: it guesses by the first rows
+            dialect.delimiter, dialect.skipinitialspace = found.delimiter, found.skipinitialspace
         for number, row in enumerate(csv.DictReader(stream, dialect=dialect), 2):
             told = {name: value for name, value in row.items() if name and isinstance(value, str) and value.strip()}
             if field not in row:

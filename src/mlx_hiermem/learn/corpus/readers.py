@@ -18,6 +18,7 @@ from mlx_hiermem.learn.corpus.windows import Document, Skipped
 from mlx_hiermem.learn.work import STAGES, SUFFIX, SYNC
 
 HUB = "hf://"
+UNREADABLE = "a folder that cannot be read"
 OFFICE = (".docx", ".pptx", ".epub")
 
 
@@ -82,7 +83,7 @@ def files_in(root: pathlib.Path) -> Iterator[tuple[pathlib.Path, str]]:
 
     A folder that is not read is listed, but not what is in it.
     """
-    for folder, folders, files in os.walk(root):
+    for folder, folders, files in os.walk(root, onerror=_not_listed):
         folders.sort()
         for path in [pathlib.Path(folder, name) for name in folders]:
             if why := _foreign(path):
@@ -96,16 +97,26 @@ def _foreign(folder: pathlib.Path) -> str:
     """Why a folder below the one that was named is not read: what is learnt must not be what was made of it."""
     if folder.name.startswith("."):
         return "hidden folder"
-    if any((folder / name).is_file() for name in ("bank.json", "bank/bank.json", "anchor/config.json")):
-        return "a model"
-    return "the work folder of a model" if folder.suffix in (SUFFIX, SYNC) and (folder / STAGES).is_file() else ""
+    try:
+        with os.scandir(folder):
+            model = any((folder / name).is_file() for name in ("bank.json", "bank/bank.json", "anchor/config.json"))
+        work = folder.suffix in (SUFFIX, SYNC) and (folder / STAGES).is_file()
+    except OSError:
+        return UNREADABLE
+    return "a model" if model else "the work folder of a model" if work else ""
+
+
+def _not_listed(error: OSError) -> None:
+    raise CorpusError(f"cannot read the folder {error.filename}: {error.strerror}", "Make it readable.") from error
 
 
 def _read_file(path: pathlib.Path, source: str, field: str, title: str) -> Iterator[Found]:
     """A file's documents, which know its whole path."""
     file = clean(os.path.abspath(path))
     for found in _by_suffix(path, source, field, title):
-        yield replace(found, file=file) if isinstance(found, Document) else found
+        if isinstance(found, Document):  # a PDF's text may have halves of characters, which no file can hold
+            found = replace(found, title=clean(found.title), text=clean(found.text), file=file)
+        yield found
 
 
 def _by_suffix(path: pathlib.Path, source: str, field: str, title: str) -> Iterator[Found]:

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mlx_hiermem.files import file_digest
+from mlx_hiermem.learn.corpus.formats import clean
 from mlx_hiermem.learn.corpus.windows import Window
 from mlx_hiermem.learn.settings import PromptPair, StudySettings
 from mlx_hiermem.learn.study.prompts import Evidence, line_of, same_words
@@ -36,6 +37,7 @@ TURNS = 6  # times that the forms are gone through, at most
 SHOWN = 6  # questions that a form about questions is given
 TRIED = 3  # windows on which a model shows whether it can write
 ABLE = 0.5  # share of its replies there that must be of use, and of their records that must be kept
+DOTS = "…. "  # what stands for a text in forms.toml, or is written for that
 COUNTS = ("replies", "no use", "unanswered", "records", "unsupported", "repeated")
 
 
@@ -255,10 +257,16 @@ def _items(value: Any, kind: str) -> list[Any] | None:
 
 
 def _parts(item: Any, *names: str) -> list[str] | None:
-    """The texts of these names in an item, white space made single; None where one is missing or empty."""
+    """The texts of these names in an item; None where one is missing or says nothing."""
     found = [item.get(name) for name in names] if isinstance(item, dict) else []
-    texts = [" ".join(part.split()) for part in found if isinstance(part, str)]
-    return texts if len(texts) == len(names) and all(texts) else None
+    texts = [text for part in found if (text := _said(part))]
+    return texts if len(texts) == len(names) else None
+
+
+def _said(part: Any) -> str:
+    """A text with its white space made single; empty where it says nothing."""
+    text = " ".join(clean(part).split()) if isinstance(part, str) else ""
+    return text if text.strip(DOTS) else ""  # a small model copies the dots by which it is shown the form
 
 
 def _question(document: str, item: Any) -> PromptPair | None:
@@ -277,7 +285,8 @@ def _chat(document: str, item: Any) -> PromptPair | None:
 
 
 def _text(document: str, item: Any) -> PromptPair | None:
-    return PromptPair(document, "", " ".join(item.split())) if isinstance(item, str) and item.strip() else None
+    text = _said(item)
+    return PromptPair(document, "", text) if text else None
 
 
 MAKERS: dict[str, Callable[[str, Any], PromptPair | None]] = {

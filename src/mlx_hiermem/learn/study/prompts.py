@@ -30,11 +30,13 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mlx_hiermem.errors import FileError
 from mlx_hiermem.files import MALFORMED, parse_json, read_lines
 from mlx_hiermem.learn.corpus.corpus import Corpus, not_there
+from mlx_hiermem.learn.corpus.formats import clean
 from mlx_hiermem.learn.settings import PromptPair
 from mlx_hiermem.learn.study.patterns import patterns
 from mlx_hiermem.learn.tree.probes import names, with_subjects
@@ -88,7 +90,8 @@ def prompt_of(row: Any) -> PromptPair:
             raise ValueError("it has none of the forms")
     if not found.answer.strip() or not (found.prompt.strip() or "text" in row):
         raise ValueError("a part of it is empty")
-    return found
+    # JSON may hold halves of characters, which no file and no tokenizer takes.
+    return replace(found, document=clean(found.document), prompt=clean(found.prompt), answer=clean(found.answer))
 
 
 def line_of(one: PromptPair) -> Row:

@@ -288,7 +288,11 @@ def _said_once(rows: Iterable[Row], windows: Iterable[Window], counts: Counter[s
                 continue
             words = set(same_words(window.text).split())
             for row in following[1]:
-                one = prompt_of(row)
+                try:
+                    one = prompt_of(row)
+                except ValueError:  # in parts of an earlier version: a statement without its rest
+                    counts["records"] -= 1
+                    continue
                 common = len(words & set(same_words(f"{one.prompt} {one.answer}").split()))
                 said = same_words(one.prompt or one.answer)
                 counts.update({"repeated": said in best, "records": -(said in best)})

@@ -7,12 +7,14 @@ time is tried again by OpenAI's client, later and later.
 
 from __future__ import annotations
 
+import functools
 import os
+import queue
 import threading
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from mlx_hiermem.errors import MissingDependencyError, TeacherError, first_line
 from mlx_hiermem.learn.study.teacher import Replies, Teacher, key_of
@@ -25,6 +27,7 @@ TRIES = 5  # more, of a request that failed in a way that may pass; the client w
 LOST = 3  # requests in vain, each tried so often and none answered in between, after which the server is given up
 LONGEST = 1 << 20  # characters of a reply that are kept
 LONGEST_FAULT = 200  # characters of what a server says is wrong
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,7 @@ class ServerWriter:
 
     def write(self, requests: Sequence[Request], kept: Replies) -> list[str | None]:
         """As `Writer.write`. Raises TeacherError where the server cannot be reached, or has refused the key."""
-        with ThreadPoolExecutor(self.at_once) as pool:
-            futures = [pool.submit(self._reply, request, kept) for request in requests]
-            try:
-                return [future.result() for future in futures]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        return _all_of([functools.partial(self._reply, request, kept) for request in requests], self.at_once)
 
     def _reply(self, request: Request, kept: Replies) -> str | None:
         if (known := kept.get(request.key)) is not None:
@@ -150,6 +147,39 @@ class ServerWriter:
 
     def _error(self, error: Exception, hint: str) -> TeacherError:
         return TeacherError(f"the teacher at {self.url} does not answer: {first_line(error)[:LONGEST_FAULT]}", hint)
+
+
+def _all_of(calls: Sequence[Callable[[], T]], at_once: int) -> list[T]:
+    """What all calls return. The first error, or Ctrl-C, ends this at once, and the calls that run are left behind.
+
+    Not a ThreadPoolExecutor: the interpreter does not end before its threads, and a server may take an hour.
+    """
+    waiting, done = deque(range(len(calls))), queue.SimpleQueue[tuple[int, T | BaseException]]()
+
+    def work() -> None:
+        while True:
+            try:
+                number = waiting.popleft()
+            except IndexError:
+                return
+            try:
+                done.put((number, calls[number]()))
+            except BaseException as error:  # raised where it is waited for
+                waiting.clear()
+                done.put((number, error))
+
+    found = dict[int, T]()
+    try:
+        for _ in range(min(at_once, len(calls))):
+            threading.Thread(target=work, daemon=True).start()
+        while len(found) < len(calls):
+            number, result = done.get()
+            if isinstance(result, BaseException):
+                raise result
+            found[number] = result
+    finally:
+        waiting.clear()
+    return [found[number] for number in range(len(calls))]
 
 
 @dataclass

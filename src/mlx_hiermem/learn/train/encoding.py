@@ -112,10 +112,12 @@ def make_examples(
     tokenizer: Any,
     settings: ExampleSettings = ExampleSettings(),
     progress: Callable[[int, int], None] | None = None,
+    anchor: str = "",
 ) -> str:
     """Stage `examples`: the sets `EXAMPLES` and `HELDOUT` in the work folder; returns its digest.
 
-    `tokenizer` is the anchor's. `progress` counts windows.
+    `tokenizer` is that of the anchor whose digest `anchor` is: another's tokens are others. `progress` counts
+    windows.
     """
 
     def make() -> None:
@@ -137,7 +139,7 @@ def make_examples(
                 if progress:
                     progress(some[-1].example.window + 1, count)
 
-    return work.stage("examples", asdict(settings), [built.digest], make)
+    return work.stage("examples", asdict(settings), [built.digest, anchor], make)
 
 
 def open_examples(work: Work) -> tuple[TrainingSet, TrainingSet | None]:
