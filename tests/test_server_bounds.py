@@ -9,6 +9,8 @@ import openai
 import pytest
 from serving import CONTEXT, Running
 
+from mlx_hiermem.apps.server import generate
+
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = {"messages": [{"role": "user", "content": "hello"}], "memory": "none", "max_tokens": 5}
 DEEP = b'{"messages": [{"role": "user", "content": "x"}], "memory": ' + b"[" * 900 + b"]" * 900 + b"}"
@@ -111,6 +113,8 @@ def test_bad_requests(
         ({"prompt": [1, 260]}, "prompt", "there is no token 260"),
         ({"prompt": ["a"] * 13}, "n", "13 replies"),
         ({"prompt": "a" * CONTEXT}, "prompt", "more than the model's"),
+        ({"n": 129}, "n", "less than or equal to 128"),
+        ({"prompt": ["a"] * 2049}, "prompt", "at most 2048"),
         ({"logprobs": 6}, "logprobs", "less than or equal to 5"),
         ({"echo": True}, "echo", "not supported"),
         ({"best_of": 2}, "best_of", "not supported"),
@@ -121,6 +125,19 @@ def test_bad_completions(server: Running, change: dict[str, Any], param: str, me
     status, answer = server.json("POST", COMPLETIONS, PROMPT | change)
     assert (status, answer["error"]["param"]) == (400, param)
     assert message in answer["error"]["message"]
+
+
+def test_too_many_replies_are_refused_before_they_are_prepared(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepare(*_: Any) -> Any:
+        raise AssertionError("it is prepared")
+
+    monkeypatch.setattr(generate, "_reply", prepare)
+    for path, body in ((CHAT, HELLO), (COMPLETIONS, PROMPT)):
+        status, answer = server.json("POST", path, body | {"n": 100})
+        assert (status, answer["error"]["param"]) == (400, "n")
+        assert answer["error"]["message"] == "100 replies are more than the server gives at once (12)"
 
 
 def test_what_openais_client_raises(server: Running) -> None:

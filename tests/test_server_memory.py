@@ -10,7 +10,7 @@ import openai
 import pytest
 from serving import CONTEXT, Running, eventually, serving, tiny_model
 from test_server import CHAT, chat, complete
-from tiny import make_anchor
+from tiny import NAMES, REST, give_sources, load_aimed, make_anchor, make_model
 
 from mlx_hiermem import load
 from mlx_hiermem.bank.policy import BankPolicy
@@ -110,6 +110,40 @@ def test_a_question_that_leads_elsewhere_may_leave_out_what_was_said(
     assert topic.memory["path"] == alone.memory["path"] == whole.memory["path"]
     bound = {"use": topic.memory["path"], "history": "topic"}  # a path that is named takes the whole conversation
     assert chat(client, bound, messages=[system, ask, reply, last]).usage.prompt_tokens == whole.usage.prompt_tokens
+
+
+def test_a_reply_is_as_long_as_its_own_prompt_leaves_room_for(client: openai.OpenAI, model: MemoryModel) -> None:
+    """Whatever was said before, where the prompt is without it."""
+    first, second = next(pair for pair in itertools.permutations(SUBJECTS, 2) if leads(model, pair))
+    ask, last = ({"role": "user", "content": text} for text in (first, second))
+    free = {"max_tokens": openai.NOT_GIVEN}
+    alone = chat(client, "fetched", messages=[last], **free)
+    assert alone.usage.completion_tokens > 100
+    for length in (100, 2 * CONTEXT):
+        said = [ask, {"role": "assistant", "content": "x" * length}, last]
+        topic = chat(client, {"use": "fetched", "history": "topic"}, messages=said, **free)
+        assert topic.usage.completion_tokens == alone.usage.completion_tokens
+        assert topic.choices == alone.choices
+
+
+def test_a_reply_behind_a_passage_is_as_long_as_there_is_room(tmp_path: pathlib.Path) -> None:
+    folder = make_model(tmp_path / "model")
+
+    def aimed() -> MemoryModel:
+        model = load_aimed(folder, NAMES, REST)
+        model.config["max_position_embeddings"] = CONTEXT
+        return model
+
+    give_sources(folder / "bank", {"0.1": [("Neon", "neon is a gas. " * 8)]}, aimed().router.embedder.embed)
+    with serving(aimed) as running:
+        asked = {"messages": [{"role": "user", "content": "neon"}], "memory": "source"}
+        usage = running.json("POST", "/v1/chat/completions", asked)[1]["usage"]
+        assert usage["completion_tokens"] > 10
+        assert usage["total_tokens"] == CONTEXT
+        asked["messages"] = [{"role": "user", "content": "neon " * 25}]
+        status, answer = running.json("POST", "/v1/chat/completions", asked)
+        assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+        assert answer["error"]["param"] == "messages"
 
 
 def leads(model: MemoryModel, texts: tuple[str, ...]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import shutil
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -191,6 +192,25 @@ def test_banks_come_and_go(two: Running, other: pathlib.Path, monkeypatch: pytes
     assert two.json("POST", "/v1/banks/unload", {"name": "first"})[0] == 200
     assert two.json("POST", "/v1/banks/unload", {"name": "third"})[0] == 400
     assert complete(two.client, "third:0.1").choices[0].text == said
+
+
+@pytest.mark.parametrize("way", ["load", "unload"])
+def test_of_two_that_change_the_models_at_once_the_second_sees_what_the_first_did(
+    two: Running, other: pathlib.Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.setattr("mlx_hiermem.router.load_embedder", lambda _: HashEmbedder())
+    names = ("third", "third") if way == "load" else ("first", "second")
+    more = {"path": str(other)} if way == "load" else {}
+    held, engine = threading.Event(), two.engine
+    engine._inbox.put(lambda: held.wait(30) and None)
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(two.json, "POST", f"/v1/banks/{way}", {"name": name} | more) for name in names]
+        waiting = eventually(lambda: engine._inbox.qsize() == 2)
+        held.set()
+        assert waiting
+        assert sorted(each.result()[0] for each in asked) == [200, 400]
+    assert len(engine.models) == (3 if way == "load" else 1)
+    assert two.json("GET", "/health")[0] == 200
 
 
 def test_what_can_be_loaded_is_listed(

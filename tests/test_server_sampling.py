@@ -11,7 +11,7 @@ from typing import Any
 
 import openai
 import pytest
-from serving import Running, serving, tiny_model
+from serving import CONTEXT, Running, serving, tiny_model
 from tiny import make_model
 
 from mlx_hiermem.apps.cli.main import main
@@ -185,6 +185,24 @@ def test_the_servers_defaults(folder: pathlib.Path, client: openai.OpenAI) -> No
         short = {"max_completion_tokens": 3}
         reply = running.client.chat.completions.create(model="tiny", messages=CHAT, **short)  # type: ignore[call-overload]
         assert reply.usage.completion_tokens == 3
+
+
+def test_a_default_length_is_what_the_context_leaves_of_it(folder: pathlib.Path) -> None:
+    """Only a client that asks for too much is refused."""
+    with serving(lambda: tiny_model(folder), defaults={"max_tokens": CONTEXT}) as running:
+        for path, body in (
+            ("/v1/chat/completions", {"messages": CHAT}),
+            ("/v1/completions", {"prompt": "hello there"}),
+            ("/v1/responses", {"input": "hello there"}),
+        ):
+            status, answer = running.json("POST", path, body | {"memory": "none"})
+            assert status == 200, answer
+            assert answer["usage"]["total_tokens"] == CONTEXT
+        assert running.json("POST", "/v1/completions", {"prompt": "x", "max_tokens": CONTEXT})[0] == 400
+    with serving(lambda: tiny_model(folder)) as running:
+        prompt = "x" * (CONTEXT - 5)
+        answer = running.json("POST", "/v1/completions", {"prompt": prompt, "memory": "none"})[1]
+        assert answer["usage"]["completion_tokens"] == 5
 
 
 def test_the_options_of_ask(

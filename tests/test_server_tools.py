@@ -203,6 +203,18 @@ class Marked:
         return "".join(map(chr, ids))
 
 
+def read(parser: str, written: str) -> tuple[str, list[Call]]:
+    """The text and the calls of a reply that comes a character at a time."""
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": {"type": "integer"}}}}}
+    reply, calls, text = CallingReply(Marked(parser), [], (), [tool]), list[Call](), ""
+    for index, character in enumerate(written):
+        last = index == len(written) - 1
+        piece = reply.add(Token(0, ord(character), "length" if last else None))
+        calls += piece.calls if piece else ()
+        text += piece.text if piece else ""
+    return text, calls
+
+
 @pytest.mark.parametrize(
     ("parser", "written"),
     [
@@ -213,12 +225,19 @@ class Marked:
     ],
 )
 def test_the_ways_that_models_write_a_call(parser: str, written: str) -> None:
-    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": {"type": "integer"}}}}}
-    reply, calls, text = CallingReply(Marked(parser), [], (), [tool]), list[Call](), ""
-    for index, character in enumerate(written):
-        last = index == len(written) - 1
-        piece = reply.add(Token(0, ord(character), "length" if last else None))
-        calls += piece.calls if piece else ()
-        text += piece.text if piece else ""
+    text, calls = read(parser, written)
     assert [(call.name, json.loads(call.arguments)) for call in calls] == [("f", {"x": 1})]
     assert text == ""
+
+
+@pytest.mark.parametrize("arguments", ["null", '"null"', '""', "{}"])
+def test_a_call_without_arguments(arguments: str) -> None:
+    text, calls = read("json_tools", f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>')
+    assert [(call.name, call.arguments) for call in calls] == [("f", "{}")]
+    assert text == ""
+
+
+@pytest.mark.parametrize("arguments", ['"gold"', r'"\"gold\""', '["gold"]', "5"])
+def test_a_call_that_could_not_be_sent_back_is_text(arguments: str) -> None:
+    written = f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>'
+    assert read("json_tools", written) == (written, [])

@@ -27,7 +27,7 @@ from mlx_hiermem.apps.server.generate import Service
 from mlx_hiermem.apps.server.guard import Guard, refused
 from mlx_hiermem.apps.server.items import ResponsesRequest
 from mlx_hiermem.apps.server.metrics import Counting, Metrics
-from mlx_hiermem.apps.server.refusal import ApiError
+from mlx_hiermem.apps.server.refusal import ApiError, in_time
 from mlx_hiermem.apps.server.responses import Responses
 from mlx_hiermem.apps.server.schema import (
     ABOUT,
@@ -125,7 +125,7 @@ def _add_openai(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/embeddings")
     async def embeddings(asked: EmbeddingRequest) -> dict[str, Any]:
-        return await embed(service.engine, service.catalogue, asked)
+        return await embed(service.engine, service.catalogue, asked, service.timeout)
 
     @app.post("/v1/completions", responses=STREAMED)
     async def complete(asked: CompletionRequest, request: Request) -> Response:
@@ -162,16 +162,14 @@ def _add_memory(app: FastAPI, engine: Engine, settings: Settings) -> None:
             raise ApiError(
                 400, "there is nothing to route; give a text, or messages with one of the user's", "text"
             )
-        try:
-            async with asyncio.timeout(settings.timeout):
-                chosen = await engine.call(lambda: model.choose(MemoryChoice.FETCHED, questions, blocked))
-        except TimeoutError:
-            raise ApiError(503, f"the request took longer than {settings.timeout:g} s", code="timeout") from None
+        async with in_time(settings.timeout):
+            chosen = await engine.call(lambda: model.choose(MemoryChoice.FETCHED, questions, blocked))
         return memory.routed(bank, chosen)
 
 
 def _add_banks(app: FastAPI, engine: Engine, settings: Settings) -> None:
-    """In the manner of vLLM's load_lora_adapter."""
+    """In the manner of vLLM's load_lora_adapter. Which names there are is looked at on the engine's thread: of two
+    requests at once, the second sees what the first has done."""
 
     @app.get("/v1/banks")
     def listed() -> dict[str, Any]:  # it looks for files: on a thread of its own
@@ -182,10 +180,9 @@ def _add_banks(app: FastAPI, engine: Engine, settings: Settings) -> None:
 
     @app.post("/v1/banks/load")
     async def load_bank(asked: LoadRequest) -> dict[str, Any]:
-        if asked.name in engine.models:
-            raise ApiError(400, f"there is a model '{asked.name}' already; unload it first", "name")
-
         def run() -> None:
+            if asked.name in engine.models:
+                raise ApiError(400, f"there is a model '{asked.name}' already; unload it first", "name")
             engine.serve(
                 asked.name, load(asked.path, cache_bytes=settings.cache_bytes, beside=engine.models.values())
             )
@@ -195,11 +192,14 @@ def _add_banks(app: FastAPI, engine: Engine, settings: Settings) -> None:
 
     @app.post("/v1/banks/unload")
     async def unload_bank(asked: UnloadRequest) -> dict[str, Any]:
-        if asked.name not in engine.models:
-            raise ApiError(404, f"there is no model '{asked.name}' here", "name", "model_not_found")
-        if len(engine.models) == 1:
-            raise ApiError(400, "the only model stays; load another one first", "name")
-        await engine.call(lambda: engine.drop(asked.name))
+        def run() -> None:
+            if asked.name not in engine.models:
+                raise ApiError(404, f"there is no model '{asked.name}' here", "name", "model_not_found")
+            if len(engine.models) == 1:
+                raise ApiError(400, "the only model stays; load another one first", "name")
+            engine.drop(asked.name)
+
+        await engine.call(run)
         return {"unloaded": asked.name}
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from mlx_hiermem.apps.server.messages import Called
 from mlx_hiermem.apps.server.text import Call, Piece, ReplyText
 from mlx_hiermem.batch import Token
 from mlx_hiermem.response import held_back
@@ -88,6 +89,8 @@ class CallingReply:
 
 
 def _call(row: dict[str, Any]) -> Call:
-    arguments = row.get("arguments", {})
+    """Raises ValueError for a call that would be refused when the client sends it back with the next turn."""
+    arguments = row.get("arguments")
     text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    return Call(str(row.get("id") or f"call_{uuid.uuid4().hex[:24]}"), str(row["name"]), text)
+    called = Called(name=str(row["name"]), arguments="{}" if text == "null" else text)
+    return Call(str(row.get("id") or f"call_{uuid.uuid4().hex[:24]}"), called.name, called.arguments)

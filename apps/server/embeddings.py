@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
+from starlette.concurrency import run_in_threadpool
 
 from mlx_hiermem.apps.server.catalogue import Catalogue
 from mlx_hiermem.apps.server.engine import Engine
-from mlx_hiermem.apps.server.refusal import ApiError
+from mlx_hiermem.apps.server.refusal import ApiError, in_time
 from mlx_hiermem.apps.server.schema import EmbeddingRequest
 from mlx_hiermem.model import MemoryModel
 
+AT_ONCE = 32  # texts; one batch of the embedder
 
-async def embed(engine: Engine, catalogue: Catalogue, asked: EmbeddingRequest) -> dict[str, Any]:
+
+async def embed(engine: Engine, catalogue: Catalogue, asked: EmbeddingRequest, timeout: float) -> dict[str, Any]:
     """OpenAI's answer. Any model's name will do, and the embedder's own."""
     model = _model(engine, catalogue, asked.model)
-    embedder = model.router.embedder
-    vectors = await engine.call(lambda: embedder.embed(asked.input))
-    if asked.dimensions not in (None, vectors.shape[1]):
-        raise ApiError(400, f"the embedder has {vectors.shape[1]} dimensions, no others", "dimensions")
-    tokens = sum(map(len, _ids(embedder, asked.input)))
+    embedder: Any = model.router.embedder
+    if asked.dimensions not in (None, embedder.dim):
+        raise ApiError(400, f"the embedder has {embedder.dim} dimensions, no others", "dimensions")
+    async with in_time(timeout):
+        vectors = await _vectors(engine, embedder, asked.input)
+        tokens = await run_in_threadpool(lambda: sum(map(len, _ids(embedder, asked.input))))
     rows = [
         {"object": "embedding", "index": index, "embedding": _encoded(vector, asked.encoding_format)}
         for index, vector in enumerate(vectors)
@@ -34,6 +39,14 @@ async def embed(engine: Engine, catalogue: Catalogue, asked: EmbeddingRequest) -
         "model": name,
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
     }
+
+
+async def _vectors(engine: Engine, embedder: Any, texts: Sequence[str]) -> list[np.ndarray]:
+    """A part of the texts at a time: between two parts the engine's thread goes on with others' replies."""
+    vectors: list[np.ndarray] = []
+    for start in range(0, len(texts), AT_ONCE):
+        vectors.extend(await engine.call(partial(embedder.embed, texts[start : start + AT_ONCE])))
+    return vectors
 
 
 def _model(engine: Engine, catalogue: Catalogue, name: str) -> MemoryModel:

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from mlx_hiermem.apps.server.job import Event, Job, Started
 from mlx_hiermem.apps.server.left_behind import leave_behind
-from mlx_hiermem.apps.server.refusal import ApiError
+from mlx_hiermem.apps.server.refusal import ApiError, unexpected
 from mlx_hiermem.apps.server.text import Piece
 from mlx_hiermem.batch import MemoryBatch, Token
 from mlx_hiermem.errors import AnchorError, AssetError, BankError, HierMemError, HubError
@@ -45,6 +45,7 @@ class Engine:
 
     def __init__(self, load: Callable[[], dict[str, MemoryModel]], max_batch: int = 8, max_queue: int = 32) -> None:
         self.max_batch, self.max_queue = max_batch, max_queue
+        self.most = max_batch + max_queue  # sequences that are decoded or wait
         self.loop: asyncio.AbstractEventLoop | None = None
         self.models: dict[str, MemoryModel] = {}
         self._batches: dict[int, MemoryBatch] = {}  # by the anchor's id
@@ -111,10 +112,7 @@ class Engine:
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queues all of them, or raises ApiError and queues none."""
         self._check_alive()
-        if len(jobs) > self.max_batch + self.max_queue:
-            most = self.max_batch + self.max_queue
-            raise ApiError(400, f"{len(jobs)} replies are more than the server gives at once ({most})", "n")
-        if len(self._open) + len(jobs) > self.max_batch + self.max_queue:
+        if len(self._open) + len(jobs) > self.most:
             raise ApiError(503, "the queue is full; try again in a moment", code="queue_full")
         self._open.update(jobs)
         for job in jobs:
@@ -228,21 +226,21 @@ class Engine:
         model, batch = job.model, self._batch_of(job.model)
         try:
             self._refresh(model)
-            job.chosen, job.bank = model.choose(job.memory, job.texts, job.blocked), model.bank
-            job.tokens = job.encode(job.chosen)
-            missing = batch.missing(job.chosen, model)
+            chosen = model.choose(job.memory, job.texts, job.blocked)
+            job.take(chosen)
+            missing = batch.missing(chosen, model)
         except (AssetError, HubError) as error:
             self._post(job, ApiError(503, str(error)))
         except HierMemError as error:
-            self._post(job, ApiError(400, str(error), "memory"))
+            self._post(job, error if isinstance(error, ApiError) else ApiError(400, str(error), "memory"))
         except Exception as error:
             self._post(job, unexpected(error))
         else:
             if missing:
-                self._pool.submit(self._bring, job, job.chosen)
+                self._pool.submit(self._bring, job, chosen)
             else:
-                if model.cache and job.chosen.path and not batch.room:
-                    model.cache.prefetch(job.chosen.path)  # while it waits for room
+                if model.cache and chosen.path and not batch.room:
+                    model.cache.prefetch(chosen.path)  # while it waits for room
                 self._ready.append(job)
 
     def _refresh(self, model: MemoryModel) -> None:
@@ -349,9 +347,3 @@ class Engine:
         if self.loop:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 self.loop.call_soon_threadsafe(function, *arguments)
-
-
-def unexpected(error: Exception) -> ApiError:
-    """What the client is told of an error that nobody foresaw; the log has the rest."""
-    log.error("unexpected error", exc_info=error)
-    return ApiError(500, f"unexpected {type(error).__name__}; the server's log has more", code="internal_error")

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from mlx_hiermem.apps.server.engine import Engine
 from mlx_hiermem.apps.server.job import Job, Started
 from mlx_hiermem.apps.server.metrics import Metrics
-from mlx_hiermem.apps.server.refusal import GONE, ApiError
+from mlx_hiermem.apps.server.refusal import GONE, ApiError, late
 from mlx_hiermem.apps.server.text import Piece
 
 
@@ -45,9 +45,8 @@ async def follow(
             engine.cancel(job)
         events.put_nowait((jobs[0], error))
 
-    late = ApiError(503, f"the request took longer than {timeout:g} s", code="timeout")
     engine.submit(jobs)
-    timer = loop.call_later(timeout, end, late)
+    timer = loop.call_later(timeout, end, late(timeout))
     watch = loop.create_task(_watch(request, end))
     generated = dict.fromkeys(jobs, 0)
     left = set(jobs)

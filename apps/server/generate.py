@@ -20,7 +20,7 @@ from mlx_hiermem.apps.server.calls import CallingReply
 from mlx_hiermem.apps.server.catalogue import Catalogue, Named, has
 from mlx_hiermem.apps.server.engine import Engine
 from mlx_hiermem.apps.server.follow import Usage, follow, until_first_piece
-from mlx_hiermem.apps.server.job import Job, Started
+from mlx_hiermem.apps.server.job import Job, Length, Started
 from mlx_hiermem.apps.server.metrics import Metrics
 from mlx_hiermem.apps.server.refusal import ApiError
 from mlx_hiermem.apps.server.schema import (
@@ -42,7 +42,7 @@ from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.prompt import begin
 from mlx_hiermem.sampling import Sampling
 from mlx_hiermem.selection import Selection
-from mlx_hiermem.source_search import PASSAGE_TOKENS, messages_with, text_with
+from mlx_hiermem.source_search import messages_with, text_with
 from mlx_hiermem.tokenizer import spells_control
 
 Asked = TypeVar("Asked", ChatRequest, CompletionRequest)
@@ -72,22 +72,35 @@ class Service:
 
     async def chat(self, asked: ChatRequest, request: Request) -> Response:
         named, asked = self.catalogue.find(asked.model), self.filled(asked)
-        jobs = await run_in_threadpool(chat_jobs, named, asked)
+        jobs = await self.chat_jobs(named, asked)
         answer = ChatAnswer(named.name, named.model.tokenizer, asked.top)
         return await self._answer(asked, request, answer, jobs)
 
     async def complete(self, asked: CompletionRequest, request: Request) -> Response:
         named, asked = self.catalogue.find(asked.model), self.filled(asked)
+        self._check_replies(asked.n * len(asked.prompt))
         prompts = await run_in_threadpool(lambda: [_prompt(named.model, prompt) for prompt in asked.prompt])
-        jobs = _jobs(named, asked, prompts, asked.max_tokens or COMPLETION, asked.logprobs)
+        longest = asked.max_tokens or self.defaults.get("max_tokens", COMPLETION)
+        length = Length(longest, asked.max_tokens is not None, "prompt")
+        jobs = _jobs(named, asked, prompts, length, asked.logprobs)
         answer = CompletionAnswer(named.name, named.model.tokenizer, asked.logprobs)
         return await self._answer(asked, request, answer, jobs)
 
+    async def chat_jobs(self, named: Named, asked: ChatRequest) -> list[Job]:
+        """The sequences of a request. Raises ApiError."""
+        self._check_replies(asked.n)
+        return await run_in_threadpool(chat_jobs, named, asked, self.defaults.get("max_tokens", REPLY))
+
+    def _check_replies(self, count: int) -> None:
+        """Raises ApiError for more than there is ever room for, before so many are prepared."""
+        if count > self.engine.most:
+            message = f"{count} replies are more than the server gives at once ({self.engine.most})"
+            raise ApiError(400, message, "n")
+
     def filled(self, asked: Asked) -> Asked:
-        """The request with the server's defaults where it does not say."""
-        given = set(asked.model_fields_set)
-        if isinstance(asked, ChatRequest) and asked.max_completion_tokens:
-            given.add("max_tokens")
+        """The request with the server's defaults where it does not say; but for the reply's length, which the
+        context may shorten where the client did not ask for it."""
+        given = {*asked.model_fields_set, "max_tokens"}
         known = type(asked).model_fields
         more = {name: value for name, value in self.defaults.items() if name in known and name not in given}
         return asked.model_copy(update=more)
@@ -107,13 +120,16 @@ class Service:
         return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
 
-def chat_jobs(named: Named, asked: ChatRequest) -> list[Job]:
-    """The sequences of a request. Raises ApiError. Takes a moment, so not for the event loop."""
+def chat_jobs(named: Named, asked: ChatRequest, longest: int = REPLY) -> list[Job]:
+    """The sequences of a request, with replies of at most `longest` tokens where it does not say.
+
+    Raises ApiError. Takes a moment, so not for the event loop.
+    """
     _check_calls(named.model, asked)
     messages = [message.to_template() for message in asked.messages]
     tokens = _chat_tokens(named.model, asked, messages)
     prompt = _Prompt(tokens, asked.questions, partial(_chosen_tokens, named.model, asked, messages, tokens))
-    length = _reply_length(named, asked, prompt.tokens)
+    length = Length(asked.wanted_tokens or longest, asked.wanted_tokens is not None, "messages")
     grammar = _grammar(named.model, asked.response_format)
     return _jobs(named, asked, [prompt], length, asked.top, grammar)
 
@@ -176,14 +192,6 @@ def _plain_tokens(model: MemoryModel, text: str, tokens: list[int], chosen: Sele
     return model.tokens(text_with(text, chosen.passage)) if chosen.passage else tokens
 
 
-def _reply_length(named: Named, asked: ChatRequest, tokens: list[int]) -> int:
-    """As many tokens as were asked for; else what the context leaves, within bounds."""
-    context, (memory, _) = named.model.context, _memory(named, asked.memory)
-    taken = len(tokens) + (PASSAGE_TOKENS if memory.has_passage else 0)
-    room = max(context - taken, 1) if context else REPLY
-    return asked.wanted_tokens or min(REPLY, room)
-
-
 def _grammar(model: MemoryModel, wanted: ResponseFormat | None) -> Grammar | None:
     """Takes a moment for a large schema."""
     schema = wanted.schema_wanted if wanted else None
@@ -199,7 +207,7 @@ def _jobs(
     named: Named,
     asked: Generation,
     prompts: Sequence[_Prompt],
-    length: int,
+    length: Length,
     top: int | None,
     grammar: Grammar | None = None,
 ) -> list[Job]:
@@ -215,20 +223,15 @@ def _jobs(
     return jobs
 
 
-def _job(named: Named, asked: Generation, prompt: _Prompt, length: int, top: int | None, events: Any) -> Job:
-    model, context, tokens = named.model, named.model.context, prompt.tokens
-    if context and len(tokens) + length > context:
-        raise ApiError(
-            400,
-            f"the prompt's {len(tokens)} tokens and a reply of {length} are more than the model's {context}",
-            "prompt" if isinstance(asked, CompletionRequest) else "messages",
-            "context_length_exceeded",
-        )
+def _job(named: Named, asked: Generation, prompt: _Prompt, length: Length, top: int | None, events: Any) -> Job:
+    model, tokens = named.model, prompt.tokens
+    if asked.memory.history == "all":  # or the prompt may become shorter
+        length.after(len(tokens), model.context)
     memory, blocked = _memory(named, asked.memory)
     if memory.is_routed and not prompt.texts:
         raise ApiError(400, f"memory {memory} is routed by the user's messages, and there are none", "memory")
     sampling = Sampling(
-        max_tokens=length,
+        max_tokens=length.tokens,
         temperature=asked.temperature if asked.top_p else 0.0,  # no mass but the likeliest token's
         top_p=asked.top_p or 1.0,
         top_k=max(asked.top_k, 0),
@@ -245,7 +248,7 @@ def _job(named: Named, asked: Generation, prompt: _Prompt, length: int, top: int
     except ArgumentError as error:
         raise ApiError(400, str(error), "logit_bias") from error
     reply = _reply(model, asked, tokens)
-    return Job(model, tokens, memory, prompt.texts, blocked, sampling, reply, events, prompt.encode)
+    return Job(model, tokens, memory, prompt.texts, blocked, sampling, length, reply, events, prompt.encode)
 
 
 def _memory(named: Named, wish: Wish) -> tuple[MemoryChoice, frozenset[Path]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlx_hiermem.apps.server.calls import CallingReply
@@ -29,12 +29,36 @@ class Started:
 Event = Started | Piece | ApiError  # an ApiError, or a Piece with a finish reason, is the last
 
 
+@dataclass(frozen=True)
+class Length:
+    """How many tokens a reply may have. Where the request does not say, the context may make it fewer."""
+
+    tokens: int
+    is_asked: bool
+    param: str  # the request's field to shorten where the prompt is too long
+
+    def after(self, prompt: int, context: int | None) -> int:
+        """The same after a prompt of so many tokens. Raises ApiError where both do not fit the model's context."""
+        if not context:
+            return self.tokens
+        room = context - prompt
+        length = self.tokens if self.is_asked else max(min(self.tokens, room), 1)
+        if length > room:
+            raise ApiError(
+                400,
+                f"the prompt's {prompt} tokens and a reply of {length} are more than the model's {context}",
+                self.param,
+                "context_length_exceeded",
+            )
+        return length
+
+
 @dataclass(eq=False)
 class Job:
     """One sequence: what is asked, and where its events go. `texts` are the questions that it is routed by.
 
     `encode` makes the tokens of the prompt once its memory is chosen: with a passage in it, or without what was
-    said before.
+    said before. `length` is that of the reply; how much of it the context leaves is known with the prompt.
     """
 
     model: MemoryModel
@@ -43,6 +67,7 @@ class Job:
     texts: Sequence[str]
     blocked: frozenset[Path]
     sampling: Sampling
+    length: Length
     reply: ReplyText | CallingReply
     events: asyncio.Queue[tuple[Job, Event]]
     encode: Callable[[Selection], list[int]]
@@ -51,3 +76,10 @@ class Job:
     bank: MemoryBank | None = field(default=None, init=False)  # in which it was chosen
     started: bool = field(default=False, init=False)
     cancelled: bool = field(default=False, init=False)  # set on the event loop, heeded before the next step
+
+    def take(self, chosen: Selection) -> None:
+        """Takes its memory up, and with it its prompt. Raises ApiError where that does not fit the context."""
+        self.chosen, self.bank = chosen, self.model.bank
+        self.tokens = self.encode(chosen)
+        length = self.length.after(len(self.tokens), self.model.context)
+        self.sampling = replace(self.sampling, max_tokens=length)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from mlx_hiermem.errors import HierMemError
 
 GONE = 499  # the client went away: nobody reads this answer, but the metrics count it
 RETRY_AFTER = 2  # seconds
+
+log = logging.getLogger(__name__)
 
 
 class ApiError(HierMemError):
@@ -36,3 +42,24 @@ class ApiError(HierMemError):
             case 503:
                 return {"Retry-After": str(RETRY_AFTER)}
         return {}
+
+
+def late(seconds: float) -> ApiError:
+    """What the client is told whose request took longer than it may."""
+    return ApiError(503, f"the request took longer than {seconds:g} s", code="timeout")
+
+
+@asynccontextmanager
+async def in_time(seconds: float) -> AsyncIterator[None]:
+    """Raises ApiError where what is done within takes longer."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise late(seconds) from None
+
+
+def unexpected(error: Exception) -> ApiError:
+    """What the client is told of an error that nobody foresaw; the log has the rest."""
+    log.error("unexpected error", exc_info=error)
+    return ApiError(500, f"unexpected {type(error).__name__}; the server's log has more", code="internal_error")

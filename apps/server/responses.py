@@ -16,13 +16,12 @@ from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from mlx_hiermem.apps.server.answers import sources_json
 from mlx_hiermem.apps.server.follow import Usage, follow, until_first_piece
-from mlx_hiermem.apps.server.generate import Events, Service, chat_jobs
+from mlx_hiermem.apps.server.generate import Events, Service
 from mlx_hiermem.apps.server.items import ResponsesRequest, to_turns
 from mlx_hiermem.apps.server.job import Started
 from mlx_hiermem.apps.server.refusal import ApiError
@@ -135,7 +134,7 @@ class Responses:
         turns = [*before, *to_turns(asked.input)]
         chat = service.filled(_chat(asked, turns))
         named = service.catalogue.find(asked.model)
-        jobs = await run_in_threadpool(chat_jobs, named, chat)
+        jobs = await service.chat_jobs(named, chat)
         head = asked.echo() | {"id": f"resp_{uuid.uuid4().hex}", "object": "response", "model": named.name}
         growing = Growing(head | {"created_at": int(time.time()), "usage": None, "error": None})
         usage = Usage()

@@ -20,6 +20,7 @@ from mlx_hiermem.prompt import History
 
 REPLY = 512  # tokens of a chat reply at most, where the request does not say; as for `hiermem chat`
 COMPLETION = 16  # the same for a completion; OpenAI's own default
+MOST_TEXTS = 2048  # of one request; OpenAI's own limit
 
 # They change nothing about the answer.
 HARMLESS = {
@@ -117,7 +118,7 @@ class Generation(StrictModel):
     top_p: float = Field(1.0, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     max_tokens: int | None = Field(None, ge=1)
-    n: int = Field(1, ge=1)
+    n: int = Field(1, ge=1, le=128)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = {}
@@ -237,7 +238,7 @@ class ChatRequest(Generation):
 class CompletionRequest(Generation):
     """POST /v1/completions. `prompt` is one prompt or several, each a text or its token ids."""
 
-    prompt: list[str | list[int]] = Field(min_length=1)
+    prompt: list[str | list[int]] = Field(min_length=1, max_length=MOST_TEXTS)
     logprobs: int | None = Field(None, ge=0, le=5)
 
     @field_validator("prompt", mode="before", json_schema_input_type=str | list[int] | list[str | list[int]])
@@ -280,7 +281,7 @@ class UnloadRequest(StrictModel):
 class EmbeddingRequest(StrictModel):
     """POST /v1/embeddings. `input` is one text or several."""
 
-    input: Annotated[list[Annotated[str, Field(min_length=1)]], IN_LIST, Field(min_length=1)]
+    input: Annotated[list[Annotated[str, Field(min_length=1)]], IN_LIST, Field(min_length=1, max_length=MOST_TEXTS)]
     model: str = ""
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None

@@ -22,7 +22,6 @@ from mlx_hiermem.router import TextEmbedder
 from mlx_hiermem.sentences import PLAIN_WORDS, sentences
 from mlx_hiermem.tree import Route
 
-PASSAGE_TOKENS = 512  # of a prompt, about, where a passage is in it: kept free beside the reply
 LOOKED_INTO = 3  # windows of a leaf, whose sentences are embedded
 CLAIMS = 2  # sentences of an answer that are looked for; what follows is seldom the answer
 WEIGHTS = (-6.6, 7.1, 3.6)  # of 1, of how near a sentence is, and of how much of the answer it says
