@@ -43,6 +43,36 @@ def offer(page: Page, title: str, item: str) -> None:
     page.get_by_role("menuitem", name=item).click()
 
 
+def halfway(page: Page, monkeypatch: pytest.MonkeyPatch) -> Gate:
+    """Asks for neon; the reply waits at the gate when some of it is written."""
+    gate = Gate(monkeypatch)
+    gate.let(4)
+    page.fill("#input", "tell me of neon")
+    page.press("#input", "Enter")
+    expect(page.locator("[aria-busy=true] .words")).not_to_be_empty()
+    return gate
+
+
+def ended(page: Page, server: Running, gate: Gate) -> None:
+    """Opens the gate, and waits until nothing is written any more."""
+    gate.open()
+    assert eventually(lambda: server.engine.active == 0)
+    expect(page.locator("#send")).to_be_visible(timeout=WAIT)
+
+
+def rename(page: Page, title: str, new: str) -> None:
+    offer(page, title, "Rename")
+    page.keyboard.type(new)
+    page.keyboard.press("Enter")
+
+
+def second(page: Page, server: Running) -> Page:
+    """Another tab of the same browser, with the list open."""
+    other = opened(page.context, server)
+    other.click("#open-chats")
+    return other
+
+
 def test_conversations_are_kept(page: Page) -> None:
     replies = [ask(page, "tell me of neon"), ask(page, "and its colour?")]
     page.click("#new")
@@ -70,9 +100,7 @@ def test_conversations_are_kept(page: Page) -> None:
 def test_rename_save_delete(page: Page) -> None:
     reply = ask(page, "tell me of neon")
     page.click("#open-chats")
-    offer(page, "tell me of neon", "Rename")
-    page.keyboard.type("Noble gases")
-    page.keyboard.press("Enter")
+    rename(page, "tell me of neon", "Noble gases")
     assert titles(page) == ["Noble gases"]
     expect(page.locator(":focus")).to_have_text("Noble gases")
     with page.expect_download() as download:
@@ -176,19 +204,77 @@ def test_memories_side_by_side(page: Page, server: Running) -> None:
 def test_a_reply_that_was_left_is_kept_as_far_as_it_came(
     page: Page, server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate = Gate(monkeypatch)
-    gate.let(4)
-    page.fill("#input", "tell me of neon")
-    page.press("#input", "Enter")
-    expect(page.locator("[aria-busy=true] .words")).not_to_be_empty()
+    gate = halfway(page, monkeypatch)
     page.click("#new")
     assert page.locator(".turn").count() == 0
-    gate.open()
-    assert eventually(lambda: server.engine.active == 0)
+    ended(page, server, gate)
     page.go_back()
     assert 0 < len(page.locator(".words").inner_text()) < LENGTH
     ask(page, "tell me of iron")
     assert page.locator(".user p").all_inner_texts() == ["tell me of neon", "tell me of iron"]
+
+
+def test_back_from_a_reply_that_is_written(page: Page, server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask(page, "now of iron")
+    iron = page.url
+    page.click("#new")
+    gate = halfway(page, monkeypatch)
+    neon = page.url
+    page.go_back()
+    expect(page.locator(".user p")).to_have_text("now of iron")
+    assert page.url == iron != neon
+    ended(page, server, gate)
+    page.reload()
+    expect(page.locator(".user p")).to_have_text("now of iron")
+    page.go_forward()
+    expect(page.locator(".user p")).to_have_text("tell me of neon")
+    assert 0 < len(page.locator(".words").inner_text()) < LENGTH
+
+
+def test_deleted_while_its_reply_is_written(page: Page, server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = halfway(page, monkeypatch)
+    page.click("#open-chats")
+    offer(page, "tell me of neon", "Delete")
+    assert titles(page) == []
+    ended(page, server, gate)
+    assert titles(page) == titles(second(page, server)) == []
+    page.get_by_role("button", name="Undo").click()
+    page.click("#chats .title")
+    assert 0 < len(page.locator(".words").inner_text()) < LENGTH  # as far as it came
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_renamed_while_its_reply_is_written(
+    page: Page, server: Running, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
+) -> None:
+    """In this tab, or in another."""
+    gate = halfway(page, monkeypatch)
+    page.click("#open-chats")
+    rename(second(page, server) if elsewhere else page, "tell me of neon", "Noble gases")
+    expect(page.locator("#chats .title")).to_have_text("Noble gases")
+    page.click("#chats .title")  # it is shown already
+    ended(page, server, gate)
+    reply = direct(server, "tell me of neon", "fetched")[0]
+    for _ in range(2):
+        assert page.title().startswith("Noble gases · ")
+        assert page.locator(".words").text_content() == reply
+        page.reload()
+        page.wait_for_selector(".blocks .block")
+
+
+@pytest.mark.parametrize("cleared", [False, True])
+def test_deleted_in_another_tab_while_its_reply_is_written(
+    page: Page, server: Running, monkeypatch: pytest.MonkeyPatch, cleared: bool
+) -> None:
+    gate = halfway(page, monkeypatch)
+    other = second(page, server)
+    if cleared:
+        other.evaluate("localStorage.clear()")
+    else:
+        offer(other, "tell me of neon", "Delete")
+    expect(page.locator(".turn")).to_have_count(0)
+    ended(page, server, gate)
+    assert titles(second(page, server)) == []
 
 
 def test_a_wait_is_explained(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,12 @@ export class Chat {
     this.keep();
   }
 
+  /** Stops what is being written, and does not keep it. */
+  drop() {
+    this.running?.abort();
+    this.running = null;
+  }
+
   /** Asks anew at a turn, in whose place the new one comes; what followed it goes. */
   from(turn, text) {
     const question = text.trim();

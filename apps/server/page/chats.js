@@ -8,7 +8,7 @@ const WIDE = matchMedia("(min-width: 1100px)");
 export class Chats {
   /**
    * `place` is the dialog that holds the list, `opener` the button that shows it. Calls `on.open(id)` when one is
-   * chosen, `on.changed(id)` when one was renamed, and `on.gone(id)` when one was deleted.
+   * chosen, `on.changed(id)` when one was renamed, and `on.gone(id)` when one is about to be deleted.
    */
   constructor(place, opener, store, menu, on) {
     Object.assign(this, { place, opener, store, menu, on, current: "", removed: null });
@@ -101,15 +101,17 @@ export class Chats {
 
   /** Deletes one; it can be brought back until the next is deleted or the page is left. */
   remove(conversation) {
-    this.store.remove(conversation.id);
+    const { id } = conversation;
+    this.on.gone(id); // first: it keeps what is being written, which would bring it back
+    const last = this.store.get(id) ?? conversation;
+    this.store.remove(id);
     const back = button("Undo", () => {
-      this.store.put(conversation);
+      this.store.put(last);
       this.undo.replaceChildren();
       this.draw();
-      this.focus(conversation.id);
+      this.focus(id);
     });
     this.undo.replaceChildren(element("span", { text: `Deleted: ${titleOf(conversation)}` }), back);
-    this.on.gone(conversation.id);
     this.draw();
     back.focus();
   }

@@ -33,8 +33,8 @@ const store = new Store((words) => (by("trouble").textContent = words));
 const settings = new Settings(by("open-settings"), (conversation) => conversation.turns.length && store.keep(conversation));
 const watch = new Watch({ models: showModels, bank: showBank, state: showState, connected: showConnected });
 const chats = new Chats(by("chats"), by("open-chats"), store, new Menu(by("chats-menu")), {
-  open: (id) => show(store.get(id) ?? fresh(watch.model), true),
-  changed: (id) => id === chat.conversation.id && show(store.get(id)),
+  open: (id) => open(id, true),
+  changed: (id) => id === chat.conversation.id && update({ title: store.get(id).title }),
   gone: (id) => id === chat.conversation.id && show(fresh(watch.model), true),
 });
 const chat = new Chat(by("log"), { request, memories, waiting }, {
@@ -101,6 +101,18 @@ function show(conversation, entry = false) {
   name();
 }
 
+/** Shows a kept conversation, unless it is shown already: what is being written in it goes on. */
+function open(id, entry = false) {
+  if (id !== chat.conversation.id) show(store.get(id) ?? fresh(watch.model), entry);
+}
+
+/** Takes over what was changed about the conversation that is shown; what is being written in it goes on. */
+function update(fields) {
+  Object.assign(chat.conversation, fields);
+  settings.show(chat.conversation);
+  name();
+}
+
 /** Lights the blocks of the last reply. */
 function lightLast() {
   picture.light(known(chat.turns.at(-1)?.answer.memory?.blocks ?? []));
@@ -108,8 +120,9 @@ function lightLast() {
 
 function keep(conversation) {
   conversation.model = watch.model;
+  // For the first time only: a reply that is left by the browser's Back is kept when the address is another's already.
+  if (!conversation.changed) history.replaceState(null, "", `#${conversation.id}`);
   store.keep(conversation);
-  if (location.hash !== `#${conversation.id}`) history.replaceState(null, "", `#${conversation.id}`);
   chats.draw(conversation.id);
   name();
 }
@@ -257,12 +270,16 @@ by("key-cancel").addEventListener("click", () => by("key").close());
 by("use").addEventListener("change", () => by("use").value !== "pinned" && choice.take(by("use").value));
 by("models").addEventListener("change", () => takeModel(by("models").value));
 by("fold").addEventListener("click", () => fold(!document.body.classList.contains("folded")));
-addEventListener("popstate", () => show(store.get(location.hash.slice(1)) ?? fresh(watch.model)));
+addEventListener("popstate", () => open(location.hash.slice(1)));
 addEventListener("pagehide", () => chat.stop());
-store.watch((id) => {
-  const found = id === chat.conversation.id && !chat.busy && store.get(id);
-  if (found) show(found);
-  else chats.draw();
+store.watch((id = chat.conversation.id) => {
+  chats.draw();
+  if (id !== chat.conversation.id || !chat.turns.length) return;
+  const found = store.get(id);
+  if (!found) chat.drop(); // else what is being written would bring it back
+  if (!chat.busy) return show(found ?? fresh(watch.model));
+  const { title, system, temperature } = found;
+  update({ title, system, temperature });
 });
 
 fold(matchMedia("(max-width: 820px)").matches); // a phone's first screen is for the conversation

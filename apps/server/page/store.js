@@ -67,8 +67,10 @@ export class Store {
     this.shelf?.removeItem(PREFIX + id);
   }
 
-  /** Calls `changed(id)` when another tab has changed a conversation. */
+  /** Calls `changed(id)` when another tab has changed or deleted a conversation, `changed()` when it has cleared all. */
   watch(changed) {
-    addEventListener("storage", ({ key }) => key?.startsWith(PREFIX) && changed(key.slice(PREFIX.length)));
+    addEventListener("storage", ({ key }) => {
+      if (key === null || key.startsWith(PREFIX)) changed(key?.slice(PREFIX.length));
+    });
   }
 }
