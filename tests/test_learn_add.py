@@ -199,6 +199,7 @@ def test_bad_input_changes_nothing(model: pathlib.Path, tmp_path: pathlib.Path, 
 def test_texts_put_aside_by_a_killed_swap_come_back(model: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = kept_texts(model)
     before, new = TrainingSet.open(texts).digest, texts.with_name("new")
+    new.mkdir()
     own, renamed = os.rename, list[pathlib.Path]()
 
     def rename(source: pathlib.Path, target: pathlib.Path) -> None:
