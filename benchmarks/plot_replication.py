@@ -47,7 +47,7 @@ def findings() -> list[Finding]:
     if (file := RESULTS / "harm.json").is_file():
         found.append(harm(json.loads(file.read_text(encoding="utf-8"))))
     shown = [one for one in found if {"shares", "gains by"} & one["figures"].keys()]
-    return sorted(shown, key=lambda one: (int(one["number"].rstrip("abc")), one["number"]))
+    return sorted(shown, key=lambda one: (int(one["number"].rstrip("abcd")), one["number"]))
 
 
 def points(figures: Finding) -> Iterator[Point]:
