@@ -240,6 +240,14 @@ class TestServer:
             study(passages.work, passages, taught(serve(babble)))
         assert len(asked) == 6  # one form for three windows, and once more
 
+    def test_a_server_without_a_model(self, lines: pathlib.Path, tmp_path: pathlib.Path) -> None:
+        class Empty(replay.Handler):
+            def do_GET(self) -> None:
+                self.send(200, {"object": "list", "data": None})
+
+        with replay.replaying(replay.Study(lines), Empty) as url, pytest.raises(TeacherError, match="names no model"):
+            ServerWriter(url).write([Request("Hello", 5, 0.0, 0)], Replies(tmp_path / "replies"))
+
 
 def run(url: str, folder: pathlib.Path) -> list[str]:
     """A command line that studies the passages in `folder`."""

@@ -137,7 +137,8 @@ class ServerWriter:
                 client = openai.OpenAI(base_url=self.url, api_key=key, max_retries=TRIES, timeout=self.seconds)
                 if not self.model:
                     try:
-                        self.model = next((row.id for row in client.models.list().data), "")
+                        models = client.models.list().data or ()  # Ollama says null where it has none
+                        self.model = next((row.id for row in models), "")
                     except (openai.OpenAIError, ValueError) as error:
                         raise self._error(error, "Start it first, or correct --teacher-url.") from error
                 if not self.model:
