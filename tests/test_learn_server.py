@@ -242,10 +242,13 @@ class TestServer:
 
     def test_a_server_without_a_model(self, lines: pathlib.Path, tmp_path: pathlib.Path) -> None:
         class Empty(replay.Handler):
-            def do_GET(self) -> None:
+            def do_GET(self) -> None:  # noqa: N802
                 self.send(200, {"object": "list", "data": None})
 
-        with replay.replaying(replay.Study(lines), Empty) as url, pytest.raises(TeacherError, match="names no model"):
+        with (
+            replay.replaying(replay.Study(lines), Empty) as url,
+            pytest.raises(TeacherError, match="names no model"),
+        ):
             ServerWriter(url).write([Request("Hello", 5, 0.0, 0)], Replies(tmp_path / "replies"))
 
 
