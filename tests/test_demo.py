@@ -139,8 +139,11 @@ def test_what_somebody_has_changed_is_put_aside(
     """Here the anchor is tiny, and the bundled bank is one that belongs to it."""
     monkeypatch.setenv("HIERMEM_CACHE", str(tmp_path))
     monkeypatch.setattr(tour.assets, "fetch", lambda name, say: tmp_path)
-    converted = lambda source, out, overwrite: shutil.copytree(folder / "anchor", out / "anchor")  # noqa: E731
-    monkeypatch.setattr("mlx_hiermem.convert.pipeline.convert", converted)
+
+    def convert(source: str, out: pathlib.Path, overwrite: bool) -> None:
+        shutil.copytree(folder / "anchor", out / "anchor")
+
+    monkeypatch.setattr("mlx_hiermem.convert.pipeline.convert", convert)
     said: list[str] = []
     made = tour.prepare(said.append, bank=folder / "bank")
     manifest = made / "bank" / MANIFEST

@@ -150,7 +150,9 @@ def test_a_folder_takes_anothers_place(tmp_path: pathlib.Path) -> None:
     assert ((out / "a").read_text(), names(tmp_path)) == ("2", ["model"])
 
 
-@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="no other disk is known")
+@pytest.mark.skipif(
+    not os.path.isdir("/dev/shm"), reason="a second file system is needed; Macs have none that is known"
+)
 def test_a_folder_from_another_disk_is_copied(tmp_path: pathlib.Path) -> None:
     out = folder(tmp_path / "model", "0")
     with tempfile.TemporaryDirectory(dir="/dev/shm") as other:

@@ -242,7 +242,7 @@ class TestServer:
 
     def test_a_server_without_a_model(self, lines: pathlib.Path, tmp_path: pathlib.Path) -> None:
         class Empty(replay.Handler):
-            def do_GET(self) -> None:  # noqa: N802
+            def do_GET(self) -> None:  # noqa: N802  # the name that http.server calls
                 self.send(200, {"object": "list", "data": None})
 
         with (

@@ -25,7 +25,7 @@ from mlx_hiermem.bank.check import check
 from mlx_hiermem.errors import BankError, CorpusError, HierMemError
 from mlx_hiermem.learn.corpus.readers import UNREADABLE, files_in
 from mlx_hiermem.learn.recall import Probe, recall
-from mlx_hiermem.learn.record import LearntFile, Scan, compared, read_record
+from mlx_hiermem.learn.record import Scan, read_record
 from mlx_hiermem.learn.relearn import Relearning
 from mlx_hiermem.learn.settings import (
     LearnSettings,
@@ -295,21 +295,6 @@ def test_a_folder_that_is_emptied_on_purpose(model: pathlib.Path, docs: pathlib.
     assert all(abs(row["after"]["loss"] - row["without"]["loss"]) < 0.01 for row in probes)
 
 
-def test_a_repetition_is_learnt_when_the_first_is_gone(tmp_path: pathlib.Path) -> None:
-    def row(name: str, windows: tuple[int, ...] = (), *twins: str) -> LearntFile:
-        return LearntFile(str(tmp_path / name), name, name, windows, twins=twins)
-
-    # `e` has a text of its own, and a line of `a`
-    rows = [row("a", (1,)), row("b", (), "a"), row("c", (), "d"), row("d", (2,)), row("e", (3,), "d:1", "a:2")]
-    learnt = {one.file: one for one in rows}
-    now = {file: one.sha256 for file, one in learnt.items()}
-    assert not compared(str(tmp_path), learnt, now)
-    del now[rows[0].file]
-    found = compared(str(tmp_path), learnt, now)
-    assert (found.names(found.new), found.names(found.deleted), found.same) == (["b"], ["a"], 1)
-    assert found.names(found.changed) == ["e"]
-
-
 def test_a_section_stays_while_one_file_has_it(model: pathlib.Path, docs: pathlib.Path) -> None:
     section = "## Hours\n\nThe mill is open on Mondays from nine to five, and its bakery sells bread until noon.\n"
     for name, own in (("a", "Ashford has ten houses by a river."), ("b", "Birchley makes wool in the hills.")):
@@ -350,18 +335,3 @@ def test_what_another_command_left_is_not_gone_on_with(model: pathlib.Path, docs
     (left / "training.json").write_text("{}")  # of a bank that has changed since
     call("sync", model, docs, "--yes")
     assert f"{NEW}.txt" in documents(model)
-
-
-def test_a_file_that_cannot_be_read_is_not_gone(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path, "Ashford")
-    file = str(tmp_path / "Ashford.txt")
-    learnt = {file: LearntFile(file, "Ashford.txt", "0", (0,))}
-    scan = Scan()
-    assert compared(str(tmp_path), learnt, scan.digests(str(tmp_path))).changed
-    os.utime(file, (1, 1))
-
-    def refuse(path: pathlib.Path) -> str:
-        raise PermissionError(13, "no")
-
-    monkeypatch.setattr("mlx_hiermem.learn.record.file_digest", refuse)
-    assert not compared(str(tmp_path), learnt, scan.digests(str(tmp_path)))
