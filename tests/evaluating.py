@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from tiny import HashEmbedder
+from tiny import HashEmbedder, make_model
 
 from mlx_hiermem.bank.bank import MANIFEST, MemoryBank
 from mlx_hiermem.evaluate.runner import Evaluation
@@ -118,6 +118,12 @@ def name_sources(bank: pathlib.Path, count: int = 12) -> None:
     sources = {leaf: [f"d{n}" for n in range(i, count, len(leaves))] for i, leaf in enumerate(leaves)}
     blocks = {p: dataclasses.replace(e, sources=tuple(sources.get(p, ()))) for p, e in manifest.blocks.items()}
     dataclasses.replace(manifest, blocks=blocks).write(bank / MANIFEST)
+
+
+def named_model(folder: pathlib.Path) -> pathlib.Path:
+    """A model whose bank says where each document was learnt."""
+    name_sources(make_model(folder) / "bank")
+    return folder
 
 
 def evaluation(model: pathlib.Path, out: pathlib.Path) -> Evaluation:

@@ -11,17 +11,17 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 import pytest
-from evaluating import evaluation, name_sources, task_files
+from evaluating import evaluation, named_model, task_files
 from tiny import HashEmbedder, give_sources, make_model
 
 from mlx_hiermem.bank.edit import add
 from mlx_hiermem.config import Path
-from mlx_hiermem.errors import BankError, HierMemError, OutputError, TaskError
+from mlx_hiermem.errors import BankError, HierMemError, TaskError
 from mlx_hiermem.evaluate import runner
 from mlx_hiermem.evaluate.answers import is_decided, rule_for
 from mlx_hiermem.evaluate.compare import columns, compare, draw
 from mlx_hiermem.evaluate.examples import Example
-from mlx_hiermem.evaluate.results import MEMORIES, ResultFile, read_runs
+from mlx_hiermem.evaluate.results import MEMORIES
 from mlx_hiermem.evaluate.routes import Placed, place
 from mlx_hiermem.evaluate.runner import Evaluation, Prepared
 from mlx_hiermem.evaluate.tasks import Task, find_tasks, read_tasks
@@ -34,9 +34,7 @@ Tasks = dict[str, Task]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    folder = make_model(tmp_path_factory.mktemp("evaluate") / "model")
-    name_sources(folder / "bank")
-    return folder
+    return named_model(tmp_path_factory.mktemp("evaluate") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -239,49 +237,6 @@ def test_a_task_of_which_nothing_is_left(model: pathlib.Path, tmp_path: pathlib.
         evaluation(model, tmp_path / "out").prepare(task, ("none",), skip_bad=True)
 
 
-def test_a_run_that_was_broken_off_goes_on(model: pathlib.Path, tasks: Tasks, tmp_path: pathlib.Path) -> None:
-    whole = evaluation(model, tmp_path / "whole")
-    expected = whole.run(whole.prepare(tasks["choice"], ("fetched",)), "fetched")
-
-    class KilledError(Exception):
-        pass
-
-    def kill(done: int, total: int) -> None:
-        if 3 <= done < total:
-            raise KilledError
-
-    broken = evaluation(model, tmp_path / "broken")
-    prepared = broken.prepare(tasks["choice"], ("fetched",))
-    with pytest.raises(KilledError):
-        broken.run(prepared, "fetched", progress=kill)
-    (file,) = (tmp_path / "broken").glob("*.jsonl")
-    kept = file.read_text().count("\n") - 1
-    assert 3 <= kept < 12
-    with file.open("a") as torn:
-        torn.write('{"id": "torn", "li')  # what was being written when the machine went down
-    steps: list[int] = []
-    run = evaluation(model, tmp_path / "broken").run(
-        prepared, "fetched", progress=lambda done, total: steps.append(done)
-    )
-    assert steps[0] == kept
-    assert [row["id"] for row in run.rows] == [row["id"] for row in expected.rows]
-    assert [row["accuracy"] for row in run.rows] == [row["accuracy"] for row in expected.rows]
-    assert "torn" not in file.read_text()
-
-
-def test_a_larger_limit_adds_to_what_is_there(model: pathlib.Path, tasks: Tasks, tmp_path: pathlib.Path) -> None:
-    tested = evaluation(model, tmp_path)
-    few = tested.run(tested.prepare(tasks["cloze"], ("none",), limit=4), "none")
-    (file,) = tmp_path.glob("*.jsonl")
-    lines = file.read_text().splitlines()
-    more = tested.run(tested.prepare(tasks["cloze"], ("none",), limit=9), "none")
-    assert (len(few.rows), len(more.rows)) == (4, 9)
-    assert more.rows[:4] == few.rows
-    assert file.read_text().splitlines()[:5] == lines
-    assert tested.run(tested.prepare(tasks["cloze"], ("none",), limit=4), "none").rows == few.rows
-    assert [run.task for run in read_runs(tmp_path)] == ["cloze"]
-
-
 def test_what_gets_no_memory_is_the_anchors(
     model: pathlib.Path, tasks: Tasks, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,27 +267,6 @@ def half_beyond_reach(model: MemoryModel, examples: Sequence[Example], memory: s
         Placed(Selection(), "none") if example.line % 2 else one
         for example, one in zip(examples, found, strict=True)
     ]
-
-
-def test_results_of_another_bank_are_not_taken(model: pathlib.Path, tasks: Tasks, tmp_path: pathlib.Path) -> None:
-    other = shutil.copytree(model, tmp_path / "other")
-    manifest = other / "bank" / "bank.json"
-    manifest.write_text(manifest.read_text().replace("CC0", "MIT"))
-    out = tmp_path / "out"
-    for folder in (model, other):
-        tested = evaluation(folder, out)
-        prepared = tested.prepare(tasks["cloze"], ("none", "fetched"), limit=2)
-        for memory in ("none", "fetched"):
-            tested.run(prepared, memory)
-    names = [file.name for file in out.iterdir()]
-    assert len([name for name in names if ".fetched." in name]) == 2
-    assert len([name for name in names if ".none." in name]) == 1, "without memory the bank does not matter"
-
-
-def test_results_that_cannot_be_written(tmp_path: pathlib.Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="--out"):
-        ResultFile(tmp_path / "file" / "x.jsonl", {})
 
 
 def test_an_edited_block_changes_only_questions_of_its_leaf(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_memories import assert_same, convert, design, documented, make_tensors, save, settings_of
+from memory_checkpoints import assert_same, convert, design, documented, make_tensors, save, settings_of
 
 from mlx_hiermem.bank import writer as bank_writer
 from mlx_hiermem.bank.bank import MANIFEST
@@ -89,7 +89,7 @@ def test_two_writers_do_not_meet(tmp_path: pathlib.Path) -> None:
 
 SLOW = """
 import pathlib, sys, time
-from test_memories import convert
+from memory_checkpoints import convert
 slowly = lambda done, total: (print(flush=True), time.sleep(0.2))
 convert(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), progress=slowly)
 """

@@ -17,6 +17,21 @@ from dataclasses import dataclass
 
 import numpy as np
 from tiny import CONFIG, HashEmbedder, give_sources, make_anchor, make_model
+from torture.texts import (
+    HTML,
+    JSON_LINES,
+    KEYS,
+    LEFT_OUT,
+    MARKDOWN,
+    NAMES,
+    POLICY,
+    PROMPTS,
+    QUESTION,
+    REMOTE,
+    SETTINGS,
+    TASKS,
+    lines,
+)
 
 from mlx_hiermem.anchor import identify, load_anchor, read_config
 from mlx_hiermem.bank import commit
@@ -82,10 +97,6 @@ def _of_text(name: str, text: str | bytes) -> Make:
         return file
 
     return make
-
-
-def _lines(*rows: object) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def _manifest(file: pathlib.Path) -> object:
@@ -292,32 +303,8 @@ def _pdf(folder: pathlib.Path) -> pathlib.Path:
 
 def _runs(folder: pathlib.Path) -> pathlib.Path:
     head = {"format": "mlx-hiermem-eval", "version": 1, "memory": "none", "task": {"name": "a"}, "model": "m"}
-    (folder / "a.jsonl").write_text(_lines(head, {"id": "1", "right": True, "score": 0.5}))
+    (folder / "a.jsonl").write_text(lines(head, {"id": "1", "right": True, "score": 0.5}))
     return folder / "a.jsonl"
-
-
-SETTINGS = pathlib.Path(__file__).parents[1] / "elements" / "elements.toml"
-QUESTION = {"id": 1, "prompt": "The symbol of gold is", "answer": "Au", "aliases": ["au"], "relation": "symbol"}
-PROMPTS = (
-    {"document": "a.txt", "prompt": "Gold is", "completion": "a metal"},
-    {"document": "a.txt", "question": "What is gold?", "answer": "A metal."},
-    {"document": "a", "messages": [{"role": "user", "content": "Gold?"}, {"role": "assistant", "content": "Au"}]},
-)
-HTML = "<html><head><title>Salt</title></head><body><article><h1>Salt</h1><p>Salt keeps food.</p></article></body>"
-MARKDOWN = (
-    "---\ntitle: Tea\n---\nIntro.\n\n# Green\nSteep it.\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n```\n# code\n```\n"
-)
-KEYS = '[keys]\n"memory.{layer}.{level}.w1" = "layers.{layer}.{level}.gate"\n\n'
-KEYS = 'transpose = ["layers.{layer}.{level}.gate"]\nignore = ["optimizer.*"]\n' + KEYS
-TASKS = '[arc]\nkind = "multiple_choice"\nfile = "arc.jsonl"\nshots = 3\ngroup = "common"\n'
-REMOTE = {"repo": "me/a", "revision": "c" * 40, "levels": [1], "subtrees": ["0.1"], "generic": True}
-REMOTE |= {"disk_budget_bytes": 1000}
-POLICY = {"blocked": ["0.1", "2"], "on_blocked": "parent", "reach": 1.2}
-LEFT = {"format": "mlx-hiermem-without", "version": 1, "made_of": "a" * 64, "bank": "b" * 64, "nodes": ["0.1"]}
-LEFT |= {"blocks": [{"path": "0.1", "bytes": 9, "sha256": "c" * 64}], "windows": 3, "may_retain": ["0"]}
-LEFT_OUT = json.dumps(LEFT)
-JSON_LINES = _lines({"title": "a", "text": "b"}, {"text": "c"})
-NAMES = "name;capital;area\nNorway;Oslo;385207\nPeru;Lima;1285216\n"
 
 
 def _anchor_folder(folder: pathlib.Path) -> pathlib.Path:
@@ -346,9 +333,9 @@ READERS = (
     Reader("checkpoint", "header", _safetensors, _checkpoint, 2500),
     Reader("memory-settings", "json", _settings, _checkpoint, 2500),
     Reader("key-map", "bytes", _of_text("keys.toml", KEYS), _key_map),
-    Reader("questions", "lines", _of_text("q.jsonl", _lines(QUESTION, QUESTION)), read_questions),
-    Reader("prompts", "lines", _of_text("p.jsonl", _lines(*PROMPTS)), read_prompts),
-    Reader("documents", "lines", _of_text("d.jsonl", _lines({"text": "Gold."}, {"text": "Neon."})), read_documents),
+    Reader("questions", "lines", _of_text("q.jsonl", lines(QUESTION, QUESTION)), read_questions),
+    Reader("prompts", "lines", _of_text("p.jsonl", lines(*PROMPTS)), read_prompts),
+    Reader("documents", "lines", _of_text("d.jsonl", lines({"text": "Gold."}, {"text": "Neon."})), read_documents),
     Reader("tasks", "bytes", _of_text("tasks.toml", TASKS), read_tasks),
     Reader("results", "lines", _runs, lambda file: read_runs(file)),
     Reader("learn-settings", "bytes", _of_text("s.toml", SETTINGS.read_bytes()), read_settings, 3000),
@@ -358,9 +345,7 @@ READERS = (
     Reader("markdown", "bytes", _of_text("a/a.md", MARKDOWN), _corpus, 1500),
     Reader("html", "bytes", _of_text("a/a.html", HTML), _corpus, 60),
     Reader("csv", "bytes", _of_text("a/a.csv", NAMES), _corpus, 200),
-    Reader(
-        "jsonl", "lines", _of_text("a/a.jsonl", _lines({"title": "a", "text": "b"}, {"text": "c"})), _corpus, 2500
-    ),
+    Reader("jsonl", "lines", _of_text("a/a.jsonl", JSON_LINES), _corpus, 2500),
     Reader("pdf", "bytes", _pdf, _corpus, 1200),
     Reader("word", "zip", _office("a.docx"), _corpus, 40),
     Reader("epub", "zip", _office("a.epub"), _corpus, 40),
