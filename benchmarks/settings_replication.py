@@ -71,7 +71,7 @@ class Trend:
 # The last of each is the bank of `make vital`.
 PASSAGES = {"60 passages": 60, "240 passages": 240, "480 passages": 480}
 LARGER = {name: count for name, count in PASSAGES.items() if count > 60}
-CHARACTERS = {"5 characters": 5, "11.6 characters": 11.6}
+CHARACTERS = {"2 characters": 2, "5 characters": 5, "11.6 characters": 11.6}
 UNITS = {f"{n} and {n}": n for n in (8, 32, 128)}
 STUDY = {"2": 2, "5": 5, "two writers": 11.6}
 TRENDS = [

@@ -11,10 +11,12 @@ from dataclasses import replace
 
 import pytest
 from chatting import command, say, talk
+from tiny import NAMES, REST, load_aimed, make_model
 
 from mlx_hiermem.apps.cli import slash
 from mlx_hiermem.apps.cli.display import console, write
 from mlx_hiermem.apps.cli.shelf import Shelf
+from mlx_hiermem.bank import edit
 from mlx_hiermem.bank.policy import BankPolicy
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import HierMemError
@@ -98,6 +100,17 @@ def test_why_names_sources_and_blocked_nodes(session: Session, capsys: pytest.Ca
     assert "0.1 topic 0.1 would be nearer, but is blocked" in text
     assert "1.7 kB, blocked" in text
     assert "0 s0, s1, s2, s3, s4, s5, s6, s7 and 3 more" in text
+
+
+def test_why_after_another_process_has_removed_the_path(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session = Session(load_aimed(make_model(tmp_path / "model"), NAMES, REST), max_tokens=4)
+    say(session, "about neon")
+    assert session.model.bank
+    edit.remove(session.model.bank.root, [Path((0, 1))])
+    command(session, "/route about iron", capsys)  # takes the edit up
+    assert "0.1 inf" in " ".join(command(session, "/why --verbose", capsys).split())
 
 
 def test_memories_are_compared(session: Session, capsys: pytest.CaptureFixture[str]) -> None:

@@ -160,6 +160,20 @@ def test_block_and_unblock(bank_command: Run, copied: pathlib.Path) -> None:
         assert bank_command(*arguments).code == 2
 
 
+def test_a_folder_may_be_called_like_a_node(
+    bank_command: Run, copied: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(copied)
+    assert "blocked  1.2" in bank_command("block", ".", "1.2").out
+    monkeypatch.chdir(copied.parent)
+    three = copied.rename(copied.with_name("3"))
+    refused = bank_command("block", "3", "1")
+    assert refused.code == 2
+    assert "3 is a model here" in refused.err
+    assert "blocked  1" in bank_command("block", "./3", "1").out
+    three.rename(copied)
+
+
 @pytest.mark.slow
 def test_remove_with_a_probe(bank_command: Run, copied: pathlib.Path, tmp_path: pathlib.Path) -> None:
     routed = json.loads(bank_command("path", copied, "some text", "--json").out)["path"]

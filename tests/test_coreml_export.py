@@ -178,6 +178,9 @@ def test_which_blocks(copy: pathlib.Path, tmp_path: pathlib.Path) -> None:
     choice = bundle.choose(MemoryBank.open(copy / "bank"), only=("0",))
     assert names(choice) == ({"0", "0.0", "0.1", "0.2"}, {"1", "1.0", "1.1", "1.2"})  # nothing that is blocked
     assert choice.url == f"https://huggingface.co/me/tiny/resolve/{'0' * 40}/bank/"
+    Origin("me/tiny", "0" * 40, subtrees=frozenset({Path((1, 2))})).write(copy / "bank")  # it was changed here
+    ours = bundle.choose(MemoryBank.open(copy / "bank"), only=("0",))
+    assert names(ours) == ({"0", "0.0", "0.1", "0.2", "1.2"}, {"1", "1.0", "1.1"})
     bundle.write_bank(choice, tmp_path / "bank", lambda: None)
     assert (tmp_path / "bank" / POLICY).is_file()
     assert len(BankManifest.read(tmp_path / "bank" / MANIFEST).blocks) == 8

@@ -134,7 +134,7 @@ def test_replies_are_beginnings_of_what_generate_says(
 
 
 @pytest.mark.parametrize("kind", ["generation", "questions"])
-@pytest.mark.parametrize("answers", [("the oak", "yew tree"), ("12",), ("H",)])
+@pytest.mark.parametrize("answers", [("the oak", "yew tree"), ("12",), ("H",), ("-12", ".a")])
 def test_what_is_decided_stays_so(kind: str, answers: tuple[str, ...]) -> None:
     rng, rule = np.random.default_rng(0), rule_for(kind, answers[0])
     pieces = ["the ", "oak", "oaks", " ", "\n", "yew", " tree", "1", "2", "12", ".", "H", "a", "n ", "-", "_"]

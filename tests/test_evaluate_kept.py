@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import math
+import os
 import pathlib
 import shutil
+import time
+from dataclasses import replace
 
 import pytest
 from evaluating import evaluation, named_model, task_files
 
-from mlx_hiermem.errors import OutputError
-from mlx_hiermem.evaluate.results import ResultFile, read_runs
-from mlx_hiermem.evaluate.tasks import Task, read_tasks
+from mlx_hiermem.bank.bank import MANIFEST
+from mlx_hiermem.errors import OutputError, TaskError
+from mlx_hiermem.evaluate.compare import columns, compare
+from mlx_hiermem.evaluate.results import PARTS, ResultFile, Run, read_runs
+from mlx_hiermem.evaluate.statistics import difference, figure
+from mlx_hiermem.evaluate.tasks import Task, find_tasks, read_tasks
 
 Tasks = dict[str, Task]
+RELATIONS, WORDINGS = ("name", "number"), ("canonical", "paraphrased")
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +95,53 @@ def test_results_that_cannot_be_written(tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="--out"):
         ResultFile(tmp_path / "file" / "x.jsonl", {})
+
+
+def test_the_newest_of_two_runs_counts(model: pathlib.Path, tasks: Tasks, tmp_path: pathlib.Path) -> None:
+    """After an edit of the bank a folder has the results of before, too."""
+    other = shutil.copytree(model, tmp_path / "model")
+    manifest = other / "bank" / MANIFEST
+    heads = []
+    for change in (("", ""), ("CC0", "MIT")):
+        manifest.write_text(manifest.read_text().replace(*change))
+        tested = evaluation(other, tmp_path / "out")
+        heads.append(tested.run(tested.prepare(tasks["cloze"], ("fetched",), limit=2), "fetched").head)
+        time.sleep(0.01)
+    assert heads[0] != heads[1]
+    assert [run.head for run in read_runs(tmp_path / "out")] == [heads[1]]
+    (older,) = [file for file in (tmp_path / "out").glob("*.jsonl") if heads[0]["fingerprint"][:12] in file.name]
+    os.utime(older)
+    assert [run.head for run in read_runs(tmp_path / "out")] == [heads[0]]
+
+
+def test_kept_results_have_their_parts(model: pathlib.Path, tasks: Tasks, tmp_path: pathlib.Path) -> None:
+    tested = evaluation(model, tmp_path)
+    prepared = tested.prepare(tasks["asked"], ("none", "fetched"))
+    live = [tested.run(prepared, memory) for memory in ("none", "fetched")]
+    (kept,) = [run for run in read_runs(tmp_path) if run.memory == "none"]
+    assert kept.parts().keys() == live[0].parts().keys() == {"", *(f"{r} {w}" for r in RELATIONS for w in WORDINGS)}
+    bare = Run(kept.head, [{name: row[name] for name in row if name not in PARTS} for row in kept.rows])
+    for first, second in ((live[1], kept), (live[1], bare), (bare, live[1])):
+        found = compare(columns([("a", first), ("b", second)]))
+        assert len(found.paired) == 5
+
+
+def test_rows_of_one_id_are_refused(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "texts.jsonl"
+    file.write_text('{"id": "3", "text": "oak elm"}\n{"text": "fir"}\n{"text": "ash yew bay"}\n')
+    (task,) = find_tasks([str(file)], None)
+    task = replace(task, kind="perplexity")
+    with pytest.raises(TaskError, match=r"texts\.jsonl: line 3 has the id of line 1, 3\. Give each row an `id`"):
+        evaluation(model, tmp_path / "out").prepare(task, ("none",))
+    prepared = evaluation(model, tmp_path / "out").prepare(task, ("none",), skip_bad=True)
+    assert [one.line for one in prepared.examples] == [1, 2]
+    assert prepared.bad == ["line 3 has the id of line 1, 3"]
+
+
+def test_a_text_without_spaces_has_no_perplexity_of_words() -> None:
+    rows = [{"nll": 9000.0, "tokens": 3000, "words": 1, "bytes": 9000}] * 2
+    found = figure(rows, "word_perplexity")
+    assert (found.value, found.error, found.to_json()["value"]) == (math.inf, None, None)
+    assert figure(rows, "perplexity").value == pytest.approx(math.exp(3))
+    worse = [row | {"nll": 9900.0} for row in rows]
+    assert difference(rows, worse, "word_perplexity").to_json()["value"] is None

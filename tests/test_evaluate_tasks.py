@@ -151,6 +151,10 @@ def test_contexts_longer_than_the_models_are_named(tmp_path: pathlib.Path) -> No
     assert len(context) + len(continuation) == 65, "the last token is predicted, never read"
     assert bytes(context)[-1] == tested.prompter.plain("z")[0], "the beginning was cut"
     assert len(tested.run(cut, "none").rows) == 2
+    asked = Task("asked", "questions", write(tmp_path / "a.jsonl", [{"prompt": "x" * 90, "answer": "b"}]))
+    cut = tested.prepare(asked, ("none",), truncate=True)
+    assert cut.prompts[0].length == 64, "each token of a reply but the last is read"
+    assert len(tested.run(cut, "none").rows) == 1
 
 
 def evaluation_of_anchor(folder: pathlib.Path, out: pathlib.Path) -> Any:

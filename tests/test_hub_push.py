@@ -23,6 +23,8 @@ from mlx_hiermem import load
 from mlx_hiermem.apps.cli.main import app
 from mlx_hiermem.bank import edit
 from mlx_hiermem.bank.bank import MANIFEST, MemoryBank
+from mlx_hiermem.bank.commit import STAGING
+from mlx_hiermem.bank.quantize import design, quantize
 from mlx_hiermem.bank.sources import WINDOWS_FILE
 from mlx_hiermem.config import Path
 from mlx_hiermem.errors import BankError, HierMemError, HubError
@@ -103,13 +105,20 @@ def test_sources_are_shared_only_where_that_was_said(
         bank = MemoryBank.open(tmp_path / f"out{number}" / "bank")
         assert (bank.sources is not None) is wanted
         assert list(bank.problems()) == []
-    # What was pulled without them is edited without them, and a later pull does not bring them back.
+    # What was pulled without them is quantised without them,
+    quantize(bank, tmp_path / "few", design(bank.config, [4]))
+    assert "sources" not in json.loads((tmp_path / "few" / MANIFEST).read_text())
+    assert list(MemoryBank.open(tmp_path / "few").problems()) == []
+    # edited without them, and a later pull does not bring them back.
     edit.remove(bank.root, [Path((1, 2))])
     pull(REPO, tmp_path / "out1")
     assert not (bank.root / WINDOWS_FILE).exists()
+    half = source / "bank" / STAGING / WINDOWS_FILE  # of an edit that was killed before it stood
+    half.parent.mkdir(parents=True)
+    half.write_text("Gold does not rust.")
     push(source, REPO, with_sources=False)
     head = hub.repo(REPO).head
-    assert not [name for name in head if name.startswith("bank/sources")]
+    assert not [name for name in head if name.startswith(("bank/sources", "bank/edit"))]
     assert "sources" not in json.loads(head[f"bank/{MANIFEST}"])
     assert "passages of them" not in head["README.md"].decode()
     assert (source / "bank" / MANIFEST).read_bytes() == manifest

@@ -140,8 +140,10 @@ def test_a_batch_keeps_to_the_context(tmp_path: pathlib.Path) -> None:
     opened = load(make_anchor(tmp_path / "anchor"))
     opened.config["max_position_embeddings"] = 12
     assert [r.generation_tokens for r in opened.batch(["abcdef", "abc"], max_tokens=7)] == [6, 7]
-    with pytest.raises(HierMemError, match="more than the model's 12"):
-        opened.batch(["abc", "x" * 12])
+    assert [len(list(opened.stream(text, max_tokens=7))) for text in ("abcdef", "abc")] == [6, 7]
+    for ask in (opened.batch, opened.generate):
+        with pytest.raises(HierMemError, match="more than the model's 12"):
+            ask(["abc", "x" * 12] if ask == opened.batch else "x" * 12)
 
 
 # how tokens are drawn

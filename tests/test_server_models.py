@@ -164,6 +164,16 @@ def test_other_anchors_and_designs_are_loaded_for_themselves(folder: pathlib.Pat
         assert list(together) == alone
 
 
+def test_three_models_of_one_anchor_take_off_what_is_not_theirs(folder: pathlib.Path) -> None:
+    first = load(folder / "anchor")
+    second = load(folder / "anchor", beside=[first])
+    full = load(folder, beside=[first, second])
+    alone = second.generate("abc", max_tokens=8).text
+    assert full.generate("abc", memory="0.1", max_tokens=8).text != alone
+    full.select("0.1", "")  # stays attached
+    assert [one.generate("abc", max_tokens=8).text for one in (second, first)] == [alone] * 2
+
+
 def test_a_plain_anchor_beside_its_bank(folder: pathlib.Path) -> None:
     def both() -> dict[str, MemoryModel]:
         plain = load(folder / "anchor")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from tiny import Aimed, load_aimed
@@ -207,6 +208,21 @@ def test_earlier_caches_keep_to_their_budget(model: MemoryModel, monkeypatch: py
         assert session._earlier.nbytes <= 1
 
 
+def test_processors_see_what_is_in_the_cache(model: MemoryModel) -> None:
+    seen: list[int] = []
+
+    def process(tokens: mx.array, logits: mx.array) -> mx.array:
+        seen.append(len(tokens))
+        return logits
+
+    session = Session(model, max_tokens=2, logits_processors=[process])
+    say(session, "about neon")
+    seen.clear()
+    say(session, "and its symbol?")
+    assert session.last
+    assert session.prefilled < seen[0] == len(session._cached) - 2
+
+
 def test_reset_forgets_all_caches(model: MemoryModel) -> None:
     session = Session(model, max_tokens=6)
     for text in ("about neon", "now iron"):
@@ -290,7 +306,9 @@ def test_ctrl_c_keeps_the_session(model: MemoryModel, monkeypatch: pytest.Monkey
         patch.setattr(
             model,
             "responses",
-            lambda *a, prompt_cache: interrupted(real(*a, prompt_cache=prompt_cache), prompt_cache, 4, torn),
+            lambda *a, prompt_cache, **k: interrupted(
+                real(*a, prompt_cache=prompt_cache, **k), prompt_cache, 4, torn
+            ),
         )
         with pytest.raises(KeyboardInterrupt):
             say(session, "second")

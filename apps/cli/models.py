@@ -54,8 +54,15 @@ def split(words: Sequence[str] | None, model: str, is_model: Callable[[str], boo
 
 
 def is_no_number(word: str) -> bool:
-    """Where other words are paths of nodes or distances: whether this one is neither, and so a model's name."""
-    return not re.fullmatch(r"[\d.]+", word)
+    """Where other words are paths of nodes or distances: whether this one is neither, and so a model's name.
+
+    Raises BadParameter where it may be both.
+    """
+    if not re.fullmatch(r"\d+(\.\d+)*", word):
+        return True
+    if is_model_folder(word):
+        raise typer.BadParameter(f"{word} is a model here, and a node or number too: write ./{word}, or -m MODEL")
+    return False
 
 
 def is_model_folder(word: str) -> bool:

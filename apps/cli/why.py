@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from mlx_hiermem.apps.cli.display import NOT_SAID, blocked_note, console, faint, size
@@ -126,14 +127,14 @@ def _path_table(session: Session, path: Path, distances: dict[Path, float], besi
 
     bank, cache = _bank(session), session.model.cache
     table = Table("node", "distance", "label", "block", box=None, header_style="dim")
-    for node in sorted((*path.prefixes(), *beside), key=lambda node: (len(node), distances[node])):
+    for node in sorted((*path.prefixes(), *beside), key=lambda node: (len(node), distances.get(node, math.inf))):
         entry = bank.manifest.blocks.get(node)
         state = bank.state(node)
         if state == "on disk" and cache and node in cache:
             state = "in memory"
         block = f"{size(entry.bytes)}, {state}" if entry else "none"
         taken = node in path.prefixes()
-        row = (f"{node}", f"{distances[node]:.3f}", Text(bank.manifest.label(node)), block)
+        row = (f"{node}", f"{distances.get(node, math.inf):.3f}", Text(bank.manifest.label(node)), block)
         table.add_row(*row, style="" if taken else "dim")
     console.print(table)
 

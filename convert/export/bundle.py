@@ -88,13 +88,15 @@ def choose(
     all there ever is.
     """
     origin = bank.remote.origin if bank.remote else None
+    own = frozenset[Path]()
     if not url and origin:
+        own = origin.subtrees  # what was changed here is noted among them, and the hub does not have it
         url = f"https://huggingface.co/{origin.repo}/resolve/{origin.revision}/bank/"
     url = url if not url or url.endswith("/") else f"{url}/"
     tops = find(bank.manifest, only)
     opened = [entry for node, entry in bank.manifest.blocks.items() if not bank.policy.blocker(node)]
-    bundled = tuple(entry for entry in opened if _wanted(entry.path, blocks, tops))
-    rest = tuple(entry for entry in opened if not _wanted(entry.path, blocks, tops))
+    bundled = tuple(entry for entry in opened if entry.path in own or _wanted(entry.path, blocks, tops))
+    rest = tuple(entry for entry in opened if entry not in bundled)
     if rest and not url and not only:
         raise BankError(
             f"{len(rest)} blocks would be left to be downloaded, but from where is not known",

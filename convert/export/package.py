@@ -90,7 +90,7 @@ def describe_memory(config: MemoryConfig, mode: str) -> dict[str, Any]:
 
 
 def describe_text(anchor: pathlib.Path, tokenizer: Any, knows_questions: bool = False) -> dict[str, Any]:
-    """The manifest's tokenizer, chat_template, chat, eos and sampling; the last from generation_config.json.
+    """The manifest's tokenizer, chat_template, chat, eos and sampling, which takes the likeliest token as in chat.
 
     `knows_questions`: the bank's, see `BankManifest`.
     """
@@ -100,18 +100,12 @@ def describe_text(anchor: pathlib.Path, tokenizer: Any, knows_questions: bool = 
     with bounded():
         chat = chat_format(speaker) if speaker else None
     stops = getattr(tokenizer, "eos_token_ids", None) or config.get("eos_token_id") or []
-    wanted = config if config.get("do_sample") else {}
     return {
         "tokenizer": TOKENIZER,
         "chat_template": template if isinstance(template, str) else None,
         "chat": chat,
         "eos": sorted({stops} if isinstance(stops, int) else set(stops)),
-        "sampling": {
-            "temperature": float(wanted.get("temperature", 1.0)) if wanted else 0.0,
-            "top_p": float(wanted.get("top_p", 1.0)),
-            "top_k": int(wanted.get("top_k", 0)),
-            "max_tokens": MAX_TOKENS,
-        },
+        "sampling": {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "max_tokens": MAX_TOKENS},
     }
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -207,14 +207,14 @@ class MemoryBatch:
     ) -> list[Response]:
         """The whole replies to several prompts, in their order. The batch is closed then."""
         for tokens in prompts:
-            self._check(tokens, self._fitted(tokens, sampling))
+            self._check(tokens, sampling.fitted(len(tokens), self.model.context))
         waiting = iter(enumerate(zip(prompts, chosen, strict=True)))
         growing, found = dict[int, _Growing](), dict[int, Response]()
         try:
             while len(found) < len(prompts):
                 while self.room and (following := next(waiting, None)) is not None:
                     number, (tokens, memory) = following
-                    uid, selection = self.add(tokens, memory, self._fitted(tokens, sampling))
+                    uid, selection = self.add(tokens, memory, sampling.fitted(len(tokens), self.model.context))
                     growing[uid] = _Growing(number, len(tokens), selection, sampling, self.model.tokenizer)
                 for token in self.step():
                     if (response := growing[token.uid].add(token)) is not None:
@@ -223,11 +223,6 @@ class MemoryBatch:
         finally:
             self.close()
         return [found[number] for number in range(len(prompts))]
-
-    def _fitted(self, tokens: list[int], sampling: Sampling) -> Sampling:
-        """The sampling with a reply no longer than the model's context leaves room for; one token at least."""
-        room = self.model.context - len(tokens) if self.model.context else sampling.max_tokens
-        return replace(sampling, max_tokens=max(min(sampling.max_tokens, room), 1))
 
     def remove(self, uid: int) -> None:
         """Takes a sequence out, finished or not."""
@@ -252,13 +247,7 @@ class MemoryBatch:
         if sampling.kv_bits:
             raise ArgumentError("mlx-lm cannot batch quantised KV caches", "Leave kv_bits out, or `generate`.")
         sampling.check_tokens(self.model.vocabulary)
-        context = self.model.context
-        if context and len(tokens) + sampling.max_tokens > context:
-            raise HierMemError(
-                f"the prompt's {len(tokens)} tokens and a reply of {sampling.max_tokens} are more than the "
-                f"model's {context}",
-                "Ask a shorter question, or for a shorter reply.",
-            )
+        sampling.check_room(len(tokens), self.model.context)
 
     def _token(self, response: Any) -> Token:
         sampling = self._sequences[response.uid].sampling

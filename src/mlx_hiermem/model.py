@@ -26,7 +26,7 @@ from mlx_hiermem.memory.attach import Attachment, attach
 from mlx_hiermem.memory_choice import MemoryChoice
 from mlx_hiermem.prompt import Asked, Prompt
 from mlx_hiermem.response import GrowingText, Response
-from mlx_hiermem.sampling import Options, Sampling, real_ids
+from mlx_hiermem.sampling import Options, Sampling, behind, real_ids
 from mlx_hiermem.selection import Selection
 from mlx_hiermem.source_search import Source, SourceSearch, Text, asked
 from mlx_hiermem.tokenizer import encode_chat, encode_text, framed
@@ -283,7 +283,10 @@ class MemoryModel:
         self.response, text, last = None, GrowingText(tuple(sampling.stop)), None
         selection = self.select(memory, asked.questions)
         try:
-            for last in self.responses(asked.tokens(selection.passage), sampling):
+            tokens = asked.tokens(selection.passage)
+            sampling = sampling.fitted(len(tokens), self.context)
+            sampling.check_room(len(tokens), self.context)
+            for last in self.responses(tokens, sampling):
                 yield text.add(last.text, last=last.finish_reason is not None)
                 if text.stopped:
                     break
@@ -322,9 +325,13 @@ class MemoryModel:
         return encode_chat(self.tokenizer, messages, **template)
 
     def responses(
-        self, tokens: list[int], sampling: Sampling, prompt_cache: list[Any] | None = None
+        self,
+        tokens: list[int],
+        sampling: Sampling,
+        prompt_cache: list[Any] | None = None,
+        cached: Sequence[int] = (),
     ) -> Iterator[GenerationResponse]:
-        """mlx-lm's generation with whatever memory is attached."""
+        """mlx-lm's generation with whatever memory is attached; `prompt_cache` holds the `cached` tokens."""
         from mlx_lm.generate import stream_generate
 
         sampling.check_tokens(self.vocabulary)
@@ -335,7 +342,10 @@ class MemoryModel:
             tokens,
             max_tokens=sampling.max_tokens,
             sampler=sampling.draw(),
-            logits_processors=[*real_ids(self.config.get("effective_vocab_size")), *sampling.processors()],
+            logits_processors=[
+                *real_ids(self.config.get("effective_vocab_size")),
+                *(behind(cached, one) for one in sampling.processors()),
+            ],
             prompt_cache=prompt_cache,
             kv_bits=sampling.kv_bits,
             kv_group_size=sampling.kv_group_size,

@@ -42,21 +42,23 @@ def load(
     identity, name = identify(anchor_folder), name or folder.resolve().name
     if bank:
         bank.manifest.check_anchor(identity)
+    beside = list(beside)
     for other in beside:
         if (
             other.identity
             and other.identity.is_same(identity)
             and (made := _beside(other, bank, name, cache_bytes))
         ):
-            return made
+            return _sharing(made, beside)
     anchor, tokenizer, config = load_anchor(anchor_folder)
     return MemoryModel(anchor, tokenizer, config, bank, cache_bytes=cache_bytes, name=name, identity=identity)
 
 
 def _bank_alone(bank: MemoryBank, name: str, cache_bytes: int, beside: Iterable[MemoryModel]) -> MemoryModel:
+    beside = list(beside)
     for other in beside:
         if made := _beside(other, bank, name, cache_bytes):
-            return made
+            return _sharing(made, beside)
     raise AnchorError(
         f"{bank.root} is a bank without its anchor, {bank.manifest.anchor.name}",
         "Give the folder of a model, or load the bank beside a model of that anchor.",
@@ -76,5 +78,12 @@ def _beside(other: MemoryModel, bank: MemoryBank | None, name: str, cache_bytes:
     made = MemoryModel(
         other.anchor, other.tokenizer, other.config, bank, None, cache_bytes, name, other.identity, other.attachment
     )
-    other.attachment = other.attachment or made.attachment
+    return made
+
+
+def _sharing(made: MemoryModel, beside: Iterable[MemoryModel]) -> MemoryModel:
+    """Tells all models of its anchor of what it has attached there: one without a bank must take that off."""
+    for other in beside:
+        if other.anchor is made.anchor:
+            other.attachment = other.attachment or made.attachment
     return made

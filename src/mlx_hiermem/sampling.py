@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict
 
 import mlx.core as mx
@@ -23,7 +23,7 @@ from mlx_lm.sample_utils import (
     make_repetition_penalty,
 )
 
-from mlx_hiermem.errors import AnchorError, ArgumentError
+from mlx_hiermem.errors import AnchorError, ArgumentError, HierMemError
 from mlx_hiermem.grammar import Grammar
 
 BOUNDS: dict[str, tuple[Any, float, float]] = {
@@ -158,6 +158,19 @@ class Sampling:
 
         return sample
 
+    def fitted(self, prompt: int, context: int | None) -> Sampling:
+        """With a reply no longer than the model's context leaves room for; one token at least."""
+        return replace(self, max_tokens=max(min(self.max_tokens, context - prompt), 1)) if context else self
+
+    def check_room(self, prompt: int, context: int | None) -> None:
+        """Raises HierMemError where a prompt of so many tokens and the reply are more than the model's context."""
+        if context and prompt + self.max_tokens > context:
+            raise HierMemError(
+                f"the prompt's {prompt} tokens and a reply of {self.max_tokens} are more than the "
+                f"model's {context}",
+                "Ask a shorter question, or for a shorter reply.",
+            )
+
     def processors(self) -> list[LogitsProcessor]:
         """What changes the logits before a token is drawn."""
         found = list(make_logits_processors(logit_bias=dict(self.logit_bias) or None))
@@ -181,6 +194,14 @@ def _of_the_reply(penalty: LogitsProcessor) -> LogitsProcessor:
         return penalty(tokens[prompt:], logits)
 
     return process
+
+
+def behind(before: Sequence[int], processor: LogitsProcessor) -> LogitsProcessor:
+    """Shows it tokens that are in the KV cache already in front of those that mlx-lm knows of."""
+    if not before:
+        return processor
+    first = mx.array(list(before), mx.int32)
+    return lambda tokens, logits: processor(mx.concatenate([first, tokens.astype(mx.int32)]), logits)
 
 
 def real_ids(count: int | None) -> list[LogitsProcessor]:

@@ -147,7 +147,9 @@ class Session:
             raise
         try:
             sampling = replace(self.sampling, max_tokens=self._room(len(tokens)))
-            for response in self.model.responses(rest, sampling, prompt_cache=self._cache):
+            for response in self.model.responses(
+                rest, sampling, prompt_cache=self._cache, cached=tokens[: len(tokens) - len(rest)]
+            ):
                 self.last = response
                 generated.append(response.token)
                 piece = text.add(response.text, last=response.finish_reason is not None)

@@ -8,7 +8,7 @@ from mlx_hiermem.bank.bank import TREE, MemoryBank
 from mlx_hiermem.bank.block import block_name
 from mlx_hiermem.bank.commit import interrupted
 from mlx_hiermem.bank.receipt import absent
-from mlx_hiermem.bank.sources import WINDOWS_FILE
+from mlx_hiermem.bank.sources import INDEX_FILE, WINDOWS_FILE
 from mlx_hiermem.errors import BankError
 from mlx_hiermem.files import file_digest
 
@@ -59,8 +59,9 @@ def require_whole(bank: MemoryBank) -> None:
     """Raises BankError unless another bank can be made from this one: all blocks here, no change half made."""
     if line := interrupted(bank.root):
         raise BankError(f"{bank.root}: {line}")
-    missing = [bank.root / name for name, _, _ in bank.files() if not (bank.root / name).is_file()]
-    if missing:
+    left = () if bank.sources else (WINDOWS_FILE, INDEX_FILE)  # a bank may have been pulled without
+    files = [bank.root / name for name, _, _ in bank.files() if name not in left]
+    if missing := [file for file in files if not file.is_file()]:
         raise BankError(
             f"{len(missing)} files of the bank are not here, such as {missing[0]}", "Pull or convert it whole."
         )

@@ -24,7 +24,7 @@ from mlx_hiermem.bank.commit import FORGET, LEARNING, Edit, editing
 from mlx_hiermem.bank.manifest import BankManifest, BlockEntry, FileEntry, SourcesEntry, in_order, order
 from mlx_hiermem.bank.policy import POLICY, BankPolicy
 from mlx_hiermem.bank.quantize import quantized
-from mlx_hiermem.bank.remote import REMOTE, Origin, node_of
+from mlx_hiermem.bank.remote import REMOTE, Origin
 from mlx_hiermem.bank.sources import INDEX_FILE, LeafSources, write_sources
 from mlx_hiermem.config import MemoryConfig, Path
 from mlx_hiermem.errors import BankError
@@ -217,7 +217,9 @@ def _windows_of(file: pathlib.Path, bank: MemoryBank, path: Path) -> LeafSources
     other = MemoryBank.open(folder)
     if other.sources is None or other.manifest.embedder != bank.manifest.embedder:
         return None
-    found = other.sources.read(node_of(file.resolve().relative_to(folder).as_posix()))
+    name = file.resolve().relative_to(folder).as_posix()
+    node = next((node for node in other.manifest.blocks if block_name(node) == name), None)
+    found = other.sources.read(node) if node else None
     return replace(found, leaf=path) if found else None
 
 

@@ -70,9 +70,9 @@ def merge(
         if policy != OPEN:
             policy.write(writer.partial / POLICY)
         manifest = replace(merge_manifests(above.manifest, below.manifest), tree=writer.write_tree(tree))
-        if above.sources or below.sources:
-            manifest = replace(manifest, sources=writer.write_sources(merge_sources(above, below), tree))
-        writer.finish(manifest)
+        kept = above.sources or below.sources  # neither, where both were pulled without
+        sources = writer.write_sources(merge_sources(above, below), tree) if kept else None
+        writer.finish(replace(manifest, sources=sources))
     return MemoryBank.open(out)
 
 

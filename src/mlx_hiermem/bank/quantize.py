@@ -117,7 +117,7 @@ def quantize(
                 progress(done, total)
         if policy != OPEN:
             policy.write(writer.partial / POLICY)
-        manifest = bank.manifest
+        manifest = bank.manifest if bank.sources else replace(bank.manifest, sources=None)
         rows = {node: replace(row, **asdict(written[block_name(node)])) for node, row in manifest.blocks.items()}
         recipe = manifest.recipe | {"quantized": {"from": digest, "precision": config.precision}}
         writer.copy(TREE, bank.root / TREE, manifest.tree)

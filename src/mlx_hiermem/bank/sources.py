@@ -31,7 +31,7 @@ from mlx_hiermem.safetensors_file import map_tensors
 
 WINDOWS_FILE, INDEX_FILE = "sources/windows.jsonl", "sources/index.safetensors"
 DEEPEST = 64  # levels of a tree; of more, a path is not even made
-AGAIN = "Pull, convert or learn the bank again, or remove its sources/."
+AGAIN = "Pull, convert or learn the bank again."
 
 
 @dataclass(frozen=True)

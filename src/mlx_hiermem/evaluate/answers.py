@@ -80,4 +80,5 @@ def is_decided(reply: str, rule: Rule, names: Sequence[str]) -> bool:
         wanted = [normalise(name) for name in names]
         return any(map(said.startswith, wanted)) or not any(name.startswith(said) for name in wanted)
     said = re.sub(r"^\W+", "", reply).lower()
-    return said != "" and not any(name.lower().startswith(said) for name in names)
+    wanted = [re.sub(r"^\W+", "", name).lower() for name in names]
+    return said != "" and not any(name.startswith(said) for name in wanted)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mlx_hiermem.errors import MissingDependencyError, TaskError
-from mlx_hiermem.evaluate.results import Run
+from mlx_hiermem.evaluate.results import PARTS, Run
 from mlx_hiermem.evaluate.statistics import PER, Difference, Figure, Row, Z, difference, figure
 
 GROUPS = ("common", "specific")
@@ -102,10 +102,13 @@ def _matched(first: Run, second: Run) -> tuple[Run, Run]:
     if first.head["file_sha256"] != second.head["file_sha256"] or first.head["task"] != second.head["task"]:
         raise TaskError(f"task {first.task} had other examples or settings in {second.model} ({second.memory})")
     by_id = {row["id"]: row for row in second.rows}
-    rows = [row for row in first.rows if row["id"] in by_id]
-    if not rows:
+    pairs = [(row, by_id[row["id"]]) for row in first.rows if row["id"] in by_id]
+    if not pairs:
         raise TaskError(f"the runs of {first.task} have no example in common")
-    return Run(first.head, rows), Run(second.head, [by_id[row["id"]] for row in rows])
+    # Earlier results may lack what kind of row each is: the other run has it.
+    kinds = [{name: one[name] for one in pair for name in PARTS if name in one} for pair in pairs]
+    rows = [[row | kind for row, kind in zip(own, kinds, strict=True)] for own in zip(*pairs, strict=True)]
+    return Run(first.head, rows[0]), Run(second.head, rows[1])
 
 
 def _pairs(first: Run, second: Run, label: str) -> list[Paired]:

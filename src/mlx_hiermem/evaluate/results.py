@@ -22,6 +22,7 @@ from mlx_hiermem.locks import locked
 FORMAT, VERSION = "mlx-hiermem-eval", 1
 MEMORIES = ("none", "generic", "fetched", "source", "fetched+source", "oracle", "blocked")  # see `routes`
 FIFTHS = ("rarest fifth", "second fifth", "middle fifth", "fourth fifth", "commonest fifth")
+PARTS = ("relation", "wording", "bucket")  # of a row, by which a task's questions are told apart
 METRICS = {
     "language_modeling": ("accuracy", "perplexity"),
     "multiple_choice": ("accuracy", "acc", "acc_norm"),
@@ -170,9 +171,14 @@ def _read(file: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def read_runs(place: pathlib.Path) -> list[Run]:
-    """The runs of a file of results, or of all in a folder, by memory and file name. Raises TaskError for none."""
-    files = sorted(place.glob("*.jsonl")) if place.is_dir() else [place]
-    runs = [Run(rows[0], list(rows[1:])) for rows in map(_read, files)]
+    """The runs of a file of results, or of all in a folder, by memory and file name. Raises TaskError for none.
+
+    Of several runs of a model, a memory and a task the newest: the bank was edited, or the task's file.
+    """
+    files = sorted(place.glob("*.jsonl"), key=lambda file: file.stat().st_mtime_ns) if place.is_dir() else [place]
+    read = ((file, Run(rows[0], list(rows[1:]))) for file, rows in zip(files, map(_read, files), strict=True))
+    newest = {(run.model, run.memory, run.task): (file, run) for file, run in read}
+    runs = [run for _, run in sorted(newest.values(), key=lambda one: one[0])]
     runs.sort(key=lambda run: MEMORIES.index(run.memory) if run.memory in MEMORIES else -1)
     if not runs:
         raise TaskError(f"there are no results in {place}", "Give what `hiermem eval` wrote, or a model.")

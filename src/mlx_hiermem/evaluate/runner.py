@@ -38,6 +38,7 @@ from mlx_hiermem.progress import Progress
 from mlx_hiermem.share.resolve import resolve
 from mlx_hiermem.source_search import before
 
+GENERATED = ("generation", "questions")  # kinds of tasks that a model replies to
 ORDER_SEED = 0  # of the order in which rows are asked
 
 
@@ -99,6 +100,9 @@ class Evaluation:
             reply = self.prompter.longest(examples)
             reply += NUMBER_ROOM * (task.kind == "questions")
             make = partial(self.prompter.prompt, reply=reply)
+        twice = _said_before(examples)
+        refuse(task.file, list(twice.values()), skip_bad, "Give each row an `id` of its own, or leave `id` out.")
+        examples, bad = [one for one in examples if one.line not in twice], [*bad, *twice.values()]
         if frequencies and task.kind == "questions":
             examples = _in_fifths(examples, frequencies)
         prompts = {n: make(examples[n]) for n in sample(examples, limit)}
@@ -106,13 +110,14 @@ class Evaluation:
             raise TaskError(f"{task.name} is a text, which asks for no passage", f"Leave memory {wanted[0]} out.")
         for memory in memories:
             check(self.model, [examples[n] for n in prompts], memory)
-        room = self.model.context
-        long = [n for n, prompt in prompts.items() if room and prompt.length > room + 1]
+        room = self._room(task)
+        long = [n for n, prompt in prompts.items() if room and prompt.length > room]
         if room and long and truncate:
-            prompts |= {n: prompts[n].cut(room + 1) for n in long}
+            prompts |= {n: prompts[n].cut(room) for n in long}
         elif task.kind != "perplexity":
             found = [
-                f"line {examples[n].line} has {prompts[n].length} tokens, the model takes {room}" for n in long
+                f"line {examples[n].line} has {prompts[n].length} tokens, the model takes {self.model.context}"
+                for n in long
             ]
             refuse(task.file, found, skip_bad, "Cut them with --truncate, or leave them out with --skip-bad.")
             prompts, bad = {n: prompt for n, prompt in prompts.items() if n not in long}, bad + found
@@ -163,9 +168,10 @@ class Evaluation:
             self._row(prepared, placed[n], n, known[prepared.examples[n].id], routing) for n in placed if n in same
         ]
         placed = {n: one for n, one in placed.items() if n not in same}
-        with_passage = {n: self._behind(prepared.prompts[n], one) for n, one in placed.items()}
+        room = self._room(prepared.task)
+        with_passage = {n: self._behind(prepared.prompts[n], one, room) for n, one in placed.items()}
         prepared = replace(prepared, prompts=prepared.prompts | with_passage)
-        generated = prepared.task.kind in ("generation", "questions")
+        generated = prepared.task.kind in GENERATED
         begun, read = time.perf_counter(), self._bytes_read()
         for batch in (self._generate if generated else self._score)(prepared, placed):
             now, computed, read_now = time.perf_counter(), self.scorer.computed, self._bytes_read()
@@ -225,12 +231,19 @@ class Evaluation:
         decided = partial(is_decided, rule=rule_for(prepared.task.kind, names[0]), names=names)
         return Asked(prompt.pairs[0][0], placed.chosen, prompt.reply, decided)
 
-    def _behind(self, prompt: EncodedPrompt, placed: Placed) -> EncodedPrompt:
+    def _room(self, task: Task) -> int:
+        """The most tokens of a row, its reply included; 0 where the model has no bound.
+
+        The last token of a text that is scored is never read, that of a reply is.
+        """
+        return self.model.context + (task.kind not in GENERATED) if self.model.context else 0
+
+    def _behind(self, prompt: EncodedPrompt, placed: Placed, room: int) -> EncodedPrompt:
         """A prompt with its passage, where it has one; the oldest of what does not fit goes."""
         if placed.chosen.passage is None:
             return prompt
         longer = prompt.behind(self.prompter.plain(before(placed.chosen.passage)))
-        return longer.cut(self.model.context + 1) if self.model.context else longer
+        return longer.cut(room) if room else longer
 
     def _row(
         self, prepared: Prepared, placed: Placed, number: int, found: Mapping[str, Any], routing: float
@@ -242,7 +255,7 @@ class Evaluation:
         if placed.agrees is not None:
             row["routing"] = placed.agrees
         cost = found["cost"]
-        return row | dict(found) | {"cost": cost | {"seconds": round(cost["seconds"] + routing, 6)}}
+        return row | example.tags | dict(found) | {"cost": cost | {"seconds": round(cost["seconds"] + routing, 6)}}
 
     def _windows(self, document: Example) -> EncodedPrompt:
         tokens, first = self.prompter.plain(document.continuations[0]), self.prompter.first
@@ -274,6 +287,15 @@ def sample(examples: Sequence[Example], limit: int | None) -> list[int]:
     rank = {line: number for number, line in enumerate(lines[:limit])}
     chosen = [n for n, example in enumerate(examples) if example.line in rank]
     return sorted(chosen, key=lambda n: (rank[examples[n].line], n))
+
+
+def _said_before(examples: Sequence[Example]) -> dict[int, str]:
+    """By line: rows with the id of an earlier one. Results are kept by id, so one would be taken for the other."""
+    first, found = dict[str, int](), dict[int, str]()
+    for one in examples:
+        if (line := first.setdefault(one.id, one.line)) != one.line:
+            found[one.line] = f"line {one.line} has the id of line {line}, {one.id}"
+    return found
 
 
 def _judged(prepared: Prepared, number: int, reply: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 Z = 1.96  # standard errors on either side of a 95 % confidence interval
+LARGEST = 700.0  # nats whose exponential is a number; a text without spaces, one long word, has more
 Row = Mapping[str, Any]  # an example's line in a file of results
 PER = {"perplexity": "tokens", "word_perplexity": "words", "bits_per_byte": "bytes"}  # what a text's loss is per
 
@@ -23,7 +24,7 @@ class Figure:
     n: int
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return _finite(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,12 @@ class Difference:
     p: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return _finite(asdict(self))
+
+
+def _finite(data: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity."""
+    return {name: None if value in (math.inf, -math.inf) else value for name, value in data.items()}
 
 
 def share_interval(right: int, count: int) -> tuple[float, float]:
@@ -61,7 +67,7 @@ def figure(rows: Sequence[Row], metric: str) -> Figure:
         return Figure(float(_column(rows, metric).mean()), error, len(rows))
     mean, error = _ratio(_column(rows, "nll"), _column(rows, PER[metric]))
     value, slope = _from_loss(metric, mean)
-    return Figure(value, None if error is None else error * slope, len(rows))
+    return Figure(value, error * slope if error is not None and math.isfinite(slope) else None, len(rows))
 
 
 def difference(first: Sequence[Row], second: Sequence[Row], metric: str) -> Difference:
@@ -73,7 +79,8 @@ def difference(first: Sequence[Row], second: Sequence[Row], metric: str) -> Diff
         if metric == "bits_per_byte":
             value, low, high = ((mean + z * (error or 0.0)) / math.log(2) for z in (0, -Z, Z))
         else:
-            value, low, high = (math.expm1(mean + z * (error or 0.0)) for z in (0, -Z, Z))
+            losses = (mean + z * (error or 0.0) for z in (0, -Z, Z))
+            value, low, high = (math.expm1(loss) if loss < LARGEST else math.inf for loss in losses)
         return Difference(value, low, high, len(first))
     change = _column(second, metric) - _column(first, metric)
     mean, by_question = float(change.mean()), _by_question(first, change)
@@ -117,4 +124,4 @@ def _from_loss(metric: str, loss: float) -> tuple[float, float]:
     """(metric, its slope) at a loss per token, word or byte."""
     if metric == "bits_per_byte":
         return loss / math.log(2), 1 / math.log(2)
-    return math.exp(loss), math.exp(loss)
+    return (math.exp(loss),) * 2 if loss < LARGEST else (math.inf, math.inf)

@@ -20,7 +20,7 @@ from typing import Any
 from mlx_hiermem.anchor import identify
 from mlx_hiermem.bank.bank import EDIT, MANIFEST, MemoryBank
 from mlx_hiermem.bank.check import check
-from mlx_hiermem.bank.commit import FORGET
+from mlx_hiermem.bank.commit import FORGET, STAGING
 from mlx_hiermem.bank.hub import quiet, speaking
 from mlx_hiermem.bank.manifest import BankManifest
 from mlx_hiermem.bank.remote import FETCHED, REMOTE
@@ -29,7 +29,9 @@ from mlx_hiermem.errors import AnchorError, BankError, HubError
 from mlx_hiermem.files import read_text, write_text
 
 UPLOADED = ["anchor/*", "bank/*", "README.md", "LICENSE*"]
-NOT_UPLOADED = [f"bank/{REMOTE}", f"bank/{FETCHED}", f"bank/{EDIT}/*", f"bank/{FORGET}", "*.partial", "*/.*"]
+# What is this machine's business: where blocks came from, and changes half made.
+NOT_UPLOADED = [f"bank/{name}" for name in (REMOTE, FETCHED, f"{EDIT}/*", f"{STAGING}/*", FORGET)]
+NOT_UPLOADED += ["*.partial", "*.partial/*", "*/.*"]
 REPLACED = ["anchor/*", "bank/*"]  # what lies there and is not pushed goes
 NO_TOKEN = "Log in with `hf auth login`, or set HF_TOKEN to a token with write access."
 MARK = "<!-- written by `hiermem bank push`; without this line the next push leaves your text alone -->"

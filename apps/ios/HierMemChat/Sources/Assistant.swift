@@ -66,6 +66,7 @@ import Observation
   nonisolated static let downloads = "org.example.HierMemChat.blocks"
 
   private var session: ChatSession?
+  private var isLoading = false
   private var opening: Task<ModelFolder, any Error>?
   private var bank: MemoryBank?
   private var downloader: BackgroundDownloader?
@@ -80,7 +81,9 @@ import Observation
   /// - Parameter tokenizer: makes a tokenizer from a folder with tokenizer.json, where HierMemKit has none
   ///   that runs it.
   func load(tokenizer: @escaping @Sendable (URL) async throws -> any TextTokenizer) async {
-    guard session == nil else { return }
+    guard session == nil, !isLoading else { return }  // another window may have begun
+    isLoading = true
+    defer { isLoading = false }
     do {
       let folder = try await open(tokenizer)
       let model = try await Self.load(folder, budget: budget)
@@ -152,6 +155,7 @@ import Observation
     isAnswering = true
     lines += [Line(role: .user, text: text), Line(role: .assistant, text: "")]
     answer = Task {
+      let count = await session.messages.count
       do {
         for try await event in session.ask(text) {
           switch event {
@@ -164,7 +168,10 @@ import Observation
       } catch {
         problem = error.localizedDescription
       }
-      if lines[lines.count - 1].text.isEmpty { lines.removeLast(2) }  // the session has forgotten it, too
+      await session.settle()
+      // What the session keeps is what is shown: a reply that was stopped may have a piece more, or be forgotten.
+      let kept = await session.messages
+      if kept.count > count { lines[lines.count - 1].text = kept[kept.count - 1].content } else { lines.removeLast(2) }
       await measure()
       isAnswering = false
     }

@@ -33,10 +33,12 @@ struct TransformersTokenizer: TextTokenizer, @unchecked Sendable {
   func encode(_ text: String, markup: Bool) -> [Int] {
     guard !markup else { return tokenizer.encode(text: text, addSpecialTokens: false) }
     var (parts, start) = ([Substring](), text.startIndex)
-    while let found = controlTokens.keys.compactMap({ text[start...].range(of: $0) })
+    // Literally, and cut between scalars: to Swift, ">" with an accent behind it is another character.
+    while let found = controlTokens.keys
+      .compactMap({ text.range(of: $0, options: .literal, range: start..<text.endIndex) })
       .min(by: { $0.lowerBound < $1.lowerBound })
     {
-      let cut = text.index(after: found.lowerBound)
+      let cut = text.unicodeScalars.index(after: found.lowerBound)
       parts.append(text[start..<cut])
       start = cut
     }

@@ -25,7 +25,7 @@ import Testing
     try #require(bank.manifest.blocks[try NodePath(path)])
   }
 
-  private func file(_ block: BlockEntry) -> URL { folder.appendingPathComponent(MemoryBank.blockName(block.path)) }
+  private func file(_ block: BlockEntry) -> URL { folder.appendingPathComponent(Parcel(block).kept) }
 
   private func isRight(_ block: BlockEntry) -> Bool { (try? fileDigest(file(block))) == block.file.sha256 }
 
@@ -61,7 +61,7 @@ import Testing
       label: "")
     let error = await hierMemError { try await downloader.download([other]) }
     #expect(error?.what.contains("bank.json") == true)
-    #expect(!FileManager.default.fileExists(atPath: file(block).path))
+    #expect(!FileManager.default.fileExists(atPath: file(other).path))
   }
 
   @Test func aBrokenConnectionIsToldAndTriedAgain() async throws {
@@ -98,7 +98,7 @@ import Testing
 
   @Test func aTaskSaysWhatItBrings() throws {
     let block = try entry("1.1")
-    let parcel = Parcel(name: MemoryBank.blockName(block.path), file: block.file)
+    let parcel = Parcel(block)
     let read = try JSONDecoder().decode(Parcel.self, from: Data(parcel.json.utf8))
     #expect((read.name, read.bytes, read.sha256) == (parcel.name, block.file.bytes, block.file.sha256))
   }

@@ -90,7 +90,8 @@ struct BlockCacheTests {
     let folder = try Fixtures.copy("bank")
     let downloads = Fixtures.temporaryFolder()
     let bundled = folder.appendingPathComponent("blocks/0/1.safetensors")
-    let downloaded = downloads.appendingPathComponent("blocks/0/1.safetensors")
+    let entry = try #require(Fixtures.tinyBank().manifest.blocks[try path("0.1")])
+    let downloaded = downloads.appendingPathComponent(Parcel(entry).kept)
     try FileManager.default.createDirectory(
       at: downloaded.deletingLastPathComponent(), withIntermediateDirectories: true)
     try FileManager.default.moveItem(at: bundled, to: downloaded)

@@ -172,6 +172,20 @@ struct ChatSessionTests {
     #expect(try await !say(session, "And?").reply.isEmpty)
   }
 
+  @Test func breakingOffBeforeTheFirstTokenForgetsTheQuestion() async throws {
+    let session = ChatSession(model: model, options: ChatOptions(memory: .none, maxTokens: 10))
+    await anchor.hold()
+    let listener = Task { for try await _ in session.ask("Hi") {} }
+    while await anchor.held == 0 { try await Task.sleep(for: .milliseconds(1)) }
+    listener.cancel()
+    _ = await listener.result
+    async let settled: Void = session.settle()
+    await anchor.release()
+    await settled
+    #expect(await session.messages.isEmpty)
+    #expect(try await !say(session, "And?").reply.isEmpty)
+  }
+
   @Test func oneQuestionAtATime() async throws {
     let session = ChatSession(model: model, options: ChatOptions(memory: .none, maxTokens: 10))
     await anchor.hold()

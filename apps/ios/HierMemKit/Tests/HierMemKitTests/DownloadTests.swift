@@ -22,7 +22,7 @@ import Testing
   }
 
   private func file(_ path: String) throws -> URL {
-    folder.appendingPathComponent(MemoryBank.blockName(try NodePath(path)))
+    folder.appendingPathComponent(Parcel(try entry(path)).kept)
   }
 
   @Test func bringsASubtree() async throws {
@@ -32,8 +32,7 @@ import Testing
     try await downloader().download(blocks) { received in last.set(received) }
     #expect(last.value == blocks.reduce(0) { $0 + $1.file.bytes })
     for block in blocks {
-      let url = folder.appendingPathComponent(MemoryBank.blockName(block.path))
-      #expect(try fileDigest(url) == block.file.sha256)
+      #expect(try fileDigest(file(block.path.description)) == block.file.sha256)
     }
     let asked = server.requests.count
     try await downloader().download(blocks)  // all there
@@ -75,8 +74,7 @@ import Testing
       path: block.path, file: ManifestFile(bytes: block.file.bytes, sha256: String(repeating: "0", count: 64)),
       label: "")
     #expect(await hierMemError { try await downloader().download([other]) }?.kind == .download)
-    #expect(!FileManager.default.fileExists(atPath: try file("1.1").path))
-    #expect(!FileManager.default.fileExists(atPath: try file("1.1").appendingPathExtension("partial").path))
+    #expect(try FileManager.default.contentsOfDirectory(atPath: folder.path + "/blocks/1") == [])
   }
 
   @Test func refusesMoreBytesThanSaid() async throws {
@@ -102,6 +100,49 @@ import Testing
     let block = try entry("0")
     let nobody = BlockDownloader(remote: URL(string: "http://127.0.0.1:9/")!, folder: folder)
     #expect(await hierMemError { try await nobody.download([block]) }?.kind == .download)
+  }
+
+  @Test func twoCallsBringABlockOnce() async throws {
+    defer { server.stop() }
+    let block = try entry("0")
+    async let one: Void = downloader().download([block])
+    async let other: Void = downloader().download([block])
+    _ = try await (one, other)
+    #expect(server.requests.count == 1)
+    #expect(try fileDigest(file("0")) == block.file.sha256)
+  }
+
+  @Test func anotherCallGoesOnWhereOneIsCancelled() async throws {
+    defer { server.stop() }
+    let block = try entry("0")
+    server.hold()
+    let first = Task { [downloader = downloader()] in try await downloader.download([block]) }
+    while server.requests.isEmpty { try await Task.sleep(for: .milliseconds(1)) }
+    let second = Task { [downloader = downloader()] in try await downloader.download([block]) }
+    first.cancel()
+    await #expect(throws: CancellationError.self) { try await first.value }
+    server.release()
+    try await second.value
+    #expect(try fileDigest(file("0")) == block.file.sha256)
+  }
+
+  @Test func blocksOfAnotherVersionAreNotTakenAndGo() throws {
+    defer { server.stop() }
+    let (right, other) = (try entry("1.1"), try entry("1.0"))
+    let old = BlockEntry(
+      path: right.path, file: ManifestFile(bytes: 1, sha256: String(repeating: "a", count: 64)), label: "")
+    func put(_ name: String) throws -> URL {
+      let url = folder.appendingPathComponent(name)
+      try FileManager.default.createDirectory(at: url.deletingLastPathComponent(), withIntermediateDirectories: true)
+      try Data(contentsOf: Fixtures.url("bank/" + MemoryBank.blockName(other.path))).write(to: url)
+      return url
+    }
+    let outdated = try [Parcel(old).kept, Parcel(old).kept + ".partial", MemoryBank.blockName(right.path)].map(put)
+    let wanted = try [Parcel(other).kept, Parcel(right).kept + ".partial", "blocks/notes.txt"].map(put)
+    #expect(bank.file(of: right.path) == Fixtures.url("bank/blocks/1/1.safetensors"))
+    bank.removeOutdatedDownloads()
+    #expect(outdated.allSatisfy { !FileManager.default.fileExists(atPath: $0.path) })
+    #expect(wanted.allSatisfy { FileManager.default.fileExists(atPath: $0.path) })
   }
 
   @Test func cancellingKeepsThePartialFile() async throws {

@@ -4,7 +4,8 @@ import Foundation
   import FoundationNetworking
 #endif
 
-/// The blocks that one call waits for. What changes is guarded by the lock of ``Arrivals``.
+/// The blocks that one call waits for, by the names they are kept under. What changes is guarded by the lock of
+/// ``Arrivals``.
 final class Order: @unchecked Sendable {
   fileprivate var missing: Set<String>
   fileprivate var received: [String: Int] = [:]
@@ -13,7 +14,7 @@ final class Order: @unchecked Sendable {
   fileprivate let progress: BlockDownloader.Progress?
 
   init(_ parcels: [Parcel], progress: BlockDownloader.Progress?) {
-    missing = Set(parcels.map(\.name))
+    missing = Set(parcels.map(\.kept))
     self.progress = progress
   }
 }
@@ -100,7 +101,7 @@ final class Arrivals: NSObject, URLSessionDownloadDelegate, @unchecked Sendable 
     _ session: URLSession, downloadTask: URLSessionDownloadTask, didWriteData bytesWritten: Int64,
     totalBytesWritten: Int64, totalBytesExpectedToWrite: Int64
   ) {
-    if let parcel = Parcel(of: downloadTask) { tell(parcel.name, min(Int(totalBytesWritten), parcel.bytes)) }
+    if let parcel = Parcel(of: downloadTask) { tell(parcel.kept, min(Int(totalBytesWritten), parcel.bytes)) }
   }
 
   func urlSession(
@@ -118,15 +119,15 @@ final class Arrivals: NSObject, URLSessionDownloadDelegate, @unchecked Sendable 
     guard let parcel = Parcel(of: task) else { return }
     let found = lock.withLock { problems.removeValue(forKey: task.taskIdentifier) }
     if let error, (error as NSError).code == NSURLErrorCancelled { return beginAgain(parcel, in: session) }
-    end(parcel.name, received: parcel.bytes, problem: found ?? failure(of: task, parcel, error))
+    end(parcel.kept, received: parcel.bytes, problem: found ?? failure(of: task, parcel, error))
   }
 
   /// After a task was cancelled because nobody waited for it: somebody may wait by now.
   private func beginAgain(_ parcel: Parcel, in session: URLSession) {
     session.getAllTasks { [self] tasks in
       let running = tasks.filter { $0.state == .running || $0.state == .suspended }
-      let comes = running.contains { Parcel(of: $0)?.name == parcel.name }
-      if expects(parcel.name), !comes { parcel.start(in: session, from: remote) }
+      let comes = running.contains { Parcel(of: $0)?.kept == parcel.kept }
+      if expects(parcel.kept), !comes { parcel.start(in: session, from: remote) }
     }
   }
 
@@ -143,7 +144,7 @@ final class Arrivals: NSObject, URLSessionDownloadDelegate, @unchecked Sendable 
   /// The system removes the file once the delegate returns.
   private func keep(_ parcel: Parcel, _ location: URL, _ response: URLResponse?) throws(HierMemError) {
     guard (response as? HTTPURLResponse)?.statusCode == 200 else { throw refusal(parcel, response) }
-    try BlockFiles(remote: remote, folder: folder).keep(location, as: parcel.name, parcel.file)
+    try BlockFiles(remote: remote, folder: folder).keep(location, as: parcel)
   }
 
   private func refusal(_ parcel: Parcel, _ response: URLResponse?) -> HierMemError {

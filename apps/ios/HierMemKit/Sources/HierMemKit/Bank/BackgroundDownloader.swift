@@ -48,17 +48,17 @@ public final class BackgroundDownloader: Sendable {
   /// - Throws: ``HierMemError`` of kind `download` for the first that failed, or `CancellationError`.
   public func download(_ blocks: [BlockEntry], progress: BlockDownloader.Progress? = nil) async throws {
     try Task.checkCancellation()
-    let parcels = blocks.map { Parcel(name: MemoryBank.blockName($0.path), file: $0.file) }
+    let parcels = blocks.map(Parcel.init)
     let order = Order(parcels, progress: progress)
     arrivals.expect(order)
-    let running = Set(await tasks().filter { $0.state != .canceling }.compactMap { Parcel(of: $0)?.name })
+    let running = Set(await tasks().filter { $0.state != .canceling }.compactMap { Parcel(of: $0)?.kept })
     try await withTaskCancellationHandler {
       try await withCheckedThrowingContinuation { continuation in
         arrivals.wait(for: order, continuation)
         for parcel in parcels where !Task.isCancelled {
           if parcel.isHere(folder) {
-            arrivals.end(parcel.name, received: parcel.file.bytes, problem: nil)
-          } else if !running.contains(parcel.name) {
+            arrivals.end(parcel.kept, received: parcel.file.bytes, problem: nil)
+          } else if !running.contains(parcel.kept) {
             parcel.start(in: session, from: remote)
           }
         }
@@ -87,42 +87,8 @@ public final class BackgroundDownloader: Sendable {
   private func cancelTasks(of names: Set<String>) {
     session.getAllTasks { [arrivals] tasks in
       for task in tasks {
-        if let name = Parcel(of: task)?.name, names.contains(name), !arrivals.expects(name) { task.cancel() }
+        if let name = Parcel(of: task)?.kept, names.contains(name), !arrivals.expects(name) { task.cancel() }
       }
     }
-  }
-}
-
-/// A block that is to come, as its task carries it.
-struct Parcel: Codable, Sendable {
-  let name: String
-  let bytes: Int
-  let sha256: String
-
-  init(name: String, file: ManifestFile) {
-    (self.name, bytes, sha256) = (name, file.bytes, file.sha256)
-  }
-
-  /// `nil` for a task that is none of ours.
-  init?(of task: URLSessionTask) {
-    let data = Data((task.taskDescription ?? "").utf8)
-    guard let parcel = try? decodeJSON(Parcel.self, from: data) else { return nil }
-    self = parcel
-  }
-
-  var file: ManifestFile { ManifestFile(bytes: bytes, sha256: sha256) }
-
-  var json: String {
-    (try? JSONEncoder().encode(self)).map { String(decoding: $0, as: UTF8.self) } ?? ""
-  }
-
-  func start(in session: URLSession, from remote: URL) {
-    let task = session.downloadTask(with: remote.appendingPathComponent(name))
-    task.taskDescription = json  // it survives the app
-    task.resume()
-  }
-
-  func isHere(_ folder: URL) -> Bool {
-    FileManager.default.fileExists(atPath: folder.appendingPathComponent(name).path)
   }
 }

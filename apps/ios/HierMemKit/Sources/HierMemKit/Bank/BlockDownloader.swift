@@ -40,43 +40,68 @@ public actor BlockDownloader {
     var done = 0
     for block in blocks {
       let start = done
-      try await download(MemoryBank.blockName(block.path), block.file) { progress?(start + $0) }
+      let parcel = Parcel(block)
+      try await RunningDownloads.shared.one(folder.appendingPathComponent(parcel.kept).path) {
+        try await self.download(parcel) { progress?(start + $0) }
+      }
       done += block.file.bytes
       progress?(done)
     }
   }
 
-  private func download(_ name: String, _ entry: ManifestFile, progress: @escaping Progress) async throws {
+  private func download(_ parcel: Parcel, progress: @escaping Progress) async throws {
+    if parcel.isHere(folder) { return }
     let files = BlockFiles(remote: remote, folder: folder)
-    if FileManager.default.fileExists(atPath: files.url(name).path) { return }
-    try files.prepare(name)
-    let partial = files.url(name).appendingPathExtension("partial")
+    try files.prepare(parcel)
+    let partial = files.url(parcel).appendingPathExtension("partial")
     do {
       if !FileManager.default.fileExists(atPath: partial.path) { try Data().write(to: partial) }
     } catch {
       throw HierMemError(.download, "cannot write to \(folder.path): \(error.localizedDescription)")
     }
-    try await receive(name, entry, into: partial, progress: progress)
-    try files.keep(partial, as: name, entry)
+    try await receive(parcel, into: partial, progress: progress)
+    try files.keep(partial, as: parcel)
   }
 
   /// Appends to the partial file until it has all bytes.
-  private func receive(
-    _ name: String, _ entry: ManifestFile, into partial: URL, progress: @escaping Progress
-  ) async throws {
+  private func receive(_ parcel: Parcel, into partial: URL, progress: @escaping Progress) async throws {
     var problem = "the server sent too little"
     for _ in 0..<attempts {
-      let transfer = try Transfer(partial: partial, limit: entry.bytes, progress: progress)
-      if transfer.received == entry.bytes { return }
-      switch try await transfer.run(configuration, from: remote.appendingPathComponent(name)) {
+      let transfer = try Transfer(partial: partial, limit: parcel.bytes, progress: progress)
+      if transfer.received == parcel.bytes { return }
+      switch try await transfer.run(configuration, from: remote.appendingPathComponent(parcel.name)) {
       case .complete: return
       case .broken(let what): problem = what
       case .refused(let what):
-        throw HierMemError(.download, "\(name) cannot be had from \(remote.absoluteString): \(what)")
+        throw HierMemError(.download, "\(parcel.name) cannot be had from \(remote.absoluteString): \(what)")
       }
     }
     throw HierMemError(
-      .download, "\(name) did not come from \(remote.absoluteString): \(problem)",
+      .download, "\(parcel.name) did not come from \(remote.absoluteString): \(problem)",
       hint: "Try again when the network is better; what has come is kept.")
+  }
+}
+
+/// What is being downloaded in this process, by the file it becomes: two at once would write the same bytes twice,
+/// into a file that is in use by then.
+private actor RunningDownloads {
+  static let shared = RunningDownloads()
+  private var tasks: [String: Task<Void, any Error>] = [:]
+
+  /// Downloads a file, or waits until another call has. Where that one was cancelled, this one begins.
+  func one(_ path: String, _ download: @escaping @Sendable () async throws -> Void) async throws {
+    while let other = tasks[path] {
+      _ = try? await other.value
+      end(other, of: path)  // who began it may not have come to it yet
+      try Task.checkCancellation()
+    }
+    let task = Task { try await download() }
+    tasks[path] = task
+    defer { end(task, of: path) }
+    try await withTaskCancellationHandler { try await task.value } onCancel: { task.cancel() }
+  }
+
+  private func end(_ task: Task<Void, any Error>, of path: String) {
+    if tasks[path] == task { tasks[path] = nil }
   }
 }

@@ -13,9 +13,11 @@ func fileDigest(_ url: URL) throws -> String {
   #else
     var hash = SHA256Hash()
   #endif
-  while let piece = try file.read(upToCount: 1 << 20), !piece.isEmpty {
+  while try pooled({
+    guard let piece = try file.read(upToCount: 1 << 20), !piece.isEmpty else { return false }
     hash.update(data: piece)
-  }
+    return true
+  }) {}
   return hexadecimal(hash.finalize())
 }
 

@@ -4,7 +4,7 @@ import Foundation
 public struct MemoryBank: Sendable {
   /// The bank's folder in the app's bundle, which is read only.
   public let folder: URL
-  /// Where downloaded blocks are kept, by the same names.
+  /// Where downloaded blocks are kept, by the same names with their digests.
   public let downloads: URL
   public let manifest: BankManifest
   public let tree: ClusterTree
@@ -45,9 +45,8 @@ public struct MemoryBank: Sendable {
 
   /// A block's file, or `nil` where it has not been downloaded. The root stands for the generic block.
   public func file(of node: NodePath) -> URL? {
-    let name = Self.blockName(node)
-    return [downloads, folder].lazy
-      .map { $0.appendingPathComponent(name) }
+    [download(of: node), folder.appendingPathComponent(Self.blockName(node))]
+      .compactMap(\.self)
       .first { FileManager.default.fileExists(atPath: $0.path) }
   }
 
@@ -72,14 +71,31 @@ public struct MemoryBank: Sendable {
   /// - Throws: ``HierMemError`` of kind `bank` where one can't be deleted.
   public func removeDownloads(within node: NodePath) throws {
     for block in blocks(within: node) {
-      let url = downloads.appendingPathComponent(Self.blockName(block.path))
-      guard FileManager.default.fileExists(atPath: url.path) else { continue }
+      guard let url = download(of: block.path), FileManager.default.fileExists(atPath: url.path) else { continue }
       do {
         try FileManager.default.removeItem(at: url)
       } catch {
         throw HierMemError(.bank, "cannot delete \(url.path): \(error.localizedDescription)")
       }
     }
+  }
+
+  /// Deletes downloaded blocks of other versions of this bank, which an update of the app has left.
+  ///
+  /// Errors are passed over: what stays only takes room.
+  func removeOutdatedDownloads() {
+    let folder = downloads.appendingPathComponent("blocks")
+    let wanted = Set(manifest.blocks.values.map { downloads.appendingPathComponent(Parcel($0).kept).lastPathComponent })
+    guard let files = FileManager.default.enumerator(at: folder, includingPropertiesForKeys: nil) else { return }
+    for case let file as URL in files where !file.hasDirectoryPath {
+      let name = file.pathExtension == "partial" ? file.deletingPathExtension() : file
+      guard "." + name.pathExtension == Parcel.ending, !wanted.contains(name.lastPathComponent) else { continue }
+      try? FileManager.default.removeItem(at: file)
+    }
+  }
+
+  private func download(of node: NodePath) -> URL? {
+    manifest.blocks[node].map { downloads.appendingPathComponent(Parcel($0).kept) }
   }
 
   /// The file below a bank's folder: 10.7 gives blocks/10/7.safetensors.

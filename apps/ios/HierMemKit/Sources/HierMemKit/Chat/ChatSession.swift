@@ -21,6 +21,7 @@ public actor ChatSession {
   /// Where the last answer's sources are looked for.
   private var answered: (path: NodePath, asked: String, answer: String)?
   private var isAnswering = false
+  private var waiting: [CheckedContinuation<Void, Never>] = []
 
   /// The share of the prompt's room that is filled after turns were dropped, so that not every turn
   /// drops another.
@@ -62,7 +63,7 @@ public actor ChatSession {
   public func resume(_ messages: [ChatMessage], options: ChatOptions) async throws {
     try checkIsIdle()
     isAnswering = true
-    defer { isAnswering = false }
+    defer { becomeIdle() }
     let isKnown = messages == self.messages && options.memory == self.options.memory
       && options.blocked == self.options.blocked
     self.options = options
@@ -85,6 +86,12 @@ public actor ChatSession {
     try checkIsIdle()
     options.memory = memory
     topic = nil
+  }
+
+  /// Waits until nothing is computed any more: a reply that is broken off ends its stream at once, and the token that
+  /// is being computed comes to its end after that.
+  public func settle() async {
+    if isAnswering { await withCheckedContinuation { waiting.append($0) } }
   }
 
   /// Forgets the conversation; the options stay.
@@ -116,9 +123,10 @@ public actor ChatSession {
 
   /// Answers a question in the caller's own task; returns once nothing is computed any more.
   package func answer(_ text: String, emit: @Sendable (ChatEvent) async -> Void) async throws {
+    try Task.checkCancellation()
     try checkIsIdle()
     isAnswering = true
-    defer { isAnswering = false }
+    defer { becomeIdle() }
     let (asked, before) = (messages.count, topic)
     answered = nil
     messages.append(ChatMessage(.user, text))
@@ -139,23 +147,24 @@ public actor ChatSession {
     var stream = TextStream(model.tokenizer)
     let room = min(options.maxTokens, model.anchor.context - prompt.count)
     var held = 0  // tokens whose text has not been given out
-    do {
-      try await decode(prompt, from: position, limit: room) { token in
-        held += 1
-        let piece = stream.append(token)
-        reply += piece
-        if piece.isEmpty { return }
-        await emit(.text(piece, tokens: held))
-        held = 0
-      }
-    } catch {
-      if !(error is CancellationError) { cache.clear() }
-      throw error
+    try await decode(prompt, from: position, limit: room) { token in
+      held += 1
+      let piece = stream.append(token)
+      reply += piece
+      if piece.isEmpty { return }
+      await emit(.text(piece, tokens: held))
+      held = 0
     }
     let rest = stream.finish()
     reply += rest
     if !rest.isEmpty { await emit(.text(rest, tokens: held)) }
     complete = true
+  }
+
+  private func becomeIdle() {
+    isAnswering = false
+    waiting.forEach { $0.resume() }
+    waiting = []
   }
 
   private func checkIsIdle() throws {
@@ -260,9 +269,16 @@ public actor ChatSession {
     var tokens = Array(prompt[position...])
     for _ in 0..<max(0, limit) {
       try Task.checkCancellation()
-      let logits = try await model.anchor.logits(after: tokens, at: position)
+      let logits: [Float]
+      do {
+        logits = try await model.anchor.logits(after: tokens, at: position)
+      } catch {
+        cache.clear()  // what the anchor holds is not known, also where it was cancelled
+        throw error
+      }
       cache.append(tokens)
       position += tokens.count
+      try Task.checkCancellation()  // nobody hears the next token
       let token = sampler.sample(logits)
       if model.eos.contains(token) { return }
       await onToken(token)

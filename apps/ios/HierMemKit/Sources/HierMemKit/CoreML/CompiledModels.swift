@@ -33,6 +33,7 @@
         try files.moveItem(at: compiled, to: kept)
         try keepOutOfBackups(cache)
       } catch {
+        if files.fileExists(atPath: kept.path) { return kept }  // another call was faster
         throw HierMemError(
           .model, "\(package.path) cannot be compiled: \(error.localizedDescription)",
           hint: "Copy the exported folder again; the app needs iOS 18 or macOS 15.")

@@ -67,14 +67,16 @@
         count: tokens.count, position: position, sizes: Array(functions.keys), context: context)
       var logits: [Float] = []
       for call in plan.calls {
-        let given = tokens[call.tokens] + [Int](repeating: 0, count: call.size - call.tokens.count)
-        let inputs = try [
-          "input_ids": MLMultiArray(integers: Array(given), shape: [1, call.size]),
-          "position": MLMultiArray(integers: [position + call.tokens.lowerBound], shape: [1]),
-        ]
-        let outputs = try predict(functions[call.size]!, inputs.merging(memory) { first, _ in first })
-        if call.tokens.upperBound == tokens.count {
-          logits = try self.logits(outputs, row: call.tokens.count - 1)
+        try pooled {
+          let given = tokens[call.tokens] + [Int](repeating: 0, count: call.size - call.tokens.count)
+          let inputs = try [
+            "input_ids": MLMultiArray(integers: Array(given), shape: [1, call.size]),
+            "position": MLMultiArray(integers: [position + call.tokens.lowerBound], shape: [1]),
+          ]
+          let outputs = try predict(functions[call.size]!, inputs.merging(memory) { first, _ in first })
+          if call.tokens.upperBound == tokens.count {
+            logits = try self.logits(outputs, row: call.tokens.count - 1)
+          }
         }
       }
       return logits

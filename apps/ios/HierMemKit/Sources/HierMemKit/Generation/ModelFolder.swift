@@ -8,7 +8,8 @@ public struct ModelFolder: Sendable {
   /// `nil` for an anchor without memories.
   public let bank: MemoryBank?
 
-  /// Opens an exported folder; the models in it are not loaded yet.
+  /// Opens an exported folder; the models in it are not loaded yet. Downloaded blocks of another bank, which an update
+  /// of the app has left, are deleted.
   ///
   /// - Parameters:
   ///   - downloads: where downloaded blocks are kept, for example in Application Support.
@@ -24,7 +25,10 @@ public struct ModelFolder: Sendable {
     bank = try manifest.bank.map {
       try MemoryBank(folder: url.appendingPathComponent($0.folder), downloads: downloads)
     }
-    if let bank { try check(bank) }
+    if let bank {
+      try check(bank)
+      bank.removeOutdatedDownloads()
+    }
   }
 
   /// Brings blocks that are not in the bundle; `nil` where the bank has none elsewhere.

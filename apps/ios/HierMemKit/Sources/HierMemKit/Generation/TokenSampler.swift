@@ -63,7 +63,7 @@ public struct TokenSampler: Sendable {
       left -= weight
       if left < 0 { return candidates[index] }
     }
-    return candidates[candidates.count - 1]  // rounding may leave a little
+    return candidates.last ?? best  // rounding may leave a little; no logit is a candidate where all are NaN
   }
 
   /// The tokens to choose from, in the order of their ids.

@@ -22,12 +22,10 @@ extension TextTokenizer {
   /// Where no message spells one, this is the tokenizer's work on the prompt as a whole. The rules are those of
   /// `encode_chat` in mlx_hiermem/tokenizer.py.
   public func encode(_ parts: [ChatFormat.Part]) throws -> [Int] {
-    let spellings = controlTokens
-    let isSpelt = parts.contains { part in
-      part.isMessage && spellings.keys.contains { part.text.contains($0) }
-    }
+    let control = AddedTokens(controlTokens)
+    // By bytes, as the tokenizer reads them: to Swift, ">" with an accent behind it is another character.
+    let isSpelt = parts.contains { $0.isMessage && control.split($0.text).contains { !$0.ids.isEmpty } }
     guard isSpelt else { return try encode(parts.map(\.text).joined(), markup: true) }
-    let control = AddedTokens(spellings)
     var tokens: [Int] = []
     var text = ""  // the template's and the messages' since the last control token
     for part in parts {

@@ -68,6 +68,9 @@ actor TinyAnchor: LanguageAnchor {
 
   func clearCalls() { calls = [] }
 
+  /// How many calls `hold` has stopped.
+  var held: Int { waiting?.count ?? 0 }
+
   /// Lets no call end before `release`.
   func hold() { waiting = [] }
 
