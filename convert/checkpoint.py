@@ -170,9 +170,17 @@ def _holds_weights(file: pathlib.Path) -> bool:
 
 
 def _index_file(folder: pathlib.Path) -> pathlib.Path | None:
-    """`model.safetensors.index.json` before `pytorch_model.bin.index.json`."""
-    found = [*sorted(folder.glob("*.safetensors.index.json")), *sorted(folder.glob("*.bin.index.json"))]
-    return found[0] if found else None
+    """`model.safetensors.index.json` before others, and before `pytorch_model.bin.index.json`.
+
+    Mistral's own form, `consolidated`, may lie beside it.
+    """
+    found = [*folder.glob("*.safetensors.index.json"), *folder.glob("*.bin.index.json")]
+    found = [file for file in found if not file.name.startswith("consolidated")]
+    return min(
+        found,
+        key=lambda file: (file.name != "model.safetensors.index.json", ".bin." in file.name, file.name),
+        default=None,
+    )
 
 
 def _read_index(index: pathlib.Path) -> dict[str, str]:

@@ -80,7 +80,7 @@ def convert(
     _reserve(source, memory, out)
     warnings: list[str] = []
     with partial_folder(out, resume, overwrite) as partial:
-        record = _record(source, quantize, memory)
+        record = _record(source, quantize, memory) | _given(source, config, tokenizer_folder)
         _note_source(partial / SOURCE, record)
         anchor = partial / ANCHOR
         if not anchor.exists():
@@ -146,7 +146,7 @@ def _reserve(source: Source, memory: pathlib.Path | None, out: pathlib.Path) -> 
     """Raises OutputError where the disk has no room for the model at its largest."""
     need = source.bytes * GROWTH[source.kind]
     need += sum(file.stat().st_size for file in (files_of(memory) if memory else ()))
-    existing = next(folder for folder in out.absolute().parents if folder.exists())
+    existing = next(folder for folder in out.resolve().parents if folder.exists())
     free = shutil.disk_usage(existing).free
     if need > free:
         raise OutputError(
@@ -162,6 +162,16 @@ def _record(source: Source, quantize: int | None, memory: pathlib.Path | None) -
     """
     files = [{"name": file.name, "bytes": file.stat().st_size} for file in (files_of(memory) if memory else ())]
     return source.describe() | {"quantize": quantize, "memory": files, "versions": tool_versions()}
+
+
+def _given(
+    source: Source, config: pathlib.Path | None, tokenizer: pathlib.Path | None
+) -> dict[str, list[dict[str, Any]]]:
+    """What source.json says of the settings and the tokenizer, with which an interrupted run must go on."""
+    own = source.path / "config.json" if source.path.is_dir() else None
+    settings = [file for file in (own, config) if file and file.is_file()]
+    found = {"settings": digests(settings), "tokenizer": digests(files_of(tokenizer)) if tokenizer else []}
+    return {name: rows for name, rows in found.items() if rows}
 
 
 def _note_source(file: pathlib.Path, record: dict[str, Any]) -> None:

@@ -27,6 +27,8 @@ def partial_folder(
     It stays where the run was interrupted, or ran out of space with `resume`; after other errors, and without
     `keep`, it goes. Raises OutputError where another process is writing it.
     """
+    if out.is_symlink():  # it stays one: what it leads to is written, on that disk
+        out = out.resolve()
     partial = partial_name(out.absolute())
     continued = partial.exists()
     with writing(partial):

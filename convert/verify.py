@@ -184,7 +184,12 @@ def stored_as(model: pathlib.Path, source: Source) -> tuple[str, dict[str, Any] 
         str(value.dtype).removeprefix("mlx.core.") for value in weights.values() if value.dtype != mx.uint32
     )
     if quantization := read_config(model / ANCHOR).get("quantization"):
-        return dtype, quantization, QUANTISED[quantization["bits"]]
+        if (bits := quantization["bits"]) not in QUANTISED:
+            raise AnchorError(
+                f"the anchor has {bits} bits, for which no bound is known",
+                f"Known are {', '.join(map(str, QUANTISED))}.",
+            )
+        return dtype, quantization, QUANTISED[bits]
     if source.kind == "gguf" and dtype in ROUNDED:
         return dtype, None, ROUNDED[dtype]
     if read_config(model / ANCHOR).get("model_type") == "gemma":

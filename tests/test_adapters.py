@@ -187,6 +187,24 @@ REFUSED: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
         ),
         "is truncated or damaged",
     ),
+    "of a tied model's head": (
+        lambda f: peft_adapter(f, **{"model.embed_tokens.weight": torch.ones(260, 64)}),
+        "changes model.embed_tokens.weight, and the model's embeddings are its head. Merge it with",
+    ),
+    "halves of two ranks": (
+        lambda f: peft_adapter(
+            f,
+            **{
+                f"model.layers.0.mlp.up_proj.lora_{s}.weight": torch.ones(4 + n, 64 + 64 * n)
+                for s, n in (("A", 0), ("B", 1))
+            },
+        ),
+        "the two halves of the adapter's model.layers.0.mlp.up_proj do not fit",
+    ),
+    "a pattern that is none": (
+        lambda f: peft_adapter(f, {"alpha_pattern": {"(": 3}}),
+        "the adapter's alpha_pattern cannot be read",
+    ),
     "config is no JSON": (lambda f: (f / "adapter_config.json").write_text("{"), "adapter_config.json"),
 }
 

@@ -108,6 +108,14 @@ def test_usual_name_before_others(tmp_path: pathlib.Path) -> None:
     assert_holds(tmp_path, {"a": torch.ones(1)})
 
 
+def test_the_usual_index_before_mistrals_own(tmp_path: pathlib.Path) -> None:
+    for stem, value in (("consolidated", torch.zeros(1)), ("model", torch.ones(1))):
+        save_file({"a": value}, tmp_path / f"{stem}-1.safetensors")
+        index = {"weight_map": {"a": f"{stem}-1.safetensors"}}
+        (tmp_path / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+    assert_holds(tmp_path, {"a": torch.ones(1)})
+
+
 def assert_refused(path: pathlib.Path, message: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(path)

@@ -6,6 +6,7 @@ docs/families.md holds the table that is made here.
 from __future__ import annotations
 
 import copy
+import json
 import pathlib
 import re
 from typing import Any
@@ -43,6 +44,12 @@ QWEN_TOWER = {
     "num_position_embeddings": 16,
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}
+BARE_YARN = {name: YARN[name] for name in ("rope_type", "factor", "rope_theta")}
+MULTIPLIERS = {
+    "attention_in_multiplier": 1.1, "attention_out_multiplier": 0.9, "embedding_multiplier": 5.6,
+    "key_multiplier": 0.4, "lm_head_multiplier": 0.04, "mlp_multipliers": [0.9, 0.3], "ssm_in_multiplier": 1.25,
+    "ssm_multipliers": [0.35, 0.25, 0.17, 0.5, 0.35], "ssm_out_multiplier": 0.23,
+}  # fmt: skip
 LONG = YARN | {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.0 + i for i in range(8)]}
 # model_type: (a config of transformers, its changes, the bound on the relative difference of the logits)
 FAMILIES: dict[str, tuple[Any, dict[str, Any], float]] = {
@@ -80,6 +87,23 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any], float]] = {
     "smollm3": (hf.SmolLM3Config, {"pad_token_id": 0}, 1e-4),
     "stablelm": (hf.StableLmConfig, {}, EXACT),
 }
+VARIANTS: dict[str, tuple[Any, dict[str, Any], float]] = {  # settings by which a family may be read wrongly
+    "falcon_h1 with its multipliers": (  # none of them is 1 in the published models
+        hf.FalconH1Config,
+        {"head_dim": 16, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, **MULTIPLIERS},
+        EXACT,
+    ),
+    "mistral3 of ministral3": (  # whose head is its own, as only the text's config says
+        hf.Mistral3Config,
+        {
+            "text": {"model_type": "ministral3", "head_dim": 16, "tie_word_embeddings": False},
+            "vision": {"model_type": "pixtral", **TOWER},
+        },
+        EXACT,
+    ),
+    "llama with yarn": (hf.LlamaConfig, {"rope_parameters": BARE_YARN}, EXACT),
+    "llama with yarn and mscale": (hf.LlamaConfig, {"rope_parameters": YARN | {"mscale": 0.7}}, EXACT),
+}
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "apertus": (hf.ApertusConfig, {}, "no gate"),
     "glm": (hf.GlmConfig, {"head_dim": 32, "pad_token_id": 0}, "ignores partial_rotary_factor 0.5"),
@@ -101,6 +125,11 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         hf.LlamaConfig,
         {"rope_parameters": YARN | {"attention_factor": 1.3}},
         "ignores rope_scaling yarn's attention_factor 1.3",
+    ),
+    "ministral3 with a window everywhere": (
+        hf.Ministral3Config,
+        {"head_dim": 16, "sliding_window": 6},
+        "ignores sliding_window 6",
     ),
     "stablelm with yarn": (hf.StableLmConfig, {"rope_parameters": YARN}, "ignores rope_scaling yarn"),
     "starcoder2": (hf.Starcoder2Config, {}, "no gate"),
@@ -127,12 +156,16 @@ def source(folder: pathlib.Path, config: Any, changes: dict[str, Any]) -> pathli
     return save_hf(model.eval(), folder)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | VARIANTS)
 @pytest.mark.slow
 def test_equals_transformers(family: str, tmp_path: pathlib.Path) -> None:
-    config, changes, bound = FAMILIES[family]
+    config, changes, bound = (FAMILIES | VARIANTS)[family]
     folder = source(tmp_path / "source", config, changes)
-    assert read_config(folder)["model_type"] == family
+    assert read_config(folder)["model_type"] == family.split(" ")[0]
+    if " of ministral3" in family:
+        edited = read_config(folder)
+        edited.pop("tie_word_embeddings", None)
+        (folder / "config.json").write_text(json.dumps(edited))
     said = convert(folder, tmp_path / "model").warnings
     assert [("vision part" in line) for line in said] == ["vision" in changes] * ("vision" in changes)
     anchor = tmp_path / "model/anchor"

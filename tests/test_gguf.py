@@ -82,6 +82,17 @@ def test_llama3_rope_is_recovered_from_its_factors(tmp_path: pathlib.Path) -> No
         convert(other)
 
 
+@pytest.mark.parametrize("key", ["rope.scale_linear", "rope.scaling.factor"])
+def test_positions_scaled_as_files_of_2023_say_it(tmp_path: pathlib.Path, key: str) -> None:
+    file = make_gguf(tmp_path / "model.gguf", hf_model("llama"))
+    rebuild(lambda metadata, _: metadata.update({key: 8.0}))(file)
+    config = read_config(convert(file))
+    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
+    rebuild(lambda metadata, _: metadata.update({"rope.scaling.attn_factor": 0.5}))(file)
+    with pytest.raises(AnchorError, match=r"scales its attention by 0\.5"):
+        convert_gguf(file, tmp_path / "other")
+
+
 def test_the_same_bytes_every_time(tmp_path: pathlib.Path) -> None:
     file = make_gguf(tmp_path / "model.gguf", hf_model("llama"), "Q8_0")
     convert_gguf(file, tmp_path / "one", warn=str)

@@ -62,6 +62,15 @@ def test_sentencepiece_token_for_token(tmp_path: pathlib.Path, prefix: bool) -> 
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
+def test_an_id_beyond_the_vocabulary_counts_for_nothing(tmp_path: pathlib.Path) -> None:
+    given = {"model": "gpt2", "pre": "gpt-2", "tokens": ["a", "b", "ab"], "merges": ["a b"], "eos_token_id": 2}
+    tokenizer = build(tmp_path, **given, padding_token_id=2**32 - 1, bos_token_id=3, add_bos_token=True)
+    assert tokenizer.encode("ab").tokens == ["ab"]
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert settings["eos_token"] == "ab"
+    assert not {"pad_token", "bos_token"} & settings.keys()
+
+
 BAD_TOKENIZERS: dict[str, tuple[dict[str, Any], type[HierMemError], str]] = {
     "another kind": ({"model": "t5"}, AnchorError, "of the kind 't5'"),
     "unknown words": ({"pre": "novel"}, AnchorError, "not known ('novel')"),
@@ -86,6 +95,8 @@ def test_tokenizers_that_cannot_be_rebuilt(tmp_path: pathlib.Path, name: str) ->
         ({"eos_token_id": 0}, (3, 3, 3, 1), [0, 1]),  # the turn's end is known by its spelling alone
         ({"eos_token_id": 0, "eot_token_id": 2}, (3, 3, 3, 1), [0, 1, 2]),
         ({"eos_token_id": 1}, (1, 3, 3, 1), [1]),  # a text that looks like one is no control token
+        ({"eos_token_id": 0}, (3, 4, 3, 1), [0, 1]),  # older files call it the user's
+        ({"eos_token_id": 0, "eot_token_id": 4}, (3, 1, 3, 1), [0]),  # beyond the vocabulary
         ({}, (), []),
     ],
 )

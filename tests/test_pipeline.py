@@ -188,11 +188,24 @@ def test_resuming(
         convert(str(hf), tmp_path / "model", memory=memory)
     with pytest.raises(OutputError, match="another source or other options"):
         convert(str(hf), tmp_path / "model", memory=memory, quantize=8, resume=True)
+    with pytest.raises(OutputError, match="another source or other options"):
+        convert(str(hf), tmp_path / "model", memory=memory, tokenizer=str(hf), resume=True)
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "convert_huggingface", lambda *_, **__: 1 / 0)  # the anchor is not made again
         convert(str(hf), tmp_path / "model", memory=memory, resume=True)
     assert snapshot(tmp_path / "model") == snapshot(tmp_path / "whole")
     assert left_in(tmp_path) == {"model", "whole", "memory.safetensors"}
+
+
+def test_out_may_be_a_link(hf: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "real").mkdir()
+    for number, target in enumerate(("real", "not there yet")):
+        link = tmp_path / f"link{number}"
+        link.symlink_to(target)
+        convert(str(hf), link)
+        assert link.is_symlink()
+        assert (tmp_path / target / "anchor" / "config.json").is_file()
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_overwriting_clears_an_interrupted_run(

@@ -78,9 +78,15 @@ class PeftAdapter:
         if halves or not (self.lora or self.whole):
             raise CheckpointError(f"{weights} is incomplete: {some(halves) or 'no tensors'}", "Copy it again.")
 
-    def check(self, names: set[str], folder: pathlib.Path) -> None:
-        """Raises CheckpointError where the adapter changes tensors that the model does not have."""
-        missing = sorted(({f"{module}.weight" for module in self.lora} | set(self.whole)) - names)
+    def check(self, names: set[str], folder: pathlib.Path, tied: bool = False) -> None:
+        """Raises CheckpointError where the adapter changes tensors that the model does not have, or only one of the
+        two ends that are `tied`: one tensor could not be both any more."""
+        changed = {f"{module}.weight" for module in self.lora} | set(self.whole)
+        if ends := sorted(changed & {"lm_head.weight", "model.embed_tokens.weight"}) if tied else []:
+            raise CheckpointError(
+                f"the adapter in {folder} changes {some(ends)}, and the model's embeddings are its head", ELSEWHERE
+            )
+        missing = sorted(changed - names)
         if missing:
             raise CheckpointError(
                 f"the adapter in {folder} is for another model: it changes {some(missing)}", "Check its base model."
@@ -97,6 +103,8 @@ class PeftAdapter:
         if not mx.issubdtype(value.dtype, mx.floating):
             raise CheckpointError(f"{name} is quantised, and an adapter is beside it", "Use the original weights.")
         a, b = (_mlx(self.tensors.read(sides[side])) for side in sorted(sides))
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+            raise CheckpointError(f"the two halves of the adapter's {module} do not fit", "Copy it again.")
         delta = self.scale(module, a.shape[0]) * (b @ a)
         if "embedding_A" in sides:
             delta = delta.T
@@ -107,8 +115,11 @@ class PeftAdapter:
     def scale(self, module: str, rank: int) -> float:
         """alpha / r, or alpha / sqrt r with rsLoRA; PEFT gives modules whose name ends so an alpha of their own."""
         patterns = self.settings.get("alpha_pattern") or {}
-        own = [alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module)]
-        alpha = float(own[0] if own else self.settings["lora_alpha"])
+        try:
+            own = [alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module)]
+            alpha = float(own[0] if own else self.settings["lora_alpha"])
+        except (re.error, AttributeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the adapter's alpha_pattern cannot be read: {error}", ELSEWHERE) from error
         return alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
 
     def __str__(self) -> str:
@@ -130,7 +141,8 @@ def _peft_settings(config: pathlib.Path) -> dict[str, Any]:
     begun = str(settings.get("init_lora_weights")).lower()
     odd = [key for key in ("use_dora", "fan_in_fan_out", "lora_bias", "use_qalora") if settings.get(key)]
     odd += [f"init_lora_weights {begun}"] * begun.startswith(CHANGES_THE_BASE)
-    odd += [f"bias {settings['bias']}"] * (settings.get("bias", "none") != "none")
+    if (bias := settings.get("bias", "none")) != "none":
+        odd.append(f"bias {bias}")
     if odd or not isinstance(settings.get("lora_alpha"), int | float):
         raise CheckpointError(f"{config}: {', '.join(odd) or 'no lora_alpha'} cannot be merged", ELSEWHERE)
     return settings

@@ -199,7 +199,13 @@ class GGUF:
         """mlx-lm's rope_scaling from the metadata, or from the factors that llama.cpp computed of Llama 3's."""
         if ROPE_FACTORS in self.tensors:
             return self.llama3_scaling(config)
-        kind, factor = self.get("rope.scaling.type", "none"), self.get("rope.scaling.factor", 1.0)
+        # Files of 2023 have another key; llama.cpp takes scaling without a type to be linear.
+        factor = self.get("rope.scaling.factor") or self.get("rope.scale_linear") or 1.0
+        kind = self.get("rope.scaling.type", "linear")
+        if (attention := self.get("rope.scaling.attn_factor", 1.0)) != 1.0:
+            raise AnchorError(
+                f"{self.file} scales its attention by {attention:g}", "Convert the original Hugging Face folder."
+            )
         if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
             return None
         if kind == "linear":

@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import mlx.nn as nn
 
 from mlx_hiermem.anchor import model_classes
 from mlx_hiermem.errors import AnchorError, CheckpointError
+from mlx_hiermem.files import MALFORMED
 from mlx_hiermem.memory.ffn import ACTIVATIONS, activation, feed_forward
 
 CODE_KEYS = ("auto_map", "_name_or_path", "transformers_weights")  # point outside the folder, or at code
@@ -68,7 +69,7 @@ def reject_foreign(config: dict[str, Any], where: pathlib.Path) -> None:
         )
     foreign = config.get("quantization_config")
     if foreign and "quantization" not in config:
-        method = foreign.get("quant_method", "unknown method")
+        method = foreign.get("quant_method", "unknown method") if isinstance(foreign, dict) else foreign
         raise AnchorError(
             f"{where} is quantised for other software ({method})",
             "Convert the original weights with --quantize 4 or 8.",
@@ -76,7 +77,17 @@ def reject_foreign(config: dict[str, Any], where: pathlib.Path) -> None:
 
 
 def normalise(config: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """config.json in the spelling that mlx-lm reads. Raises AnchorError for settings that it would ignore."""
+    """config.json in the spelling that mlx-lm reads. Raises AnchorError for settings that it would ignore, or that
+    are no settings."""
+    try:
+        return _normalised(config, set(names))
+    except MALFORMED as error:
+        raise AnchorError(
+            f"a setting of config.json cannot be read: {error!r}", "Copy it from the original again."
+        ) from error
+
+
+def _normalised(config: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
     config = {key: value for key, value in config.items() if key not in CODE_KEYS and key != "model_file"}
     kind = config["model_type"]
     rope = config.get("rope_parameters") or {}
@@ -86,8 +97,9 @@ def normalise(config: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
         if kind != "gemma4_text":  # whose class reads rope_parameters itself
             _unnest_rope(config, _one_rope(rope))
         _fill_in(config, kind)
-    if kind in TIED:
-        config.setdefault("tie_word_embeddings", "lm_head.weight" not in set(names))
+    if kind in TIED or "lm_head.weight" in names:  # mlx-lm's class may tie where transformers does not
+        config.setdefault("tie_word_embeddings", "lm_head.weight" not in names)
+    _complete_scaling(config)
     _reject_ignored(config, kind)
     return config
 
@@ -114,7 +126,7 @@ def _fill_in(config: dict[str, Any], kind: str) -> None:
         config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
     if kind == "lfm2":
         config.setdefault("block_dim", config["hidden_size"])
-    if kind == "gemma2":  # mlx-lm's class attends to everything: equal within the window, wrong beyond it
+    if kind in ("gemma2", "phi3"):  # mlx-lm's class attends to everything: equal within the window, wrong beyond it
         longest = config.get("max_position_embeddings", 8192)
         config["max_position_embeddings"] = min(longest, config.get("sliding_window") or longest)
 
@@ -128,6 +140,20 @@ def _unnest_rope(config: dict[str, Any], rope: dict[str, Any]) -> None:
     config.setdefault("rope_theta", rope["rope_theta"])
     if rope.get("rope_type", "default") != "default" and not config.get("rope_scaling"):
         config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+
+
+def _complete_scaling(config: dict[str, Any]) -> None:
+    """rope_scaling as transformers reads it: mlx-lm's classes have defaults of their own for what it leaves out."""
+    if not (scaling := config.get("rope_scaling")):
+        return
+    scaling = dict(scaling)
+    kind = scaling.get("rope_type") or scaling.get("type")
+    scaling |= {name: kind for name in ("rope_type", "type") if name in scaling}
+    if kind == "yarn":
+        scaling.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
+        if not (scaling.get("mscale") and scaling.get("mscale_all_dim")):  # either alone counts for nothing
+            scaling = {name: scaling[name] for name in scaling if not name.startswith("mscale")}
+    config["rope_scaling"] = scaling
 
 
 def _normalise_gemma3(config: dict[str, Any], rope: dict[str, Any]) -> None:
@@ -154,9 +180,11 @@ def _reject_ignored(config: dict[str, Any], kind: str) -> None:
             ignored.append(f"{key} {config[key]}")
     windows = "sliding_attention" in config.get("layer_types", ()) or config.get("use_sliding_window")
     window, longest = config.get("sliding_window") or 0, config.get("max_position_embeddings", 0)
-    if (kind in ("qwen2", "qwen3") and windows) or (kind == "mistral" and 0 < window < longest):
-        ignored.append(f"sliding_window {window}")
     fields = _fields(config)
+    everywhere = kind == "mistral" or (kind == "ministral3" and "layer_types" not in config)
+    unread = "use_sliding_window" not in config and fields and not {"sliding_window", "text_config"} & fields
+    if (kind in ("qwen2", "qwen3") and windows) or ((everywhere or unread) and 0 < window < longest):
+        ignored.append(f"sliding_window {window}")
     part = config.get("partial_rotary_factor", 1)
     if part != 1 and fields and not {"partial_rotary_factor", "rope_parameters", "text_config"} & fields:
         ignored.append(f"partial_rotary_factor {part}")
@@ -179,6 +207,22 @@ def _ignored_scaling(scaling: dict[str, Any]) -> list[str]:
         if scaling.get("truncate") is False:
             ignored.append("rope_scaling yarn's truncate false")
     return ignored
+
+
+def left_factors(config: dict[str, Any], shape: Callable[[str], tuple[int, ...]]) -> dict[str, float]:
+    """What mlx-lm leaves out when it folds Falcon-H1's multipliers into the weights: by the ends of names.
+
+    Its code looks for `key_proj`, which is called `k_proj`, and passes the values over. `shape` of a tensor tells
+    whether the weights have been folded already, as in an anchor.
+    """
+    if config.get("model_type") != "falcon_h1":
+        return {}
+    *_, inputs, last = shape("model.layers.0.mamba.conv1d.weight")
+    if last <= inputs:
+        return {}
+    key, values = config.get("key_multiplier", 1.0), config.get("attention_in_multiplier", 1.0)
+    factors = {".k_proj.weight": key, ".k_proj.bias": key, ".v_proj.weight": values}
+    return {end: float(factor) for end, factor in factors.items() if factor != 1}
 
 
 def check_positions(config: dict[str, Any], model: nn.Module) -> None:

@@ -13,16 +13,22 @@ import json
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_hiermem.anchor import model_classes, read_config
 from mlx_hiermem.convert.anchors.adapters import MLX_FILE, PeftAdapter, adapter_files, merge_mlx
-from mlx_hiermem.convert.anchors.hf_config import check_activation, check_positions, normalise, reject_foreign
+from mlx_hiermem.convert.anchors.hf_config import (
+    check_activation,
+    check_positions,
+    left_factors,
+    normalise,
+    reject_foreign,
+)
 from mlx_hiermem.convert.anchors.shards import is_begun, save_weights, staging_folder, write_shards
 from mlx_hiermem.convert.anchors.text_part import is_other, left_out, text_config, text_name
 from mlx_hiermem.convert.checkpoint import RawTensor, TensorSource, open_checkpoint
@@ -34,10 +40,8 @@ from mlx_hiermem.tokenizer import load_tokenizer
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.json", "tokenizer.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
-KEPT_FILES = (  # copied beside the weights
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja"),
-    *("generation_config.json", "LICENSE*", "NOTICE*"),
-)
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja")
+OTHER_FILES = ("generation_config.json", "LICENSE*", "NOTICE*")  # that are copied beside the weights
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # any of them makes a tokenizer
 
 
@@ -51,7 +55,8 @@ def download(hub_id: str, weights: bool = True) -> pathlib.Path:
     from huggingface_hub import snapshot_download
 
     def fetch(patterns: list[str]) -> pathlib.Path:
-        return pathlib.Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        ignored = ["*/*", "consolidated*"]  # the second: the same weights in Mistral's own form
+        return pathlib.Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=ignored))
 
     try:
         folder = fetch(HUB_FILES + ["*.safetensors"] * weights)
@@ -93,9 +98,10 @@ def convert_huggingface(
         check_tie(config, weights)
         (staging / "config.json").write_text(json.dumps(config), encoding="utf-8")
         copy_tokenizer(source, tokenizer or source, staging)
-        stage_weights(weights, source, staging, warn)
+        stage_weights(weights, source, staging, warn, bool(config.get("tie_word_embeddings")))
         is_mlx = MLX_FILE in [file.name for file in adapter_files(source)]
-        write_anchor(staging, out, quantize, progress, source if is_mlx else None)
+        factors = left_factors(config, weights.shape)
+        write_anchor(staging, out, quantize, progress, source if is_mlx else None, factors)
 
 
 def write_anchor(
@@ -104,10 +110,12 @@ def write_anchor(
     quantize: int | None,
     progress: Progress | None = None,
     adapter: pathlib.Path | None = None,
+    factors: Mapping[str, float] | None = None,
 ) -> None:
     """Loads a complete Hugging Face style folder strictly with mlx-lm, checks it and saves it to `out`.
 
-    `adapter` is a folder with an adapter of mlx-lm's, which is merged.
+    `adapter` is a folder with an adapter of mlx-lm's, which is merged. `factors`, by the ends of names, multiply
+    weights.
     """
     from mlx_lm.utils import load_model, save_config
 
@@ -122,6 +130,9 @@ def write_anchor(
         raise AnchorError("mlx-lm cannot load this architecture here: it needs another package") from error
     if adapter:
         model = merge_mlx(model, adapter)
+    for end, factor in (factors or {}).items():
+        found = [(name, value) for name, value in tree_flatten(model.parameters()) if name.endswith(end)]
+        model.update(tree_unflatten([(name, value * factor) for name, value in found]))
     if not is_begun(out):
         check_finite(tree_flatten(model.parameters()), progress)
     check_dense(model)
@@ -168,7 +179,11 @@ def check_tie(config: dict[str, Any], weights: TensorSource) -> None:
 
 
 def stage_weights(
-    weights: TensorSource, source: pathlib.Path, staging: pathlib.Path, warn: Callable[[str], None]
+    weights: TensorSource,
+    source: pathlib.Path,
+    staging: pathlib.Path,
+    warn: Callable[[str], None],
+    tied: bool = False,
 ) -> None:
     """Puts the tensors where mlx-lm finds them: safetensors as links, others rewritten, PEFT's adapter merged."""
     files = adapter_files(source)
@@ -176,12 +191,13 @@ def stage_weights(
         warn(f"the adapter beside the model ({MLX_FILE}, by mlx-lm) is merged into it")
     elif files:
         with PeftAdapter(files[0], files[1], lambda name: text_name(plain_name(name))) as adapter:
-            adapter.check(set(weights.names()), source)
+            adapter.check(set(weights.names()), source, tied)
             warn(f"the adapter beside the model ({adapter}) is merged into it")
             sizes = {name: weights.nbytes(name) for name in weights.names()}
             write_shards(staging, sizes, lambda name: {name: adapter.merged(name, to_mlx(weights.read(name)))})
         return
-    if weights.is_plain and all(file.suffix == ".safetensors" for file in weights.files):
+    doubles = any(weights.dtype(name) == "float64" for name in weights.names())
+    if weights.is_plain and not doubles and all(file.suffix == ".safetensors" for file in weights.files):
         for number, file in enumerate(weights.files):
             link = staging / f"model-{number:05d}.safetensors"
             link.unlink(missing_ok=True)  # of an interrupted run
@@ -237,9 +253,9 @@ def copy_tokenizer(source: pathlib.Path, tokenizer: pathlib.Path, staging: pathl
     """Copies the tokenizer and the other small files that belong to the weights."""
     if not any((tokenizer / name).is_file() for name in TOKENIZERS):
         raise CheckpointError(f"{tokenizer} has no tokenizer ({', '.join(TOKENIZERS)})", "Give --tokenizer.")
-    for folder in dict.fromkeys((source, tokenizer)):  # the tokenizer's own files win
-        for pattern in KEPT_FILES:
-            for file in filter(pathlib.Path.is_file, folder.glob(pattern)):
+    for folder, patterns in ((tokenizer, TOKENIZER_FILES), (source, OTHER_FILES)):
+        for file in (file for pattern in patterns for file in folder.glob(pattern)):
+            if file.is_file():
                 shutil.copyfile(file, staging / file.name)
 
 

@@ -106,7 +106,10 @@ class Half:
 def compute_dtype(linear: nn.Module | Half) -> mx.Dtype:
     """The type in which a linear layer, quantised or not, takes its input."""
     linear = linear.fused if isinstance(linear, Half) else linear
-    return linear.scales.dtype if "scales" in linear else linear.weight.dtype
+    if "scales" not in linear:
+        return linear.weight.dtype
+    # Scales of mxfp4 and its like are bytes; such models compute in bfloat16.
+    return linear.scales.dtype if mx.issubdtype(linear.scales.dtype, mx.floating) else mx.bfloat16
 
 
 def sizes(linear: nn.Module | Half) -> tuple[int, int]:
