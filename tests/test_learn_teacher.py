@@ -6,6 +6,7 @@ import math
 import pathlib
 import signal
 import threading
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -15,6 +16,7 @@ from mlx_lm.generate import generate
 from mlx_lm.models.cache import RotatingKVCache
 
 from mlx_hiermem.errors import AnchorError
+from mlx_hiermem.learn.study import teacher
 from mlx_hiermem.learn.study.patterns import patterns
 from mlx_hiermem.learn.study.teacher import CachedTeacher, Replies, Teacher, load_teacher
 from mlx_hiermem.learn.study.wordings import named
@@ -86,6 +88,32 @@ def test_replies_are_kept(tiny_teacher: Teacher, tmp_path: pathlib.Path) -> None
     assert (again.lines(*lines), again.finds(*finds), again.finds("other", *finds[1:])) == said
     with pytest.raises(AttributeError):
         again.lines(*lines[:3], 4)
+
+
+def test_a_killed_study_repeats_few_lines(
+    tiny_teacher: Teacher, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teacher, "KEPT", 2)
+    asked = [("ab", "c"), ("xyz", "c"), ("ab", "dd"), ("q", ""), ("xyz", "cc")]
+    counts: list[int] = []
+    own = Teacher.lines
+
+    def counted(self: Teacher, some: Any, *rest: Any) -> list[str]:
+        if len(counts) == 2:
+            raise KeyboardInterrupt
+        counts.append(len(some))
+        return own(self, some, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Teacher, "lines", counted)
+        with pytest.raises(KeyboardInterrupt):
+            CachedTeacher.of(tiny_teacher, tmp_path / "notes").lines(asked, 6)
+        counts.pop()
+        told: list[float] = []
+        written = CachedTeacher.of(tiny_teacher, tmp_path / "notes").lines(asked, 6, tell=told.append)
+    assert counts == [2, 1], "the first four are there"
+    assert written == tiny_teacher.lines(asked, 6)
+    assert told == [0.4, 0.8, 1.0]
 
 
 def test_a_teacher_that_is_none(tmp_path: pathlib.Path) -> None:

@@ -12,6 +12,7 @@ import pathlib
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -28,6 +29,7 @@ from mlx_hiermem.progress import FractionDone, unheard_fraction
 from mlx_hiermem.tokenizer import NO_CODE, encode_chat, encode_text
 
 BATCH = 32  # lines written at a time; when one is done, no other takes its place: that would copy all their caches
+KEPT = 8 * BATCH  # lines that are kept at a time, so that a killed study repeats seconds of work
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Teacher:
         """
         mx.random.seed(seed)
         caches = {beginning: self._read(beginning) for beginning in dict.fromkeys(b for b, _ in asked)}
-        order = sorted(range(len(asked)), key=lambda i: (asked[i][0], len(asked[i][1])))  # so that little is padded
+        order = in_order(asked)
         written = [""] * len(asked)
         for start in range(0, len(order), BATCH):
             some = order[start : start + BATCH]
@@ -153,6 +155,11 @@ class Teacher:
         ]
 
 
+def in_order(asked: Sequence[tuple[str, str]]) -> list[int]:
+    """The numbers of (beginning, prompt) pairs in the order of writing: alike ones together, so little is padded."""
+    return sorted(range(len(asked)), key=lambda i: (asked[i][0], len(asked[i][1])))
+
+
 def load_teacher(name: str) -> Teacher:
     """A model by its folder (a memory model's too) or hub id. Raises AnchorError where mlx-lm cannot load it."""
     from mlx_lm import load
@@ -235,9 +242,21 @@ class CachedTeacher(Teacher):
         seed: int = 0,
         tell: FractionDone = unheard_fraction,
     ) -> list[str]:
-        """As `Teacher.lines`."""
-        given = ["lines", list(asked), tokens, temperature, seed]
-        return self._cached(given, lambda: self.asked.lines(asked, tokens, temperature, seed, tell))
+        """As `Teacher.lines`. Lines that nothing is drawn for are kept some at a time, in the order of writing."""
+        if temperature:
+            given = ["lines", list(asked), tokens, temperature, seed]
+            return self._cached(given, lambda: self.asked.lines(asked, tokens, temperature, seed, tell))
+        order, written = in_order(asked), [""] * len(asked)
+        for start in range(0, len(order), KEPT):
+            some = order[start : start + KEPT]
+            given = [asked[i] for i in some]
+            lines = self._cached(
+                ["lines", given, tokens, temperature, seed], partial(self.asked.lines, given, tokens)
+            )
+            for i, line in zip(some, lines, strict=True):
+                written[i] = line
+            tell((start + len(some)) / len(order))
+        return written
 
     def finds(self, beginning: str, asked: Sequence[tuple[str, str]], others: Sequence[str]) -> list[float]:
         """As `Teacher.finds`."""
