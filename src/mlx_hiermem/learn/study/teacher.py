@@ -156,7 +156,7 @@ class Teacher:
 
 
 def in_order(asked: Sequence[tuple[str, str]]) -> list[int]:
-    """The numbers of (beginning, prompt) pairs in the order of writing: alike ones together, so little is padded."""
+    """The numbers of (beginning, prompt) pairs in the order of writing: alike ones together, to pad little."""
     return sorted(range(len(asked)), key=lambda i: (asked[i][0], len(asked[i][1])))
 
 
