@@ -249,9 +249,9 @@ class CachedTeacher(Teacher):
         order, written = in_order(asked), [""] * len(asked)
         for start in range(0, len(order), KEPT):
             some = order[start : start + KEPT]
-            given = [asked[i] for i in some]
+            pairs = [asked[i] for i in some]
             lines = self._cached(
-                ["lines", given, tokens, temperature, seed], partial(self.asked.lines, given, tokens)
+                ["lines", pairs, tokens, temperature, seed], partial(self.asked.lines, pairs, tokens)
             )
             for i, line in zip(some, lines, strict=True):
                 written[i] = line
