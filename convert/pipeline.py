@@ -15,7 +15,7 @@ from typing import Any
 from mlx_hiermem.anchor import identify, read_config
 from mlx_hiermem.bank.bank import MANIFEST, MemoryBank
 from mlx_hiermem.convert.anchors.gguf import convert_gguf
-from mlx_hiermem.convert.anchors.huggingface import convert_huggingface
+from mlx_hiermem.convert.anchors.huggingface import TOKENIZER_FILES, convert_huggingface, files_like
 from mlx_hiermem.convert.anchors.openlm import convert_openlm
 from mlx_hiermem.convert.checkpoint import open_checkpoint
 from mlx_hiermem.convert.memories import AnchorDims, convert_memory
@@ -168,16 +168,16 @@ def _given(
     source: Source, config: pathlib.Path | None, tokenizer: pathlib.Path | None
 ) -> dict[str, list[dict[str, Any]]]:
     """What source.json says of the settings and the tokenizer, with which an interrupted run must go on."""
-    own = source.path / "config.json" if source.path.is_dir() else None
-    settings = [file for file in (own, config) if file and file.is_file()]
-    found = {"settings": digests(settings), "tokenizer": digests(files_of(tokenizer)) if tokenizer else []}
-    return {name: rows for name, rows in found.items() if rows}
+    beside = source.path / "config.json" if source.path.is_dir() else None
+    settings = [file for file in (beside, config) if file and file.is_file()]
+    own = files_like(tokenizer, TOKENIZER_FILES) if tokenizer else []
+    return {"settings": digests(settings), "tokenizer": digests(own)}
 
 
 def _note_source(file: pathlib.Path, record: dict[str, Any]) -> None:
     """Writes source.json, or on resuming checks that source and options are the same."""
     noted = read_json(file) if file.exists() else record
-    if {key: noted.get(key) for key in record} != record:
+    if {key: noted.get(key, []) for key in record} != record:
         raise OutputError(
             f"the interrupted run in {file.parent} had another source or other options",
             "Repeat it with the same, or remove that folder to start afresh.",

@@ -142,11 +142,11 @@ def check_parity(
         raise MissingDependencyError(
             "comparing with the source needs PyTorch", "pip install 'mlx-hiermem[torch]'"
         ) from error
-    dtype, quantization, bound = stored_as(model, against.source)
-    rounded = f"{quantization['bits']} bits" if quantization else dtype
     bank = bank if against.memory else None
     with contextlib.ExitStack() as stack:
         try:
+            dtype, quantization, bound = stored_as(model, against.source)
+            rounded = f"{quantization['bits']} bits" if quantization else dtype
             design, read = None, None
             if against.memory and bank:
                 tensors = stack.enter_context(open_checkpoint(against.memory))

@@ -189,7 +189,7 @@ REFUSED: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
     ),
     "of a tied model's head": (
         lambda f: peft_adapter(f, **{"model.embed_tokens.weight": torch.ones(260, 64)}),
-        "changes model.embed_tokens.weight, and the model's embeddings are its head. Merge it with",
+        "changes model.embed_tokens.weight, and the model's embeddings are its head. Untie them",
     ),
     "halves of two ranks": (
         lambda f: peft_adapter(

@@ -13,6 +13,7 @@ import pytest
 from command_line import Run
 from tiny import make_anchor
 
+from mlx_hiermem.apps.cli.models import is_no_number
 from mlx_hiermem.bank import commit, edit
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.remote import Origin
@@ -172,6 +173,8 @@ def test_a_folder_may_be_called_like_a_node(
     assert "3 is a model here" in refused.err
     assert "blocked  1" in bank_command("block", "./3", "1").out
     three.rename(copied)
+    assert not any(map(is_no_number, ("1", "1.2", ".5", "0.5", "10.7.3")))
+    assert all(map(is_no_number, (".", "..", "model", "1x", "me/model")))
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from evaluating import evaluation, named_model, task_files
 
 from mlx_hiermem.bank.bank import MANIFEST
 from mlx_hiermem.errors import OutputError, TaskError
-from mlx_hiermem.evaluate.compare import columns, compare
+from mlx_hiermem.evaluate.compare import Paired, columns, compare
 from mlx_hiermem.evaluate.results import PARTS, ResultFile, Run, read_runs
 from mlx_hiermem.evaluate.statistics import difference, figure
 from mlx_hiermem.evaluate.tasks import Task, find_tasks, read_tasks
@@ -144,4 +144,6 @@ def test_a_text_without_spaces_has_no_perplexity_of_words() -> None:
     assert (found.value, found.error, found.to_json()["value"]) == (math.inf, None, None)
     assert figure(rows, "perplexity").value == pytest.approx(math.exp(3))
     worse = [row | {"nll": 9900.0} for row in rows]
-    assert difference(rows, worse, "word_perplexity").to_json()["value"] is None
+    apart = difference(rows, worse, "word_perplexity")
+    pair = Paired("t", "", "word_perplexity", "b", found, found, apart)
+    assert pair.to_json()["first"]["value"] is pair.to_json()["difference"]["value"] is None

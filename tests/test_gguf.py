@@ -93,6 +93,20 @@ def test_positions_scaled_as_files_of_2023_say_it(tmp_path: pathlib.Path, key: s
         convert_gguf(file, tmp_path / "other")
 
 
+def test_yarn_with_settings_of_its_own(tmp_path: pathlib.Path) -> None:
+    file = make_gguf(tmp_path / "model.gguf", hf_model("llama"))
+    yarn = {"type": "yarn", "factor": 4.0, "original_context_length": 64, "yarn_beta_fast": 16.0}
+    rebuild(lambda metadata, _: metadata.update({f"rope.scaling.{key}": value for key, value in yarn.items()}))(
+        file
+    )
+    assert read_config(convert(file))["rope_scaling"] == {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 16.0,
+    }  # fmt: skip
+    rebuild(lambda metadata, _: metadata.update({"rope.scaling.yarn_ext_factor": 0.5}))(file)
+    with pytest.raises(AnchorError, match="by yarn with ext_factor of its own"):
+        convert_gguf(file, tmp_path / "other")
+
+
 def test_the_same_bytes_every_time(tmp_path: pathlib.Path) -> None:
     file = make_gguf(tmp_path / "model.gguf", hf_model("llama"), "Q8_0")
     convert_gguf(file, tmp_path / "one", warn=str)

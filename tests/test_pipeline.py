@@ -190,6 +190,12 @@ def test_resuming(
         convert(str(hf), tmp_path / "model", memory=memory, quantize=8, resume=True)
     with pytest.raises(OutputError, match="another source or other options"):
         convert(str(hf), tmp_path / "model", memory=memory, tokenizer=str(hf), resume=True)
+    note = tmp_path / "model.partial" / "source.json"
+    noted = note.read_text()
+    note.write_text(json.dumps(json.loads(noted) | {"tokenizer": [{"name": "tokenizer.json"}]}))
+    with pytest.raises(OutputError, match="another source or other options"):  # had another, and now has none
+        convert(str(hf), tmp_path / "model", memory=memory, resume=True)
+    note.write_text(noted)
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "convert_huggingface", lambda *_, **__: 1 / 0)  # the anchor is not made again
         convert(str(hf), tmp_path / "model", memory=memory, resume=True)

@@ -58,7 +58,7 @@ def is_no_number(word: str) -> bool:
 
     Raises BadParameter where it may be both.
     """
-    if not re.fullmatch(r"\d+(\.\d+)*", word):
+    if not re.fullmatch(r"\d+(\.\d+)*\.?|\.\d+", word):
         return True
     if is_model_folder(word):
         raise typer.BadParameter(f"{word} is a model here, and a node or number too: write ./{word}, or -m MODEL")

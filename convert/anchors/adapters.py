@@ -84,7 +84,8 @@ class PeftAdapter:
         changed = {f"{module}.weight" for module in self.lora} | set(self.whole)
         if ends := sorted(changed & {"lm_head.weight", "model.embed_tokens.weight"}) if tied else []:
             raise CheckpointError(
-                f"the adapter in {folder} changes {some(ends)}, and the model's embeddings are its head", ELSEWHERE
+                f"the adapter in {folder} changes {some(ends)}, and the model's embeddings are its head",
+                "Untie them in PyTorch, merge it there (PEFT: merge_and_unload), save the model and convert that.",
             )
         missing = sorted(changed - names)
         if missing:

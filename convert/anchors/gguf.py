@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_hiermem.convert.anchors.gguf_tokenizer import end_tokens, write_tokenizer
+from mlx_hiermem.convert.anchors.gguf_tokenizer import described, end_tokens, write_tokenizer
 from mlx_hiermem.convert.anchors.huggingface import copy_tokenizer, one_line, write_anchor
 from mlx_hiermem.convert.anchors.shards import staging_folder, write_shards
 from mlx_hiermem.convert.source import parts_of
@@ -168,9 +168,8 @@ class GGUF:
         for key, size in (("attention.value_length", head_dim), ("rope.dimension_count", head_dim)):
             if self.get(key, size) != size:
                 raise AnchorError(f"{self.file}: {key} {self.get(key)} differs from the head size {size}")
-        for name in ("bos_token_id", "eos_token_id"):
-            if (index := self.metadata.get(f"tokenizer.ggml.{name}")) is not None:
-                config[name] = index
+        told = described(self.metadata)
+        config |= {name: told[name] for name in ("bos_token_id", "eos_token_id") if name in told}
         if scaling := self.rope_scaling(config):
             config["rope_scaling"] = scaling
         if model_type == "llama":
@@ -211,11 +210,19 @@ class GGUF:
         if kind == "linear":
             return {"rope_type": "linear", "factor": _shortest(factor)}
         if kind == "yarn":
+            known = {"ext_factor": (None, 1.0, -1.0), "attn_factor": (None, 1.0), "log_multiplier": (None, 0.0)}
+            if odd := [key for key, usual in known.items() if self.get(f"rope.scaling.yarn_{key}") not in usual]:
+                raise AnchorError(
+                    f"{self.file} scales its positions by yarn with {', '.join(odd)} of its own",
+                    "Convert the original Hugging Face folder.",
+                )
+            betas = {name: self.get(f"rope.scaling.yarn_{name}") for name in ("beta_fast", "beta_slow")}
             original = self.need("rope.scaling.original_context_length")
             return {
                 "rope_type": "yarn",
                 "factor": _shortest(factor),
                 "original_max_position_embeddings": original,
+                **{name: _shortest(value) for name, value in betas.items() if value is not None},
             }
         raise AnchorError(f"{self.file} scales its positions by '{kind}'", "Known: linear, yarn, Llama 3's.")
 

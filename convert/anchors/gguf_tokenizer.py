@@ -60,7 +60,7 @@ def write_tokenizer(metadata: Mapping[str, Any], folder: pathlib.Path, max_lengt
     Raises AnchorError for a tokenizer of a kind that cannot be rebuilt exactly, CheckpointError for a
     damaged one.
     """
-    ggml = _described(metadata)
+    ggml = described(metadata)
     kind = ggml.get("model")
     if kind not in BUILDERS or not ggml.get("tokens"):
         raise AnchorError(
@@ -83,8 +83,8 @@ def write_tokenizer(metadata: Mapping[str, Any], folder: pathlib.Path, max_lengt
     (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _described(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """What a file says of its tokenizer. An id beyond its vocabulary counts for nothing, as in llama.cpp."""
+def described(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says of its tokenizer. An id beyond its vocabulary counts for nothing."""
     ggml = {k.removeprefix("tokenizer.ggml."): v for k, v in metadata.items() if k.startswith("tokenizer.ggml.")}
     size = len(ggml.get("tokens") or ())
     beyond = [key for key in (*SPECIAL.values(), *END_KEYS) if key in ggml and not 0 <= ggml[key] < size]
@@ -93,7 +93,7 @@ def _described(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 def end_tokens(metadata: Mapping[str, Any]) -> list[int]:
     """The ids that end an answer: those that the file names, and control tokens known by their spelling."""
-    ggml = _described(metadata)
+    ggml = described(metadata)
     named = {int(ggml[key]) for key in END_KEYS if key in ggml}
     pairs = zip(ggml.get("tokens") or (), ggml.get("token_type") or (), strict=False)
     spelt = {i for i, (token, kind) in enumerate(pairs) if kind in (CONTROL, USER_DEFINED) and token in ENDS}

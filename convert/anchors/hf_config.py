@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import mlx.nn as nn
@@ -33,6 +33,7 @@ NAMES = {
     "gelu": GELU,
 }
 UNGATED = ("apertus", "falcon", "gpt2", "gpt_neox", "nemotron", "opt", "phi", "starcoder2")  # FFNs without a gate
+LEFT_FACTORS = ("key_multiplier", "attention_in_multiplier")  # of Falcon-H1, see `left_factors`
 # What transformers leaves out of config.json where it is the default, and mlx-lm's class demands.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "exaone4": {"rope_scaling": None, "sliding_window": None, "sliding_window_pattern": None},
@@ -127,7 +128,7 @@ def _fill_in(config: dict[str, Any], kind: str) -> None:
     if kind == "lfm2":
         config.setdefault("block_dim", config["hidden_size"])
     if kind in ("gemma2", "phi3"):  # mlx-lm's class attends to everything: equal within the window, wrong beyond it
-        longest = config.get("max_position_embeddings", 8192)
+        longest = config.get("max_position_embeddings", 8192 if kind == "gemma2" else 4096)
         config["max_position_embeddings"] = min(longest, config.get("sliding_window") or longest)
 
 
@@ -165,7 +166,7 @@ def _normalise_gemma3(config: dict[str, Any], rope: dict[str, Any]) -> None:
     expected = [
         "sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(config["num_hidden_layers"])
     ]
-    if config.get("layer_types", expected) != expected:
+    if (config.get("layer_types") or expected) != expected:
         raise AnchorError(
             f"layer_types does not repeat every {pattern} layers", "mlx-lm's gemma3_text has no other pattern."
         )
@@ -178,11 +179,12 @@ def _reject_ignored(config: dict[str, Any], kind: str) -> None:
     for key in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
         if kind == "gemma3_text" and config.get(key):
             ignored.append(f"{key} {config[key]}")
-    windows = "sliding_attention" in config.get("layer_types", ()) or config.get("use_sliding_window")
+    windows = "sliding_attention" in (config.get("layer_types") or ()) or config.get("use_sliding_window")
     window, longest = config.get("sliding_window") or 0, config.get("max_position_embeddings", 0)
     fields = _fields(config)
-    everywhere = kind == "mistral" or (kind == "ministral3" and "layer_types" not in config)
-    unread = "use_sliding_window" not in config and fields and not {"sliding_window", "text_config"} & fields
+    everywhere = kind == "mistral" or (kind == "ministral3" and not config.get("layer_types"))
+    asks = kind in ("qwen2", "qwen3") or "use_sliding_window" in config  # and has no window unless it says so
+    unread = not asks and fields and not {"sliding_window", "text_config"} & fields
     if (kind in ("qwen2", "qwen3") and windows) or ((everywhere or unread) and 0 < window < longest):
         ignored.append(f"sliding_window {window}")
     part = config.get("partial_rotary_factor", 1)
@@ -209,18 +211,15 @@ def _ignored_scaling(scaling: dict[str, Any]) -> list[str]:
     return ignored
 
 
-def left_factors(config: dict[str, Any], shape: Callable[[str], tuple[int, ...]]) -> dict[str, float]:
+def left_factors(config: dict[str, Any]) -> dict[str, float]:
     """What mlx-lm leaves out when it folds Falcon-H1's multipliers into the weights: by the ends of names.
 
-    Its code looks for `key_proj`, which is called `k_proj`, and passes the values over. `shape` of a tensor tells
-    whether the weights have been folded already, as in an anchor.
+    Its code looks for `key_proj`, which is called `k_proj`, and passes the values over. So do anchors that mlx-lm
+    has converted; an anchor of ours says 1.
     """
     if config.get("model_type") != "falcon_h1":
         return {}
-    *_, inputs, last = shape("model.layers.0.mamba.conv1d.weight")
-    if last <= inputs:
-        return {}
-    key, values = config.get("key_multiplier", 1.0), config.get("attention_in_multiplier", 1.0)
+    key, values = (config.get(name) or 1.0 for name in LEFT_FACTORS)
     factors = {".k_proj.weight": key, ".k_proj.bias": key, ".v_proj.weight": values}
     return {end: float(factor) for end, factor in factors.items() if factor != 1}
 

@@ -23,6 +23,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_hiermem.anchor import model_classes, read_config
 from mlx_hiermem.convert.anchors.adapters import MLX_FILE, PeftAdapter, adapter_files, merge_mlx
 from mlx_hiermem.convert.anchors.hf_config import (
+    LEFT_FACTORS,
     check_activation,
     check_positions,
     left_factors,
@@ -98,9 +99,10 @@ def convert_huggingface(
         check_tie(config, weights)
         (staging / "config.json").write_text(json.dumps(config), encoding="utf-8")
         copy_tokenizer(source, tokenizer or source, staging)
-        stage_weights(weights, source, staging, warn, bool(config.get("tie_word_embeddings")))
+        tied = config.get("tie_word_embeddings", "lm_head.weight" not in weights.names())
+        stage_weights(weights, source, staging, warn, bool(tied))
         is_mlx = MLX_FILE in [file.name for file in adapter_files(source)]
-        factors = left_factors(config, weights.shape)
+        factors = left_factors(config)
         write_anchor(staging, out, quantize, progress, source if is_mlx else None, factors)
 
 
@@ -130,6 +132,8 @@ def write_anchor(
         raise AnchorError("mlx-lm cannot load this architecture here: it needs another package") from error
     if adapter:
         model = merge_mlx(model, adapter)
+    if factors:  # from now on they are in the weights
+        config |= dict.fromkeys(LEFT_FACTORS, 1.0)
     for end, factor in (factors or {}).items():
         found = [(name, value) for name, value in tree_flatten(model.parameters()) if name.endswith(end)]
         model.update(tree_unflatten([(name, value * factor) for name, value in found]))
@@ -253,10 +257,13 @@ def copy_tokenizer(source: pathlib.Path, tokenizer: pathlib.Path, staging: pathl
     """Copies the tokenizer and the other small files that belong to the weights."""
     if not any((tokenizer / name).is_file() for name in TOKENIZERS):
         raise CheckpointError(f"{tokenizer} has no tokenizer ({', '.join(TOKENIZERS)})", "Give --tokenizer.")
-    for folder, patterns in ((tokenizer, TOKENIZER_FILES), (source, OTHER_FILES)):
-        for file in (file for pattern in patterns for file in folder.glob(pattern)):
-            if file.is_file():
-                shutil.copyfile(file, staging / file.name)
+    for file in (*files_like(tokenizer, TOKENIZER_FILES), *files_like(source, OTHER_FILES)):
+        shutil.copyfile(file, staging / file.name)
+
+
+def files_like(folder: pathlib.Path, patterns: Sequence[str]) -> list[pathlib.Path]:
+    """The files of a folder whose names are of one of the patterns."""
+    return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
 
 
 def check_tokenizer(folder: pathlib.Path) -> None:

@@ -83,7 +83,8 @@ def choose(
     """Bundles all blocks, those of level 1, or with `only` those of subtrees and above them.
 
     The others are for the app to download from `url`, or from where on the hub the bank came from. Where there is
-    neither, `only` leaves them out, and a text that is routed there gets the memory of the levels above. Raises
+    neither, `only` leaves them out, and a text that is routed there gets the memory of the levels above. What was
+    changed or pulled by itself since it came from the hub is bundled in any case. Raises
     BankError for a subtree that does not exist, for blocks or sources that are not here, and where level 1 would be
     all there ever is.
     """
@@ -96,7 +97,8 @@ def choose(
     tops = find(bank.manifest, only)
     opened = [entry for node, entry in bank.manifest.blocks.items() if not bank.policy.blocker(node)]
     bundled = tuple(entry for entry in opened if entry.path in own or _wanted(entry.path, blocks, tops))
-    rest = tuple(entry for entry in opened if entry not in bundled)
+    paths = {entry.path for entry in bundled}
+    rest = tuple(entry for entry in opened if entry.path not in paths)
     if rest and not url and not only:
         raise BankError(
             f"{len(rest)} blocks would be left to be downloaded, but from where is not known",

@@ -40,7 +40,7 @@ class Paired:
     difference: Difference
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {name: getattr(self, name).to_json() for name in ("first", "second", "difference")}
 
 
 @dataclass(frozen=True)

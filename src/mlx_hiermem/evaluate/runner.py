@@ -234,7 +234,7 @@ class Evaluation:
     def _room(self, task: Task) -> int:
         """The most tokens of a row, its reply included; 0 where the model has no bound.
 
-        The last token of a text that is scored is never read, that of a reply is.
+        A text's last token is scored and never read; a reply must fit as it does where it is generated.
         """
         return self.model.context + (task.kind not in GENERATED) if self.model.context else 0
 
@@ -255,7 +255,8 @@ class Evaluation:
         if placed.agrees is not None:
             row["routing"] = placed.agrees
         cost = found["cost"]
-        return row | example.tags | dict(found) | {"cost": cost | {"seconds": round(cost["seconds"] + routing, 6)}}
+        tags = {name: tag for name, tag in example.tags.items() if name != "bucket"}  # that is of --frequencies
+        return row | tags | dict(found) | {"cost": cost | {"seconds": round(cost["seconds"] + routing, 6)}}
 
     def _windows(self, document: Example) -> EncodedPrompt:
         tokens, first = self.prompter.plain(document.continuations[0]), self.prompter.first

@@ -86,22 +86,13 @@ public actor BlockDownloader {
 /// into a file that is in use by then.
 private actor RunningDownloads {
   static let shared = RunningDownloads()
-  private var tasks: [String: Task<Void, any Error>] = [:]
+  private var running: Set<String> = []
 
   /// Downloads a file, or waits until another call has. Where that one was cancelled, this one begins.
-  func one(_ path: String, _ download: @escaping @Sendable () async throws -> Void) async throws {
-    while let other = tasks[path] {
-      _ = try? await other.value
-      end(other, of: path)  // who began it may not have come to it yet
-      try Task.checkCancellation()
-    }
-    let task = Task { try await download() }
-    tasks[path] = task
-    defer { end(task, of: path) }
-    try await withTaskCancellationHandler { try await task.value } onCancel: { task.cancel() }
-  }
-
-  private func end(_ task: Task<Void, any Error>, of path: String) {
-    if tasks[path] == task { tasks[path] = nil }
+  func one(_ path: String, _ download: @Sendable () async throws -> Void) async throws {
+    while running.contains(path) { try await Task.sleep(for: .milliseconds(50)) }  // which ends when it is cancelled
+    running.insert(path)
+    defer { running.remove(path) }
+    try await download()
   }
 }
