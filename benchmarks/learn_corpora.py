@@ -2,6 +2,7 @@
 
     python benchmarks/learn_corpora.py elements.jsonl --questions elements_qa.jsonl --config elements.toml
     python benchmarks/learn_corpora.py countries.jsonl --questions countries --documents 8 --ways study plain both
+    python benchmarks/learn_corpora.py countries.jsonl --questions countries --epochs 2 --config late.toml
     python benchmarks/learn_corpora.py wordnet_topics.jsonl --questions wordnet_isa_qa.jsonl --documents 60 --asked
 
 A corpus is a JSONL file with an `id` a line; `--documents` takes so many of them, spread evenly. Questions are a
@@ -240,7 +241,7 @@ def main() -> None:
             "right": ask(out, questions),
         }
         print(json.dumps(result["ways"][way]), flush=True)
-    file = RESULTS / f"learn_{options.corpus.stem}.json"
+    file = RESULTS / f"learn_{options.corpus.stem}{'' if options.documents else '_whole'}.json"
     file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
