@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
@@ -133,7 +133,7 @@ class TinyModel(MemoryModel):
         return encode_chat(self._templated, messages)
 
     def responses(  # type: ignore[override]
-        self, tokens: list[int], sampling: Sampling, prompt_cache: list[Any]
+        self, tokens: list[int], sampling: Sampling, prompt_cache: list[Any], cached: Sequence[int] = ()
     ) -> Iterator[Any]:
         given, said = list[int](), ""
         for _ in range(sampling.max_tokens):

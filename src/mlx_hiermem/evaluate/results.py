@@ -53,6 +53,11 @@ class Run:
         return str(self.head["model"])
 
     @property
+    def key(self) -> tuple[str, str, str]:
+        """What runs are told apart by."""
+        return self.model, self.memory, self.task
+
+    @property
     def metrics(self) -> tuple[str, ...]:
         """The first one counts in summaries."""
         return METRICS[self.head["task"]["kind"]]
@@ -164,7 +169,7 @@ def _read(file: pathlib.Path) -> list[dict[str, Any]]:
         rows = [parse_json(line) for line in text[: text.rfind("\n") + 1].split("\n")[:-1]]
         if (rows[0]["format"], rows[0]["version"]) != (FORMAT, VERSION):
             raise ValueError("it is of another version")
-        _ = Run(rows[0], rows[1:]).memory  # by which runs are sorted
+        _ = Run(rows[0], rows[1:]).key
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise TaskError(f"{file} is no file of results: {error}", "Remove it, or name another --out.") from error
     return rows
@@ -177,7 +182,7 @@ def read_runs(place: pathlib.Path) -> list[Run]:
     """
     files = sorted(place.glob("*.jsonl"), key=lambda file: file.stat().st_mtime_ns) if place.is_dir() else [place]
     read = ((file, Run(rows[0], list(rows[1:]))) for file, rows in zip(files, map(_read, files), strict=True))
-    newest = {(run.model, run.memory, run.task): (file, run) for file, run in read}
+    newest = {run.key: (file, run) for file, run in read}
     runs = [run for _, run in sorted(newest.values(), key=lambda one: one[0])]
     runs.sort(key=lambda run: MEMORIES.index(run.memory) if run.memory in MEMORIES else -1)
     if not runs:
