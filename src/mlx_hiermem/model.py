@@ -284,9 +284,7 @@ class MemoryModel:
         selection = self.select(memory, asked.questions)
         try:
             tokens = asked.tokens(selection.passage)
-            sampling = sampling.fitted(len(tokens), self.context)
-            sampling.check_room(len(tokens), self.context)
-            for last in self.responses(tokens, sampling):
+            for last in self.responses(tokens, sampling.fitted(len(tokens), self.context)):
                 yield text.add(last.text, last=last.finish_reason is not None)
                 if text.stopped:
                     break

@@ -159,8 +159,10 @@ class Sampling:
         return sample
 
     def fitted(self, prompt: int, context: int | None) -> Sampling:
-        """With a reply no longer than the model's context leaves room for; one token at least."""
-        return replace(self, max_tokens=max(min(self.max_tokens, context - prompt), 1)) if context else self
+        """With a reply that fits the model's context. Raises HierMemError where there is no room for one."""
+        fitted = replace(self, max_tokens=max(min(self.max_tokens, context - prompt), 1)) if context else self
+        fitted.check_room(prompt, context)
+        return fitted
 
     def check_room(self, prompt: int, context: int | None) -> None:
         """Raises HierMemError where a prompt of so many tokens and the reply are more than the model's context."""

@@ -57,7 +57,7 @@ public final class BackgroundDownloader: Sendable {
         arrivals.wait(for: order, continuation)
         for parcel in parcels where !Task.isCancelled {
           if parcel.isHere(folder) {
-            arrivals.end(parcel.kept, received: parcel.file.bytes, problem: nil)
+            arrivals.end(parcel.kept, received: parcel.bytes, problem: nil)
           } else if !running.contains(parcel.kept) {
             parcel.start(in: session, from: remote)
           }

@@ -30,8 +30,6 @@ struct Parcel: Codable, Sendable {
     return "\(name.dropLast(Self.ending.count))-\(digest)\(Self.ending)"
   }
 
-  var file: ManifestFile { ManifestFile(bytes: bytes, sha256: sha256) }
-
   var json: String {
     (try? JSONEncoder().encode(self)).map { String(decoding: $0, as: UTF8.self) } ?? ""
   }
