@@ -19,7 +19,7 @@ from mlx_hiermem.errors import OutputError
 from mlx_hiermem.evaluate.results import ResultFile
 from mlx_hiermem.locks import locked
 
-HEAD = {"format": "mlx-hiermem-eval", "version": 1, "memory": "none"}
+HEAD = {"format": "mlx-hiermem-eval", "version": 1, "model": "m", "memory": "none", "task": {"name": "a"}}
 
 
 @pytest.fixture
