@@ -61,8 +61,8 @@ def chat(
 ) -> None:
     """Talk with a model; each turn is routed, and what it brings into memory is shown.
 
-    Reads lines from a pipe too: replies go to the output, all else beside it, and the exit status is 1 where a line
-    failed.
+    Reads lines from a pipe too: replies go to standard output, all else to standard error, and the exit
+    status is 1 where a line failed.
 
     Example: `hiermem chat my-model`
     """

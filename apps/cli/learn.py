@@ -64,7 +64,7 @@ CACHE = typer.Option(
 )
 KEEP = typer.Option("--keep", help="Keep the work folder OUT.learn.", rich_help_panel=SELDOM)
 CONFIG = typer.Option(
-    help="TOML file with any settings; of several the last comes first, and options on the line before all.",
+    help="TOML file of settings. A later file overrides an earlier one; options on the line override all.",
     rich_help_panel=FILES,
 )
 WRITE_CONFIG = typer.Option(

@@ -34,7 +34,7 @@ def serve(
     max_request_bytes: int = typer.Option(1_000_000, min=1, help="A larger request is answered 413."),
     timeout: float = typer.Option(300.0, min=0.1, help="Seconds that a request may take."),
     max_tokens: int = typer.Option(
-        0, "--max-tokens", "-n", min=0, help="Longest reply where a request does not say; 0: as OpenAI has it."
+        0, "--max-tokens", "-n", min=0, help="Longest reply where a request has none; 0: chat 512, completion 16."
     ),
     temperature: float = sampling.TEMPERATURE,
     top_p: float = sampling.TOP_P,
@@ -64,7 +64,7 @@ def serve(
 
     Example: `hiermem serve my-model my-other-model --any-model`
 
-    How tokens are drawn, and how many, is for requests that do not say it themselves.
+    The options on sampling and length are defaults, for requests that do not set them.
     """
     from mlx_hiermem.apps.server.address import address, bind
     from mlx_hiermem.apps.server.left_behind import has_served

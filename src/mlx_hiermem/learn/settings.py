@@ -279,7 +279,10 @@ def write_settings(file: pathlib.Path, settings: LearnSettings) -> None:
     groups = {one.name: getattr(settings, one.name) for one in fields(settings)}
     groups = {name: value for name, value in groups.items() if is_dataclass(value)}
     data, said = settings_to_dict(settings), _comments(LearnSettings)
-    lines = ["# Settings of `hiermem learn`. What is left out has its default; options on the line come first.", ""]
+    lines = [
+        "# Settings of `hiermem learn`. What is left out has its default; options on the command line override it.",
+        "",
+    ]
     lines += [_line(name, value, said) for name, value in data.items() if name not in groups]
     for name, group in groups.items():
         said = _comments(type(group))
