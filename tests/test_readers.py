@@ -13,7 +13,7 @@ import pytest
 from test_learn_corpus import pdf, read
 
 from mlx_hiermem.embedder import Embedder
-from mlx_hiermem.learn.corpus.corpus import read_corpus
+from mlx_hiermem.learn.corpus.corpus import _stamp, read_corpus
 from mlx_hiermem.learn.settings import CorpusSettings
 from mlx_hiermem.learn.work import Work
 
@@ -36,6 +36,7 @@ def test_a_file_name_that_is_no_unicode(tmp_path: pathlib.Path) -> None:
         stream.write("Coffee is brewed.")
     [document], skipped = read(tmp_path)
     assert (document.source, document.title, skipped) == ("caf\ufffd.txt", "caf", {})
+    assert len(_stamp([str(tmp_path)], None)) == 64
 
 
 def test_one_bad_byte_costs_its_own_place(tmp_path: pathlib.Path) -> None:
@@ -182,3 +183,33 @@ def test_a_blob_is_no_language(tmp_path: pathlib.Path, minilm: Embedder) -> None
     assert not any(blob[:300] in text for text in texts(root))
     corpus = read_corpus(Work(tmp_path / "work"), [str(root)], minilm.tokenizer, CorpusSettings())
     assert corpus.count > 7
+
+
+def test_a_csv_with_a_long_cell_loose_commas_or_a_line_of_excels(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "a.csv").write_text(f"name,text\nOne,{'word ' * 40000}\nTwo,short\n")
+    assert [len(text) for text in texts(tmp_path)] == [200_000, 5]
+    (tmp_path / "a.csv").write_text("text\nAshford has a mill, a church, and a bridge.\n")
+    assert texts(tmp_path) == ["Ashford has a mill, a church, and a bridge."]
+    (tmp_path / "a.csv").write_text("sep=;\nname;text\nOslo;A city.\n", encoding="utf-8-sig")
+    [document], _ = read(tmp_path)
+    assert (document.source, document.title, document.text) == ("a.csv:3", "Oslo", "A city.")
+
+
+def test_what_has_no_text_is_said(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "docs" / "below").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "b.txt").write_text("Not read.")
+    (tmp_path / "docs" / "link").symlink_to(tmp_path / "other")
+    for name, text in {"a.txt": " \n", "b.md": "# Heading\n", "c.csv": "text\n", "d.txt": "Read."}.items():
+        (tmp_path / "docs" / name).write_text(text)
+    documents, skipped = read(tmp_path / "docs")
+    assert [d.source for d in documents] == ["d.txt"]
+    assert skipped == dict.fromkeys(("a.txt", "b.md", "c.csv"), "no text in it") | {"link/": "a link to a folder"}
+
+
+def test_text_between_two_rules_is_no_front_matter(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "a.md").write_text("---\n\nCalder is a town.\n\n---\n\nDunmore is another.\n")
+    assert "Calder" in " ".join(texts(tmp_path))
+    (tmp_path / "a.md").write_text("---\ndate: 2026\ntitle: Calder\n---\n\nIt is a town.\n")
+    [document], _ = read(tmp_path)
+    assert (document.title, "2026" in document.text) == ("Calder", False)

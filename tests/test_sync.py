@@ -20,6 +20,7 @@ from tiny import make_anchor
 from typer.testing import CliRunner
 
 from mlx_hiermem.apps.cli.main import app
+from mlx_hiermem.apps.cli.sync import _settings
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.bank.check import check
 from mlx_hiermem.errors import BankError, CorpusError, HierMemError
@@ -34,7 +35,7 @@ from mlx_hiermem.learn.settings import (
     TreeSettings,
     write_settings,
 )
-from mlx_hiermem.learn.train.dataset import TrainingSet
+from mlx_hiermem.learn.train.dataset import TrainingSet, TrainingSetWriter
 from mlx_hiermem.model_folder import load
 
 pytestmark = pytest.mark.slow
@@ -293,6 +294,32 @@ def test_a_folder_that_is_emptied_on_purpose(model: pathlib.Path, docs: pathlib.
     probes = receipt(model)["probes"]
     assert len(probes) == len(CODES)
     assert all(abs(row["after"]["loss"] - row["without"]["loss"]) < 0.01 for row in probes)
+
+
+def test_what_no_block_has_learnt_is_forgotten_too(model: pathlib.Path, docs: pathlib.Path) -> None:
+    """As a file whose windows were all held out."""
+    kept = model / "learning" / "examples"
+    gone = read_record(model)[str(docs / f"{GONE}.txt")]
+    old = TrainingSet.open(kept)
+    with TrainingSetWriter(kept.with_name("left")) as left:
+        for number, leaves in enumerate(old.leaves_of()):
+            if (example := old.read(number)).window not in gone.windows:
+                left.add(example, leaves)
+    del old
+    shutil.rmtree(kept)
+    kept.with_name("left").rename(kept)
+    (docs / f"{GONE}.txt").unlink()
+    call("sync", model, docs, "--yes")
+    assert receipt(model)["blocks"] == []
+    assert f"{GONE}.txt" not in documents(model)
+    assert str(docs / f"{GONE}.txt") not in read_record(model)
+
+
+def test_a_named_teacher_writes(model: pathlib.Path) -> None:
+    given = {"self_study": None, "teacher": "", "teacher_url": "http://127.0.0.1:9/v1", "teacher_model": ""}
+    assert _settings(model, None, False, **given).learning.self_study  # it was learnt with --no-self-study
+    assert not _settings(model, None, False, **given | {"teacher_url": ""}).learning.self_study
+    assert not _settings(model, None, False, **given | {"self_study": False}).learning.self_study
 
 
 def test_a_section_stays_while_one_file_has_it(model: pathlib.Path, docs: pathlib.Path) -> None:

@@ -95,6 +95,8 @@ def _settings(model: pathlib.Path, epochs: int | None, any_language: bool, **giv
     before = settings_of(model)
     corpus = replace(before.corpus, any_language=before.corpus.any_language or any_language)
     training = replace(before.training, epochs=epochs or before.training.epochs)
+    if given["self_study"] is None and (given["teacher"] or given["teacher_url"]):
+        given["self_study"] = True  # who names a teacher wants it to write
     changed = {name: value for name, value in given.items() if value is not None}
     return SyncSettings(replace(before, corpus=corpus, training=training, **changed))
 

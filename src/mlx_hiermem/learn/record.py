@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import math
 import pathlib
+import stat
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -35,6 +36,7 @@ from mlx_hiermem.learn.corpus import readers
 from mlx_hiermem.learn.corpus.windows import Window
 from mlx_hiermem.learn.tree.build import CorpusTree, descend
 from mlx_hiermem.learn.work import FILES, PROBE_VECTORS, PROBES, SKIPPED, Work, read_rows, write_rows
+from mlx_hiermem.printable import printable
 from mlx_hiermem.tree import ClusterTree
 
 RECORD = f"{LEARNING}/{FILES}"
@@ -63,6 +65,10 @@ class LearntFile:
         twins = tuple(row.get("twins", ()))
         return cls(row["file"], row["name"], row["sha256"], **parts, homes=homes, why=row["why"], twins=twins)
 
+    def repeats(self, names: Collection[str]) -> bool:
+        """Whether it has a text of a file with one of these names, or of a line of one."""
+        return any(name in names for twin in self.twins for name in (twin, twin.rpartition(":")[0]))
+
     def and_again(self, later: LearntFile) -> LearntFile:
         """What the bank has of a file that it learnt twice."""
         homes = dict(self.homes)
@@ -74,7 +80,8 @@ class LearntFile:
 
 def text_digest(source: str, text: str) -> str:
     """Names a window among a bank's sources."""
-    return hashlib.blake2b(f"{source}\0{text}".encode(), digest_size=8).hexdigest()
+    said = f"{printable(source)}\0{printable(text)}"  # as it is read from a bank
+    return hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
 
 
 def read_record(model: pathlib.Path) -> dict[str, LearntFile]:
@@ -93,6 +100,21 @@ def read_record(model: pathlib.Path) -> dict[str, LearntFile]:
 def write_record(file: pathlib.Path, rows: Iterable[LearntFile]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     write_rows(file, map(asdict, rows))
+
+
+def without(record: Mapping[str, LearntFile], gone: Collection[LearntFile]) -> dict[str, LearntFile]:
+    """A record without files that go, and without repetitions that are no longer there.
+
+    A file of another folder that repeats one that goes gets no digest: to its folder's next sync it has changed.
+    """
+    paths, going = {file.file for file in gone}, {file.name for file in gone}
+    left = {  # a name that is no Unicode is not known exactly
+        file: row
+        for file, row in record.items()
+        if file not in paths and (row.windows or pathlib.Path(file).exists() or "\ufffd" in file)
+    }
+    going -= {row.name for row in left.values() if row.windows}
+    return {file: replace(row, sha256="") if row.repeats(going) else row for file, row in left.items()}
 
 
 def files_read(work: Work) -> dict[str, LearntFile]:
@@ -186,6 +208,8 @@ class Scan:
             file = readers.clean(str(path))
             try:
                 status = path.stat()
+                if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+                    continue
                 stamp = status.st_size, status.st_mtime_ns
                 if self._known.get(file, (None, ""))[0] != stamp:
                     self._known[file] = stamp, file_digest(path)
@@ -205,8 +229,7 @@ def compared(root: str, learnt: Mapping[str, LearntFile], now: Mapping[str, str]
     # One that repeats a text of another file is to be learnt now that the other is gone, and all of it.
     going = {learnt[file].name for file in (*deleted, *changed)}
     for file, row in learnt.items():
-        theirs = {name for twin in row.twins for name in (twin, twin.rpartition(":")[0])}
-        if now.get(file) and file not in changed and theirs & going:
+        if now.get(file) and file not in changed and row.repeats(going):
             (changed if row.windows else new)[file] = now[file]
     same = sum(bool(row.windows) and file not in changed for file, row in learnt.items() if file in now)
     return Changes(root, new, changed, deleted, same)

@@ -43,6 +43,7 @@ from mlx_hiermem.learn.record import (
     more_sources,
     passage_reach,
     read_record,
+    without,
     write_record,
 )
 from mlx_hiermem.learn.settings import AddSettings
@@ -55,6 +56,7 @@ from mlx_hiermem.learn.train.start import new_block
 from mlx_hiermem.learn.tree.build import CorpusTree
 from mlx_hiermem.learn.tree.labels import SOURCES
 from mlx_hiermem.learn.work import FILES, GO_ON, TRAINING, Work, write_text
+from mlx_hiermem.learn.written import join_written, number_written
 from mlx_hiermem.tree import ClusterTree
 
 BEFORE, AFTER, JOINED, ALL, ROWS = "before", "after", "joined", "all", "rows.json"
@@ -87,10 +89,6 @@ class Gone:
     @cached_property
     def texts(self) -> frozenset[str]:
         return frozenset(text for file in self.files for text in file.texts)
-
-    @cached_property
-    def paths(self) -> frozenset[str]:
-        return frozenset(file.file for file in self.files)
 
     @cached_property
     def _names(self) -> frozenset[str]:
@@ -223,10 +221,12 @@ class Relearning(stages.StagedRun):
                     example = new.texts.read(number)
                     joined.add(example, leaves)
                     everything.add(replace(example, window=windows + example.window), leaves)
+        if new:
+            number_written(self.work, windows)
         self._join_record(record, new, gone, windows)
 
     def _join_record(self, record: dict[str, LearntFile], new: NewTexts | None, gone: Gone, windows: int) -> None:
-        left = {file: row for file, row in record.items() if file not in gone.paths}
+        left = without(record, gone.files)
         rows = files_learnt(new.built, self.count, windows) if new else files_read(self.work).values()
         for row in rows:
             left[row.file] = left[row.file].and_again(row) if row.file in left else row
@@ -339,6 +339,7 @@ class Relearning(stages.StagedRun):
         with self.work.writing():
             if self.work.path(ALL).is_dir():
                 replace_folder(self.work.path(ALL), kept)
+            join_written(self.model, self.work)
             if self.work.path(NEW_RECORD).exists():
                 write_text(self.model / RECORD, self.work.path(NEW_RECORD).read_text(encoding="utf-8"))
 

@@ -42,15 +42,13 @@ from mlx_hiermem.learn.settings import AddSettings, SyncSettings, settings_from_
 from mlx_hiermem.learn.stages import Listener, Silent
 from mlx_hiermem.learn.work import (
     SYNC,
-    WRITTEN,
     Work,
     locked_work,
-    read_rows,
     remove_work,
     work_folder,
-    write_rows,
     write_text,
 )
+from mlx_hiermem.learn.written import drop_written
 from mlx_hiermem.model_folder import load
 
 RECEIPT = f"{LEARNING}/sync.json"
@@ -194,7 +192,7 @@ class _Syncing(Adding):
             )
         self._draft(lesson, new)
         weights = self.train(lesson)
-        if weights:
+        if weights or self.gone.texts:  # held-out windows are in no block, but among the sources
             self.write(weights, new, self.gone)
         return self.complete()
 
@@ -289,18 +287,12 @@ class _Syncing(Adding):
         """What follows the bank's edit: texts, record, probes, receipt."""
         draft = json.loads(self.work.path(DRAFT).read_text(encoding="utf-8"))
         self.finish()
-        self._drop_written(set(draft["windows"]))
+        drop_written(self.model, set(draft["windows"]))
         probes, now = self._ask_after(), time.strftime("%Y-%m-%dT%H:%M:%S%z")
         receipt = SyncReceipt(**draft["receipt"] | {"time": now, "probes": probes})
         with self.work.writing():
             write_text(self.model / RECEIPT, json.dumps(asdict(receipt), ensure_ascii=False, indent=1) + "\n")
         return receipt
-
-    def _drop_written(self, windows: set[int]) -> None:
-        """What a teacher wrote about windows that are gone goes too."""
-        file = self.model / LEARNING / WRITTEN
-        if windows and file.exists():
-            write_rows(file, [row for row in read_rows(file) if row.get("window") not in windows])
 
 
 def _named(nodes: Iterable[Path]) -> list[str]:

@@ -173,14 +173,16 @@ def _stamp(sources: Sequence[str], only: Collection[str] | None) -> str:
         for file, _ in readers.files_of([source], only):
             if file.is_file():
                 status = file.stat()
-                digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-        digest.update(source.encode())
+                digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogatepass"))
+        digest.update(source.encode(errors="surrogatepass"))
     return digest.hexdigest()
 
 
 def _files(sources: Sequence[str], only: Collection[str] | None) -> Iterator[dict[str, str]]:
     """Each file of the sources, by its whole path, with its digest."""
     for file, name in readers.files_of(sources, only):
+        if not file.is_file():  # a pipe would be waited for; its reader says what it is
+            continue
         with contextlib.suppress(OSError):  # one that cannot be read is skipped, and its reader says why
             yield {"file": readers.clean(os.path.abspath(file)), "name": name, "sha256": file_digest(file)}
 

@@ -19,7 +19,7 @@ import pathlib
 import re
 import zipfile
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
 
 from mlx_hiermem.errors import CorpusError, MissingDependencyError
 from mlx_hiermem.learn.corpus.windows import Document, Skipped
@@ -35,7 +35,10 @@ MARKS = (
     *((codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")),
 )
 BLOB = re.compile(r"[A-Za-z0-9+/=_-]{200,}")  # base64, keys, sequences: no words, and no language
-FRONT_MATTER = re.compile(r"---\n(.*?)\n(?:---|\.\.\.)(?:\n|$)", re.DOTALL)
+# Its first line is a key or a comment: what stands between two rules is text.
+FRONT_MATTER = re.compile(r"---\n(\s*(?:[\w-]+:|#).*?)\n(?:---|\.\.\.)(?:\n|$)", re.DOTALL)
+SEPARATOR = re.compile(r"(?i:sep)=([,;\t|])\r?\n")  # what Excel writes and reads above a table
+LONGEST_CELL = 1 << 30  # characters; Python's own limit ends the table
 
 
 class NotTextError(Exception):
@@ -213,17 +216,30 @@ def read_jsonl(path: pathlib.Path, source: str, field: str, title: str) -> Itera
 def read_csv(path: pathlib.Path, source: str, field: str, title: str) -> Iterator[Found]:
     """A document a row: the column `field` where there is one, else every column with its name."""
     with path.open(encoding=encoding_of(path), errors="replace", newline="") as stream:
-        sample = stream.read(1 << 14)
-        stream.seek(0)
-        dialect = csv.excel()
-        with contextlib.suppress(csv.Error):
-            found = csv.Sniffer().sniff(sample, ",;\t")  # not how it takes quotes: it guesses by the first rows
-            dialect.delimiter, dialect.skipinitialspace = found.delimiter, found.skipinitialspace
-        for number, row in enumerate(csv.DictReader(stream, dialect=dialect), 2):
+        dialect, lines = _dialect(stream)
+        csv.field_size_limit(LONGEST_CELL)
+        for number, row in enumerate(csv.DictReader(stream, dialect=dialect), 2 + lines):
+            if rest := row.pop(None, None):  # commas without quotes, most often in the text at the end
+                last = list(row)[-1]
+                row[last] = (dialect.delimiter + " " * dialect.skipinitialspace).join([row[last], *rest])
             told = {name: value for name, value in row.items() if name and isinstance(value, str) and value.strip()}
             if field not in row:
                 told[field] = "\n".join(f"{name}: {value}" for name, value in told.items())
             yield of_row(told, f"{source}:{number}", field, title)
+
+
+def _dialect(stream: TextIO) -> tuple[csv.Dialect, int]:
+    """How a table separates its cells, and how many lines it has for saying so; the stream is then behind these."""
+    dialect, sample = csv.excel(), stream.read(1 << 14)
+    stream.seek(0)
+    if said := SEPARATOR.match(sample):
+        stream.readline()
+        dialect.delimiter = said[1]
+        return dialect, 1
+    with contextlib.suppress(csv.Error):
+        found = csv.Sniffer().sniff(sample, ",;\t")  # not how it takes quotes: it guesses by the first rows
+        dialect.delimiter, dialect.skipinitialspace = found.delimiter, found.skipinitialspace
+    return dialect, 0
 
 
 def of_row(row: Any, where: str, field: str, title: str) -> Found:

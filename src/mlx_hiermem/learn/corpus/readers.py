@@ -97,6 +97,8 @@ def _foreign(folder: pathlib.Path) -> str:
     """Why a folder below the one that was named is not read: what is learnt must not be what was made of it."""
     if folder.name.startswith("."):
         return "hidden folder"
+    if folder.is_symlink():
+        return "a link to a folder"
     try:
         with os.scandir(folder):
             model = any((folder / name).is_file() for name in ("bank.json", "bank/bank.json", "anchor/config.json"))
@@ -112,11 +114,14 @@ def _not_listed(error: OSError) -> None:
 
 def _read_file(path: pathlib.Path, source: str, field: str, title: str) -> Iterator[Found]:
     """A file's documents, which know its whole path."""
-    file = clean(os.path.abspath(path))
+    file, empty = clean(os.path.abspath(path)), True
     for found in _by_suffix(path, source, field, title):
         if isinstance(found, Document):  # a PDF's text may have halves of characters, which no file can hold
             found = replace(found, title=clean(found.title), text=clean(found.text), file=file)
+        empty = False
         yield found
+    if empty:
+        yield Skipped(source, "no text in it")
 
 
 def _by_suffix(path: pathlib.Path, source: str, field: str, title: str) -> Iterator[Found]:

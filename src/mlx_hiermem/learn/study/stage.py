@@ -135,6 +135,7 @@ class _Stage:
             numbers = dict.fromkeys(self.corpus.count * i // TRIED for i in range(TRIED))
             found = self.writing.trial(list(self.corpus.read(numbers)), Replies(file.with_suffix(".replies")))
             if not (found.able or self.teaching.load):
+                file.with_suffix(".replies").unlink(missing_ok=True)  # a larger model may stand there then
                 return found  # which stops this run; the next one asks again
             write_text(file, json.dumps(found.to_json()) + "\n")
         return self._read_trial()

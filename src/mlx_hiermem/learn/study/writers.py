@@ -85,12 +85,12 @@ class ServerWriter:
         try:
             reply = self._completed(request)
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-            raise self._error(error, f"Name a model by --teacher-model, and its key by {KEY}.") from error
+            raise self._error(error, "") from error
         except (openai.OpenAIError, ValueError) as error:  # ValueError: a body that is no JSON
             with self._lock:
                 self.fault = first_line(error)[:LONGEST_FAULT]
                 # What is wrong with one request is not wrong with the server.
-                self._lost = 0 if isinstance(error, openai.BadRequestError) else self._lost + 1
+                self._lost = 0 if _is_refusal(error) else self._lost + 1
                 lost = self._lost
             if lost >= LOST:
                 raise self._error(error, "What it has answered is kept: run the same command again.") from error
@@ -105,15 +105,16 @@ class ServerWriter:
 
         client, model = self._connected()
         while True:
+            refused = frozenset(self._refused)  # other threads add to it while this request is under way
             options: dict[str, Any] = {"temperature": request.temperature, "seed": request.seed}
-            options = {name: value for name, value in options.items() if name not in self._refused}
-            room = "max_completion_tokens" if "max_tokens" in self._refused else "max_tokens"
+            options = {name: value for name, value in options.items() if name not in refused}
+            room = "max_completion_tokens" if "max_tokens" in refused else "max_tokens"
             options[room] = request.tokens
             try:
                 messages = [{"role": "user", "content": request.text}]
                 said: Any = client.chat.completions.create(model=model, messages=messages, **options)  # type: ignore
-            except openai.BadRequestError as error:
-                if error.param not in options or error.param in self._refused:
+            except openai.APIStatusError as error:
+                if not _is_refusal(error) or error.param not in options or error.param in refused:
                     raise
                 self._refused.add(error.param)
                 continue
@@ -147,7 +148,22 @@ class ServerWriter:
             return self._client, self.model
 
     def _error(self, error: Exception, hint: str) -> TeacherError:
-        return TeacherError(f"the teacher at {self.url} does not answer: {first_line(error)[:LONGEST_FAULT]}", hint)
+        """`hint` is for what the answer, if there is one, says nothing about."""
+        import openai
+
+        said = first_line(error)
+        if isinstance(error, openai.APIConnectionError) and error.__cause__:  # itself it says no more than that
+            said += f" ({first_line(error.__cause__)})"
+        if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
+            hint = f"Give the server's key in the environment: {KEY}."
+        elif isinstance(error, openai.NotFoundError):
+            hint = "Does --teacher-url end with /v1, and has the server a model of the name --teacher-model?"
+        return TeacherError(f"the teacher at {self.url} does not answer: {said[:LONGEST_FAULT]}", hint)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether a server says that the request is wrong, and not that it has no time or no right."""
+    return getattr(error, "status_code", None) in (400, 422)
 
 
 def _all_of(calls: Sequence[Callable[[], T]], at_once: int) -> list[T]:
