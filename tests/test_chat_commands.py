@@ -169,6 +169,10 @@ def test_conversations_are_kept_and_gone_on_with(
     for line, words in (("/chats 9", "no conversation 9"), ("/chats x", "'x' is no number")):
         with pytest.raises(HierMemError, match=words):
             slash.run(other, line, newest)
+    slash.run(other, f"/save {tmp_path / 'saved.json'}")
+    slash.run(session, f"/load {tmp_path / 'saved.json'}", newest)
+    newest.keep(session)  # what was loaded is another conversation
+    assert len(list((tmp_path / "chats").glob("2*.json"))) == 4
 
 
 def test_a_resumed_chat_shows_where_it_was_and_is_kept(
@@ -237,7 +241,7 @@ def test_stats_and_system(session: Session, capsys: pytest.CaptureFixture[str]) 
         assert part in text
     assert "remote" not in text
     assert command(session, "/system", capsys) == "no system message; /system TEXT sets one"
-    assert command(session, "/system Be brief.", capsys) == "system message: Be brief."
+    assert command(session, "/system\nBe brief.", capsys) == "system message: Be brief."
     assert session.system == "Be brief."
     command(session, "/system off", capsys)
     assert session.system == ""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pathlib
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -104,6 +106,18 @@ def test_bytes_that_are_no_text_are_refused(folder: pathlib.Path, capsys: pytest
         assert (code, out, err) == (1, "", "hiermem: the text is not valid UTF-8. Convert it: iconv -t utf-8.\n")
     code, out, err = run(capsys, "chat", folder, "--memory", "none", "-n", "1", stdin=f"{wrong}\nhello\n")
     assert (code, err.count("not valid UTF-8"), err.count("tokens prefilled")) == (1, 1, 1)
+    code, out, err = run(capsys, "chat", folder, "--memory", "none", stdin=f"/system {wrong}\n/system\n")
+    assert (code, err.count("not valid UTF-8"), out.count("no system message")) == (1, 1, 1)
+
+
+def test_bytes_that_are_no_text_from_a_pipe(folder: pathlib.Path) -> None:
+    """A Mac's standard input is strict."""
+    code = "from mlx_hiermem.apps.cli.main import main; main()"
+    call = [sys.executable, "-c", code, "chat", folder, "--memory", "none", "-n", "1"]
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(call, input=b"caf\xe9 ?\nhello\n", env=environment, capture_output=True)
+    said = done.stderr.decode()
+    assert (done.returncode, said.count("not valid UTF-8"), said.count("tokens prefilled")) == (1, 1, 1)
 
 
 def test_a_question_needs_no_command(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -111,6 +111,14 @@ def test_what_is_typed_ahead_is_shown_by_the_prompt_alone(tmp_path: pathlib.Path
     os.close(terminal)
 
 
+def test_where_no_prompt_shows_what_is_typed_the_terminal_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `hiermem chat | tee log`. The input here is no real terminal: whoever changes it fails."""
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
+    with keyboard.unechoed():
+        pass
+
+
 def test_drafts_are_routed_but_commands_are_not(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     drafts: list[str] = []
     monkeypatch.setattr(session, "draft", drafts.append)

@@ -147,7 +147,7 @@ def test_variables_of_the_template(client: openai.OpenAI, model: MemoryModel) ->
 
     assert prompt_tokens() == prompt_tokens(enable_thinking=False) == len(model.chat_tokens(CHAT))
     assert prompt_tokens(enable_thinking=True) == prompt_tokens() + len("<think>")
-    for taken in ("chat_template", "tokenize", "messages", "add_generation_prompt"):
+    for taken in ("chat_template", "messages", "add_generation_prompt", "self", "tokenizer", "reply"):
         with pytest.raises(openai.BadRequestError, match="not for clients"):
             prompt_tokens(**{taken: "x"})
 

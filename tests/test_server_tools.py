@@ -141,6 +141,12 @@ def test_a_call_is_null_content_and_has_an_id(client: openai.OpenAI) -> None:
     assert two[0].id != two[1].id
 
 
+def test_one_call_alone(client: openai.OpenAI) -> None:
+    one = ("I look.\n", [WEIGHT], "tool_calls")
+    assert summary(chat(client, 2, parallel_tool_calls=False)) == one
+    assert summary(chat(client, 2, parallel_tool_calls=True))[1] == [WEIGHT, WEIGHT]
+
+
 @pytest.mark.slow
 def test_calls_in_company(client: openai.OpenAI) -> None:
     alone = [summary(chat(client, seed)) for seed in DICTATED]
@@ -172,6 +178,7 @@ def test_the_whole_round(client: openai.OpenAI, tmp_path: pathlib.Path) -> None:
         ({"tool_choice": {"type": "function", "function": {"name": "weight"}}}, "auto or none"),
         ({"tools": [{"type": "function", "function": {"name": "<eos>"}}]}, "control token"),
         ({"tools": [{"type": "code"}]}, "function"),
+        ({"response_format": {"type": "json_object"}}, "held to JSON cannot call tools"),
         ({"messages": [*ASKED, {"role": "tool", "content": "x"}]}, "tool_call_id"),
     ],
 )

@@ -346,6 +346,6 @@ def test_nothing_said_is_nothing_asked(model: MemoryModel, monkeypatch: pytest.M
     assert say(session, "second") == alone(session)
     session.use("fetched")
     say(session, "about neon")
-    topic = session.topic
+    before = session.topic, session.turn, session.selection, session.shown
     break_off(session, "now iron", monkeypatch)
-    assert session.topic == topic
+    assert (session.topic, session.turn, session.selection, session.shown) == before

@@ -105,6 +105,14 @@ def test_a_leaf_is_read_as_it_was_written(bank: pathlib.Path) -> None:
     }
 
 
+def test_sources_that_are_open_stay_what_they_were(bank: pathlib.Path) -> None:
+    opened = MemoryBank.open(bank).sources
+    assert opened is not None
+    before = list(opened.all())
+    edit.remove(bank, [Path((0, 1))])
+    assert [one.windows for one in opened.all()] == [one.windows for one in before]
+
+
 def test_a_bank_without_sources_has_none(tmp_path: pathlib.Path) -> None:
     opened = MemoryBank.open(make_bank(tmp_path / "bank", make_anchor(tmp_path / "anchor")))
     assert opened.sources is None

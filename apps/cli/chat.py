@@ -108,8 +108,9 @@ def talk(session: Session, header: str = "", shelf: Shelf | None = None, plain: 
             slash.show_last(session, plain)
     while (text := _next(read)) is not None:
         try:
+            text = utf8(text)
             if not text.startswith("/"):
-                _reply(session, utf8(text), plain)
+                _reply(session, text, plain)
                 if shelf:
                     shelf.keep(session)
             elif not slash.run(session, text, shelf, plain):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,8 @@ def reader(status: Callable[[], str], commands: Sequence[str], paused: Paused = 
     In a terminal `paused` is called before anything is typed, with "", and whenever typing pauses.
     """
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text is refused, the next is read
         return read_plain
     session = terminal(status, commands, paused)
 
@@ -42,9 +45,10 @@ def reader(status: Callable[[], str], commands: Sequence[str], paused: Paused = 
 def unechoed() -> Iterator[None]:
     """The terminal shows nothing of what is typed while nobody reads: it would land in the midst of other output.
 
-    It is not lost. The next prompt has it, and shows it.
+    It is not lost: the next prompt shows it. Where nothing has such a prompt (`hiermem chat | tee log`), the
+    terminal goes on showing it.
     """
-    if not sys.stdin.isatty():
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
         yield
         return
     import termios

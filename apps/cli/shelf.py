@@ -39,6 +39,10 @@ class Shelf:
     def _new(self) -> pathlib.Path:
         return self.folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}.json"
 
+    def begin_anew(self) -> None:
+        """What is kept next is another conversation."""
+        self._file = self._new()
+
     def keep(self, session: Session) -> None:
         """What was said so far. A disk that takes nothing is no reason to stop talking."""
         if not session.messages:

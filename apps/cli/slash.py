@@ -33,15 +33,18 @@ def run(session: Session, line: str, shelf: Shelf | None = None, plain: bool = F
 
     `plain` shows replies without their Markdown laid out.
     """
-    name, _, argument = line.partition(" ")
+    name, *rest = line.split(maxsplit=1)
+    argument = rest[0].strip() if rest else ""
     if name in ("/quit", "/exit"):
         return False
     if name == "/chats":
-        _chats(session, argument.strip(), shelf, plain)
+        _chats(session, argument, shelf, plain)
     elif name == "/compare":
         _compare(session, plain)
     elif name in COMMANDS:
-        COMMANDS[name].run(session, argument.strip())
+        COMMANDS[name].run(session, argument)
+        if name == "/load" and shelf:
+            shelf.begin_anew()  # or the next turn would be kept in place of the conversation before
     else:
         raise HierMemError(f"there is no command {name}", "/help lists them.")
     return True

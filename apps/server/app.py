@@ -43,7 +43,6 @@ from mlx_hiermem.apps.server.schema import (
     paths,
 )
 from mlx_hiermem.errors import HierMemError
-from mlx_hiermem.memory_choice import MemoryChoice
 from mlx_hiermem.model_folder import load
 
 # Resolved, because an editable install links each file, and StaticFiles follows no links.
@@ -133,7 +132,7 @@ def _add_openai(app: FastAPI, service: Service) -> None:
 
 
 def _add_memory(app: FastAPI, engine: Engine, settings: Settings) -> None:
-    # These three look for files: on a thread of their own.
+    # These two look for files: on a thread of their own.
     @app.get("/v1/memory")
     def overview(model: str = "") -> dict[str, Any]:
         named = Catalogue(engine.models, settings.any_model).find(model)
@@ -144,27 +143,31 @@ def _add_memory(app: FastAPI, engine: Engine, settings: Settings) -> None:
         return memory.changing(engine, Catalogue(engine.models, settings.any_model).find(model).model)
 
     @app.get("/v1/memory/passages")
-    def passages(path: str, model: str = "") -> dict[str, Any]:
-        bank = Catalogue(engine.models, settings.any_model).find(model).model.bank
-        if bank is None:
-            raise ApiError(400, "this model has no bank")
+    async def passages(path: str, model: str = "") -> dict[str, Any]:
+        found = Catalogue(engine.models, settings.any_model).find(model).model
         (leaf,) = paths([path], "path")
-        return memory.passages(bank, leaf)
+
+        def read() -> dict[str, Any]:
+            engine.refresh(found)
+            if found.bank is None:
+                raise ApiError(400, "this model has no bank")
+            return memory.passages(found.bank, leaf)
+
+        async with in_time(settings.timeout):
+            return await engine.call(read)
 
     @app.post("/v1/memory/route")
     async def route(asked: RouteRequest) -> dict[str, Any]:
         model = Catalogue(engine.models, settings.any_model).find(asked.model).model
-        bank, questions = model.bank, asked.questions
-        blocked = paths(asked.blocked, "blocked")
-        if bank is None:
+        questions, blocked = asked.questions, paths(asked.blocked, "blocked")
+        if model.bank is None:
             raise ApiError(400, "this model has no bank")
         if not questions:
             raise ApiError(
                 400, "there is nothing to route; give a text, or messages with one of the user's", "text"
             )
         async with in_time(settings.timeout):
-            chosen = await engine.call(lambda: model.choose(MemoryChoice.FETCHED, questions, blocked))
-        return memory.routed(bank, chosen)
+            return await engine.call(lambda: memory.route(engine, model, questions, blocked))
 
 
 def _add_banks(app: FastAPI, engine: Engine, settings: Settings) -> None:

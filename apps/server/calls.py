@@ -21,12 +21,18 @@ class CallingReply:
     """As `ReplyText`, whose pieces it looks through."""
 
     def __init__(
-        self, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str], tools: list[dict[str, Any]]
+        self,
+        tokenizer: Any,
+        prompt: Sequence[int],
+        stops: Sequence[str],
+        tools: list[dict[str, Any]],
+        several: bool = True,
     ) -> None:
+        """With `several` false the reply ends with its first call."""
         # Marks may be special tokens, so these are text here too.
         self._inner = ReplyText(tokenizer, prompt, stops, with_special=True)
         self._start, self._end = tokenizer.tool_call_start, tokenizer.tool_call_end
-        self._parse, self._tools = tokenizer.tool_parser, tools
+        self._parse, self._tools, self._several = tokenizer.tool_parser, tools, several
         self._waiting = ""  # text that may become a mark; within a call, the call so far
         self._in_call, self._has_text, self._has_call = False, False, False
         self.text = ""
@@ -40,6 +46,8 @@ class CallingReply:
         self._has_call |= bool(calls)
         self.text += text
         reason = piece.finish_reason
+        if calls and not self._several:
+            calls, reason = calls[:1], "stop"
         if reason == "stop" and self._has_call:
             reason = "tool_calls"
         if not text and not calls and not piece.tokens and reason is None:

@@ -225,7 +225,7 @@ class Engine:
             return
         model, batch = job.model, self._batch_of(job.model)
         try:
-            self._refresh(model)
+            self.refresh(model)
             chosen = model.choose(job.memory, job.texts, job.blocked)
             job.take(chosen)
             missing = batch.missing(chosen, model)
@@ -243,8 +243,11 @@ class Engine:
                     model.cache.prefetch(chosen.path)  # while it waits for room
                 self._ready.append(job)
 
-    def _refresh(self, model: MemoryModel) -> None:
-        """Takes up an edit of the bank. One that cannot be taken up is logged; the bank as it was goes on."""
+    def refresh(self, model: MemoryModel) -> None:
+        """Takes up an edit of the bank, on the engine's thread.
+
+        One that cannot be taken up is logged, and the bank as it was goes on.
+        """
         try:
             if model.refresh():
                 self._batch_of(model).forget()

@@ -29,7 +29,6 @@ from mlx_hiermem.apps.server.schema import (
     ChatRequest,
     CompletionRequest,
     Generation,
-    ResponseFormat,
     Wish,
     paths,
 )
@@ -130,7 +129,7 @@ def chat_jobs(named: Named, asked: ChatRequest, longest: int = REPLY) -> list[Jo
     tokens = _chat_tokens(named.model, asked, messages)
     prompt = _Prompt(tokens, asked.questions, partial(_chosen_tokens, named.model, asked, messages, tokens))
     length = Length(asked.wanted_tokens or longest, asked.wanted_tokens is not None, "messages")
-    grammar = _grammar(named.model, asked.response_format)
+    grammar = _grammar(named.model, asked)
     return _jobs(named, asked, [prompt], length, asked.top, grammar)
 
 
@@ -149,7 +148,7 @@ def _check_calls(model: MemoryModel, asked: ChatRequest) -> None:
 def _reply(model: MemoryModel, asked: Generation, tokens: list[int]) -> ReplyText | CallingReply:
     """What makes text of a sequence's tokens, and calls where it may call."""
     if isinstance(asked, ChatRequest) and asked.offered:
-        return CallingReply(model.tokenizer, tokens, asked.stop, asked.offered)
+        return CallingReply(model.tokenizer, tokens, asked.stop, asked.offered, asked.parallel_tool_calls)
     return ReplyText(model.tokenizer, tokens, asked.stop)
 
 
@@ -192,11 +191,15 @@ def _plain_tokens(model: MemoryModel, text: str, tokens: list[int], chosen: Sele
     return model.tokens(text_with(text, chosen.passage)) if chosen.passage else tokens
 
 
-def _grammar(model: MemoryModel, wanted: ResponseFormat | None) -> Grammar | None:
+def _grammar(model: MemoryModel, asked: ChatRequest) -> Grammar | None:
     """Takes a moment for a large schema."""
+    wanted = asked.response_format
     schema = wanted.schema_wanted if wanted else None
     if schema is None:
         return None
+    if asked.offered:
+        message = "a reply that is held to JSON cannot call tools; give one of them, or tool_choice none"
+        raise ApiError(400, message, "response_format")
     try:
         return model.grammars.json(schema)
     except ArgumentError as error:

@@ -10,7 +10,7 @@ from mlx_hiermem.apps.server.refusal import ApiError
 from mlx_hiermem.apps.server.strict_model import AnyObject, StrictModel
 
 # Fields that change nothing about the answer, and those that are refused but for these values.
-HARMLESS = {"metadata", "user", "safety_identifier", "prompt_cache_key", "service_tier", "parallel_tool_calls"}
+HARMLESS = {"metadata", "user", "safety_identifier", "prompt_cache_key", "service_tier"}
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "include": ([],),
     "reasoning": (),
@@ -21,7 +21,17 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prompt": (),
     "conversation": (),
 }
-FORWARDED = ("stream", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "memory")
+FORWARDED = (
+    "stream",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "seed",
+    "memory",
+    "parallel_tool_calls",
+)
 
 
 def _as_items(value: Any) -> Any:
@@ -76,6 +86,7 @@ class ResponsesRequest(StrictModel):
     text: Text = Text()
     tools: list[FunctionTool] = []
     tool_choice: Any = "auto"
+    parallel_tool_calls: bool | None = None
     memory: Any = None
 
     @model_validator(mode="before")
@@ -115,7 +126,7 @@ class ResponsesRequest(StrictModel):
             "text": {"format": {"type": form.type} | (schema if form.type == "json_schema" else {})},
             "tools": [tool.model_dump() for tool in self.tools],
             "tool_choice": self.tool_choice,
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": self.parallel_tool_calls is not False,
             "truncation": "disabled",
             "metadata": {},
         }

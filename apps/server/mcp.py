@@ -21,11 +21,11 @@ from mlx_hiermem.apps.server.engine import Engine
 from mlx_hiermem.apps.server.generate import chat_jobs
 from mlx_hiermem.apps.server.guard import Guard
 from mlx_hiermem.apps.server.job import Job, Started
-from mlx_hiermem.apps.server.memory import routed
+from mlx_hiermem.apps.server.memory import route as find_route
 from mlx_hiermem.apps.server.refusal import ApiError
 from mlx_hiermem.apps.server.schema import ChatRequest
 from mlx_hiermem.errors import HierMemError
-from mlx_hiermem.memory_choice import MemoryChoice
+from mlx_hiermem.source_search import Source
 
 MEMORY = "fetched (by the question's own path), none, generic, or a path such as 3.1"
 
@@ -92,8 +92,7 @@ def tools(engine: Engine, model: str) -> MCPServer:
         try:
             if engine.model.bank is None:
                 raise ToolError("this model has no bank")
-            chosen = await engine.call(lambda: engine.model.choose(MemoryChoice.FETCHED, text))
-            found = routed(engine.model.bank, chosen)
+            found = await engine.call(lambda: find_route(engine, engine.model, [text], frozenset()))
         except HierMemError as error:
             raise ToolError(str(error)) from error
         names = ("path", "distances", "far")
@@ -102,8 +101,13 @@ def tools(engine: Engine, model: str) -> MCPServer:
     @server.tool(description="Sentences of the documents that say an answer; without one, that suit a question.")
     async def sources(question: str, answer: str = "") -> SourcesFound:
         engine.loop = asyncio.get_running_loop()
+
+        def find() -> tuple[Source, ...]:
+            engine.refresh(engine.model)
+            return engine.model.sources(question, answer)
+
         try:
-            found = await engine.call(lambda: engine.model.sources(question, answer))
+            found = await engine.call(find)
         except HierMemError as error:
             raise ToolError(str(error)) from error
         return SourcesFound(sources=[SourceFound.model_validate(source.to_json()) for source in found])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence, Set
 from dataclasses import asdict
 from typing import Any
 
@@ -11,6 +12,7 @@ from mlx_hiermem.apps.server.refusal import ApiError
 from mlx_hiermem.bank.bank import MemoryBank
 from mlx_hiermem.cache import BlockCache
 from mlx_hiermem.config import GENERIC_NODE, Path
+from mlx_hiermem.memory_choice import MemoryChoice
 from mlx_hiermem.model import MemoryModel
 from mlx_hiermem.selection import Selection
 
@@ -78,6 +80,13 @@ def cache_json(cache: BlockCache | None) -> dict[str, int]:
     if cache is None:
         return {"blocks": 0, "bytes": 0, "budget": 0}
     return {"blocks": cache.blocks, "bytes": cache.bytes, "budget": cache.budget}
+
+
+def route(engine: Engine, model: MemoryModel, questions: Sequence[str], blocked: Set[Path]) -> dict[str, Any]:
+    """Where a conversation's last question goes, in the bank as it is now; on the engine's thread."""
+    engine.refresh(model)
+    chosen = model.choose(MemoryChoice.FETCHED, questions, blocked)
+    return routed(model.bank_for(chosen.memory), chosen)
 
 
 def routed(bank: MemoryBank, chosen: Selection) -> dict[str, Any]:

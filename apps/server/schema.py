@@ -30,7 +30,6 @@ HARMLESS = {
     "service_tier",
     "safety_identifier",
     "prompt_cache_key",
-    "parallel_tool_calls",
 }
 # What is not supported, and the values that ask for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -53,7 +52,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 TEMPLATES_OWN = {
     *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"),
     *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
-    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs", "self", "tokenizer", "reply"),
 }
 ABOUT = """OpenAI's API for a model with hierarchical memories, and the memory's own routes.
 
@@ -191,6 +190,7 @@ class ChatRequest(Generation):
     response_format: ResponseFormat | None = None
     tools: list[Tool] = []
     tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
     chat_template_kwargs: AnyObject = {}
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)

@@ -58,6 +58,7 @@ class Selection:
             "passage_distance": route.passage,
             "avoided": [str(node) for node in route.avoided],
             "stayed": route.stayed,
+            "turns": route.turns,
             "far": route.far,
             "blocks": list(self.blocks),
             "passage": {"document": passage.document, "title": passage.title, "place": passage.place}

@@ -136,7 +136,8 @@ class Session:
             raise ArgumentError(f"{question!r} is no question", "It is a text; the session remembers the others.")
         self.messages.append({"role": "user", "content": question})
         self.last, self.model.response = None, None
-        reply, generated, complete, topic = "", list[int](), False, self.topic
+        reply, generated, complete = "", list[int](), False
+        before = self.topic, self.turn, self.selection, self.first, self.shown, self.dropped
         text = GrowingText(tuple(self.sampling.stop))
         try:
             tokens = self._prepare(question)
@@ -168,7 +169,7 @@ class Session:
                 self.messages.append({"role": "assistant", "content": reply})
             else:
                 self.messages.pop()
-                self.topic = topic
+                self.topic, self.turn, self.selection, self.first, self.shown, self.dropped = before
 
     def route(self, text: str) -> Turn:
         """Where a question would go now. Raises BankError where there is no bank."""

@@ -90,7 +90,8 @@ def test_an_api_key_is_asked_for(browser: Browser, loading: Callable[[], MemoryM
     with serving(loading, api_key="open sesame") as server, watched(browser) as context:
         page = context.new_page()
         page.goto(server.url)
-        for key, words in (("wrong", "only with its API key"), ("open sesame", "does not take this key")):
+        tries = ("wrong", "only with its API key"), ("ключ", "does not take"), ("open sesame", "does not take")
+        for key, words in tries:
             expect(page.locator("#key-words")).to_contain_text(words)
             page.fill("#key-input", key)
             page.keyboard.press("Enter")

@@ -39,6 +39,11 @@ export class Answer {
     this.write();
   }
 
+  /** How many of the conversation's last turns a reply with blocks saw; 0: all of them. */
+  get seen() {
+    return this.memory?.blocks.length ? (this.memory.turns ?? 0) : 0;
+  }
+
   /** A chunk of the stream. */
   take(chunk) {
     const piece = chunk.choices?.[0]?.delta?.content;

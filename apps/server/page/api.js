@@ -37,6 +37,7 @@ async function newKey(wrong) {
   asking ??= ask.key(wrong !== null).finally(() => (asking = null));
   const key = await asking;
   if (key === null) throw new ServerError("The server wants an API key.", "no_key");
+  if (/[^\x20-\x7e]/.test(key)) return newKey(key); // typed with another keyboard's letters, which no header has
   sessionStorage.setItem(KEY, key);
 }
 

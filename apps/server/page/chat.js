@@ -117,10 +117,14 @@ export class Chat {
     }
   }
 
-  /** What the server is sent to answer a turn: the system message, the turns before, the question. */
-  messages(turn) {
+  /**
+   * What the server is sent to answer a turn: the system message, the turns before, the question. With `seen`, of the
+   * turns the last so many alone.
+   */
+  messages(turn, seen = 0) {
     const { system, skipped } = this.conversation;
-    const before = this.turns.slice(skipped, this.turns.indexOf(turn)).filter((one) => one.counts);
+    const all = this.turns.slice(skipped, this.turns.indexOf(turn)).filter((one) => one.counts);
+    const before = seen ? all.slice(Math.max(0, all.length + 1 - seen)) : all;
     return [
       ...(system ? [said("system", system)] : []),
       ...before.flatMap(({ question, answer }) => [said("user", question), said("assistant", answer.text)]),
@@ -131,7 +135,7 @@ export class Chat {
   /** Asks a turn's question with each memory, below its reply. */
   async compare(turn) {
     if (this.busy) return;
-    const messages = this.messages(turn);
+    const messages = this.messages(turn, turn.answer.seen); // or the others would answer another prompt
     const bodies = this.memories().map((memory) => [memory, { messages, ...this.request(memory) }]);
     const comparison = turn.compare();
     await this.working(async (signal) => {

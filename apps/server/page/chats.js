@@ -1,6 +1,6 @@
 // The list of conversations: a column beside them where the window is wide, else above the page.
 
-import { button, download, element } from "./dom.js";
+import { button, composing, download, element } from "./dom.js";
 import { titleOf } from "./store.js";
 
 const WIDE = matchMedia("(min-width: 1100px)");
@@ -88,7 +88,7 @@ export class Chats {
       this.focus(conversation.id);
     };
     field.addEventListener("keydown", (event) => {
-      if (event.isComposing || !["Enter", "Escape"].includes(event.key)) return;
+      if (composing(event) || !["Enter", "Escape"].includes(event.key)) return;
       event.preventDefault(); // Escape would close the list
       event.stopPropagation();
       done(event.key === "Enter");

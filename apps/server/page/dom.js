@@ -56,3 +56,6 @@ export function download(name, text, type) {
   element("a", { href: url, download: name }).click();
   setTimeout(() => URL.revokeObjectURL(url), 1000);
 }
+
+/** Whether a key belongs to a conversion, as of Japanese. Safari ends it before the Enter that confirms it: 229 tells. */
+export const composing = (event) => event.isComposing || event.keyCode === 229;

@@ -5,7 +5,7 @@ import { Banks } from "./banks.js";
 import { Chat } from "./chat.js";
 import { Chats } from "./chats.js";
 import { Choice } from "./choice.js";
-import { count, size } from "./dom.js";
+import { composing, count, size } from "./dom.js";
 import { Learning } from "./learning.js";
 import { blockItems, Menu } from "./menu.js";
 import { Passage } from "./passage.js";
@@ -258,8 +258,8 @@ ask.key = (again) =>
 by("composer").addEventListener("submit", send);
 by("input").addEventListener("input", grow);
 by("input").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send(event);
-  if (event.key === "Escape") chat.stop();
+  if (event.key === "Enter" && !event.shiftKey && !composing(event)) send(event);
+  if (event.key === "Escape" && !composing(event)) chat.stop();
 });
 by("stop").addEventListener("click", () => chat.stop());
 by("new").addEventListener("click", () => {

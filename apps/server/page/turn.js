@@ -2,7 +2,7 @@
 
 import { Answer } from "./answer.js";
 import { Comparison } from "./compare.js";
-import { button, copy, element } from "./dom.js";
+import { button, composing, copy, element } from "./dom.js";
 
 export class Turn {
   /**
@@ -35,20 +35,20 @@ export class Turn {
   ask() {
     const edit = button("Edit", () => this.rewrite(), { "aria-label": "Edit this question", "data-asks": "" });
     const actions = element("div", { class: "actions" }, edit);
-    this.asked.replaceChildren(element("p", { text: this.question }), actions);
+    this.asked.replaceChildren(element("p", { dir: "auto", text: this.question }), actions);
     return edit;
   }
 
   /** The question in a field. */
   rewrite() {
-    const field = element("textarea", { rows: "1", "aria-label": "The question", text: this.question });
+    const field = element("textarea", { dir: "auto", rows: "1", "aria-label": "The question", text: this.question });
     const ask = button("Ask", () => this.on.edit(this, field.value), { class: "main", "data-asks": "" });
     const leave = () => this.ask().focus();
     const note = this.box.nextElementSibling ? "What follows goes." : "";
     const row = element("div", { class: "row" }, element("span", { class: "note", text: note }), button("Cancel", leave), ask);
     field.addEventListener("keydown", (event) => {
-      if (event.key === "Escape") leave();
-      if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+      if (event.key === "Escape" && !composing(event)) leave();
+      if (event.key !== "Enter" || event.shiftKey || composing(event)) return;
       event.preventDefault();
       ask.click();
     });

@@ -14,7 +14,9 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
+import os
 import pathlib
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -58,7 +60,7 @@ class BankSources:
 
     def __init__(self, root: pathlib.Path, edit: pathlib.Path | None = None) -> None:
         """`edit` is the folder of a change that stands, and may have only one of the two files in its place yet."""
-        self._root, self._texts, file = root, standing(root, WINDOWS_FILE, edit), standing(root, INDEX_FILE, edit)
+        self._texts, file = standing(root, WINDOWS_FILE, edit), standing(root, INDEX_FILE, edit)
         tensors = map_tensors(file, ("F16", "I64"), BankError, AGAIN)
         try:
             self._leaves, self._first = tensors["leaves"], tensors["first"]  # [m, 2] level and row, [m + 1]
@@ -67,7 +69,10 @@ class BankSources:
             dimensions = [tensors[name].ndim for name in ("first", "starts", "vectors")]
             pairs = self._leaves.shape[1:] == (2,)
             shapes = (len(self._first) - len(self._leaves), len(self._starts) - len(self._vectors))
-            size = self._texts.stat().st_size
+            # Kept open: where an edit puts other files in their place, these two still belong together.
+            self._open = os.open(self._texts, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._open)
+            size = os.fstat(self._open).st_size
         except (KeyError, IndexError, TypeError, OSError) as error:
             raise BankError(f"the sources in {root} are damaged: {error!r}", AGAIN) from error
         if not pairs or dimensions != [1, 1, 2] or shapes != (1, 1) or int(self._starts[-1]) != size:
@@ -125,12 +130,7 @@ class BankSources:
             first, last = int(self._starts[begin]), int(self._starts[end])
             if not 0 <= first <= last <= int(self._starts[-1]):
                 raise ValueError(f"its lines {begin} to {end} are nowhere in it")
-            if not self._texts.exists():
-                self._texts = self._root / WINDOWS_FILE  # it has come to its place
-            with self._texts.open("rb") as stream:
-                stream.seek(first)
-                lines = stream.read(last - first).splitlines()
-            rows = map(parse_json, lines)
+            rows = map(parse_json, os.pread(self._open, last - first, first).splitlines())
             parts = ("document", "title", "place", "text")
             return [SourceWindow(*(printable(row[part]) for part in parts)) for row in rows]
         except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
