@@ -13,7 +13,7 @@ from tiny import unit
 
 from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import CorpusError
-from mlx_hiermem.learn.corpus.corpus import read_corpus
+from mlx_hiermem.learn.corpus.corpus import check_asked, read_corpus
 from mlx_hiermem.learn.settings import CorpusSettings, TreeSettings
 from mlx_hiermem.learn.train.dataset import TrainingExample, TrainingSet, TrainingSetWriter
 from mlx_hiermem.learn.tree import probes
@@ -140,7 +140,7 @@ def test_given_questions_measure_too(tmp_path: pathlib.Path, minilm: Embedder) -
     others = [(asked, windows[i - 1].title) for i, (asked, _) in enumerate(by_title)]
     assert given_agreement(built, embedder, others) < found
     with pytest.raises(CorpusError, match="no document is called 'nobody'"):
-        given_agreement(built, embedder, [("Who?", "nobody")])
+        check_asked(built.corpus, [("Who?", "nobody")])
 
 
 def test_an_interrupted_embedding_goes_on(

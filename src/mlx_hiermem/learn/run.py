@@ -27,7 +27,7 @@ from mlx_hiermem.embedder import Embedder
 from mlx_hiermem.errors import AnchorError, ArgumentError, HierMemError, OutputError
 from mlx_hiermem.files import path_of
 from mlx_hiermem.learn import stages
-from mlx_hiermem.learn.corpus.corpus import Corpus
+from mlx_hiermem.learn.corpus.corpus import Corpus, check_asked
 from mlx_hiermem.learn.corpus.readers import check_there
 from mlx_hiermem.learn.publish import ANCHOR, BANK, About, Nodes, link, publish, write_bank
 from mlx_hiermem.learn.record import RECORD, files_learnt, learnt_sources, passage_reach, write_record
@@ -224,7 +224,8 @@ class _Run(stages.StagedRun):
             self.listener.end(anchor.name)
         embedder, tokenizer = Embedder.load(), self.loaded[1]
         corpus, skipped = self.read(sources, embedder.tokenizer, self.settings)
-        check_size(corpus.count)  # before anything that takes long
+        check_size(corpus.count)  # before anything that takes long, as is the next
+        check_asked(corpus, self.settings.questions or ())
         self.study(corpus, self.settings.prompts, self.teaching)
         with self.stage("tree"):
             tree = self.settings.tree

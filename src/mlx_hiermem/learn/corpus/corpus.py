@@ -102,6 +102,13 @@ class Corpus:
         return (Skipped(**row) for row in read_rows(self.work.path(SKIPPED)))
 
 
+def check_asked(corpus: Corpus, questions: Iterable[tuple[str, str]]) -> None:
+    """Raises CorpusError where a question, given with its document's source or title, is about none of these."""
+    wanted = {document for _, document in questions}
+    if wanted and (missing := wanted - {name for one in corpus.windows() for name in (one.source, one.title)}):
+        raise not_there(min(missing), "a question")
+
+
 def not_there(document: str, what: str) -> CorpusError:
     """The error for a document that `what` is about, but the corpus has not."""
     return CorpusError(
@@ -174,7 +181,8 @@ def _stamp(sources: Sequence[str], only: Collection[str] | None) -> str:
             if file.is_file():
                 status = file.stat()
                 digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogatepass"))
-        digest.update(source.encode(errors="surrogatepass"))
+        name = source if source.startswith(readers.HUB) else os.path.normpath(source)
+        digest.update(name.encode(errors="surrogatepass"))
     return digest.hexdigest()
 
 
