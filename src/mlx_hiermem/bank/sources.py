@@ -130,7 +130,10 @@ class BankSources:
             first, last = int(self._starts[begin]), int(self._starts[end])
             if not 0 <= first <= last <= int(self._starts[-1]):
                 raise ValueError(f"its lines {begin} to {end} are nowhere in it")
-            rows = map(parse_json, os.pread(self._open, last - first, first).splitlines())
+            lines = os.pread(self._open, last - first, first)
+            if len(lines) != last - first:
+                raise ValueError("it has become shorter")
+            rows = map(parse_json, lines.splitlines())
             parts = ("document", "title", "place", "text")
             return [SourceWindow(*(printable(row[part]) for part in parts)) for row in rows]
         except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
