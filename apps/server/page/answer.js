@@ -12,7 +12,7 @@ export class Answer {
     this.on = on;
     this.text = "";
     this.tokens = 0;
-    this.words = element("div", { class: "words" });
+    this.words = element("div", { class: "words", dir: "auto" });
     this.prose = new Prose(this.words, on.say);
     this.wait = element("p", { class: "wait" });
     this.notes = element("p", { class: "note", role: "note" });
