@@ -244,10 +244,7 @@ class Engine:
                 self._ready.append(job)
 
     def refresh(self, model: MemoryModel) -> None:
-        """Takes up an edit of the bank, on the engine's thread.
-
-        One that cannot be taken up is logged, and the bank as it was goes on.
-        """
+        """Takes up an edit of the bank, on the engine's thread; one that cannot be read is logged and left."""
         try:
             if model.refresh():
                 self._batch_of(model).forget()
