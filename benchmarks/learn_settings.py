@@ -52,7 +52,9 @@ PARTS["lora-ffn"] = ("gate.b", "up.b", "down.b")  # what a kind's output is prop
 
 BASE = Setting()
 SHORT = replace(BASE, study=3.0)  # where steps take twice as long
-DEMO = Setting(480, 0, 100.0, 2, "ffn", (11, 11), "uniform", branching=8, epochs=2, rows=REPORT)  # `make vital`
+DEMO = Setting(  # as `make vital`, but of two writers' study
+    480, 0, 100.0, 2, "ffn", (11, 11), "uniform", branching=8, epochs=2, rows=REPORT
+)
 PLANS: dict[str, dict[str, Setting]] = {
     # 2: five kinds at equal size: 1 728 weights a layer and unit of ffn, 1 920 of lora-qk and -vo, 6 336, 1 152
     "kinds": {
@@ -90,12 +92,14 @@ PLANS: dict[str, dict[str, Setting]] = {
         "two writers": replace(BASE, study=100.0, writers=2, epochs=2),
     },
     # 3c, 3d, 10a: the demo's bank with fewer passages, seven a leaf, or with less study. They are asked the
-    # questions of the report, and compared with the bank of `make vital`
+    # questions of the report. The bank of `make vital` has the study of three writers
     "whole": {
+        "480 passages": DEMO,
         "60 passages": replace(DEMO, passages=60, first=420, branching=3),
         "240 passages": replace(DEMO, passages=240, first=240, branching=6),
         "2 characters": replace(DEMO, study=2.0),
         "5 characters": replace(DEMO, study=5.0),
+        "11.6 characters": DEMO,
     },
     # 11: what each does to harm and to misrouted questions
     "harm": {

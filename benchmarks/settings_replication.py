@@ -1,8 +1,8 @@
 """Which findings of the paper (arXiv:2510.02375) hold for settings of learning, by what `learn_settings.py` asked.
 
     python benchmarks/learn_settings.py kinds --anchor MODEL     # and the other plans, in any order
-    python benchmarks/knowledge.py MODEL EXAM --rows 240-960 --memory fetched         # for the rows 3c, 3d and 10a
-    python benchmarks/settings_replication.py --whole MODEL.exam.jsonl                # of kept replies
+    python benchmarks/knowledge.py MODEL EXAM --rows 240-960 --memory fetched         # for 3c, 3d and 10a: of `make vital`
+    python benchmarks/settings_replication.py --kept "17.4 characters=MODEL.exam.jsonl"   # from kept replies
 
 Settings are compared on the questions that all of them were asked; otherwise as in `replication.py`. A plan of
 which a setting is missing gives no row. Writes results/settings_replication.json, and prints the rows of
@@ -68,10 +68,9 @@ class Trend:
     amounts: Mapping[str, float]
 
 
-# The last of each is the bank of `make vital`.
 PASSAGES = {"60 passages": 60, "240 passages": 240, "480 passages": 480}
 LARGER = {name: count for name, count in PASSAGES.items() if count > 60}
-CHARACTERS = {"2 characters": 2, "5 characters": 5, "11.6 characters": 11.6}
+CHARACTERS = {f"{n} characters": n for n in (2, 5, 11.6, 17.4)}  # the last is the bank of `make vital`
 UNITS = {f"{n} and {n}": n for n in (8, 32, 128)}
 STUDY = {"2": 2, "5": 5, "two writers": 11.6}
 TRENDS = [
@@ -83,14 +82,15 @@ TRENDS = [
 ]
 
 
+Elsewhere = Mapping[str, pathlib.Path]  # the replies of banks made otherwise, as `knowledge.py` keeps them
+NOWHERE: Elsewhere = {}
+
+
 class Asked:
     """What the settings of a plan were asked and answered."""
 
-    def __init__(
-        self, work: pathlib.Path, material: Material, plan: str, whole: pathlib.Path | None = None
-    ) -> None:
-        """`whole`: the replies of the bank of all passages, as `knowledge.py` keeps them."""
-        self.work, self.material, self.settings, self.whole = work, material, PLANS[plan], whole
+    def __init__(self, work: pathlib.Path, material: Material, plan: str, kept: Elsewhere = NOWHERE) -> None:
+        self.work, self.material, self.settings, self.kept = work, material, PLANS[plan], kept
 
     def replies(self, asked: str, names: Sequence[str]) -> Replies:
         """Of some settings, by their names, and of the anchor alone (`none`)."""
@@ -105,9 +105,9 @@ class Asked:
 
     def _file(self, name: str) -> pathlib.Path:
         """The replies of one bank; a file that is not there has none."""
-        if name in self.settings:
-            return kept_of(self.work, self.settings[name])
-        return self.whole or self.work / "not asked"
+        if name in self.kept:
+            return self.kept[name]
+        return kept_of(self.work, self.settings[name]) if name in self.settings else self.work / "not asked"
 
     def _rows(self, asked: str, setting: Setting) -> list[Row]:
         if asked == "learnt":
@@ -187,10 +187,10 @@ def doubling(replies: Replies, amounts: Mapping[str, float], ids: Sequence[str])
     return replace(found, gained=None, lost=None, p=None)
 
 
-def findings(work: pathlib.Path, material: Material, whole: pathlib.Path | None = None) -> Iterator[Finding]:
-    """All that the replies are enough for. `whole`: as `Asked` takes it."""
+def findings(work: pathlib.Path, material: Material, kept: Elsewhere = NOWHERE) -> Iterator[Finding]:
+    """All that the replies are enough for; those of a name in `kept` are read from there."""
     found = [compared(claim, Asked(work, material, claim.plan)) for claim in CLAIMS]
-    found += [grown(trend, Asked(work, material, trend.plan, whole)) for trend in TRENDS]
+    found += [grown(trend, Asked(work, material, trend.plan, kept)) for trend in TRENDS]
     if material.data:
         harm = Asked(work, material, "harm")
         found += [gentler(number, name, harm) for number, name in GENTLER.items()]
@@ -201,9 +201,10 @@ def main() -> None:
     parser = common.options(__doc__, runs=1)
     parser.add_argument("--data", type=pathlib.Path, help="for the rows 11: a folder with evals/, qa/, corpus/")
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("build/learn_settings"))
-    parser.add_argument("--whole", type=pathlib.Path, help="for 3c, 3d, 10a: MODEL.exam.jsonl of the demo's bank")
+    parser.add_argument("--kept", nargs="+", default=[], metavar="NAME=FILE", help="replies of a bank made otherwise")
     asked, before = common.parsed(parser), os.getloadavg()[0]
-    found = list(findings(asked.work, Material.read(VITAL, asked.data), asked.whole))
+    kept = {name: pathlib.Path(file) for name, _, file in (one.partition("=") for one in asked.kept)}
+    found = list(findings(asked.work, Material.read(VITAL, asked.data), kept))
     plain = argparse.Namespace(runs=asked.runs, quick=asked.quick)
     common.save(__file__, {"findings": [asdict(one) for one in found]}, plain, before)
     common.table(

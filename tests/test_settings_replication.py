@@ -76,7 +76,7 @@ def test_a_bank_is_compared_on_the_questions_of_the_smallest(lessons: Material, 
     assert verdicts(tmp_path, lessons) == {}
     whole = tmp_path / "model.exam.jsonl"
     write(whole, "fetched", "x", always[:715] + never[:5], first=240)
-    found, more = settings_replication.findings(tmp_path, lessons, whole)
+    found, more = settings_replication.findings(tmp_path, lessons, {large: whole})
     assert (found.number, more.number) == ("3c", "3d")
     assert set(found.figures["shares"]) == {small, middle, large}
     assert set(more.figures["shares"]) == {middle, large}
