@@ -24,7 +24,7 @@ WORKERS ?= 2
 SIDE_BY_SIDE = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 CHAT = apps/ios/HierMemChat/Sources
 VITAL = apps/demo/vital
-LEARN_VITAL = mkdir -p build && cat $(VITAL)/study.jsonl.gz $(VITAL)/study2.jsonl.gz > build/study.jsonl.gz && \
+LEARN_VITAL = mkdir -p build && cat $(VITAL)/study*.jsonl.gz > build/study.jsonl.gz && \
 	$(BIN)/python tests/replay.py build/study.jsonl.gz \
 	$(BIN)/hiermem learn $(VITAL)/documents.jsonl --teacher-url {url} --config $(VITAL)/learn.toml
 # What is no measurement, is given its corpus or model, or is for Linux alone.

@@ -96,6 +96,7 @@ PLANS: dict[str, dict[str, Setting]] = {
     "whole": {
         "480 passages": DEMO,
         "60 passages": replace(DEMO, passages=60, first=420, branching=3),
+        "60 passages, large": replace(DEMO, passages=60, first=420, branching=3, sizes=(64, 64)),  # `vital-large`
         "240 passages": replace(DEMO, passages=240, first=240, branching=6),
         "2 characters": replace(DEMO, study=2.0),
         "5 characters": replace(DEMO, study=5.0),
