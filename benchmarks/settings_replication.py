@@ -1,7 +1,7 @@
 """Which findings of the paper (arXiv:2510.02375) hold for settings of learning, by what `learn_settings.py` asked.
 
     python benchmarks/learn_settings.py kinds --anchor MODEL     # and the other plans, in any order
-    python benchmarks/knowledge.py MODEL EXAM --rows 240-960 --memory fetched         # for 3c, 3d and 10a: of `make vital`
+    python benchmarks/knowledge.py MODEL EXAM --rows 240-960 --memory fetched     # for 10a: the bank of `make vital`
     python benchmarks/settings_replication.py --kept "17.4 characters=MODEL.exam.jsonl"   # from kept replies
 
 Settings are compared on the questions that all of them were asked; otherwise as in `replication.py`. A plan of
@@ -201,7 +201,7 @@ def main() -> None:
     parser = common.options(__doc__, runs=1)
     parser.add_argument("--data", type=pathlib.Path, help="for the rows 11: a folder with evals/, qa/, corpus/")
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("build/learn_settings"))
-    parser.add_argument("--kept", nargs="+", default=[], metavar="NAME=FILE", help="replies of a bank made otherwise")
+    parser.add_argument("--kept", nargs="+", default=[], metavar="NAME=FILE", help="replies of other banks")
     asked, before = common.parsed(parser), os.getloadavg()[0]
     kept = {name: pathlib.Path(file) for name, _, file in (one.partition("=") for one in asked.kept)}
     found = list(findings(asked.work, Material.read(VITAL, asked.data), kept))
