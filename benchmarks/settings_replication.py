@@ -1,7 +1,7 @@
 """Which findings of the paper (arXiv:2510.02375) hold for settings of learning, by what `learn_settings.py` asked.
 
     python benchmarks/learn_settings.py kinds --anchor MODEL     # and the other plans, in any order
-    python benchmarks/knowledge.py MODEL EXAM --rows 240-960 --memory fetched     # for 10a: the bank of `make vital`
+    python benchmarks/knowledge.py MODEL EXAM --rows 240-960 --memory fetched   # for 10a: the bank of `make vital`
     python benchmarks/settings_replication.py --kept "17.4 characters=MODEL.exam.jsonl"   # from kept replies
 
 Settings are compared on the questions that all of them were asked; otherwise as in `replication.py`. A plan of
