@@ -12,7 +12,7 @@ from books import COUNT, VILLAGES, fact
 from mlx_hiermem.learn.corpus.corpus import Corpus
 from mlx_hiermem.learn.corpus.windows import Window
 from mlx_hiermem.learn.settings import StudySettings
-from mlx_hiermem.learn.study import pattern_study
+from mlx_hiermem.learn.study import pattern_study, teacher
 from mlx_hiermem.learn.study import stage as stage_module
 from mlx_hiermem.learn.study.facts import BLANK, OTHER, SUBJECT, Fact, facts, worth_asking
 from mlx_hiermem.learn.study.free_study import parse_reply
@@ -25,6 +25,7 @@ from mlx_hiermem.learn.study.wordings import (
     Wording,
     echo,
     in_turns,
+    names_of,
     own_beginning,
     own_words,
     wordings,
@@ -171,6 +172,16 @@ class TestWordings:
         assert len(found) == 3
         assert all("speed" in wording.text for wording in found)
         assert all(wording.text.count(SUBJECT) == 1 and "320" not in wording.text for wording in found)
+
+    def test_finding_names_tells_how_far_it_is(
+        self, tiny_teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of hundreds of shapes it takes as long as the wordings do."""
+        monkeypatch.setattr(teacher, "BATCH", 1)
+        shapes = [[self.of(f"Falcon has {n} wings.", "Falcon", str(n))] for n in range(20, 24)]
+        told: list[float] = []
+        assert len(names_of(tiny_teacher, shapes, synonyms=False, seed=0, tell=told.append)) == 4
+        assert told == [0.25, 0.5, 0.75, 1]
 
 
 class TestInTurns:

@@ -118,12 +118,14 @@ def _invent(
             for own in shapes.values()
             if (len(own) >= COMMON) == common and own[0].subject
         ]
+        begin = rare / 2
+        every = names_of(teacher, some, common, settings.seed, partial(_part, tell, begin, begin + 0.25))
         asked = [
             (facts[i % len(facts)], name, known.synonym if i and common else known.own if common else known.rare)
-            for facts, names in zip(some, names_of(teacher, some, common, settings.seed), strict=True)
+            for facts, names in zip(some, every, strict=True)
             for i, name in enumerate(names if common else names[:1])
         ]
-        lines = wordings(teacher, asked, partial(_part, tell, rare / 2, (1 + rare) / 2))
+        lines = wordings(teacher, asked, partial(_part, tell, begin + 0.25, begin + 0.5))
         for (fact, _, _), new in zip(asked, lines, strict=True):
             found[fact.shape] += [wording for wording in new if wording not in found[fact.shape]]
     return found

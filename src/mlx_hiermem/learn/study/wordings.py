@@ -77,11 +77,21 @@ def echo(fact: Fact) -> Wording:
     return Wording(f"{own_beginning(fact).text} what?", statement=False)
 
 
-def names_of(teacher: Teacher, groups: Sequence[Sequence[Fact]], synonyms: bool, seed: int) -> list[list[str]]:
-    """What is asked for by each group of facts of one shape, in several words, with `synonyms` in others too."""
+def names_of(
+    teacher: Teacher,
+    groups: Sequence[Sequence[Fact]],
+    synonyms: bool,
+    seed: int,
+    tell: FractionDone = unheard_fraction,
+) -> list[list[str]]:
+    """What is asked for by each group of facts of one shape, in several words, with `synonyms` in others too.
+
+    `tell` is told how much is done; synonyms are few, and are not counted.
+    """
     facts = [fact for group in groups for fact in group]
     prompts = [f"Text: {fact.sentence}\nAnswer: {fact.answer}\nAsked for:" for fact in facts]
-    said = dict(zip(facts, teacher.lines([(patterns().asked_for, prompt) for prompt in prompts], 8), strict=True))
+    lines = teacher.lines([(patterns().asked_for, prompt) for prompt in prompts], 8, tell=tell)
+    said = dict(zip(facts, lines, strict=True))
     names = [_unique([own_words(group[0]), *(said[fact] for fact in group)], group[0]) for group in groups]
     for temperature, tries in ((0.0, 1), (0.8, SYNONYMS)) if synonyms else ():
         asked = [(i, own[0]) for i, own in enumerate(names) if own for _ in range(tries)]
