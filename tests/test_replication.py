@@ -17,6 +17,7 @@ from tiny import CONFIG, LLAMA, give_sources, load_tiny, make_model
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "benchmarks"))
 
+import followups
 import harm
 import learn_settings
 import material
@@ -67,6 +68,34 @@ def test_replies_are_kept_and_an_unfinished_line_is_asked_again(model: MemoryMod
     assert exam.ask_all([QUESTION], ["none", "leaf"], kept)["none", "q"] == first["none", "q"]
     assert [row["memory"] for row in map(json.loads, kept.read_text().splitlines())] == ["none", "leaf"]
     assert set(read_kept(kept)) == set(first)
+
+
+# Follow-ups
+
+
+@pytest.mark.parametrize(
+    ("question", "article", "first", "then"),
+    [
+        (
+            "Which river does Turin stand on?",
+            {"topic": "Geography"},
+            "What is Turin?",
+            "Which river does it stand on?",
+        ),
+        ("Turin's river is called what?", {"topic": "Geography"}, "What is Turin?", "Its river is called what?"),
+        (
+            "Where was Turin born?",
+            {"topic": "People", "text": "She paints. Her …"},
+            "Who is Turin?",
+            "Where was she born?",
+        ),
+    ],
+)
+def test_a_pronoun_stands_for_the_subject(question: str, article: dict[str, str], first: str, then: str) -> None:
+    made = followups.FollowUp.of({"doc": "Turin (city)", "question": question}, article)
+    assert made is not None
+    assert (made.first, made.then) == (first, then)
+    assert followups.FollowUp.of({"doc": "Lisbon", "question": question}, article) is None
 
 
 # Findings
