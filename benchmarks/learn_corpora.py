@@ -22,6 +22,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -155,7 +156,12 @@ def settings_of(way: str, config: pathlib.Path | None, work: pathlib.Path) -> pa
 
 
 def of_windows(model: pathlib.Path) -> dict[str, float]:
-    """Perplexity by memory, of the held-out windows alone; fetched is that of the leaf which its text reaches."""
+    """Perplexity by memory, of the held-out windows alone; fetched is that of the leaf which its text reaches.
+
+    Nothing where no windows are held out, but only questions.
+    """
+    if not tomllib.loads(model.with_name(f"{model.name}.toml").read_text(encoding="utf-8"))["heldout"]:
+        return {}
     held, opened = TrainingSet.open(model.with_name(f"{model.name}.learn") / "heldout"), load(model)
     losses = dict.fromkeys(MEMORIES, 0.0)
     tokens = 0
