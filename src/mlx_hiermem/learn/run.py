@@ -179,7 +179,7 @@ def _help(ranks: Ranks, folder: pathlib.Path, settings: LearnSettings, listener:
     def studying(wanted: Callable[[], bool]) -> None:
         run = _Run(Work(folder), settings, listener, ranks)
         if run.teaching:
-            help_study(run.work, Corpus(run.work, run.work.digest("corpus")), run.teaching, wanted)
+            help_study(run.work, Corpus.of(run.work), run.teaching, wanted)
 
     def embedding(wanted: Callable[[], bool]) -> None:
         help_embed(Work(folder), Embedder.load(), wanted)

@@ -34,6 +34,7 @@ from mlx_hiermem.locks import locked, try_lock
 SUFFIX, SYNC = ".learn", ".sync"  # of a work folder's name
 STAGES, TIMES = "stages.json", "times.json"
 FILES, WINDOWS, SKIPPED = "files.jsonl", "windows.jsonl", "skipped.jsonl"
+WINDOWS_DIGEST = "windows.sha256"
 STUDY, PROMPTS = "study.jsonl", "prompts.jsonl"
 WRITTEN, STUDIED = "written.jsonl", "studied.json"
 PROBES, PROBE_VECTORS, MEANS = "probes.jsonl", "probes.npy", "means.npy"

@@ -38,10 +38,12 @@ from mlx_hiermem.learn.work import (
     SKIPPED,
     STUDY,
     WINDOWS,
+    WINDOWS_DIGEST,
     Work,
     count_lines,
     read_rows,
     write_rows,
+    write_text,
 )
 
 FOREIGN = 0.25  # share of splintered tokens from which on a corpus is not in English; see `splintered`
@@ -55,10 +57,15 @@ PRIME = (1 << 31) - 1
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus in windows; `digest` says what it was made of."""
+    """A corpus in windows; `digest` is theirs: what was made of them holds where files were only touched."""
 
     work: Work
     digest: str
+
+    @classmethod
+    def of(cls, work: Work) -> Corpus:
+        """That of a work folder whose stage `corpus` is done."""
+        return cls(work, work.path(WINDOWS_DIGEST).read_text(encoding="utf-8"))
 
     @property
     def count(self) -> int:
@@ -156,8 +163,11 @@ def read_corpus(
 
         if not settings.any_language:
             _check_language(work, reader)
+        write_text(work.path(WINDOWS_DIGEST), file_digest(work.path(WINDOWS)))
 
-    return Corpus(work, work.stage("corpus", [asdict(settings), _stamp(sources, only)], (), make))
+    # The file's name is there for older work folders, which have none: their corpus is read again.
+    work.stage("corpus", [asdict(settings), _stamp(sources, only), WINDOWS_DIGEST], (), make)
+    return Corpus.of(work)
 
 
 def _check_language(work: Work, tokenizer: Tokenizer) -> None:
