@@ -91,6 +91,12 @@ PLANS: dict[str, dict[str, Setting]] = {
         "5": BASE,
         "two writers": replace(BASE, study=100.0, writers=2, epochs=2),
     },
+    # 12: what study is made of, at equal size. All forms are half questions, the rest statements, chats, retellings
+    "forms": {
+        "all forms": replace(SHORT, writers=2, epochs=2),
+        "questions and retellings 1:1": replace(SHORT, writers=2, epochs=2, forms=("question", "text")),
+        "questions": replace(SHORT, writers=2, epochs=2, forms=("question",)),
+    },
     # 3c, 3d, 10a: the demo's bank with fewer passages, seven a leaf, or with less study. They are asked the
     # questions of the report. The bank of `make vital` has the study of three writers
     "whole": {
@@ -121,7 +127,8 @@ def with_changes(setting: Setting, changes: Sequence[str]) -> Setting:
         if types[name] in (int, float, str):
             found[name] = types[name](value)
         else:
-            found[name] = tuple(map(int, value.split(",")))
+            parts = value.split(",")
+            found[name] = tuple(parts) if types[name] == tuple[str, ...] else tuple(map(int, parts))
     return replace(setting, **found)
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import pathlib
 import random
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 
 from harm import drawn, other_questions
@@ -44,13 +45,18 @@ class Setting:
     replay: float = 0.0  # general text, as a share of the study
     distractors: int = 0  # foreign questions for each passage, learnt as the anchor answers them
     seed: int = 0
+    forms: tuple[
+        str, ...
+    ] = ()  # of the study, as many characters of each: question, text (retellings); (): all alike
     amplitude: float = field(default=1.0, metadata={"asked": True})  # of a block, when it is asked
     rows: tuple[int, int] = field(default=DEVELOPMENT, metadata={"asked": True})  # of the exam
 
     @property
     def name(self) -> str:
-        """Of the folder in which it is learnt."""
+        """Of the folder in which it is learnt. Without forms it is as it was before there were any."""
         learnt = {one.name: getattr(self, one.name) for one in fields(self) if not one.metadata.get("asked")}
+        if not self.forms:
+            del learnt["forms"]
         return hashlib.sha256(json.dumps(learnt).encode()).hexdigest()[:12]
 
 
@@ -92,17 +98,14 @@ class Material:
         return found
 
     def chosen(self, title: str, setting: Setting) -> list[Row]:
-        """A passage's lines of study, drawn from all forms alike, until there are enough."""
+        """A passage's lines of study, drawn from all forms alike or from some, until there are enough."""
         text = next(row["text"] for row in self.passages if row["title"] == title)
         rows = self.study[title] + (self.second[title] if setting.writers == 2 else [])
         random.Random(f"{setting.seed} {title}").shuffle(rows)
-        found, length = list[Row](), 0
-        for row in rows:
-            length += characters(row)
-            if found and length > setting.study * len(text):
-                break
-            found.append(row)
-        return found
+        if not setting.forms:
+            return until(rows, setting.study * len(text))
+        most = setting.study * len(text) / len(setting.forms)
+        return [row for form in setting.forms for row in until([one for one in rows if form in one], most)]
 
     def general(self, setting: Setting) -> list[Row]:
         """Replay: paragraphs of general text, one passage's after another's."""
@@ -141,6 +144,14 @@ def characters(row: Row) -> int:
     """Of what a line of study says."""
     said = [row[name] for name in ("question", "answer", "prompt", "completion", "text") if name in row]
     return sum(map(len, said + [turn["content"] for turn in row.get("messages", [])]))
+
+
+def until(rows: Sequence[Row], most: float) -> list[Row]:
+    """The first lines of study that have so many characters, and one at least."""
+    sums = itertools.accumulate(map(characters, rows))
+    return [
+        row for number, (row, length) in enumerate(zip(rows, sums, strict=True)) if not number or length <= most
+    ]
 
 
 def general_texts(file: pathlib.Path) -> Iterator[str]:

@@ -43,6 +43,7 @@ class Claim:
 LATE, EARLY = ("late", "uniform"), ("early", "middle")
 KINDS = "FFN > LoRA-FFN, LoRA-QK, LoRA-VO, KV at equal size"
 OTHERS = ("lora-ffn", "lora-qk", "lora-vo", "kv")
+HALVES = "questions and retellings 1:1"
 LEAF, LEVEL1, BOTH = "64 in the leaf", "64 at level 1", ("32 and 32", "16 and 48")
 CLAIMS = [
     Claim("2", "kinds", f"{KINDS}, on unseen wordings", "Fig. 3a, b", ["ffn"], OTHERS),
@@ -51,6 +52,10 @@ CLAIMS = [
     Claim("3b", "levels", "two levels > one, at equal fetch size", "Fig. 3c", BOTH, [LEAF]),
     Claim("4", "layers", "late and uniform > early and middle", "Table 9", LATE, EARLY),
     Claim("4a", "layers", "late > uniform", "Table 9", ["late"], ["uniform"]),
+    Claim(
+        "12", "forms", "questions and retellings 1:1 > all forms, of equal size", "ours", [HALVES], ["all forms"]
+    ),
+    Claim("12a", "forms", "questions and retellings 1:1 > questions alone", "ours", [HALVES], ["questions"]),
     Claim("4b", "time", "uniform > late at about equal time", "ours", ["uniform, twice"], ["late, four times"]),
 ]
 PLAIN = "as it is"

@@ -287,6 +287,21 @@ def test_study_is_drawn_up_to_its_amount_and_more_adds_to_less(lessons: material
     assert many[: len(few)] == few
     assert 0 < sum(map(material.characters, few)) <= len(lessons.passages[0]["text"])
     assert len(lessons.chosen("Oak", material.Setting(study=100.0))) == 10
+
+
+def test_forms_of_study_have_as_many_characters_each(lessons: material.Material) -> None:
+    told = [{"document": "Oak", "text": f"Of the oak one says much, {n}."} for n in range(10)]
+    study = lessons.study | {
+        "Oak": [*lessons.study["Oak"], *told, {"document": "Oak", "prompt": "An", "completion": " oak"}]
+    }
+    setting = material.Setting(study=4.0, forms=("question", "text"))
+    found = replace(lessons, study=study).chosen("Oak", setting)
+    half = 2 * len(lessons.passages[0]["text"])
+    for form in setting.forms:
+        length = sum(material.characters(row) for row in found if form in row)
+        assert half - 30 < length <= half
+    assert all({"question", "text"} & row.keys() for row in found)
+    assert setting.name != material.Setting(study=4.0).name
     setting = material.Setting(passages=2)
     assert [row["doc"] for row in lessons.asked(setting)] == [row["doc"] for row in lessons.learnt(setting)]
     assert lessons.learnt(setting)[0]["question"].startswith("What is Oak")
