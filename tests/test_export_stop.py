@@ -12,6 +12,8 @@ import time
 import pytest
 from tiny import make_model
 
+from mlx_hiermem.apps.cli.display import staged_progress
+
 MAIN = "from mlx_hiermem.apps.cli.main import main; main()"
 SOON = 300.0  # seconds; on a busy machine torch and coremltools alone take minutes
 
@@ -51,3 +53,30 @@ def wait_for_files(folder: pathlib.Path, process: subprocess.Popen[str]) -> None
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < until, "it has written nothing yet"
         time.sleep(0.01)
+
+
+def persist() -> None:
+    """As Core AI's writer does: it calls back into Python, and says of any exception that it could not write."""
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    except SystemExit:
+        raise RuntimeError("failed to persist") from None
+
+
+def test_a_sigterm_that_a_library_makes_an_error_of_ends_it_too() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended, staged_progress("writing", show=False):
+            persist()
+        assert ended.value.code == 128 + signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_an_error_without_a_sigterm_stays_one() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(RuntimeError, match="full"), staged_progress("writing", show=False):
+            raise RuntimeError("the disk is full")
+    finally:
+        signal.signal(signal.SIGTERM, before)

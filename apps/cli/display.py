@@ -204,16 +204,34 @@ def staged_progress(what: str, show: bool = True) -> Iterator[tuple[Progress | N
 
     A SIGTERM ends it as an interruption does, so that what is half made goes.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    if not show:
-        yield None, lambda stage: None
-    elif sys.stderr.isatty():
-        with progress_bar(what, "steps") as progress:
-            yield progress, lambda stage: notes.print(stage, style="dim", markup=False, soft_wrap=True)
-    else:
-        lines = Lines(what, "steps")
-        with lines.never_silent():
-            yield lines.advance, lines.say
+    with _ended_by_sigterm():
+        if not show:
+            yield None, lambda stage: None
+        elif sys.stderr.isatty():
+            with progress_bar(what, "steps") as progress:
+                yield progress, lambda stage: notes.print(stage, style="dim", markup=False, soft_wrap=True)
+        else:
+            lines = Lines(what, "steps")
+            with lines.never_silent():
+                yield lines.advance, lines.say
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """A SIGTERM raises SystemExit within. A library that it interrupts may turn that into an error of its own."""
+    status, came = 128 + signal.SIGTERM, threading.Event()
+
+    def end(*_: object) -> None:
+        came.set()
+        sys.exit(status)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    except Exception:
+        if came.is_set():
+            sys.exit(status)
+        raise
 
 
 @contextmanager
