@@ -29,7 +29,8 @@ LEARN_VITAL = mkdir -p build && cat $(VITAL)/study*.jsonl.gz > build/study.jsonl
 	$(BIN)/hiermem learn $(VITAL)/documents.jsonl --teacher-url {url} --config $(VITAL)/learn.toml
 # What is no measurement, is given its corpus or model, or is for Linux alone.
 OTHER = common banks material cpu_tricks labels learn_corpora learn_settings editing elements_ways evaluation_equality \
-	followups harm history knowledge plot plot_replication rare_words reach replication retrieval settings_replication sources
+	followups harm history knowledge plans plot plot_replication rare_words reach replication retrieval \
+	settings_replication sources
 # What has a small form that takes seconds; the rest of benchmarks/ takes minutes however little is asked for.
 QUICK = fetch growth hidden_fetch swap decode minilm start
 

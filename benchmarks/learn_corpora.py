@@ -247,7 +247,7 @@ def main() -> None:
             "right": ask(out, questions),
         }
         print(json.dumps(result["ways"][way]), flush=True)
-    file = RESULTS / f"learn_{options.corpus.stem}{'' if options.documents else '_whole'}.json"
+    file = RESULTS / f"learn_{options.corpus.stem}_{options.documents or 'whole'}.json"
     file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

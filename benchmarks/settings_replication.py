@@ -20,8 +20,9 @@ from dataclasses import asdict, dataclass, replace
 
 import common
 from knowledge import Row, read_kept
-from learn_settings import FOREIGN, PLANS, VITAL, kept_of
+from learn_settings import FOREIGN, VITAL, kept_of
 from material import Material, Setting
+from plans import PLANS
 from replication import Finding, Replies, told, told_shares, verdict
 
 from mlx_hiermem.evaluate.statistics import Difference, difference

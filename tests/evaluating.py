@@ -133,3 +133,27 @@ def evaluation(model: pathlib.Path, out: pathlib.Path) -> Evaluation:
     assert bank is not None
     found.model._router = Router(bank.tree, HashEmbedder(), bank.policy)
     return found
+
+
+def other_data(folder: pathlib.Path) -> pathlib.Path:
+    """Questions and countries in the form of those that are asked."""
+    for name in ("qa", "corpus", "evals"):
+        (folder / name).mkdir(parents=True)
+    rows = [
+        {
+            "id": f"w{n}",
+            "doc": f"w{n}",
+            "prompt": f"Thing {n} is a kind of",
+            "answer": "thing",
+            "aliases": ["thing"],
+            "heldout_prompts": [f"Question: What type of thing is {n}?\nAnswer: a kind of"],
+        }
+        for n in range(6)
+    ]
+    write(folder / "qa" / "wordnet_isa_qa.jsonl", rows)
+    country = {"id": "c", "name": "Utopia", "capital_factbook": "Amaurot", "text": "Utopia. Capital: Amaurot"}
+    write(folder / "corpus" / "countries.jsonl", [country])
+    (folder / "evals" / "wikitext2_raw_test.txt").write_text(
+        " = Title = \n\n short \n" + " A tree @-@ house , it is said , stands here . \n".strip() * 8 + "\n"
+    )
+    return folder

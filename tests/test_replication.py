@@ -1,4 +1,4 @@
-"""The scripts behind docs/replication.md: what they ask, learn and conclude, on tiny models and made-up replies."""
+"""The scripts behind docs/replication.md: what they ask and conclude, on tiny models and made-up replies."""
 
 from __future__ import annotations
 
@@ -7,26 +7,19 @@ import math
 import pathlib
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
-from evaluating import evaluation, write
+from evaluating import evaluation, other_data
 from tiny import CONFIG, LLAMA, give_sources, load_tiny, make_model
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "benchmarks"))
 
-import followups
 import harm
-import learn_settings
-import material
 import replication
 from knowledge import Exam, read_kept, with_level_alone
 
-from mlx_hiermem.config import MemoryConfig, Path
-from mlx_hiermem.embedder import Embedder
-from mlx_hiermem.learn.train.monitor import TrainingProgress
 from mlx_hiermem.model import MemoryModel
 
 Row = dict[str, Any]
@@ -68,34 +61,6 @@ def test_replies_are_kept_and_an_unfinished_line_is_asked_again(model: MemoryMod
     assert exam.ask_all([QUESTION], ["none", "leaf"], kept)["none", "q"] == first["none", "q"]
     assert [row["memory"] for row in map(json.loads, kept.read_text().splitlines())] == ["none", "leaf"]
     assert set(read_kept(kept)) == set(first)
-
-
-# Follow-ups
-
-
-@pytest.mark.parametrize(
-    ("question", "article", "first", "then"),
-    [
-        (
-            "Which river does Turin stand on?",
-            {"topic": "Geography"},
-            "What is Turin?",
-            "Which river does it stand on?",
-        ),
-        ("Turin's river is called what?", {"topic": "Geography"}, "What is Turin?", "Its river is called what?"),
-        (
-            "Where was Turin born?",
-            {"topic": "People", "text": "She paints. Her …"},
-            "Who is Turin?",
-            "Where was she born?",
-        ),
-    ],
-)
-def test_a_pronoun_stands_for_the_subject(question: str, article: dict[str, str], first: str, then: str) -> None:
-    made = followups.FollowUp.of({"doc": "Turin (city)", "question": question}, article)
-    assert made is not None
-    assert (made.first, made.then) == (first, then)
-    assert followups.FollowUp.of({"doc": "Lisbon", "question": question}, article) is None
 
 
 # Findings
@@ -207,30 +172,6 @@ def test_harm_counts_what_changed() -> None:
     assert mean["interval"][1] == pytest.approx(harm.paired_interval(0, 0, 300)[1] / math.sqrt(3))
 
 
-def other_data(folder: pathlib.Path) -> pathlib.Path:
-    """Questions and countries in the form of those that are asked."""
-    for name in ("qa", "corpus", "evals"):
-        (folder / name).mkdir(parents=True)
-    rows = [
-        {
-            "id": f"w{n}",
-            "doc": f"w{n}",
-            "prompt": f"Thing {n} is a kind of",
-            "answer": "thing",
-            "aliases": ["thing"],
-            "heldout_prompts": [f"Question: What type of thing is {n}?\nAnswer: a kind of"],
-        }
-        for n in range(6)
-    ]
-    write(folder / "qa" / "wordnet_isa_qa.jsonl", rows)
-    country = {"id": "c", "name": "Utopia", "capital_factbook": "Amaurot", "text": "Utopia. Capital: Amaurot"}
-    write(folder / "corpus" / "countries.jsonl", [country])
-    (folder / "evals" / "wikitext2_raw_test.txt").write_text(
-        " = Title = \n\n short \n" + " A tree @-@ house , it is said , stands here . \n".strip() * 8 + "\n"
-    )
-    return folder
-
-
 def test_other_corpora_are_asked_with_and_without_memory(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,130 +198,3 @@ def test_a_bank_without_reach_gives_memory_to_all(model: MemoryModel) -> None:
     with harm.without_reach(model):
         assert len(model.choose("fetched", "far away").path) == 2
     assert model.choose("fetched", "far away").path == ()
-
-
-# Settings of learning
-
-
-@pytest.fixture
-def lessons(tmp_path: pathlib.Path) -> material.Material:
-    """Four passages with ten lines of study each."""
-    titles = ["Oak", "Elm", "Fir", "Ash"]
-    passages = [
-        {"title": title, "text": f"{title} is a tree that grows in the north of the land."} for title in titles
-    ]
-    study = {
-        title: [
-            {"document": title, "question": f"What is {title}, {n}?", "answer": f"a tree, {n}"} for n in range(10)
-        ]
-        for title in titles
-    }
-    exam = [
-        {"id": f"x{n}", "doc": title, "question": f"{title}?", "answer": "tree", "aliases": []}
-        for n, title in enumerate(titles)
-    ]
-    return material.Material(passages, study, exam, data=other_data(tmp_path / "other"))
-
-
-def test_study_is_drawn_up_to_its_amount_and_more_adds_to_less(lessons: material.Material) -> None:
-    few, many = (lessons.chosen("Oak", material.Setting(study=amount)) for amount in (1.0, 3.0))
-    assert many[: len(few)] == few
-    assert 0 < sum(map(material.characters, few)) <= len(lessons.passages[0]["text"])
-    assert len(lessons.chosen("Oak", material.Setting(study=100.0))) == 10
-
-
-def test_forms_of_study_have_as_many_characters_each(lessons: material.Material) -> None:
-    told = [{"document": "Oak", "text": f"Of the oak one says much, {n}."} for n in range(10)]
-    study = lessons.study | {
-        "Oak": [*lessons.study["Oak"], *told, {"document": "Oak", "prompt": "An", "completion": " oak"}]
-    }
-    setting = material.Setting(study=4.0, forms=("question", "text"))
-    found = replace(lessons, study=study).chosen("Oak", setting)
-    half = 2 * len(lessons.passages[0]["text"])
-    for form in setting.forms:
-        length = sum(material.characters(row) for row in found if form in row)
-        assert half - 30 < length <= half
-    assert all({"question", "text"} & row.keys() for row in found)
-    assert setting.name != material.Setting(study=4.0).name
-    setting = material.Setting(passages=2)
-    assert [row["doc"] for row in lessons.asked(setting)] == [row["doc"] for row in lessons.learnt(setting)]
-    assert lessons.learnt(setting)[0]["question"].startswith("What is Oak")
-
-
-def test_replay_is_a_share_of_the_study(lessons: material.Material) -> None:
-    assert lessons.general(material.Setting()) == []
-    (row,) = lessons.general(material.Setting(passages=2, replay=0.05))
-    assert row["document"] == "Oak"
-    assert row["text"].startswith("A tree-house, it is said, stands here.")
-
-
-def test_distractors_are_learnt_as_the_anchor_answers(lessons: material.Material, tmp_path: pathlib.Path) -> None:
-    class Anchor:
-        def batch(self, asked: list[str], **options: Any) -> list[Any]:
-            reasons = ["stop"] * (len(asked) - 1) + ["length"]
-            return [SimpleNamespace(text="A thing.", finish_reason=reason) for reason in reasons]
-
-    setting, file = material.Setting(passages=2, distractors=2), tmp_path / "distractors.jsonl"
-    anchor, nobody = cast(MemoryModel, Anchor()), cast(MemoryModel, None)
-    rows = material.distractors(anchor, lessons, setting, file)
-    assert [row["document"] for row in rows] == ["Oak", "Elm", "Oak"]
-    assert rows[0]["messages"][1] == {"role": "assistant", "content": "A thing."}
-    assert material.distractors(nobody, lessons, setting, file) == rows
-
-
-def test_kinds_are_compared_at_equal_size() -> None:
-    widths = {"hidden": 576, "ffn_width": 1536, "q_width": 576, "kv_width": 192}
-    found = {}
-    for name, setting in learn_settings.PLANS["kinds"].items():
-        config = MemoryConfig(setting.kind, 3, setting.sizes, tuple(range(20, 30)), **widths)
-        found[name] = config.fetched_parameters / 1_105_920
-    assert all(abs(share - 1) < 0.04 for share in found.values()), found
-    assert {sum(setting.sizes) for setting in learn_settings.PLANS["levels"].values()} == {64}
-
-
-def test_settings_that_differ_in_asking_alone_are_learnt_once() -> None:
-    base = learn_settings.BASE
-    assert replace(base, amplitude=0.5).name == base.name != replace(base, replay=0.05).name
-    changed = learn_settings.with_changes(base, ["rate=0.003", "sizes=8,4", "kind=kv"])
-    assert (changed.rate, changed.sizes, changed.kind) == (0.003, (8, 4), "kv")
-
-
-def test_an_amplitude_scales_what_a_memory_adds(model: MemoryModel) -> None:
-    assert model.bank is not None
-    assert model.cache is not None
-    path = Path((1, 1))
-    whole, half = (cache.fetch(path).memory for cache in (model.cache, learn_settings.Amplified(model.bank, 0.5)))
-    assert whole is not None
-    assert half is not None
-    for name, scale in (("gate", 1.0), ("up", 1.0), ("down", 0.5)):
-        assert np.allclose(np.array(half.tensors[name]), scale * np.array(whole.tensors[name]))
-
-
-def test_timing_ends_when_the_time_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([100.0, 110.0, 150.0])
-    monkeypatch.setattr(learn_settings.time, "monotonic", lambda: next(clock))
-    told = learn_settings.Told("ffn", timed=True)
-    told.training(TrainingProgress("hidden states", "0", 5, 10, 0.0))
-    told.training(TrainingProgress("learning", "0", 10, 100, 1.0))
-    with pytest.raises(learn_settings.TimeIsKnownError) as known:
-        told.training(TrainingProgress("learning", "0", 50, 100, 1.0))
-    assert (known.value.steps, known.value.states) == (50.0, 10.0)
-
-
-@pytest.mark.slow
-def test_a_setting_is_learnt_and_asked(
-    anchor: pathlib.Path, lessons: material.Material, tmp_path: pathlib.Path, minilm: Embedder
-) -> None:
-    setting = material.Setting(passages=4, branching=2, sizes=(2, 2), epochs=1, study=2.0, replay=0.05)
-    runner = learn_settings.Runner(tmp_path / "work", anchor, lessons, harmed=True)
-    found = runner.run("base", setting)
-    assert found is not None
-    assert found["right"]["fetched"]["of"] == found["right"]["blocked"]["of"] == 4
-    assert found["right"]["foreign, nearest memory"]["of"] == 2
-    again = runner.run("softer", replace(setting, amplitude=0.5))
-    assert again is not None
-    assert again["fetched_parameters"] == found["fetched_parameters"]
-    assert len(list((tmp_path / "work").glob("*.learn"))) == 1
-    other = runner.run("longer", replace(setting, epochs=2))
-    assert other is not None
-    assert other["seconds"]["tree"] < found["seconds"]["tree"]  # it was taken over

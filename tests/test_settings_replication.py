@@ -15,6 +15,7 @@ sys.path.append(str(pathlib.Path(__file__).parents[1] / "benchmarks"))
 import learn_settings
 import settings_replication
 from material import Material
+from plans import PLANS
 
 COUNT = 80
 NEVER, OFTEN, ALWAYS = [0] * COUNT, [1, 0, 0, 0] * (COUNT // 4), [1] * COUNT
@@ -33,7 +34,7 @@ def lessons() -> Material:
 def keep(work: pathlib.Path, plan: str, memory: str, ids: str, right: Right, first: int = 0) -> None:
     """Writes replies as `learn_settings.py` keeps them, to the questions from `first` on."""
     for name, own in right.items():
-        write(learn_settings.kept_of(work, learn_settings.PLANS[plan][name]), memory, ids, own, first)
+        write(learn_settings.kept_of(work, PLANS[plan][name]), memory, ids, own, first)
 
 
 def write(file: pathlib.Path, memory: str, ids: str, right: list[int], first: int = 0) -> None:

@@ -228,7 +228,7 @@ def _ended_by_sigterm() -> Iterator[None]:
     signal.signal(signal.SIGTERM, end)
     try:
         yield
-    except Exception:
+    except Exception:  # of any kind: only a SIGTERM makes it an exit, all others go on
         if came.is_set():
             sys.exit(status)
         raise
